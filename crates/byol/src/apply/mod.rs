@@ -1,0 +1,3 @@
+//! USE: what one does with an encoder or a recipe besides training.
+
+pub mod sheet;

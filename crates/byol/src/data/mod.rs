@@ -1,0 +1,363 @@
+//! IMAGES: where they come from. A [`Dataset`] is a training split and, where the data has one, a split for read-outs. Labels serve
+//! read-outs only. Nothing here knows of tensors.
+
+pub mod cifar;
+pub mod decode;
+pub mod folder;
+pub mod idx;
+pub mod order;
+pub mod prefetch;
+pub mod synthetic;
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use rayon::prelude::*;
+use sha2::{Digest, Sha256};
+
+pub use decode::DecodeError;
+pub use order::Order;
+pub use prefetch::{Loader, MicroBatch};
+
+/// A decoded image: `[height, width, channels]`, row-major, 0..=255.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Image {
+    /// Rows, at least 1.
+    pub height: usize,
+    /// Columns, at least 1.
+    pub width: usize,
+    /// Values a pixel.
+    pub channels: usize,
+    /// `height × width × channels` values.
+    pub pixels: Vec<u8>,
+}
+
+/// Channels of all images: every decoder converts to RGB.
+pub const CHANNELS: usize = 3;
+
+/// What can be wrong with data.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The path does not exist.
+    #[error("there is no {}; give a folder of images", .0.display())]
+    Missing(PathBuf),
+    /// The folder or file cannot be read.
+    #[error("cannot read {}: {source}; check that you may read it", path.display())]
+    Read {
+        /// Which one.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Nothing to train on.
+    #[error("no images in {}; give a folder with JPEG, PNG, WebP, BMP, GIF or TIFF files at any depth, or with CIFAR or IDX files", .0.display())]
+    Empty(PathBuf),
+    /// One image cannot be used.
+    #[error("cannot use {what}: {source}; replace or remove it")]
+    Image {
+        /// The path, or file and number.
+        what: String,
+        /// Why.
+        source: DecodeError,
+    },
+    /// A CIFAR or IDX file is not what its name says.
+    #[error("{} is not a whole {kind} file: {reason}; download it again", path.display())]
+    Packed {
+        /// Which file.
+        path: PathBuf,
+        /// CIFAR or IDX.
+        kind: &'static str,
+        /// What is wrong.
+        reason: String,
+    },
+    /// More than half of the images are bad.
+    #[error("{bad} of {all} images in {} cannot be used, the first is {first}; more than half are bad, so this is probably not the folder you meant", root.display())]
+    MostlyBad {
+        /// The data.
+        root: PathBuf,
+        /// How many cannot be used.
+        bad: usize,
+        /// How many there are.
+        all: usize,
+        /// The first bad one, with the reason.
+        first: String,
+    },
+    /// A label where the read-out needs one.
+    #[error("{} has no labels; put the images of each class into a subfolder named after it", .0.display())]
+    Unlabelled(PathBuf),
+}
+
+/// Where the images of a split come from. A new kind of source is a variant here and a file beside this one.
+#[derive(Debug, Clone)]
+enum Source {
+    /// One file an image.
+    Files(Arc<Vec<PathBuf>>),
+    /// Already decoded.
+    Memory(Arc<Vec<Arc<Image>>>),
+}
+
+/// Some images in a fixed order, with or without labels.
+#[derive(Debug, Clone)]
+pub struct Images {
+    source: Source,
+    /// Numbers of the images in the source's own order.
+    chosen: Vec<usize>,
+    /// One class a chosen image.
+    labels: Option<Vec<usize>>,
+    /// Decoded images, parallel to `chosen`, where they fit into memory.
+    kept: Option<Vec<Arc<Image>>>,
+}
+
+/// An image that cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Skipped {
+    /// The path, or file and number.
+    pub what: String,
+    /// Why.
+    pub why: String,
+}
+
+/// What the data are, once every image has been looked at.
+#[derive(Debug, Clone)]
+pub struct Dataset {
+    /// As the user gave it.
+    pub root: PathBuf,
+    /// In words: `image folder`, `CIFAR-10`.
+    pub kind: String,
+    /// Names of the classes; empty without labels.
+    pub classes: Vec<String>,
+    /// To pretrain on.
+    pub train: Images,
+    /// The data's own split for watching a run: `val`, else `test`.
+    pub held_out: Option<Images>,
+    /// The data's own split for a final figure: `test`, else `val`.
+    pub test: Option<Images>,
+    /// What cannot be used.
+    pub skipped: Vec<Skipped>,
+}
+
+impl Images {
+    fn files(paths: Vec<PathBuf>, labels: Option<Vec<usize>>) -> Self {
+        Images { chosen: (0..paths.len()).collect(), source: Source::Files(Arc::new(paths)), labels, kept: None }
+    }
+
+    /// Images that are already decoded.
+    pub fn memory(images: Vec<Image>, labels: Option<Vec<usize>>) -> Self {
+        let images: Vec<_> = images.into_iter().map(Arc::new).collect();
+        Images { chosen: (0..images.len()).collect(), source: Source::Memory(Arc::new(images)), labels, kept: None }
+    }
+
+    /// How many.
+    pub fn len(&self) -> usize {
+        self.chosen.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.chosen.is_empty()
+    }
+
+    /// The class of each image.
+    pub fn labels(&self) -> Option<&[usize]> {
+        self.labels.as_deref()
+    }
+
+    /// Path, or number, of image `i`.
+    pub fn name(&self, i: usize) -> String {
+        match &self.source {
+            Source::Files(paths) => paths[self.chosen[i]].display().to_string(),
+            Source::Memory(_) => format!("image {}", self.chosen[i]),
+        }
+    }
+
+    /// Image `i`, decoded.
+    ///
+    /// # Errors
+    /// [`Error::Image`] if it cannot be read or decoded whole.
+    pub fn get(&self, i: usize) -> Result<Arc<Image>, Error> {
+        if let Some(kept) = &self.kept {
+            return Ok(kept[i].clone());
+        }
+        match &self.source {
+            Source::Memory(images) => Ok(images[self.chosen[i]].clone()),
+            Source::Files(paths) => match decode::file(&paths[self.chosen[i]]) {
+                Ok(image) => Ok(Arc::new(image)),
+                Err(source) => Err(Error::Image { what: self.name(i), source }),
+            },
+        }
+    }
+
+    /// The images at these positions, in this order.
+    pub fn subset(&self, positions: &[usize]) -> Images {
+        Images {
+            source: self.source.clone(),
+            chosen: positions.iter().map(|p| self.chosen[*p]).collect(),
+            labels: self.labels.as_ref().map(|l| positions.iter().map(|p| l[*p]).collect()),
+            kept: self.kept.as_ref().map(|k| positions.iter().map(|p| k[*p].clone()).collect()),
+        }
+    }
+
+    /// `n` images evenly spread over this order; all where `n` is 0 or not fewer than there are.
+    pub fn spread(&self, n: usize) -> Images {
+        let all = self.len();
+        if n == 0 || n >= all { self.clone() } else { self.subset(&(0..n).map(|i| i * all / n).collect::<Vec<_>>()) }
+    }
+
+    /// Takes `n` evenly spread images out: `(the others, the n)`.
+    pub fn hold_out(&self, n: usize) -> (Images, Images) {
+        let all = self.len();
+        // The middle of each stretch, so that the first image of a class folder is not always the one.
+        let out: Vec<usize> = (0..n).map(|i| (2 * i + 1) * all / (2 * n)).collect();
+        let mut is_out = vec![false; all];
+        out.iter().for_each(|p| is_out[*p] = true);
+        let rest: Vec<usize> = (0..all).filter(|p| !is_out[*p]).collect();
+        (self.subset(&rest), self.subset(&out))
+    }
+
+    /// A hash of names, sizes on disk and order: the same images in the same order give the same.
+    pub fn fingerprint(&self) -> String {
+        let mut hash = Sha256::new();
+        for &i in &self.chosen {
+            match &self.source {
+                Source::Files(paths) => {
+                    let name = paths[i].file_name().unwrap_or_default();
+                    hash.update(name.as_encoded_bytes());
+                    hash.update(paths[i].metadata().map_or(0, |m| m.len()).to_le_bytes());
+                }
+                Source::Memory(images) => hash.update(&images[i].pixels),
+            }
+        }
+        hash.finalize()[..8].iter().map(|b| format!("{b:02x}")).collect()
+    }
+
+    /// Decodes every image once: those that can be used, kept in memory where all of them take at most `keep_bytes`, and the rest by
+    /// name.
+    fn check(&self, keep_bytes: usize, looked_at: &(dyn Fn() + Sync)) -> (Images, Vec<Skipped>) {
+        let total = AtomicUsize::new(0);
+        let look = |i: usize| -> Result<Option<Arc<Image>>, Skipped> {
+            let image = self.get(i);
+            looked_at();
+            match image {
+                Ok(image) => {
+                    let so_far = total.fetch_add(image.pixels.len(), Ordering::Relaxed) + image.pixels.len();
+                    Ok((so_far <= keep_bytes).then_some(image))
+                }
+                Err(Error::Image { what, source }) => Err(Skipped { what, why: source.to_string() }),
+                Err(other) => Err(Skipped { what: self.name(i), why: other.to_string() }),
+            }
+        };
+        let looked: Vec<_> = (0..self.len()).into_par_iter().map(look).collect();
+        let good: Vec<usize> = (0..self.len()).filter(|i| looked[*i].is_ok()).collect();
+        let (mut kept, mut skipped) = (Vec::new(), Vec::new());
+        for result in looked {
+            match result {
+                Ok(image) => kept.extend(image),
+                Err(bad) => skipped.push(bad),
+            }
+        }
+        let mut images = self.subset(&good);
+        let fits = kept.len() == images.len() && matches!(images.source, Source::Files(_));
+        images.kept = fits.then_some(kept);
+        (images, skipped)
+    }
+}
+
+impl Dataset {
+    /// Finds the images of `root`, without looking into them.
+    ///
+    /// # Errors
+    /// All but [`Error::Image`], [`Error::MostlyBad`] and [`Error::Unlabelled`].
+    pub fn open(root: &Path) -> Result<Dataset, Error> {
+        if !root.exists() {
+            return Err(Error::Missing(root.to_owned()));
+        }
+        // A folder that cannot be listed is said as such, not as empty.
+        if root.is_dir() {
+            std::fs::read_dir(root).map_err(|source| Error::Read { path: root.to_owned(), source })?;
+        }
+        if let Some(found) = cifar::open(root)? {
+            return Ok(found);
+        }
+        if let Some(found) = idx::open(root)? {
+            return Ok(found);
+        }
+        folder::open(root)
+    }
+
+    /// Keeps `n` training images, evenly spread over the data's own order (0: all).
+    pub fn limit(self, n: usize) -> Dataset {
+        Dataset { train: self.train.spread(n), ..self }
+    }
+
+    /// Decodes every image once and leaves out what cannot be used. Small data stay in memory, up to `keep_bytes` in all.
+    ///
+    /// # Errors
+    /// [`Error::MostlyBad`] if more than half of the training images are bad, [`Error::Empty`] if none is left.
+    pub fn check(self, keep_bytes: usize, looked_at: &(dyn Fn() + Sync)) -> Result<Dataset, Error> {
+        let all = self.train.len();
+        let (train, mut skipped) = self.train.check(keep_bytes, looked_at);
+        if 2 * skipped.len() > all {
+            let first = skipped.first().map_or(String::new(), |s| format!("{}: {}", s.what, s.why));
+            return Err(Error::MostlyBad { root: self.root, bad: skipped.len(), all, first });
+        }
+        if train.is_empty() {
+            return Err(Error::Empty(self.root));
+        }
+        let mut look = |images: Option<Images>| {
+            let (images, bad) = images?.check(keep_bytes / 4, looked_at);
+            skipped.extend(bad);
+            (!images.is_empty()).then_some(images)
+        };
+        let held_out = look(self.held_out);
+        let test = look(self.test);
+        skipped.dedup();
+        Ok(Dataset { train, held_out, test, skipped, ..self })
+    }
+
+    /// How many images [`Dataset::check`] will look at.
+    pub fn n_images(&self) -> usize {
+        let len = |images: &Option<Images>| images.as_ref().map_or(0, Images::len);
+        self.train.len() + len(&self.held_out) + len(&self.test)
+    }
+}
+
+/// A folder's entries, sorted by name, so that the order does not depend on the file system.
+fn list(folder: &Path) -> Result<Vec<PathBuf>, Error> {
+    let read = |source| Error::Read { path: folder.to_owned(), source };
+    let mut entries = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(read)? {
+        entries.push(entry.map_err(read)?.path());
+    }
+    entries.sort();
+    Ok(entries)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn numbered(n: usize) -> Images {
+        let image = |i: usize| Image { height: 1, width: 1, channels: 1, pixels: vec![i as u8] };
+        Images::memory((0..n).map(image).collect(), Some((0..n).collect()))
+    }
+
+    #[test]
+    fn a_limit_is_spread_evenly() {
+        assert_eq!(numbered(10).spread(4).labels().unwrap(), [0, 2, 5, 7]);
+        assert_eq!(numbered(3).spread(5).len(), 3);
+        assert_eq!(numbered(3).spread(0).len(), 3);
+    }
+
+    #[test]
+    fn hold_out_parts_the_images() {
+        let (rest, out) = numbered(10).hold_out(3);
+        assert_eq!(out.labels().unwrap(), [1, 5, 8]);
+        assert_eq!(rest.labels().unwrap(), [0, 2, 3, 4, 6, 7, 9]);
+    }
+}

@@ -1,0 +1,117 @@
+//! Worker threads that decode and make views ahead of the training step.
+
+use std::{
+    sync::{
+        Arc,
+        mpsc::{Receiver, sync_channel},
+    },
+    thread,
+};
+
+use rayon::prelude::*;
+
+use super::{Error, Images, Order};
+use crate::views::{self, Policy};
+
+/// Two views of the same images: `[n, size, size, channels]` each, values in 0..1.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MicroBatch {
+    /// Images.
+    pub n: usize,
+    /// Side of a view.
+    pub size: usize,
+    /// Values a pixel.
+    pub channels: usize,
+    /// Views by the first policy.
+    pub v: Vec<f32>,
+    /// Views by the second policy.
+    pub v2: Vec<f32>,
+}
+
+/// What a loader makes.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// The images.
+    pub images: Images,
+    /// T and T′.
+    pub policies: [Policy; 2],
+    /// Side of a view in pixels.
+    pub size: usize,
+    /// Images a micro-batch.
+    pub n: usize,
+    /// Names the order and every draw.
+    pub seed: u64,
+    /// The first micro-batch wanted, from 0.
+    pub first: u64,
+    /// One past the last.
+    pub last: u64,
+    /// Worker threads, at least 1.
+    pub threads: usize,
+}
+
+/// Micro-batches `first..last` in their order, made ahead by worker threads.
+#[derive(Debug)]
+pub struct Loader {
+    batches: Receiver<Result<MicroBatch, Error>>,
+}
+
+/// Micro-batches that wait, beyond the one in work. Two hide the unevenness of decoding.
+const AHEAD: usize = 2;
+
+impl Loader {
+    /// Starts the workers. They stop when the loader is dropped.
+    ///
+    /// # Panics
+    /// If the system starts no thread.
+    pub fn start(request: Request) -> Loader {
+        let (send, batches) = sync_channel(AHEAD);
+        let work = move || {
+            let pool = rayon::ThreadPoolBuilder::new()
+                .num_threads(request.threads)
+                .thread_name(|i| format!("views-{i}"))
+                .build()
+                .expect("the system starts threads");
+            let mut order = Order::new(request.seed, request.images.len());
+            let request = Arc::new(request);
+            for m in request.first..request.last {
+                let start = m * request.n as u64;
+                let wanted: Vec<(u64, usize)> = (0..request.n as u64).map(|i| order.at(start + i)).collect();
+                let batch = pool.install(|| make(&request, &wanted));
+                let failed = batch.is_err();
+                if send.send(batch).is_err() || failed {
+                    return; // nobody listens any more, or there is nothing sensible to follow
+                }
+            }
+        };
+        thread::Builder::new().name("loader".into()).spawn(work).expect("the system starts threads");
+        Loader { batches }
+    }
+
+    /// The next micro-batch.
+    ///
+    /// # Errors
+    /// [`Error::Image`] if an image that could be decoded when the run began no longer can.
+    ///
+    /// # Panics
+    /// If asked beyond the last.
+    pub fn next_batch(&self) -> Result<MicroBatch, Error> {
+        self.batches.recv().expect("the loader has a micro-batch for every step, or said why not")
+    }
+}
+
+/// Both views of each wanted (epoch, image).
+fn make(request: &Request, wanted: &[(u64, usize)]) -> Result<MicroBatch, Error> {
+    let channels = super::CHANNELS;
+    let view = request.size * request.size * channels;
+    let (mut v, mut v2) = (vec![0.0; wanted.len() * view], vec![0.0; wanted.len() * view]);
+    let places = v.par_chunks_exact_mut(view).zip(v2.par_chunks_exact_mut(view)).zip(wanted.par_iter());
+    places.try_for_each(|((v, v2), &(epoch, index))| {
+        let image = request.images.get(index)?;
+        for (which, (out, policy)) in [v, v2].into_iter().zip(&request.policies).enumerate() {
+            let name = [request.seed, epoch, index as u64, which as u64];
+            out.copy_from_slice(&views::view(policy, &image, request.size, name).pixels);
+        }
+        Ok(())
+    })?;
+    Ok(MicroBatch { n: wanted.len(), size: request.size, channels, v, v2 })
+}

@@ -1,0 +1,349 @@
+//! Which device computes, and what this machine has. All that differs from device to device is decided here.
+//!
+//! The CPU is always there. GPUs that need no vendor toolkit (Vulkan, Metal, DX12, by wgpu) come with the feature `gpu`; NVIDIA's and AMD's own
+//! toolkits with `cuda` and `rocm`. [`Choice::Auto`] takes a real GPU where there is one, never a software rasteriser, else the CPU.
+
+use std::str::FromStr;
+
+use burn::tensor::Device;
+use serde::Serialize;
+
+/// What the user asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Choice {
+    /// A real GPU if there is one, else the CPU.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// A GPU by Vulkan.
+    Vulkan,
+    /// A GPU by Metal.
+    Metal,
+    /// A GPU by whatever API wgpu finds.
+    Wgpu,
+    /// An NVIDIA GPU by CUDA.
+    Cuda,
+    /// An AMD GPU by ROCm.
+    Rocm,
+}
+
+impl Choice {
+    /// The names that `--device` takes.
+    pub const NAMES: [&str; 7] = ["auto", "cpu", "vulkan", "metal", "wgpu", "cuda", "rocm"];
+}
+
+impl FromStr for Choice {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        Ok(match name {
+            "auto" => Choice::Auto,
+            "cpu" => Choice::Cpu,
+            "vulkan" => Choice::Vulkan,
+            "metal" => Choice::Metal,
+            "wgpu" => Choice::Wgpu,
+            "cuda" => Choice::Cuda,
+            "rocm" => Choice::Rocm,
+            _ => return Err(format!("a device is one of {}", Choice::NAMES.join(", "))),
+        })
+    }
+}
+
+/// Why there is no such device.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The program was built without it.
+    #[error(
+        "this byol was built without {what}; build it with `cargo build --release --features {feature}`, or use --device cpu"
+    )]
+    NotBuilt {
+        /// What is missing.
+        what: &'static str,
+        /// The feature that brings it.
+        feature: &'static str,
+    },
+    /// The machine has none.
+    #[error("no {what} device on this machine; `byol devices` lists what there is, --device cpu always works")]
+    NotFound {
+        /// What was asked for.
+        what: &'static str,
+    },
+    /// It is there but does not start.
+    #[error("{name} does not start: {reason}; update its driver or use --device cpu")]
+    DoesNotStart {
+        /// The device.
+        name: String,
+        /// What the driver said.
+        reason: String,
+    },
+}
+
+/// What kind of hardware a device is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// The processor.
+    Cpu,
+    /// A graphics processor.
+    Gpu,
+    /// A graphics driver that computes on the processor. For tests; never taken by `auto`.
+    Software,
+}
+
+/// A device of this machine.
+#[derive(Debug, Clone, Serialize)]
+pub struct Found {
+    /// What to give to `--device`.
+    pub choice: &'static str,
+    /// As the driver names it.
+    pub name: String,
+    /// Processor, GPU or software.
+    pub kind: Kind,
+}
+
+/// An opened device.
+#[derive(Debug, Clone)]
+pub struct Opened {
+    /// To make tensors on.
+    pub device: Device,
+    /// What it is.
+    pub found: Found,
+}
+
+/// Whether the fused kernels of `byol-kernels` compute on this device; elsewhere layers are composed of Burn's operations.
+pub fn has_kernels(device: &Device) -> bool {
+    matches!(device.clone().without_autodiff().as_dispatch(), burn::backend::DispatchDevice::Flex(_))
+}
+
+/// The processor, its instruction set and the memory.
+#[derive(Debug, Clone, Serialize)]
+pub struct Machine {
+    /// The processor's name.
+    pub cpu: String,
+    /// Threads that can run at once.
+    pub cores: usize,
+    /// The widest vector instructions: `avx512`, `avx2`, `neon` or `portable`.
+    pub isa: &'static str,
+    /// Memory in MiB.
+    pub memory_mb: u64,
+    /// Free memory in MiB.
+    pub free_mb: u64,
+}
+
+/// Looks at this machine.
+pub fn machine() -> Machine {
+    let system = sysinfo::System::new().ok().map(|mut system| {
+        system.refresh_memory();
+        system.refresh_cpu_list(sysinfo::CpuRefreshKind::nothing());
+        system
+    });
+    let cpu = system.as_ref().and_then(|s| s.cpus().first()).map_or("", |c| c.brand().trim());
+    Machine {
+        cpu: if cpu.is_empty() { std::env::consts::ARCH.to_owned() } else { cpu.to_owned() },
+        cores: std::thread::available_parallelism().map_or(1, |n| n.get()),
+        isa: isa(),
+        // 0 where the system does not say: then no decoded image is kept in memory.
+        memory_mb: system.as_ref().map_or(0, |s| s.total_memory() >> 20),
+        free_mb: system.as_ref().map_or(0, |s| s.available_memory() >> 20),
+    }
+}
+
+fn isa() -> &'static str {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512f") {
+            return "avx512";
+        }
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            return "avx2";
+        }
+    }
+    if cfg!(target_arch = "aarch64") { "neon" } else { "portable" }
+}
+
+fn cpu() -> Opened {
+    Opened { device: Device::flex(), found: Found { choice: "cpu", name: machine().cpu, kind: Kind::Cpu } }
+}
+
+/// Every device that this build can use here, the CPU first.
+pub fn list() -> Vec<Found> {
+    #[allow(unused_mut, reason = "a build without GPU features lists the CPU alone")]
+    let mut all = vec![cpu().found];
+    #[cfg(feature = "gpu")]
+    all.extend(gpu::adapters().into_iter().map(|a| a.found));
+    #[cfg(feature = "cuda")]
+    all.extend(toolkit("cuda"));
+    #[cfg(feature = "rocm")]
+    all.extend(toolkit("rocm"));
+    all
+}
+
+/// Opens a device.
+///
+/// # Errors
+/// Any [`Error`]; never for `auto` and `cpu`.
+pub fn open(choice: Choice) -> Result<Opened, Error> {
+    match choice {
+        Choice::Cpu => Ok(cpu()),
+        Choice::Auto => Ok(auto()),
+        Choice::Vulkan => graphics(Some("vulkan")),
+        Choice::Metal => graphics(Some("metal")),
+        Choice::Wgpu => graphics(None),
+        #[cfg(feature = "cuda")]
+        Choice::Cuda => toolkit("cuda")
+            .map(|found| Opened { device: Device::cuda(0), found })
+            .ok_or(Error::NotFound { what: "CUDA" }),
+        #[cfg(feature = "rocm")]
+        Choice::Rocm => toolkit("rocm")
+            .map(|found| Opened { device: Device::rocm(0), found })
+            .ok_or(Error::NotFound { what: "ROCm" }),
+        #[cfg(not(feature = "cuda"))]
+        Choice::Cuda => Err(Error::NotBuilt { what: "CUDA", feature: "cuda" }),
+        #[cfg(not(feature = "rocm"))]
+        Choice::Rocm => Err(Error::NotBuilt { what: "ROCm", feature: "rocm" }),
+    }
+}
+
+/// The first real GPU that starts, toolkits before graphics APIs, else the CPU.
+fn auto() -> Opened {
+    #[cfg(feature = "cuda")]
+    if let Ok(opened) = open(Choice::Cuda) {
+        return opened;
+    }
+    #[cfg(feature = "rocm")]
+    if let Ok(opened) = open(Choice::Rocm) {
+        return opened;
+    }
+    #[cfg(feature = "gpu")]
+    for adapter in gpu::adapters().iter().filter(|a| a.found.kind == Kind::Gpu) {
+        if let Ok(opened) = adapter.open() {
+            return opened;
+        }
+    }
+    cpu()
+}
+
+#[cfg(feature = "gpu")]
+fn graphics(api: Option<&'static str>) -> Result<Opened, Error> {
+    let adapters = gpu::adapters();
+    let suits = |a: &&gpu::Adapter| api.is_none_or(|api| a.found.choice == api);
+    // A real GPU before a software driver.
+    let real = adapters.iter().filter(suits).find(|a| a.found.kind == Kind::Gpu);
+    match real.or_else(|| adapters.iter().find(suits)) {
+        Some(adapter) => adapter.open(),
+        None => Err(Error::NotFound { what: api.unwrap_or("graphics") }),
+    }
+}
+
+#[cfg(not(feature = "gpu"))]
+fn graphics(_api: Option<&'static str>) -> Result<Opened, Error> {
+    Err(Error::NotBuilt { what: "GPU support", feature: "gpu" })
+}
+
+/// The first device of a vendor's toolkit.
+#[cfg(any(feature = "cuda", feature = "rocm"))]
+fn toolkit(which: &'static str) -> Option<Found> {
+    use burn::tensor::DeviceType;
+    let kind = match which {
+        #[cfg(feature = "cuda")]
+        "cuda" => DeviceType::Cuda,
+        #[cfg(feature = "rocm")]
+        "rocm" => DeviceType::Rocm,
+        _ => return None,
+    };
+    let devices = Device::enumerate(kind);
+    let first = devices.iter().next()?;
+    let name = first.identity().map_or_else(|| which.to_owned(), |identity| identity.name);
+    Some(Found { choice: which, name, kind: Kind::Gpu })
+}
+
+#[cfg(feature = "gpu")]
+mod gpu {
+    use burn::tensor::{
+        Device, DeviceKind,
+        wgpu::{WgpuBackend, wgpu},
+    };
+
+    use super::{Error, Found, Kind, Opened};
+
+    /// An adapter as wgpu lists it.
+    pub struct Adapter {
+        pub found: Found,
+        kind: DeviceKind,
+        api: WgpuBackend,
+    }
+
+    /// All adapters of the compute-capable APIs, numbered kind by kind as Burn numbers them.
+    pub fn adapters() -> Vec<Adapter> {
+        let apis = [
+            ("metal", wgpu::Backends::METAL, WgpuBackend::Metal),
+            ("vulkan", wgpu::Backends::VULKAN, WgpuBackend::Vulkan),
+            ("wgpu", wgpu::Backends::DX12, WgpuBackend::Dx12),
+        ];
+        let instance = wgpu::Instance::default();
+        let mut all = Vec::new();
+        for (choice, backends, api) in apis {
+            let (mut discrete, mut integrated, mut shared) = (0, 0, 0);
+            let mut next = |n: &mut usize| {
+                *n += 1;
+                *n - 1
+            };
+            for adapter in pollster::block_on(instance.enumerate_adapters(backends)) {
+                let info = adapter.get_info();
+                let (kind, hardware) = match info.device_type {
+                    wgpu::DeviceType::DiscreteGpu => (DeviceKind::DiscreteGpu(next(&mut discrete)), Kind::Gpu),
+                    wgpu::DeviceType::IntegratedGpu => (DeviceKind::IntegratedGpu(next(&mut integrated)), Kind::Gpu),
+                    wgpu::DeviceType::VirtualGpu => (DeviceKind::VirtualGpu(next(&mut shared)), Kind::Gpu),
+                    wgpu::DeviceType::Cpu => (DeviceKind::Cpu, Kind::Software),
+                    wgpu::DeviceType::Other => continue, // nothing says that it computes
+                };
+                all.push(Adapter { found: Found { choice, name: info.name, kind: hardware }, kind, api });
+            }
+        }
+        all
+    }
+
+    impl Adapter {
+        pub fn open(&self) -> Result<Opened, Error> {
+            use std::{collections::HashMap, sync::Mutex};
+            // A runtime starts once a process; later calls get the same.
+            static STARTED: Mutex<Option<HashMap<String, Device>>> = Mutex::new(None);
+            let mut started = STARTED.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            let started = started.get_or_insert_default();
+            let key = format!("{:?} {:?}", self.kind, self.api);
+            if !started.contains_key(&key) {
+                let options = Device::wgpu_options().device_kind(self.kind.clone()).graphics_api(self.api);
+                let device = options
+                    .init()
+                    .map_err(|e| Error::DoesNotStart { name: self.found.name.clone(), reason: e.to_string() })?;
+                started.insert(key.clone(), device);
+            }
+            Ok(Opened { device: started[&key].clone(), found: self.found.clone() })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn auto_never_takes_a_software_driver() {
+        assert_ne!(open(Choice::Auto).unwrap().found.kind, Kind::Software);
+    }
+
+    #[test]
+    fn every_listed_name_is_a_choice() {
+        for name in Choice::NAMES {
+            assert!(name.parse::<Choice>().is_ok(), "{name}");
+        }
+        assert!("gpu".parse::<Choice>().is_err());
+    }
+
+    #[cfg(not(feature = "gpu"))]
+    #[test]
+    fn a_missing_feature_is_named() {
+        assert!(open(Choice::Vulkan).unwrap_err().to_string().contains("--features gpu"));
+    }
+}

@@ -1,0 +1,82 @@
+//! EVALUATION: each one file; all work on a frozen [`Encoder`] and change nothing in it.
+
+pub mod knn;
+pub mod spectrum;
+
+use burn::tensor::{Tensor, TensorData};
+use rayon::prelude::*;
+
+use crate::{
+    data::{CHANNELS, Error, Images},
+    nn::Encoder,
+    views::evaluation_view,
+};
+
+/// Representations of all images, row by row: `[N, F]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Features {
+    /// N.
+    pub n: usize,
+    /// F.
+    pub dim: usize,
+    /// Row-major.
+    pub values: Vec<f32>,
+}
+
+impl Features {
+    /// Row `i`.
+    pub fn row(&self, i: usize) -> &[f32] {
+        &self.values[i * self.dim..(i + 1) * self.dim]
+    }
+
+    /// The same rows scaled to unit length; a row of zeros stays.
+    pub fn unit(&self) -> Features {
+        let mut values = self.values.clone();
+        for row in values.chunks_exact_mut(self.dim) {
+            let norm = row.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().max(1e-12).sqrt();
+            row.iter_mut().for_each(|v| *v = (f64::from(*v) / norm) as f32);
+        }
+        Features { values, ..*self }
+    }
+}
+
+/// Images a batch in evaluation: enough to fill a device, little enough for any memory.
+fn batch_for(size: usize) -> usize {
+    (256 * 32 * 32 / (size * size)).clamp(8, 256)
+}
+
+/// Calls `f` with evaluation views of the images, batch by batch: `[n, size, size, C]` in 0..1.
+///
+/// # Errors
+/// [`Error::Image`] for an image that cannot be decoded.
+pub fn for_batches(
+    images: &Images,
+    size: usize,
+    device: &burn::tensor::Device,
+    mut f: impl FnMut(Tensor<4>),
+) -> Result<(), Error> {
+    let all: Vec<usize> = (0..images.len()).collect();
+    for chunk in all.chunks(batch_for(size)) {
+        let views: Vec<Vec<f32>> = chunk
+            .par_iter()
+            .map(|i| Ok(evaluation_view(&*images.get(*i)?, size).pixels))
+            .collect::<Result<_, Error>>()?;
+        f(Tensor::from_data(TensorData::new(views.concat(), [chunk.len(), size, size, CHANNELS]), device));
+    }
+    Ok(())
+}
+
+/// Representations of the images' evaluation views, by the running statistics.
+///
+/// # Errors
+/// [`Error::Image`].
+pub fn embed(encoder: &Encoder, images: &Images, mut done: impl FnMut(usize)) -> Result<Features, Error> {
+    let device = encoder.weights.params.iter().next().map(|(_, l)| l.value.device()).expect("an encoder has weights");
+    let mut values = Vec::with_capacity(images.len() * encoder.features());
+    for_batches(images, encoder.spec.size, &device, |x| {
+        let [n, ..] = x.dims();
+        values.extend(crate::nn::tree::host(encoder.embed(x)));
+        done(n);
+    })?;
+    Ok(Features { n: images.len(), dim: encoder.features(), values })
+}

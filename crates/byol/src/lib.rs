@@ -1,0 +1,17 @@
+//! Bootstrap Your Own Latent (Grill et al. 2020) in Rust: from a folder of unlabelled images to an encoder.
+//!
+//! The modules in the order an image passes through them: [`data`] → [`views`] → [`nn`] → [`byol`] (the method) → [`optim`] →
+//! [`train`] → [`eval`] → [`apply`]. Imports go one way.
+#![warn(missing_docs)]
+
+pub mod apply;
+pub mod byol;
+pub mod data;
+pub mod device;
+pub mod eval;
+pub mod files;
+pub mod nn;
+pub mod optim;
+pub mod random;
+pub mod train;
+pub mod views;

@@ -1,0 +1,72 @@
+//! Convolution, batch norm, skip and ReLU as one step. **This is the seam where a device brings its own kernels**: every
+//! convolution of every encoder goes through [`conv_norm_act`].
+
+use burn::tensor::{Tensor, activation::relu, module::conv2d, ops::ConvOptions};
+
+use super::{fused, pass::Pass};
+use crate::device::has_kernels;
+
+/// One convolution without bias and the norm behind it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ConvNorm {
+    /// Name of the convolution: `layer1.0.conv1`. Its weight `NAME.weight` is `[C_out, C_in, K, K]`.
+    pub conv: String,
+    /// Name of the norm: `layer1.0.bn1`.
+    pub norm: String,
+    /// Input channels.
+    pub c_in: usize,
+    /// Output channels.
+    pub c_out: usize,
+    /// Side of the kernel; the padding is `kernel / 2` on each side, as torchvision pads.
+    pub kernel: usize,
+    /// Step of the kernel in both directions.
+    pub stride: usize,
+}
+
+/// What follows the norm.
+#[derive(Debug, Clone)]
+#[allow(clippy::large_enum_variant, reason = "passed once by value; a box would be one more allocation a layer")]
+pub enum Then {
+    /// Nothing.
+    Nothing,
+    /// max(y, 0).
+    Relu,
+    /// max(y + skip, 0); the skip has the shape of the output.
+    AddRelu(Tensor<4>),
+}
+
+/// `then(norm(conv(x)))`.
+///
+/// # Shapes
+/// `x`: `[N, H, W, C_in]`; returns `[N, H', W', C_out]` with H' = ⌊(H + 2 (K / 2) − K) / stride⌋ + 1.
+pub fn conv_norm_act(pass: &mut Pass, layer: &ConvNorm, x: Tensor<4>, then: Then) -> Tensor<4> {
+    if pass.trains() && has_kernels(&x.device()) {
+        let (skip, relu) = match then {
+            Then::Nothing => (None, false),
+            Then::Relu => (None, true),
+            Then::AddRelu(skip) => (Some(skip), true),
+        };
+        let get = |name: &str, what: &str| pass.params.get::<1>(&format!("{name}.{what}"));
+        let w = pass.params.get::<4>(&format!("{}.weight", layer.conv));
+        let (gamma, beta) = (get(&layer.norm, "weight"), get(&layer.norm, "bias"));
+        let (y, mean, var) = fused::train(x, w, gamma, beta, skip, layer.stride, pass.norm.eps, relu);
+        pass.saw(&layer.norm, mean, var);
+        return y;
+    }
+    composed(pass, layer, x, then)
+}
+
+/// The same of Burn's own operations, for every device.
+pub fn composed(pass: &mut Pass, layer: &ConvNorm, x: Tensor<4>, then: Then) -> Tensor<4> {
+    // Burn's operations want [N, C, H, W]. The permutations are views; between two layers they cancel.
+    let w = pass.params.get::<4>(&format!("{}.weight", layer.conv));
+    let (s, p) = (layer.stride, layer.kernel / 2);
+    let y = conv2d(x.permute([0, 3, 1, 2]), w, None, ConvOptions::new([s, s], [p, p], [1, 1], 1));
+    let y = pass.batch_norm(&layer.norm, y);
+    let y = match then {
+        Then::Nothing => y,
+        Then::Relu => relu(y),
+        Then::AddRelu(skip) => relu(y + skip.permute([0, 3, 1, 2])),
+    };
+    y.permute([0, 2, 3, 1])
+}

@@ -1,0 +1,172 @@
+//! NETWORKS: the encoder f, the projector g and the predictor q, as descriptions that act on a [`Tree`] of weights.
+
+pub mod conv_norm_act;
+mod fused;
+pub mod init;
+pub mod mlp;
+pub mod pass;
+pub mod resnet;
+pub mod tree;
+pub mod weights;
+
+use burn::tensor::{Device, Tensor, TensorData};
+use serde::{Deserialize, Serialize};
+
+pub use mlp::Mlp;
+pub use pass::{Mode, NormConfig, Pass, Running, Statistics};
+pub use resnet::{Architecture, ResNet, Stem};
+pub use tree::{Leaf, Tree};
+
+/// Whose initial weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Init {
+    /// The reference's: truncated normal, 1/√fan_in.
+    #[default]
+    Reference,
+    /// torchvision's and PyTorch's: He's normal by fan-out for convolutions, uniform ±1/√fan_in for linear layers.
+    Torch,
+}
+
+/// Channel means and deviations that an encoder expects its input to be normalised with.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Normalization {
+    /// One mean a channel, on the scale 0..1.
+    pub mean: Vec<f32>,
+    /// One deviation a channel, above 0.
+    pub std: Vec<f32>,
+}
+
+impl Default for Normalization {
+    /// ImageNet's, as in the reference.
+    fn default() -> Self {
+        Normalization { mean: vec![0.485, 0.456, 0.406], std: vec![0.229, 0.224, 0.225] }
+    }
+}
+
+impl Normalization {
+    /// (x − mean) / std by channel. `x`: `[N, H, W, C]` in 0..1.
+    pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
+        let (device, c) = (x.device(), self.mean.len());
+        let row = |values: Vec<f32>| Tensor::<4>::from_data(TensorData::new(values, [1, 1, 1, c]), &device);
+        let inverse = self.std.iter().map(|s| 1.0 / s).collect();
+        (x - row(self.mean.clone())) * row(inverse)
+    }
+}
+
+/// Everything about an encoder but its weights; written into the encoder file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EncoderSpec {
+    /// Which ResNet.
+    pub architecture: Architecture,
+    /// Multiplies every channel count; above 0.
+    pub width: f64,
+    /// What stands before the first group.
+    pub stem: Stem,
+    /// Side of the square views it was trained on, in pixels.
+    pub size: usize,
+    /// Channels of the images.
+    pub channels: usize,
+    /// What its input is normalised with.
+    pub normalization: Normalization,
+}
+
+impl EncoderSpec {
+    /// The network without weights.
+    pub fn resnet(&self) -> ResNet {
+        ResNet::new(self.architecture, self.width, self.stem, self.channels)
+    }
+}
+
+/// A set of weights with the running statistics that belong to it: θ or ξ.
+#[derive(Debug, Clone)]
+pub struct Weights {
+    /// What the loss is differentiated by, or what is averaged.
+    pub params: Tree,
+    /// Batch norm's state; neither differentiated nor averaged.
+    pub statistics: Statistics,
+}
+
+/// A frozen encoder: what evaluation and use work with.
+#[derive(Debug, Clone)]
+pub struct Encoder {
+    /// What it is.
+    pub spec: EncoderSpec,
+    /// What it has learned.
+    pub weights: Weights,
+    resnet: ResNet,
+}
+
+impl Encoder {
+    /// An encoder from its parts. The weights must be those of `spec` (see [`weights::load`], which checks).
+    pub fn new(spec: EncoderSpec, weights: Weights) -> Self {
+        Encoder { resnet: spec.resnet(), spec, weights }
+    }
+
+    /// Length of the representation.
+    pub fn features(&self) -> usize {
+        self.resnet.features()
+    }
+
+    /// Representations by the running statistics; nothing in the encoder changes.
+    ///
+    /// # Shapes
+    /// `x`: `[N, H, W, C]` in 0..1, not normalised; returns `[N, F]`.
+    pub fn embed(&self, x: Tensor<4>) -> Tensor<2> {
+        // The averaging of variances is over; eps is all that evaluation needs of the norm's settings.
+        let norm = NormConfig::default();
+        let mode = Mode::Eval(&self.weights.statistics);
+        self.resnet
+            .forward(&mut Pass { params: &self.weights.params, norm: &norm, mode }, self.spec.normalization.forward(x))
+    }
+}
+
+/// f, g and q of the paper: one network description; θ and ξ are two sets of weights for it.
+#[derive(Debug, Clone)]
+pub struct Network {
+    /// f: `[N, H, W, C]` → representation y `[N, F]`.
+    pub encoder: ResNet,
+    /// g: y → projection z `[N, 256]`.
+    pub projector: Mlp,
+    /// q: z → prediction `[N, 256]`. Part of θ only.
+    pub predictor: Mlp,
+    /// Of the input.
+    pub normalization: Normalization,
+    /// Of every batch norm.
+    pub norm: NormConfig,
+}
+
+impl Network {
+    /// Fresh weights for f and g, and for q where `predictor` is true. `who` names the random draw.
+    pub fn init(&self, seed: u64, who: &str, predictor: bool, device: &Device) -> Weights {
+        let mut params = self.encoder.init(seed, who, device);
+        let mut statistics = self.encoder.statistics(device);
+        let heads = [&self.projector, &self.predictor];
+        for mlp in &heads[..if predictor { 2 } else { 1 }] {
+            params.extend("", &mlp.init(seed, who, device));
+            for (name, running) in mlp.statistics(device).iter() {
+                statistics.insert(name, running.clone());
+            }
+        }
+        Weights { params, statistics }
+    }
+
+    /// y = f(v).
+    pub fn represent(&self, pass: &mut Pass, v: Tensor<4>) -> Tensor<2> {
+        self.encoder.forward(pass, self.normalization.forward(v))
+    }
+
+    /// z = g(f(v)).
+    pub fn project(&self, pass: &mut Pass, v: Tensor<4>) -> Tensor<2> {
+        let y = self.represent(pass, v);
+        self.projector.forward(pass, y)
+    }
+
+    /// q(z) = q(g(f(v))).
+    pub fn predict(&self, pass: &mut Pass, v: Tensor<4>) -> Tensor<2> {
+        let z = self.project(pass, v);
+        self.predictor.forward(pass, z)
+    }
+}

@@ -1,0 +1,160 @@
+//! The recipe that chooses itself: from the number and size of the images and from the machine, with its reasons. What the user has said
+//! stays as said, and the other choices follow from it.
+
+use crate::{
+    data::{Error, Images},
+    device::{Kind, Machine},
+    nn::Architecture,
+};
+
+use super::recipe::{Draft, OptimizerKind, Recipe, TargetInit};
+
+/// What the choice rests on.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Facts {
+    /// Training images.
+    pub images: usize,
+    /// Median of the images' shorter sides, in pixels.
+    pub shorter_side: usize,
+    /// Processor or GPU.
+    pub kind: Kind,
+    /// Threads that can run at once.
+    pub cores: usize,
+    /// Memory in MiB.
+    pub memory_mb: u64,
+}
+
+impl Facts {
+    /// Looks at up to 256 images, evenly spread.
+    ///
+    /// # Errors
+    /// [`Error::Image`].
+    pub fn of(images: &Images, kind: Kind, machine: &Machine) -> Result<Facts, Error> {
+        let some = images.spread(256);
+        let mut sides = Vec::new();
+        for i in 0..some.len() {
+            let image = some.get(i)?;
+            sides.push(image.height.min(image.width));
+        }
+        sides.sort_unstable();
+        let shorter_side = sides.get(sides.len() / 2).copied().unwrap_or(0);
+        Ok(Facts { images: images.len(), shorter_side, kind, cores: machine.cores, memory_mb: machine.memory_mb })
+    }
+}
+
+/// A recipe for these facts and the reasons, a sentence each.
+pub fn choose(facts: &Facts, draft: &Draft) -> (Recipe, Vec<String>) {
+    let mut r = Recipe::default();
+    let mut why = Vec::new();
+    let cpu = facts.kind != Kind::Gpu;
+    let said = |key: &str| draft.get(key);
+    let said_count = |key: &str| said(key).and_then(|v| v.as_integer()).and_then(|v| usize::try_from(v).ok());
+
+    // A processor does not get far with 224 px; a view larger than the image holds nothing more.
+    let most = if cpu { 96 } else { 224 };
+    r.views.size =
+        [32, 48, 64, 96, 128, 160, 224].into_iter().rfind(|s| *s <= facts.shorter_side.min(most)).unwrap_or(32);
+    r.views.size = said_count("views.size").unwrap_or(r.views.size);
+    why.push(format!(
+        "views of {} px: the images' shorter side is about {} px{}",
+        r.views.size,
+        facts.shorter_side,
+        if cpu && facts.shorter_side > most {
+            format!(", and more than {most} px is slow on a processor")
+        } else {
+            String::new()
+        }
+    ));
+
+    if cpu {
+        r.encoder.architecture = Architecture::Resnet18;
+        r.encoder.width = if facts.images < 20_000 { 0.25 } else { 0.5 };
+        r.heads.hidden = 1024;
+        why.push(format!(
+            "resnet18 of width {} with heads of 1024: what {} cores train on {} images in reasonable time",
+            r.encoder.width, facts.cores, facts.images
+        ));
+    } else {
+        let large = facts.images >= 100_000 && r.views.size > 64;
+        r.encoder.architecture = if large { Architecture::Resnet50 } else { Architecture::Resnet18 };
+        why.push(format!("{} for {} images on a GPU", r.encoder.architecture.name(), facts.images));
+    }
+
+    // At least eight updates an epoch; batch norm wants 16 or more.
+    let most = if cpu { 128 } else { 256 };
+    let few = (facts.images / 8).max(2).min(facts.images.max(2));
+    let power = 1usize << few.ilog2();
+    r.train.batch = power.min(most);
+    r.train.batch = said_count("train.batch").unwrap_or(r.train.batch);
+    why.push(format!("batch {}: at least eight updates an epoch, at most {most}", r.train.batch));
+
+    // A budget of images seen, so that a small folder gets many epochs and a large one few.
+    let budget = if cpu { 400_000.0 } else { 40_000_000.0 };
+    let epochs = (budget / facts.images.max(1) as f64).round() as u64;
+    r.train.epochs = epochs.clamp(if cpu { 5 } else { 30 }, 400);
+    r.train.epochs = said_count("train.epochs").map_or(r.train.epochs, |e| e as u64);
+    r.train.warmup_epochs = (r.train.epochs / 10).clamp(0, 10);
+    why.push(format!(
+        "{} epochs, {} of them warm-up: about {:.1} million images seen",
+        r.train.epochs,
+        r.train.warmup_epochs,
+        r.train.epochs as f64 * facts.images as f64 / 1e6
+    ));
+
+    // The reference: 0.996 for 313 thousand steps, 0.99 for 31 to 94 thousand. Lower ones collapsed in short runs (docs/results.md).
+    let steps = r.train.epochs * facts.images as u64 / r.train.batch.max(1) as u64;
+    r.target.tau = if steps >= 200_000 { 0.996 } else { 0.99 };
+    why.push(format!(
+        "tau from {}: the reference's value for runs of about {steps} steps or the nearest it has",
+        r.target.tau
+    ));
+
+    r.optimizer.kind = OptimizerKind::Lars;
+    r.optimizer.lr = 1.0;
+    r.optimizer.weight_decay = 1e-5;
+    r.optimizer.trust = 0.02;
+    r.optimizer.clip_lr = true;
+    r.target.init = TargetInit::Copy;
+    why.push(
+        "LARS with rate 1.0 per 256 images, trust 0.02, clipped: the settings of the best public recipe for small data"
+            .into(),
+    );
+    if r.views.size <= 64 {
+        r.views.first.blur = 0.0;
+        r.views.second.blur = 0.0;
+        why.push("no blur: a view of 64 px or less has no fine detail to take away".into());
+    }
+    (r, why)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn facts(images: usize, side: usize, kind: Kind) -> Facts {
+        Facts { images, shorter_side: side, kind, cores: 2, memory_mb: 8000 }
+    }
+
+    #[test]
+    fn every_choice_is_a_valid_recipe() {
+        let draft = Draft::from_recipe("auto").unwrap();
+        for images in [16, 100, 1000, 50_000, 1_281_167] {
+            for side in [1, 28, 32, 50, 160, 500, 4000] {
+                for kind in [Kind::Cpu, Kind::Gpu] {
+                    let (recipe, why) = choose(&facts(images, side, kind), &draft);
+                    assert!(recipe.check().is_ok(), "{images} images of {side} px: {:?}", recipe.check());
+                    assert!(recipe.train.batch <= images && why.len() >= 6);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_the_user_said_shapes_the_rest() {
+        let mut draft = Draft::from_recipe("auto").unwrap();
+        draft.set("train.epochs=3").unwrap();
+        draft.set("views.size=64").unwrap();
+        let (recipe, _) = choose(&facts(50_000, 500, Kind::Cpu), &draft);
+        assert_eq!((recipe.train.epochs, recipe.train.warmup_epochs, recipe.views.first.blur), (3, 0, 0.0));
+    }
+}

@@ -1,0 +1,276 @@
+//! All that a run is, on disk: `checkpoints/step-00000123/` with `state.safetensors` (θ, ξ, running statistics, the optimiser's state) and
+//! `state.json` (version, counters, checksum). Made under a temporary name, synced, renamed: a crash leaves the last good one.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use burn::tensor::Device;
+use safetensors::{Dtype, SafeTensors};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::{
+    byol::Byol,
+    files,
+    nn::{
+        Leaf, Running, Statistics, Tree,
+        tree::host,
+        weights::{from_bytes, serialize, to_bytes},
+    },
+};
+
+use super::Plan;
+
+/// Of the layout on disk.
+pub const VERSION: u32 = 1;
+
+/// What can be wrong with a checkpoint.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// There is none.
+    #[error("no checkpoint in {}; start the run again with `byol pretrain`", .0.display())]
+    None(PathBuf),
+    /// It cannot be read.
+    #[error("cannot read the checkpoint {}: {source}{}", path.display(), offer(previous))]
+    Read {
+        /// Which one.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+        /// The good one before it.
+        previous: Option<PathBuf>,
+    },
+    /// It is not what was written.
+    #[error("the checkpoint {} is damaged ({reason}){}", path.display(), offer(previous))]
+    Damaged {
+        /// Which one.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+        /// The good one before it.
+        previous: Option<PathBuf>,
+    },
+    /// It is of another run or program.
+    #[error("the checkpoint {} does not belong here ({reason}){}", path.display(), offer(previous))]
+    Foreign {
+        /// Which one.
+        path: PathBuf,
+        /// What differs.
+        reason: String,
+        /// The good one before it.
+        previous: Option<PathBuf>,
+    },
+    /// It cannot be written.
+    #[error("cannot write the checkpoint {}: {source}; free some space (the checkpoint before it is whole), then `byol resume`", path.display())]
+    Write {
+        /// Which one.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+fn offer(previous: &Option<PathBuf>) -> String {
+    match previous {
+        Some(path) => format!("; the one before it is good: to go on from {}, remove the damaged one", path.display()),
+        None => "; there is no good one before it, so the run has to start again".into(),
+    }
+}
+
+/// The counters beside the tensors.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct State {
+    /// [`VERSION`].
+    pub version: u32,
+    /// Steps done.
+    pub step: u64,
+    /// The optimiser's updates done.
+    pub updates: u64,
+    /// Batches each norm layer has seen, online and target, by name.
+    pub batches: BTreeMap<String, u64>,
+    /// Lines of `metrics.jsonl` that belong to the run so far, in bytes.
+    pub metrics_bytes: u64,
+    /// Sum of the losses since the last epoch's end, and their number: the next epoch's mean needs them.
+    pub loss_sum: f64,
+    /// See `loss_sum`.
+    pub loss_count: u64,
+    /// SHA-256 of the plan.
+    pub plan: String,
+    /// SHA-256 of `state.safetensors`.
+    pub sha256: String,
+}
+
+/// What a checkpoint adds to the networks.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Counters {
+    /// As in [`State`].
+    pub metrics_bytes: u64,
+    /// As in [`State`].
+    pub loss_sum: f64,
+    /// As in [`State`].
+    pub loss_count: u64,
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+fn plan_hash(plan: &Plan) -> String {
+    hex(&Sha256::digest(plan.to_toml().as_bytes()))
+}
+
+/// The checkpoints in a folder, the oldest first. Half-written ones have other names.
+pub fn list(folder: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
+    let is_one = |p: &PathBuf| {
+        p.file_name()
+            .and_then(|n| n.to_str())
+            .and_then(|n| n.strip_prefix("step-"))
+            .is_some_and(|n| n.parse::<u64>().is_ok())
+    };
+    let mut all: Vec<PathBuf> = entries.flatten().map(|e| e.path()).filter(is_one).collect();
+    all.sort();
+    all
+}
+
+/// Writes a checkpoint into `folder` and removes the oldest beyond `keep`. Returns its path.
+///
+/// # Errors
+/// [`Error::Write`]; the checkpoints before it are untouched.
+pub fn save(folder: &Path, byol: &Byol, counters: Counters, plan: &Plan, keep: usize) -> Result<PathBuf, Error> {
+    let path = folder.join(format!("step-{:010}", byol.k));
+    let temporary = files::temporary_name(&path);
+    let write = |source| Error::Write { path: path.clone(), source };
+    let bytes = serialize(&tensors(byol), HashMap::new());
+    let mut batches = BTreeMap::new();
+    for (who, weights) in [("online", &byol.online), ("target", &byol.target)] {
+        batches.extend(weights.statistics.iter().map(|(name, r)| (format!("{who}.{name}"), r.batches)));
+    }
+    let state = State {
+        version: VERSION,
+        step: byol.k,
+        updates: byol.optimizer.t,
+        batches,
+        metrics_bytes: counters.metrics_bytes,
+        loss_sum: counters.loss_sum,
+        loss_count: counters.loss_count,
+        plan: plan_hash(plan),
+        sha256: hex(&Sha256::digest(&bytes)),
+    };
+    let written = (|| {
+        remove_if_there(&temporary)?;
+        fs::create_dir_all(&temporary)?;
+        files::write_whole(&temporary.join("state.safetensors"), &bytes)?;
+        let json = serde_json::to_vec_pretty(&state).expect("counters are plain data");
+        files::write_whole(&temporary.join("state.json"), &json)?;
+        remove_if_there(&path)?; // the same step again, after a resume
+        fs::rename(&temporary, &path)?;
+        files::sync_folder(Some(folder))
+    })();
+    if let Err(source) = written {
+        let _ = remove_if_there(&temporary); // the first error is the one to report
+        return Err(write(source));
+    }
+    let all = list(folder);
+    for old in &all[..all.len().saturating_sub(keep)] {
+        remove_if_there(old).map_err(write)?;
+    }
+    Ok(path)
+}
+
+fn remove_if_there(path: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
+    }
+}
+
+type Named = Vec<(String, Dtype, Vec<usize>, Vec<u8>)>;
+
+fn tensors(byol: &Byol) -> Named {
+    let mut all = Named::new();
+    let mut add = |prefix: &str, tree: &Tree| {
+        for (name, leaf) in tree.iter() {
+            all.push((format!("{prefix}{name}"), Dtype::F32, leaf.shape.clone(), to_bytes(&host(leaf.value.clone()))));
+        }
+    };
+    add("online.", &byol.online.params);
+    add("target.", &byol.target.params);
+    add("online.", &byol.online.statistics.to_tree());
+    add("target.", &byol.target.statistics.to_tree());
+    for (slot, state) in byol.optimizer.rule.slots().iter().zip(&byol.optimizer.state) {
+        add(&format!("optimizer.{slot}."), state);
+    }
+    all
+}
+
+/// The newest checkpoint, put into `byol` (made by [`Plan::start`]).
+///
+/// # Errors
+/// Any but [`Error::Write`]; a damaged one names the good one before it.
+pub fn load_newest(folder: &Path, byol: &mut Byol, plan: &Plan, device: &Device) -> Result<(PathBuf, Counters), Error> {
+    let all = list(folder);
+    let (newest, older) = all.split_last().ok_or_else(|| Error::None(folder.to_owned()))?;
+    let good = || older.iter().rev().find(|p| read(p, plan, None).is_ok()).cloned();
+    let (state, bytes) = read(newest, plan, Some(&good))?;
+    let damaged = |reason: String| Error::Damaged { path: newest.clone(), reason, previous: good() };
+    let file = SafeTensors::deserialize(&bytes).map_err(|e| damaged(e.to_string()))?;
+    let leaf = |name: String, shape: &[usize]| -> Result<Leaf, Error> {
+        let tensor = file.tensor(&name).map_err(|_| damaged(format!("no tensor {name}")))?;
+        if tensor.dtype() != Dtype::F32 || tensor.shape() != shape {
+            return Err(damaged(format!("{name} is {:?} {:?}, not f32 {shape:?}", tensor.dtype(), tensor.shape())));
+        }
+        Ok(Leaf::new(from_bytes(tensor.data()), shape, device))
+    };
+    let tree = |prefix: &str, like: &Tree| -> Result<Tree, Error> {
+        let mut tree = Tree::new();
+        for (name, old) in like.iter() {
+            tree.insert(name, leaf(format!("{prefix}{name}"), &old.shape)?);
+        }
+        Ok(tree)
+    };
+    for (who, weights) in [("online", &mut byol.online), ("target", &mut byol.target)] {
+        weights.params = tree(&format!("{who}."), &weights.params)?;
+        let mut statistics = Statistics::default();
+        for (name, old) in weights.statistics.iter() {
+            let one = |what: &str| leaf(format!("{who}.{name}.{what}"), &old.mean.dims()).map(|l| l.value);
+            let batches = state.batches.get(&format!("{who}.{name}"));
+            let batches = *batches.ok_or_else(|| damaged(format!("no counter of {who}.{name}")))?;
+            statistics.insert(name, Running { mean: one("running_mean")?, var: one("running_var")?, batches });
+        }
+        weights.statistics = statistics;
+    }
+    let slots = byol.optimizer.rule.slots();
+    let states = slots.iter().zip(&byol.optimizer.state).map(|(slot, old)| tree(&format!("optimizer.{slot}."), old));
+    byol.optimizer.state = states.collect::<Result<_, _>>()?;
+    byol.optimizer.t = state.updates;
+    byol.k = state.step;
+    let State { metrics_bytes, loss_sum, loss_count, .. } = state;
+    Ok((newest.clone(), Counters { metrics_bytes, loss_sum, loss_count }))
+}
+
+/// State and tensors of a checkpoint, checked against its checksum and the plan. `good` finds the one to offer instead.
+fn read(path: &Path, plan: &Plan, good: Option<&dyn Fn() -> Option<PathBuf>>) -> Result<(State, Vec<u8>), Error> {
+    let previous = || good.and_then(|good| good());
+    let load = |name: &str| {
+        fs::read(path.join(name)).map_err(|source| Error::Read { path: path.join(name), source, previous: previous() })
+    };
+    let damaged = |reason: String| Error::Damaged { path: path.to_owned(), reason, previous: previous() };
+    let foreign = |reason: String| Error::Foreign { path: path.to_owned(), reason, previous: previous() };
+    let state: State = serde_json::from_slice(&load("state.json")?).map_err(|e| damaged(format!("state.json: {e}")))?;
+    if state.version != VERSION {
+        return Err(foreign(format!("it has version {}, this byol writes {VERSION}", state.version)));
+    }
+    if state.plan != plan_hash(plan) {
+        return Err(foreign("it was written under another plan.toml".into()));
+    }
+    let bytes = load("state.safetensors")?;
+    if hex(&Sha256::digest(&bytes)) != state.sha256 {
+        return Err(damaged("its checksum differs".into()));
+    }
+    Ok((state, bytes))
+}

@@ -1,0 +1,117 @@
+//! `metrics.jsonl`: one object a line, a line a step and a line an epoch. Appended; cut back to the checkpoint on resume.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, Seek, SeekFrom, Write},
+    path::Path,
+};
+
+use serde::Serialize;
+
+use super::health::Health;
+
+/// Seconds spent in each part of the steps.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct Split {
+    /// Waiting for images.
+    pub data: f64,
+    /// Both networks, both views.
+    pub forward: f64,
+    /// Gradients.
+    pub backward: f64,
+    /// θ and ξ.
+    pub update: f64,
+}
+
+impl Split {
+    /// All of it.
+    pub fn total(&self) -> f64 {
+        self.data + self.forward + self.backward + self.update
+    }
+}
+
+/// A line of `metrics.jsonl`.
+#[derive(Debug, Clone, Serialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
+pub enum Line {
+    /// After a step.
+    Step {
+        /// Steps done, from 1.
+        step: u64,
+        /// Epochs done, with the part of the running one.
+        epoch: f64,
+        /// Of this step.
+        loss: f64,
+        /// Learning rate.
+        eta: f64,
+        /// Target decay.
+        tau: f64,
+        /// Training images a second.
+        images_per_second: f64,
+        /// Where the time went.
+        seconds: Split,
+    },
+    /// After an epoch. Epoch 0 is before the first step.
+    Epoch {
+        /// Epochs done.
+        epoch: u64,
+        /// Steps done.
+        step: u64,
+        /// Mean over the epoch's steps; none for epoch 0.
+        loss: Option<f64>,
+        /// Figures on the held-out images.
+        #[serde(flatten)]
+        health: Option<Health>,
+        /// Why it looks collapsed, if it does.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        collapse: Option<String>,
+        /// Since the program started.
+        elapsed_s: f64,
+    },
+}
+
+/// The open file.
+#[derive(Debug)]
+pub struct Metrics {
+    file: File,
+    bytes: u64,
+}
+
+impl Metrics {
+    /// Opens or makes the file and cuts it to `bytes`.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn open(path: &Path, bytes: u64) -> io::Result<Metrics> {
+        let mut file = OpenOptions::new().create(true).truncate(false).write(true).open(path)?;
+        let bytes = bytes.min(file.metadata()?.len());
+        file.set_len(bytes)?;
+        file.seek(SeekFrom::End(0))?;
+        Ok(Metrics { file, bytes })
+    }
+
+    /// Appends a line.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn write(&mut self, line: &Line) -> io::Result<()> {
+        let mut text = serde_json::to_vec(line).expect("metrics are plain data");
+        text.push(b'\n');
+        self.file.write_all(&text)?;
+        self.bytes += text.len() as u64;
+        Ok(())
+    }
+
+    /// Waits until all lines are on disk.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    /// Bytes written so far, all of the run.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+}

@@ -1,0 +1,98 @@
+//! A run: [`Recipe`] (what the user asks for) → [`Plan`] (what it means, complete) → [`Run`] (the loop, its metrics, its checkpoints).
+
+pub mod auto;
+pub mod checkpoint;
+pub mod health;
+pub mod metrics;
+pub mod plan;
+pub mod recipe;
+pub mod run;
+pub mod tensorboard;
+
+pub use plan::Plan;
+pub use recipe::Recipe;
+pub use run::{Event, Outcome, Prepared, Run};
+
+use std::{io, path::PathBuf};
+
+/// What can go wrong in a run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The recipe.
+    #[error(transparent)]
+    Recipe(#[from] recipe::Error),
+    /// The data.
+    #[error(transparent)]
+    Data(#[from] crate::data::Error),
+    /// A checkpoint.
+    #[error(transparent)]
+    Checkpoint(#[from] checkpoint::Error),
+    /// The encoder file.
+    #[error(transparent)]
+    Encoder(#[from] crate::nn::weights::Error),
+    /// The device.
+    #[error(transparent)]
+    Device(#[from] crate::device::Error),
+    /// The batch needs more images than there are.
+    #[error("batch {batch} is larger than the data: {images} training images in {}; use --batch {} or less, or add images", root.display(), images)]
+    BatchTooLarge {
+        /// Images an update.
+        batch: usize,
+        /// Training images.
+        images: usize,
+        /// The data.
+        root: PathBuf,
+    },
+    /// `--out` is not empty.
+    #[error("{} already holds {what}; choose another --out, or go on with it by `byol resume {}`", path.display(), path.display())]
+    Occupied {
+        /// The folder.
+        path: PathBuf,
+        /// What is in it.
+        what: &'static str,
+    },
+    /// A file of the run cannot be written.
+    #[error("cannot write {}: {source}; free some space or choose another --out (the last checkpoint is whole)", path.display())]
+    Write {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A file of the run cannot be read.
+    #[error("cannot read {}: {source}; is it a run folder of byol?", path.display())]
+    Read {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The stored plan is not one.
+    #[error("{} is not a plan that this byol understands: {reason}; resume with the version that began the run", path.display())]
+    BadPlan {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The images are not those the run began with.
+    #[error("the images in {} are not those that the run began with ({reason}); put them back, or start a new run", root.display())]
+    DataChanged {
+        /// The data.
+        root: PathBuf,
+        /// What differs.
+        reason: String,
+    },
+    /// NaN or infinity.
+    #[error(
+        "the loss is {loss} at step {step}: the run has diverged; {kept}; try a lower --lr or more --warmup-epochs"
+    )]
+    Diverged {
+        /// The step, from 1.
+        step: u64,
+        /// The loss.
+        loss: f64,
+        /// Where to go back to.
+        kept: String,
+    },
+}

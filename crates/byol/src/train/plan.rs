@@ -1,0 +1,192 @@
+//! What a recipe means for these data: every number resolved. Printed before the run and stored with it.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    Error, Prepared,
+    recipe::{Recipe, TargetInit},
+};
+use crate::{
+    byol::Byol,
+    data::{CHANNELS, Images},
+    nn::{EncoderSpec, Mlp, Network, Weights},
+    optim::{Optimizer, Schedule},
+};
+use burn::tensor::Device;
+
+/// A run, complete: with the data it gives the same bits again.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Plan {
+    /// Of the program that made it.
+    pub version: String,
+    /// Name or file of the recipe.
+    pub recipe_name: String,
+    /// As given.
+    pub data: PathBuf,
+    /// Name of the device it began on: `cpu`, `vulkan`, …
+    pub device: String,
+    /// Training images, after `limit`, what was skipped and what is held out.
+    pub images: usize,
+    /// Images that are watched.
+    pub held_out: usize,
+    /// A hash of the training images' names, sizes and order.
+    pub fingerprint: String,
+    /// η and τ.
+    pub schedule: Schedule,
+    /// The network that is kept.
+    pub encoder: EncoderSpec,
+    /// All settings.
+    pub recipe: Recipe,
+}
+
+impl Plan {
+    /// Resolves a recipe for these images.
+    ///
+    /// # Errors
+    /// [`Error::BatchTooLarge`], [`Error::Recipe`].
+    pub fn new(recipe_name: &str, recipe: Recipe, data: &Prepared, device: &str) -> Result<Plan, Error> {
+        recipe.check()?;
+        let (root, train) = (&data.root, &data.train);
+        let (n, batch) = (train.len(), recipe.train.batch);
+        if batch > n {
+            return Err(Error::BatchTooLarge { batch, images: n, root: root.clone() });
+        }
+        // ⌊epochs · images / batch⌋, as the reference counts: a batch may reach over the end of an epoch.
+        let steps = |epochs: u64| (u128::from(epochs) * n as u128 / batch as u128) as u64;
+        let size = recipe.views.size;
+        Ok(Plan {
+            version: env!("CARGO_PKG_VERSION").into(),
+            recipe_name: recipe_name.into(),
+            data: std::fs::canonicalize(root).unwrap_or_else(|_| root.clone()),
+            device: device.into(),
+            images: n,
+            held_out: data.held_out.as_ref().map_or(0, Images::len),
+            fingerprint: train.fingerprint(),
+            schedule: Schedule {
+                peak: recipe.optimizer.lr * batch as f64 / 256.0,
+                warmup: steps(recipe.train.warmup_epochs),
+                total: steps(recipe.train.epochs),
+                tau_base: recipe.target.tau,
+            },
+            encoder: EncoderSpec {
+                architecture: recipe.encoder.architecture,
+                width: recipe.encoder.width,
+                stem: recipe.encoder.stem(size),
+                size,
+                channels: CHANNELS,
+                normalization: recipe.normalize.clone(),
+            },
+            recipe,
+        })
+    }
+
+    /// Images a micro-batch.
+    pub fn micro_batch(&self) -> usize {
+        self.recipe.train.batch / self.recipe.train.accumulate
+    }
+
+    /// Epochs that are complete after `steps` steps.
+    pub fn epochs_done(&self, steps: u64) -> u64 {
+        if steps >= self.schedule.total {
+            return self.recipe.train.epochs;
+        }
+        steps * self.recipe.train.batch as u64 / self.images as u64
+    }
+
+    /// Steps until `epochs` epochs are complete.
+    pub fn steps_until(&self, epochs: u64) -> u64 {
+        (epochs * self.images as u64).div_ceil(self.recipe.train.batch as u64).min(self.schedule.total)
+    }
+
+    /// f, g and q.
+    pub fn network(&self) -> Network {
+        let (r, init) = (&self.recipe, self.recipe.encoder.init);
+        let encoder = self.encoder.resnet().with_init(init, r.encoder.zero_init_residual);
+        let (hidden, d_out) = (r.heads.hidden, r.heads.projection);
+        Network {
+            projector: Mlp { name: "projector", d_in: encoder.features(), hidden, d_out, init },
+            predictor: Mlp { name: "predictor", d_in: d_out, hidden, d_out, init },
+            encoder,
+            normalization: r.normalize.clone(),
+            norm: r.norm.clone(),
+        }
+    }
+
+    /// The networks before the first step.
+    pub fn start(&self, device: &Device) -> Byol {
+        let (network, seed) = (self.network(), self.recipe.seed);
+        let online = network.init(seed, "online", true, device);
+        let own = network.init(seed, "target", false, device);
+        let target = match self.recipe.target.init {
+            TargetInit::Independent => own,
+            TargetInit::Copy => {
+                Weights { params: own.params.zip(&online.params, |_, _, theta| theta), statistics: own.statistics }
+            }
+        };
+        let optimizer = Optimizer::new(self.recipe.optimizer.rule(), &online.params);
+        Byol { network, online, target, optimizer, schedule: self.schedule.clone(), k: 0 }
+    }
+
+    /// As TOML.
+    pub fn to_toml(&self) -> String {
+        toml::to_string(self).expect("a plan is plain data")
+    }
+
+    /// From `plan.toml`; `path` is for messages.
+    ///
+    /// # Errors
+    /// [`Error::BadPlan`].
+    pub fn parse(text: &str, path: &Path) -> Result<Plan, Error> {
+        let bad = |reason: String| Error::BadPlan { path: path.to_owned(), reason };
+        let plan: Plan = toml::from_str(text).map_err(|e| bad(e.message().to_owned()))?;
+        plan.recipe.check()?;
+        plan.encoder.check().map_err(bad)?;
+        if plan.images == 0 || plan.recipe.train.batch > plan.images || plan.schedule.total == 0 {
+            return Err(bad("its counts do not go together".into()));
+        }
+        Ok(plan)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{data::synthetic, train::recipe::HealthConfig};
+
+    fn ten_images() -> Prepared {
+        let none = HealthConfig { images: 0, ..HealthConfig::default() };
+        Prepared::new(synthetic::dataset(1, 10, 0), 0, &none, 0, &|_| ()).unwrap()
+    }
+
+    fn plan(epochs: u64, batch: usize) -> Plan {
+        let mut recipe = Recipe::default();
+        (recipe.train.epochs, recipe.train.batch, recipe.train.warmup_epochs) = (epochs, batch, 0);
+        Plan::new("test", recipe, &ten_images(), "cpu").unwrap()
+    }
+
+    #[test]
+    fn steps_are_counted_over_the_ends_of_epochs() {
+        let p = plan(5, 4);
+        assert_eq!(p.schedule.total, 12, "⌊5 · 10 / 4⌋");
+        assert_eq!((0..=12).map(|k| p.epochs_done(k)).collect::<Vec<_>>(), [0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 4, 4, 5]);
+        assert_eq!(p.steps_until(1), 3);
+        assert_eq!(p.steps_until(5), 12);
+    }
+
+    #[test]
+    fn a_plan_comes_back_from_its_file() {
+        let p = plan(5, 4);
+        assert_eq!(Plan::parse(&p.to_toml(), Path::new("plan.toml")).unwrap(), p);
+    }
+
+    #[test]
+    fn a_batch_beyond_the_data_is_refused() {
+        let mut recipe = Recipe::default();
+        recipe.train.batch = 11;
+        let refused = Plan::new("test", recipe, &ten_images(), "cpu");
+        assert!(matches!(refused, Err(Error::BatchTooLarge { batch: 11, images: 10, .. })));
+    }
+}

@@ -1,0 +1,412 @@
+//! The loop: step after step, with metrics, health and checkpoints, until the plan is done or somebody says stop.
+//!
+//! A run's folder: `plan.toml`, `metrics.jsonl`, `skipped.txt`, `checkpoints/`, `encoder.safetensors`.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, Instant},
+};
+
+use burn::tensor::{Device, Tensor, TensorData};
+
+use super::{
+    Error, Plan,
+    checkpoint::{self, Counters},
+    health::{self, Health, Watch},
+    metrics::{Line, Metrics, Split},
+    recipe::HealthConfig,
+    tensorboard::EventFile,
+};
+use crate::{
+    byol::{Byol, Phase, Report},
+    data::{Dataset, Images, Loader, MicroBatch, prefetch::Request},
+    files,
+    nn::weights,
+};
+
+/// Data ready for a run: what is trained on, what is watched.
+#[derive(Debug, Clone)]
+pub struct Prepared {
+    /// As given.
+    pub root: PathBuf,
+    /// In words.
+    pub kind: String,
+    /// Names of the classes; empty without labels.
+    pub classes: Vec<String>,
+    /// Training images.
+    pub train: Images,
+    /// Watched images; none where health is switched off.
+    pub held_out: Option<Images>,
+    /// `path: reason` a line.
+    pub skipped: Vec<String>,
+}
+
+impl Prepared {
+    /// Takes `limit` training images and `health.images` to watch, decodes each once and leaves out what cannot be used. `looked_at`
+    /// hears of each image with the number of all.
+    ///
+    /// # Errors
+    /// [`Error::Data`].
+    pub fn new(
+        dataset: Dataset,
+        limit: usize,
+        health: &HealthConfig,
+        keep_bytes: usize,
+        looked_at: &(dyn Fn(usize) + Sync),
+    ) -> Result<Prepared, Error> {
+        let dataset = dataset.limit(limit);
+        let held_out = dataset.held_out.as_ref().filter(|_| health.images > 0).map(|h| h.spread(health.images));
+        let dataset = Dataset { held_out, test: None, ..dataset };
+        let all = dataset.n_images();
+        let Dataset { root, kind, classes, train, held_out, skipped, .. } =
+            dataset.check(keep_bytes, &|| looked_at(all))?;
+        let (train, held_out) = match held_out {
+            Some(own) => (train, Some(own)),
+            None => match health.images.min(train.len() / 10) {
+                0 => (train, None),
+                n => {
+                    let (rest, out) = train.hold_out(n);
+                    (rest, Some(out))
+                }
+            },
+        };
+        let skipped = skipped.into_iter().map(|s| format!("{}: {}", s.what, s.why)).collect();
+        Ok(Prepared { root, kind, classes, train, held_out, skipped })
+    }
+
+    fn watch(&self, plan: &Plan) -> Option<Watch> {
+        let held_out = self.held_out.clone()?;
+        let config = plan.recipe.health.clone();
+        let labelled = held_out.labels().is_some() && self.train.labels().is_some();
+        let bank = labelled.then(|| self.train.spread(config.bank));
+        Some(Watch { held_out, bank, classes: self.classes.len(), config, size: plan.recipe.views.size })
+    }
+}
+
+/// How many bytes of decoded images may stay in memory: a quarter of what is free, at most 8 GiB.
+pub fn keep_bytes(free_mb: u64) -> usize {
+    usize::try_from((free_mb << 20) / 4).unwrap_or(usize::MAX).min(8 << 30)
+}
+
+/// What a run tells whoever watches it.
+#[derive(Debug)]
+pub enum Event<'a> {
+    /// A step is done.
+    Step {
+        /// Steps done.
+        step: u64,
+        /// Epochs done, with the part of the running one.
+        epoch: f64,
+        /// Loss, η and τ.
+        report: &'a Report,
+        /// Where the step's time went.
+        split: Split,
+    },
+    /// An epoch is done; 0 is before the first step.
+    Epoch {
+        /// Epochs done.
+        epoch: u64,
+        /// Mean loss; none for epoch 0.
+        loss: Option<f64>,
+        /// Figures on the held-out images.
+        health: Option<&'a Health>,
+        /// Why it looks collapsed, if it does.
+        collapse: Option<&'a str>,
+    },
+    /// A checkpoint is on disk.
+    Checkpoint(&'a Path),
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Outcome {
+    /// All steps are done.
+    Finished,
+    /// Somebody said stop; the checkpoint is where to go on from.
+    Stopped(PathBuf),
+}
+
+/// A run, ready to go on.
+#[derive(Debug)]
+pub struct Run {
+    /// Its folder.
+    pub folder: PathBuf,
+    /// What it does.
+    pub plan: Plan,
+    /// Where it stands.
+    pub byol: Byol,
+    images: Images,
+    watch: Option<Watch>,
+    device: Device,
+    metrics: Metrics,
+    events: Option<EventFile>,
+    loss_sum: f64,
+    loss_count: u64,
+    threads: usize,
+    started: Instant,
+}
+
+/// The file names of a run.
+fn plan_file(folder: &Path) -> PathBuf {
+    folder.join("plan.toml")
+}
+
+fn checkpoints(folder: &Path) -> PathBuf {
+    folder.join("checkpoints")
+}
+
+/// Refuses a folder that holds anything.
+///
+/// # Errors
+/// [`Error::Occupied`].
+pub fn must_be_free(folder: &Path) -> Result<(), Error> {
+    let path = folder.to_owned();
+    if plan_file(folder).exists() {
+        return Err(Error::Occupied { path, what: "another run" });
+    }
+    if folder.is_file() || fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_some()) {
+        return Err(Error::Occupied { path, what: "something that is not a run" });
+    }
+    Ok(())
+}
+
+/// The plan of a run's folder.
+///
+/// # Errors
+/// [`Error::Read`], [`Error::BadPlan`].
+pub fn read_plan(folder: &Path) -> Result<Plan, Error> {
+    let path = plan_file(folder);
+    let text = fs::read_to_string(&path).map_err(|source| Error::Read { path: path.clone(), source })?;
+    Plan::parse(&text, &path)
+}
+
+impl Run {
+    /// Makes the folder of a new run: plan, skipped images, checkpoint 0.
+    ///
+    /// # Errors
+    /// [`Error::Occupied`], [`Error::Write`], [`Error::Checkpoint`].
+    pub fn create(
+        folder: &Path,
+        plan: Plan,
+        data: &Prepared,
+        device: Device,
+        threads: usize,
+        tensorboard: bool,
+    ) -> Result<Run, Error> {
+        must_be_free(folder)?;
+        let write = |path: &Path, source| Error::Write { path: path.to_owned(), source };
+        fs::create_dir_all(checkpoints(folder)).map_err(|e| write(folder, e))?;
+        files::write_whole(&plan_file(folder), plan.to_toml().as_bytes()).map_err(|e| write(&plan_file(folder), e))?;
+        if !data.skipped.is_empty() {
+            let path = folder.join("skipped.txt");
+            let text = data.skipped.join("\n") + "\n";
+            files::write_whole(&path, text.as_bytes()).map_err(|e| write(&path, e))?;
+        }
+        let byol = plan.start(&device);
+        checkpoint::save(&checkpoints(folder), &byol, Counters::default(), &plan, plan.recipe.checkpoint.keep)?;
+        Run::assemble(folder, plan, byol, data, device, threads, Counters::default(), tensorboard)
+    }
+
+    /// Goes back to the newest checkpoint of a folder.
+    ///
+    /// # Errors
+    /// [`Error::DataChanged`], [`Error::Checkpoint`], [`Error::Write`].
+    pub fn resume(folder: &Path, plan: Plan, data: &Prepared, device: Device, threads: usize) -> Result<Run, Error> {
+        let changed = |reason: String| Error::DataChanged { root: plan.data.clone(), reason };
+        if data.train.len() != plan.images {
+            return Err(changed(format!("{} usable training images, not {}", data.train.len(), plan.images)));
+        }
+        if data.train.fingerprint() != plan.fingerprint {
+            return Err(changed("a name or size differs".into()));
+        }
+        let mut byol = plan.start(&device);
+        let (_, counters) = checkpoint::load_newest(&checkpoints(folder), &mut byol, &plan, &device)?;
+        let tensorboard = folder.join("tensorboard").is_dir();
+        Run::assemble(folder, plan, byol, data, device, threads, counters, tensorboard)
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "the one place where a run's parts meet")]
+    fn assemble(
+        folder: &Path,
+        plan: Plan,
+        byol: Byol,
+        data: &Prepared,
+        device: Device,
+        threads: usize,
+        counters: Counters,
+        tensorboard: bool,
+    ) -> Result<Run, Error> {
+        let path = folder.join("metrics.jsonl");
+        let write = |path: PathBuf| move |source| Error::Write { path, source };
+        let metrics = Metrics::open(&path, counters.metrics_bytes).map_err(write(path.clone()))?;
+        let board = folder.join("tensorboard");
+        let events = tensorboard.then(|| EventFile::create(&board)).transpose().map_err(write(board))?;
+        Ok(Run {
+            folder: folder.to_owned(),
+            watch: data.watch(&plan),
+            images: data.train.clone(),
+            loss_sum: counters.loss_sum,
+            loss_count: counters.loss_count,
+            started: Instant::now(),
+            plan,
+            byol,
+            device,
+            metrics,
+            events,
+            threads,
+        })
+    }
+
+    /// The loop. `stop` is looked at after every step.
+    ///
+    /// # Errors
+    /// [`Error::Diverged`], [`Error::Data`], [`Error::Write`], [`Error::Checkpoint`]; the last checkpoint is whole after each.
+    pub fn go(&mut self, stop: &AtomicBool, mut tell: impl FnMut(Event)) -> Result<Outcome, Error> {
+        let total = self.plan.schedule.total;
+        if self.byol.k == 0 && self.metrics.bytes() == 0 {
+            self.end_of_epoch(0, &mut tell)?;
+        }
+        let accumulate = self.plan.recipe.train.accumulate as u64;
+        let loader = Loader::start(Request {
+            images: self.images.clone(),
+            policies: [self.plan.recipe.views.first.clone(), self.plan.recipe.views.second.clone()],
+            size: self.plan.recipe.views.size,
+            n: self.plan.micro_batch(),
+            seed: self.plan.recipe.seed,
+            first: self.byol.k * accumulate,
+            last: total * accumulate,
+            threads: self.threads,
+        });
+        let mut saved = Instant::now();
+        while self.byol.k < total {
+            self.step(&loader, &mut tell)?;
+            let k = self.byol.k;
+            let before = self.plan.epochs_done(k - 1);
+            let epochs = self.plan.epochs_done(k);
+            for epoch in before + 1..=epochs {
+                self.end_of_epoch(epoch, &mut tell)?;
+            }
+            let stopping = stop.load(Ordering::Relaxed) && k < total;
+            let config = &self.plan.recipe.checkpoint;
+            let due = match config.every_steps {
+                0 => epochs > before,
+                every => k.is_multiple_of(every) || k == total,
+            };
+            let late = saved.elapsed() > Duration::from_secs_f64(60.0 * config.every_minutes);
+            if due || late || stopping {
+                let path = self.checkpoint()?;
+                saved = Instant::now();
+                tell(Event::Checkpoint(&path));
+                if stopping {
+                    return Ok(Outcome::Stopped(path));
+                }
+            }
+        }
+        self.save_encoder()?;
+        Ok(Outcome::Finished)
+    }
+
+    fn step(&mut self, loader: &Loader, tell: &mut impl FnMut(Event)) -> Result<(), Error> {
+        let (mut split, mut lap) = (Split::default(), Instant::now());
+        let device = self.device.clone();
+        let views = || loader.next_batch().map(|batch| tensors(batch, &device));
+        let report = self.byol.step(self.plan.recipe.train.accumulate, views, |phase| {
+            let seconds = lap.elapsed().as_secs_f64();
+            lap = Instant::now();
+            *match phase {
+                Phase::Data => &mut split.data,
+                Phase::Forward => &mut split.forward,
+                Phase::Backward => &mut split.backward,
+                Phase::Update => &mut split.update,
+            } += seconds;
+        })?;
+        let step = self.byol.k;
+        if !report.loss.is_finite() {
+            return Err(Error::Diverged { step, loss: report.loss, kept: self.last_good() });
+        }
+        self.loss_sum += report.loss;
+        self.loss_count += 1;
+        let batch = self.plan.recipe.train.batch as f64;
+        let epoch = step as f64 * batch / self.plan.images as f64;
+        let Report { loss, eta, tau } = report;
+        let images_per_second = batch / split.total();
+        self.write(&Line::Step { step, epoch, loss, eta, tau, images_per_second, seconds: split })?;
+        self.scalars(&[
+            ("loss", loss),
+            ("learning rate", eta),
+            ("tau", tau),
+            ("images per second", images_per_second),
+        ])?;
+        tell(Event::Step { step, epoch, report: &report, split });
+        Ok(())
+    }
+
+    fn end_of_epoch(&mut self, epoch: u64, tell: &mut impl FnMut(Event)) -> Result<(), Error> {
+        let loss = (self.loss_count > 0).then(|| self.loss_sum / self.loss_count as f64);
+        (self.loss_sum, self.loss_count) = (0.0, 0);
+        let measure = |watch: &Watch| health::measure(&self.byol, watch, &self.device);
+        let health = self.watch.as_ref().map(measure).transpose()?;
+        // Before the first step nothing has had time to collapse.
+        let collapse = health.as_ref().filter(|_| epoch > 0).and_then(Health::collapse);
+        let elapsed_s = self.started.elapsed().as_secs_f64();
+        let step = self.byol.k;
+        self.write(&Line::Epoch { epoch, step, loss, health: health.clone(), collapse: collapse.clone(), elapsed_s })?;
+        if let Some(h) = &health {
+            let mut values = vec![
+                ("health/projection std", h.projection_std),
+                ("health/projection cosine", h.projection_cosine),
+                ("health/RankMe", h.rankme),
+            ];
+            values.extend(h.knn.map(|knn| ("health/kNN accuracy", knn)));
+            self.scalars(&values)?;
+        }
+        tell(Event::Epoch { epoch, loss, health: health.as_ref(), collapse: collapse.as_deref() });
+        Ok(())
+    }
+
+    /// Writes a checkpoint, and the encoder as it is now.
+    fn checkpoint(&mut self) -> Result<PathBuf, Error> {
+        let path = self.folder.join("metrics.jsonl");
+        self.metrics.sync().map_err(|source| Error::Write { path, source })?;
+        let counters =
+            Counters { metrics_bytes: self.metrics.bytes(), loss_sum: self.loss_sum, loss_count: self.loss_count };
+        let keep = self.plan.recipe.checkpoint.keep;
+        let path = checkpoint::save(&checkpoints(&self.folder), &self.byol, counters, &self.plan, keep)?;
+        self.save_encoder()?;
+        Ok(path)
+    }
+
+    fn save_encoder(&self) -> Result<(), Error> {
+        let path = self.folder.join("encoder.safetensors");
+        Ok(weights::save(&path, &self.plan.encoder, &self.byol.online)?)
+    }
+
+    fn write(&mut self, line: &Line) -> Result<(), Error> {
+        let path = self.folder.join("metrics.jsonl");
+        self.metrics.write(line).map_err(|source| Error::Write { path, source })
+    }
+
+    fn scalars(&mut self, values: &[(&str, f64)]) -> Result<(), Error> {
+        let path = self.folder.join("tensorboard");
+        match &mut self.events {
+            Some(events) => events.scalars(self.byol.k, values).map_err(|source| Error::Write { path, source }),
+            None => Ok(()),
+        }
+    }
+
+    fn last_good(&self) -> String {
+        match checkpoint::list(&checkpoints(&self.folder)).last() {
+            Some(path) => format!("the last good checkpoint is kept: {}", path.display()),
+            None => "there is no checkpoint yet".into(),
+        }
+    }
+}
+
+/// A micro-batch on the device.
+pub fn tensors(batch: MicroBatch, device: &Device) -> (Tensor<4>, Tensor<4>) {
+    let shape = [batch.n, batch.size, batch.size, batch.channels];
+    let tensor = |values| Tensor::from_data(TensorData::new(values, shape), device);
+    (tensor(batch.v), tensor(batch.v2))
+}

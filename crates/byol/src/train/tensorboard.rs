@@ -1,0 +1,120 @@
+//! TensorBoard event files: TFRecords of `Event` messages with scalar summaries. The format is small enough to write by hand: a length,
+//! its masked CRC-32C, the message in protocol-buffer encoding, its masked CRC-32C.
+
+use std::{
+    fs::{self, File},
+    io::{self, Write},
+    path::Path,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+/// An open event file.
+#[derive(Debug)]
+pub struct EventFile {
+    file: File,
+}
+
+impl EventFile {
+    /// A new event file in `folder`. TensorBoard shows all event files of a folder as one run, so a resumed run opens another.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn create(folder: &Path) -> io::Result<EventFile> {
+        fs::create_dir_all(folder)?;
+        let seconds = now();
+        let name = format!("events.out.tfevents.{:.0}.{}.byol", seconds, std::process::id());
+        let mut events = EventFile { file: File::create(folder.join(name))? };
+        let mut message = Vec::new();
+        field_f64(&mut message, 1, seconds);
+        field_bytes(&mut message, 3, b"brain.Event:2");
+        events.record(&message)?;
+        Ok(events)
+    }
+
+    /// Scalars of one step.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn scalars(&mut self, step: u64, values: &[(&str, f64)]) -> io::Result<()> {
+        self.record(&event(now(), step, values))
+    }
+
+    fn record(&mut self, message: &[u8]) -> io::Result<()> {
+        let mut record = (message.len() as u64).to_le_bytes().to_vec();
+        let length_crc = masked_crc(&record);
+        record.extend(length_crc.to_le_bytes());
+        record.extend(message);
+        record.extend(masked_crc(message).to_le_bytes());
+        self.file.write_all(&record)
+    }
+}
+
+fn now() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64())
+}
+
+/// Event { wall_time = 1, step = 2, summary = 5 { value = 1 { tag = 1, simple_value = 2 } } }.
+fn event(wall_time: f64, step: u64, values: &[(&str, f64)]) -> Vec<u8> {
+    let mut summary = Vec::new();
+    for (tag, value) in values {
+        let mut one = Vec::new();
+        field_bytes(&mut one, 1, tag.as_bytes());
+        one.push(2 << 3 | 5); // field 2, 32-bit
+        one.extend((*value as f32).to_le_bytes());
+        field_bytes(&mut summary, 1, &one);
+    }
+    let mut event = Vec::new();
+    field_f64(&mut event, 1, wall_time);
+    event.push(2 << 3); // field 2, varint
+    varint(&mut event, step);
+    field_bytes(&mut event, 5, &summary);
+    event
+}
+
+fn field_f64(out: &mut Vec<u8>, field: u8, value: f64) {
+    out.push(field << 3 | 1);
+    out.extend(value.to_le_bytes());
+}
+
+fn field_bytes(out: &mut Vec<u8>, field: u8, bytes: &[u8]) {
+    out.push(field << 3 | 2);
+    varint(out, bytes.len() as u64);
+    out.extend(bytes);
+}
+
+fn varint(out: &mut Vec<u8>, mut value: u64) {
+    while value >= 0x80 {
+        out.push(value as u8 | 0x80);
+        value >>= 7;
+    }
+    out.push(value as u8);
+}
+
+/// CRC-32C (Castagnoli), rotated and offset as TFRecord asks.
+fn masked_crc(bytes: &[u8]) -> u32 {
+    let mut crc = !0u32;
+    for byte in bytes {
+        crc ^= u32::from(*byte);
+        for _ in 0..8 {
+            crc = if crc & 1 == 1 { crc >> 1 ^ 0x82F6_3B78 } else { crc >> 1 };
+        }
+    }
+    (!crc).rotate_right(15).wrapping_add(0xA282_EAD8)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_checksum_is_crc_32c() {
+        // CRC-32C of "123456789" is 0xE3069283.
+        assert_eq!(masked_crc(b"123456789"), 0xE306_9283u32.rotate_right(15).wrapping_add(0xA282_EAD8));
+    }
+
+    #[test]
+    fn an_event_has_the_documented_bytes() {
+        let bytes = event(0.0, 300, &[("a", 1.0)]);
+        assert_eq!(bytes, [9, 0, 0, 0, 0, 0, 0, 0, 0, 16, 0xAC, 2, 42, 10, 10, 8, 10, 1, b'a', 21, 0, 0, 0x80, 0x3F]);
+    }
+}

@@ -1,0 +1,229 @@
+//! Properties of the method: gradients by finite differences, a frozen target, overfitting, the twin of the fused layer.
+
+mod common;
+
+use burn::tensor::{Device, Tensor, TensorData};
+use byol::{
+    byol::Byol,
+    data::{Loader, prefetch::Request, synthetic},
+    nn::{
+        Leaf, Mode, Pass, Tree,
+        conv_norm_act::{ConvNorm, Then, composed, conv_norm_act},
+        pass::{NormConfig, Statistics},
+        tree::host,
+    },
+    train::{
+        Plan, Prepared, Recipe,
+        recipe::{Draft, HealthConfig},
+        run::tensors,
+    },
+};
+
+fn small(n: usize, set: &[&str]) -> (Plan, Prepared) {
+    let none = HealthConfig { images: 0, ..HealthConfig::default() };
+    let data = Prepared::new(synthetic::dataset(3, n, 0), 0, &none, 0, &|_| ()).unwrap();
+    let mut draft = Draft::from_recipe("cifar10").unwrap();
+    let base = [
+        "encoder.width=0.0625",
+        "heads.hidden=32",
+        "heads.projection=16",
+        "views.size=16",
+        "train.batch=8",
+        "train.epochs=40",
+        "train.warmup_epochs=1",
+    ];
+    for text in base.iter().chain(set) {
+        draft.set(text).unwrap();
+    }
+    let plan = Plan::new("test", draft.over(&Recipe::default()).unwrap(), &data, "cpu").unwrap();
+    (plan, data)
+}
+
+fn loader(plan: &Plan, data: &Prepared) -> Loader {
+    Loader::start(Request {
+        images: data.train.clone(),
+        policies: [plan.recipe.views.first.clone(), plan.recipe.views.second.clone()],
+        size: plan.recipe.views.size,
+        n: plan.micro_batch(),
+        seed: plan.recipe.seed,
+        first: 0,
+        last: plan.schedule.total * plan.recipe.train.accumulate as u64,
+        threads: 2,
+    })
+}
+
+/// A leaf with one element moved by `by`.
+fn moved(tree: &Tree, name: &str, at: usize, by: f32) -> Tree {
+    tree.map(|n, value| {
+        if n != name {
+            return value;
+        }
+        let mut values = host(value.clone());
+        values[at] += by;
+        Tensor::from_data(TensorData::new(values, value.dims()), &value.device())
+    })
+}
+
+#[test]
+fn gradients_agree_with_finite_differences_and_the_target_has_none() {
+    let (plan, data) = small(8, &[]);
+    let device = Device::flex();
+    let byol = plan.start(&device);
+    let (v, v2) = tensors(loader(&plan, &data).next_batch().unwrap(), &device);
+    let at = |params: Tree| {
+        let mut moved = byol.clone();
+        moved.online.params = params;
+        moved.gradient(v.clone(), v2.clone(), |_| ())
+    };
+    let here = at(byol.online.params.clone());
+    // One direction through all parameters at once: its derivative is the gradient's length. Central differences in f32.
+    let norm = here.grads.norm();
+    let step = 2e-3 / norm;
+    let along = |sign: f64| byol.online.params.zip(&here.grads, |_, w, g| w + g.mul_scalar(sign * step / norm));
+    let slope = (at(along(1.0)).loss - at(along(-1.0)).loss) / (2.0 * step);
+    assert!((slope - norm).abs() < 0.03 * norm, "slope {slope}, gradient {norm}");
+    // And some parameters alone. A larger step crosses kinks of the ReLUs, a smaller one drowns in the loss's f32 rounding (about 3e-4 here).
+    for name in ["predictor.fc2.weight", "projector.bn.weight", "layer4.1.bn2.weight"] {
+        let g = f64::from(here.grads.leaf(name).unwrap().to_vec()[1]);
+        let h = 1e-3f32;
+        let up = at(moved(&byol.online.params, name, 1, h)).loss;
+        let down = at(moved(&byol.online.params, name, 1, -h)).loss;
+        let slope = (up - down) / (2.0 * f64::from(h));
+        assert!((slope - g).abs() < 1e-3 + 0.02 * g.abs(), "{name}: slope {slope}, gradient {g}");
+    }
+    // Names of the gradient are those of θ; ξ has no predictor and no gradient.
+    assert!(byol.target.params.leaf("predictor.fc1.weight").is_none());
+    assert_eq!(here.grads.len(), byol.online.params.len());
+}
+
+#[test]
+fn the_target_moves_by_the_average_alone() {
+    let (plan, data) = small(16, &["target.tau=1.0"]);
+    let device = Device::flex();
+    let mut byol = plan.start(&device);
+    let before: Vec<Vec<f32>> = byol.target.params.iter().map(|(_, l)| l.to_vec()).collect();
+    let theta = byol.online.params.leaf("conv1.weight").unwrap().to_vec();
+    let loader = loader(&plan, &data);
+    for _ in 0..4 {
+        byol.step(1, || loader.next_batch().map(|b| tensors(b, &device)), |_| ()).unwrap();
+    }
+    let after: Vec<Vec<f32>> = byol.target.params.iter().map(|(_, l)| l.to_vec()).collect();
+    assert!(before == after, "τ = 1 freezes ξ to the bit");
+    assert_ne!(theta, byol.online.params.leaf("conv1.weight").unwrap().to_vec(), "θ moves");
+}
+
+#[test]
+fn accumulating_equal_micro_batches_is_the_step_of_one() {
+    let (plan, data) = small(16, &[]);
+    let device = Device::flex();
+    let batch = loader(&plan, &data).next_batch().unwrap();
+    let step = |n: usize| {
+        let mut byol: Byol = plan.start(&device);
+        byol.k = 5; // past the warm-up's first step, whose rate is 0
+        let views = || Ok::<_, ()>(tensors(batch.clone(), &device));
+        let report = byol.step(n, views, |_| ()).unwrap();
+        (report.loss, byol.online.params.leaf("layer2.0.conv1.weight").unwrap().to_vec())
+    };
+    let ((one, w), (four, w4)) = (step(1), step(4));
+    assert!((one - four).abs() < 1e-6);
+    assert!(w.iter().zip(&w4).all(|(a, b)| (a - b).abs() < 1e-6));
+}
+
+#[test]
+fn sixty_four_images_can_be_overfitted() {
+    let (plan, data) = small(
+        64,
+        &[
+            "train.batch=32",
+            "train.epochs=60",
+            "train.warmup_epochs=2",
+            "target.tau=0.9",
+            "views.first.area=[0.6, 1]",
+            "views.second.area=[0.6, 1]",
+            "views.second.solarize=0",
+        ],
+    );
+    let device = Device::flex();
+    let mut byol = plan.start(&device);
+    let loader = loader(&plan, &data);
+    let mut losses = Vec::new();
+    while byol.k < plan.schedule.total {
+        let report = byol.step(1, || loader.next_batch().map(|b| tensors(b, &device)), |_| ()).unwrap();
+        losses.push(report.loss);
+    }
+    let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len() as f64;
+    let (first, last) = (mean(&losses[..4]), mean(&losses[losses.len() - 10..]));
+    assert!((3.0..5.0).contains(&first), "unrelated directions have a loss near 4, not {first}");
+    assert!(last < 0.5 * first, "from {first} to {last}");
+}
+
+#[test]
+fn the_fused_layer_is_the_composed_one() {
+    let device = Device::flex();
+    let noise = |n: usize, seed: u64| {
+        let mut rng = byol::random::stream(&[seed]);
+        (0..n).map(|_| byol::random::normal(&mut rng) as f32).collect::<Vec<_>>()
+    };
+    let shapes: [(usize, usize, usize, usize, bool); 4] =
+        [(3, 1, 5, 7, true), (3, 2, 9, 8, false), (1, 2, 6, 5, false), (7, 2, 15, 13, false)];
+    for (kernel, stride, h, w, with_skip) in shapes {
+        let layer = ConvNorm { conv: "conv1".into(), norm: "bn1".into(), c_in: 5, c_out: 6, kernel, stride };
+        let (h_out, w_out) = (h.div_ceil(stride), w.div_ceil(stride));
+        let mut params = Tree::new();
+        params.insert("conv1.weight", Leaf::new(noise(30 * kernel * kernel, 1), &[6, 5, kernel, kernel], &device));
+        params.insert("bn1.weight", Leaf::new(noise(6, 2), &[6], &device));
+        params.insert("bn1.bias", Leaf::new(noise(6, 3), &[6], &device));
+        let norm = NormConfig::default();
+        let one = |fused: bool| {
+            let tracked = params.tracked();
+            let mut statistics = Statistics::new([("bn1", 6)], &device);
+            let mut pass = Pass { params: &tracked, norm: &norm, mode: Mode::Train(&mut statistics) };
+            let tensor = |values, shape: [usize; 4]| {
+                Tensor::<4>::from_data(TensorData::new(values, shape), &device).autodiff().require_grad()
+            };
+            let x = tensor(noise(3 * h * w * 5, 4), [3, h, w, 5]);
+            let skip = tensor(noise(3 * h_out * w_out * 6, 5), [3, h_out, w_out, 6]);
+            let then = if with_skip { Then::AddRelu(skip.clone()) } else { Then::Relu };
+            let layer_fn = if fused { conv_norm_act } else { composed };
+            let y = layer_fn(&mut pass, &layer, x.clone(), then);
+            let dy = Tensor::<4>::from_data(TensorData::new(noise(3 * h_out * w_out * 6, 6), y.dims()), &device);
+            let mut grads = (y.clone() * dy.autodiff()).sum().backward();
+            let mut all = vec![host(y), host(x.grad_remove(&mut grads).unwrap())];
+            if with_skip {
+                all.push(host(skip.grad_remove(&mut grads).unwrap()));
+            }
+            all.extend(tracked.gradients(&mut grads).iter().map(|(_, l)| l.to_vec()));
+            all.push(host(statistics.get("bn1").mean.clone()));
+            all.push(host(statistics.get("bn1").var.clone()));
+            all
+        };
+        for (i, (a, b)) in one(true).iter().zip(&one(false)).enumerate() {
+            let most = b.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+            assert!(a.iter().zip(b).all(|(a, b)| (a - b).abs() <= 1e-5 + 1e-4 * most), "kernel {kernel}: output {i}");
+        }
+    }
+}
+
+#[test]
+fn knn_and_rankme_match_the_oracle() {
+    use byol::eval::{Features, knn, spectrum};
+    let features = |case: &common::Case, key: &str| {
+        let [n, dim] = *case.shape(key) else { panic!("two axes") };
+        Features { n, dim, values: case.f32(key) }
+    };
+    for case in common::cases("knn_") {
+        let classes = case.number("classes") as usize;
+        let (bank, queries) = (features(&case, "train"), features(&case, "test"));
+        let (of_bank, of_queries) = (case.usize("train_labels"), case.usize("test_labels"));
+        let k = case.number("k") as usize;
+        let got = knn::classify(&bank, &of_bank, &queries, &of_queries, classes, k, case.number("temperature"));
+        assert_eq!(got.predicted, case.usize("prediction"), "{}", case.name);
+        case.check("accuracy", &[got.accuracy]);
+        for (row, (g, w)) in got.votes.chunks(classes).zip(case.f64("votes").chunks(classes)).enumerate() {
+            common::close(&format!("{} row {row}", case.name), g, w, case.rtol, case.atol);
+        }
+    }
+    for case in common::cases("spectrum_") {
+        case.check("rankme", &[spectrum::rankme(&features(&case, "z"))]);
+    }
+}

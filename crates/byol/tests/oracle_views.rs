@@ -1,0 +1,205 @@
+//! The oracle for the views: every augmentation, and whole chains with given parameters.
+
+mod common;
+
+use byol::{
+    data::Image,
+    views::{Draw, View, Window, blur, crop, evaluation_view, flip, grey, jitter, resize, solarize},
+};
+use common::{Case, case, cases, close};
+
+fn image(case: &Case, key: &str) -> Image {
+    let [height, width, channels] = *case.shape(key) else { panic!("three axes") };
+    Image { height, width, channels, pixels: case.u8(key) }
+}
+
+fn view(case: &Case, key: &str) -> View {
+    let [height, width, channels] = *case.shape(key) else { panic!("three axes") };
+    View { height, width, channels, pixels: case.f32(key) }
+}
+
+fn window(values: &[usize]) -> Window {
+    let [top, left, height, width] = *values else { panic!("four numbers") };
+    Window { top, left, height, width }
+}
+
+#[test]
+fn resize_alone() {
+    for case in cases("resize_") {
+        let image = image(&case, "image");
+        let [h, w, _] = *case.shape("raw") else { panic!("three axes") };
+        let all = Window { top: 0, left: 0, height: image.height, width: image.width };
+        // `raw` is on the scale 0..255, so its rounding is larger by that.
+        let raw = resize::resize(&image, all, h, w);
+        close(&case.name, &raw.pixels, case.f64("raw"), case.rtol, case.atol * 10.0);
+        case.check("view", &resize::crop_resize(&image, all, h, w).pixels);
+    }
+}
+
+#[test]
+fn crop_and_resize() {
+    for case in cases("crop_resize_") {
+        let image = image(&case, "image");
+        let window = window(&case.usize("box"));
+        if case.has("view") {
+            let [h, w, _] = *case.shape("view") else { panic!("three axes") };
+            case.check("view", &resize::crop_resize(&image, window, h, w).pixels);
+        } else {
+            let view = resize::crop_resize(&image, window, 224, 224);
+            check_rows(&case, &view);
+        }
+    }
+}
+
+fn check_rows(case: &Case, view: &View) {
+    let row = view.width * view.channels;
+    let rows: Vec<f32> = case.usize("rows").iter().flat_map(|y| view.pixels[y * row..(y + 1) * row].to_vec()).collect();
+    case.check("view_rows", &rows);
+    let sum: f64 = view.pixels.iter().map(|v| f64::from(*v)).sum();
+    // The sum of 150,000 values, each within the tolerance of one.
+    close("view_sum", &[sum], case.f64("view_sum"), 1e-5, 0.0);
+}
+
+#[test]
+fn windows() {
+    let boxes = case("crop_box");
+    let (sizes, share, ratio) = (boxes.usize("image_hw"), boxes.f64("area_fraction"), boxes.f64("aspect"));
+    for (i, want) in boxes.usize("box_hw").chunks(2).enumerate() {
+        let got = crop::sides(sizes[2 * i], sizes[2 * i + 1], share[i], ratio[i]);
+        assert_eq!(got, (want[0].max(1), want[1].max(1)), "row {i}: a side of 0 becomes 1");
+    }
+    let centres = case("center_box");
+    for (size, want) in centres.usize("image_hw").chunks(2).zip(centres.usize("box").chunks(4)) {
+        // A single pixel has no 7/8; the reference's window is empty there, ours is the pixel.
+        let want = if want[2] == 0 { &[0, 0, 1, 1][..] } else { want };
+        assert_eq!(Window::center(size[0], size[1]), window(want), "{size:?}");
+    }
+}
+
+#[test]
+fn evaluation_views() {
+    for case in cases("eval_view_") {
+        case.check("view", &evaluation_view(&image(&case, "image"), case.shape("view")[0]).pixels);
+    }
+}
+
+#[test]
+fn hsv_both_ways() {
+    for case in cases("hsv_") {
+        let rgb = case.f32("rgb");
+        let want = case.f64("hsv");
+        for (i, p) in rgb.chunks(3).enumerate() {
+            let [h, s, v] = jitter::rgb_to_hsv([p[0], p[1], p[2]]);
+            let range = p.iter().fold(0.0f32, |m, x| m.max(*x)) - p.iter().fold(1.0f32, |m, x| m.min(*x));
+            let turn = (f64::from(h) - want[3 * i]).rem_euclid(1.0);
+            let turn = turn.min(1.0 - turn);
+            // Near grey the hue is only good to 1e-7 / (max − min).
+            assert!(
+                turn <= case.atol + 1e-7 / f64::from(range).max(1e-7),
+                "{} pixel {i}: hue off by {turn}",
+                case.name
+            );
+            close("saturation, value", &[s, v], &want[3 * i + 1..3 * i + 3], case.rtol, case.atol);
+        }
+        let again: Vec<f32> =
+            rgb.chunks(3).flat_map(|p| jitter::hsv_to_rgb(jitter::rgb_to_hsv([p[0], p[1], p[2]]))).collect();
+        case.check("rgb_again", &again);
+    }
+}
+
+#[test]
+fn colour_operations() {
+    for case in cases("color_") {
+        let mut keys: Vec<&String> = case.keys().collect();
+        keys.sort();
+        let mut checked = 0;
+        for key in keys {
+            let mut v = view(&case, "image");
+            match key.rsplit_once('_').map(|(op, x)| (op, x.parse::<f32>())) {
+                Some(("brightness", Ok(x))) => jitter::brightness(&mut v, x),
+                Some(("contrast", Ok(x))) => jitter::contrast(&mut v, x),
+                Some(("saturation", Ok(x))) => jitter::saturation(&mut v, x),
+                Some(("hue", Ok(x))) => jitter::hue(&mut v, x),
+                _ => match key.as_str() {
+                    "flip" => flip::left_right(&mut v),
+                    "grey" => grey::greyscale(&mut v),
+                    "solarize" => solarize::solarize(&mut v),
+                    _ => continue, // the input; normalisation belongs to the network
+                },
+            }
+            case.check(key, &v.pixels);
+            checked += 1;
+        }
+        assert!(checked >= 10, "{}: {checked} operations", case.name);
+    }
+}
+
+#[test]
+fn jitter_orders() {
+    for case in cases("jitter_") {
+        let image = view(&case, "image");
+        let got: Vec<f32> = (0..case.shape("order")[0])
+            .flat_map(|i| {
+                let mut v = image.clone();
+                drawn_jitter(&case, i).apply(&mut v);
+                v.pixels
+            })
+            .collect();
+        case.check("out", &got);
+    }
+}
+
+fn drawn_jitter(case: &Case, i: usize) -> jitter::Jitter {
+    let four = |key: &str| case.f64(key)[4 * i..4 * i + 4].to_vec();
+    jitter::Jitter {
+        order: std::array::from_fn(|k| four("order")[k] as usize),
+        values: std::array::from_fn(|k| four("values")[k] as f32),
+    }
+}
+
+#[test]
+fn blurs() {
+    let radii = case("blur_radius");
+    for (h, r) in radii.usize("height").iter().zip(radii.usize("radius")) {
+        assert_eq!(blur::radius(*h), r, "height {h}");
+    }
+    for case in cases("blur_").iter().filter(|c| c.name != "blur_radius") {
+        for key in case.keys() {
+            let Some((what, sigma)) = key.split_once('_') else { continue };
+            let sigma: f64 = sigma.parse().expect("a number");
+            if what == "taps" {
+                case.check(key, &blur::taps(case.number("radius") as usize, sigma));
+            } else {
+                let mut v = view(case, "image");
+                blur::gaussian(&mut v, sigma);
+                case.check(key, &v.pixels);
+            }
+        }
+    }
+}
+
+#[test]
+fn whole_chains() {
+    for case in cases("chain_") {
+        let image = image(&case, "image");
+        let n = case.shape("box")[0];
+        let drawn = |i: usize| {
+            let flags: Vec<bool> = case.u8("flags")[5 * i..5 * i + 5].iter().map(|f| *f == 1).collect();
+            Draw {
+                window: window(&case.usize("box")[4 * i..4 * i + 4]),
+                flip: flags[0],
+                jitter: flags[1].then(|| drawn_jitter(&case, i)),
+                grey: flags[2],
+                blur: flags[3].then(|| case.f64("sigma")[i]),
+                solarize: flags[4],
+            }
+        };
+        let size = case.number("size") as usize;
+        if case.has("view") {
+            let got: Vec<f32> = (0..n).flat_map(|i| drawn(i).apply(&image, size).pixels).collect();
+            case.check("view", &got);
+        } else {
+            check_rows(&case, &drawn(0).apply(&image, size));
+        }
+    }
+}

@@ -1,0 +1,175 @@
+//! One file a command. A new command is a file, a variant here and a line in `run`.
+
+mod demo;
+mod devices;
+mod eval;
+mod pretrain;
+mod resume;
+mod views;
+
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::{Arc, atomic::AtomicBool},
+};
+
+use byol::{
+    data::Dataset,
+    device::{self, Choice, Kind, Opened},
+    train::{Outcome, Prepared, Run, recipe::HealthConfig, run::keep_bytes},
+};
+use clap::{Parser, Subcommand};
+
+use crate::report::{self, Progress, Result};
+
+/// Pretrain an encoder on a folder of images, without labels, by Bootstrap Your Own Latent.
+#[derive(Debug, Parser)]
+#[command(name = "byol", version, propagate_version = true, max_term_width = 100, args_override_self = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Train an encoder on the images in a folder
+    Pretrain(Box<pretrain::Args>),
+    /// Go on with a run from its newest checkpoint
+    Resume(resume::Args),
+    /// Measure what an encoder has learned
+    Eval(eval::Args),
+    /// Draw images beside their two augmented views
+    Views(views::Args),
+    /// Pretrain on small synthetic images and show what was learned, in a few minutes
+    Demo(demo::Args),
+    /// List the devices of this machine
+    Devices(devices::Args),
+}
+
+impl Cli {
+    /// Runs the command.
+    pub fn run(self) -> Result<ExitCode> {
+        match self.command {
+            Command::Pretrain(args) => pretrain::run(&args),
+            Command::Resume(args) => resume::run(&args),
+            Command::Eval(args) => eval::run(&args),
+            Command::Views(args) => views::run(&args),
+            Command::Demo(args) => demo::run(&args),
+            Command::Devices(args) => devices::run(&args),
+        }
+    }
+}
+
+/// The exit code of a run that was stopped by Ctrl-C, as shells have it.
+const INTERRUPTED: u8 = 130;
+
+/// Sets the number of threads of this process; 0: one a core. Returns the number.
+fn set_threads(threads: usize) -> Result<usize> {
+    let n = if threads == 0 { device::machine().cores } else { threads };
+    rayon::ThreadPoolBuilder::new().num_threads(n).build_global()?;
+    Ok(n)
+}
+
+/// Opens the device and says so if it is not what one would think.
+fn open(choice: Choice) -> Result<Opened> {
+    let opened = device::open(choice)?;
+    if opened.found.kind == Kind::Software {
+        report::warning(format!("{} computes on the processor and is for tests only", opened.found.name));
+    }
+    Ok(opened)
+}
+
+/// Opens the data, decodes every image once, and says what was skipped.
+fn prepare(dataset: Dataset, limit: usize, health: &HealthConfig) -> Result<Prepared> {
+    let bar = report::counter("checking images", 0);
+    let keep = keep_bytes(device::machine().free_mb);
+    let prepared = Prepared::new(dataset, limit, health, keep, &|all| {
+        bar.set_length(all as u64);
+        bar.inc(1);
+    });
+    bar.finish_and_clear();
+    let prepared = prepared?;
+    let labels =
+        if prepared.classes.is_empty() { "no labels".into() } else { format!("{} classes", prepared.classes.len()) };
+    report::note(format!(
+        "{}: {}, {} training images, {} held out to watch, {labels}",
+        prepared.root.display(),
+        prepared.kind,
+        prepared.train.len(),
+        prepared.held_out.as_ref().map_or(0, byol::data::Images::len),
+    ));
+    if let Some(first) = prepared.skipped.first() {
+        report::warning(format!(
+            "{} images cannot be used and are skipped; the first: {first}",
+            prepared.skipped.len()
+        ));
+    }
+    Ok(prepared)
+}
+
+/// A flag that Ctrl-C sets. A second Ctrl-C ends the program at once.
+fn stop_flag() -> Arc<AtomicBool> {
+    use std::sync::atomic::Ordering;
+    let stop = Arc::new(AtomicBool::new(false));
+    let set = stop.clone();
+    // Without a handler Ctrl-C ends the program at once: the last checkpoint still stands.
+    let _ = ctrlc::set_handler(move || {
+        if set.swap(true, Ordering::Relaxed) {
+            std::process::exit(i32::from(INTERRUPTED));
+        }
+        eprintln!("stopping after this step; once more to stop at once");
+    });
+    stop
+}
+
+/// Runs a run to its end, showing progress, and prints the result.
+fn train(mut run: Run, json: bool, stop: &AtomicBool) -> Result<ExitCode> {
+    let mut progress = Progress::new(&run.plan, run.byol.k);
+    let mut last: Option<serde_json::Value> = None;
+    let mut first_knn = None;
+    let outcome = run.go(stop, |event| {
+        if let byol::train::Event::Epoch { epoch, loss, health, collapse } = &event {
+            let knn = health.and_then(|h| h.knn);
+            if *epoch == 0 {
+                first_knn = knn;
+            }
+            last = Some(serde_json::json!({
+                "epoch": epoch, "loss": loss, "health": health, "collapse": collapse,
+            }));
+        }
+        progress.show(&event);
+    });
+    progress.finish();
+    let outcome = outcome?;
+    let folder = &run.folder;
+    let encoder = folder.join("encoder.safetensors");
+    let finished = outcome == Outcome::Finished;
+    match &outcome {
+        Outcome::Finished => report::note(format!("done: {}", encoder.display())),
+        Outcome::Stopped(path) => {
+            report::note(format!("stopped; the checkpoint is {}", path.display()));
+            report::note(format!("go on with: byol resume {}", folder.display()));
+        }
+    }
+    if json {
+        let result = serde_json::json!({
+            "run": folder, "encoder": encoder, "finished": finished, "steps": run.byol.k,
+            "total_steps": run.plan.schedule.total, "knn_before": first_knn, "last_epoch": last,
+        });
+        println!("{result}");
+    }
+    Ok(if finished { ExitCode::SUCCESS } else { ExitCode::from(INTERRUPTED) })
+}
+
+/// `NAME`, or `NAME-2`, `NAME-3`, … : the first that does not exist.
+fn free_folder(name: &str) -> PathBuf {
+    let free = |path: &PathBuf| !path.exists();
+    let numbered = (2..).map(|i| PathBuf::from(format!("{name}-{i}")));
+    std::iter::once(PathBuf::from(name)).chain(numbered).find(free).expect("numbers do not end")
+}
+
+/// Writes a file that must not exist yet, or whose place nobody cares about.
+fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    byol::files::write_whole(path, bytes)
+        .map_err(|e| format!("cannot write {}: {e}; choose another place or free some space", path.display()).into())
+}

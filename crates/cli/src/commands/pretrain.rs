@@ -1,0 +1,204 @@
+//! `byol pretrain DATA`
+
+use std::{path::PathBuf, process::ExitCode};
+
+use byol::{
+    data::Dataset,
+    device::{self, Choice},
+    train::{
+        self, Plan, Recipe, Run,
+        auto::{self, Facts},
+        recipe::Draft,
+        run::must_be_free,
+    },
+};
+
+use super::{open, prepare, set_threads, stop_flag};
+use crate::report::{self, Result};
+
+/// Train an encoder on the images in a folder
+///
+/// DATA is a folder of images at any depth (JPEG, PNG, WebP, BMP, GIF, TIFF), of CIFAR binary files or of IDX files. `train/` with `val/` or
+/// `test/` beside it are splits; class subfolders are labels, used only to report kNN accuracy.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Folder of images
+    data: PathBuf,
+    /// Folder for the run [default: byol-runs/NAME-OF-DATA]
+    #[arg(long)]
+    out: Option<PathBuf>,
+    /// auto, cifar10, imagenet-1000, imagenet-300, imagenet-100, imagenette, or a TOML file
+    #[arg(long, default_value = "auto")]
+    recipe: String,
+    /// Set any key of the recipe, for example target.tau=0.99
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// resnet18, resnet34, resnet50, resnet101, resnet152 or resnet200
+    #[arg(long)]
+    encoder: Option<String>,
+    /// Multiplies the encoder's channels; may be fractional
+    #[arg(long)]
+    width: Option<f64>,
+    /// Side of the views in pixels
+    #[arg(long, value_name = "PX")]
+    size: Option<i64>,
+    /// Images an update
+    #[arg(long, value_name = "N")]
+    batch: Option<i64>,
+    /// Split each batch into N parts to save memory
+    #[arg(long, value_name = "N")]
+    accumulate: Option<i64>,
+    /// Passes over the images
+    #[arg(long, value_name = "N")]
+    epochs: Option<i64>,
+    /// Epochs in which the learning rate rises
+    #[arg(long, value_name = "N")]
+    warmup_epochs: Option<i64>,
+    /// lars, sgd or adamw
+    #[arg(long)]
+    optimizer: Option<String>,
+    /// Learning rate for batch 256; the peak is this times batch / 256
+    #[arg(long, value_name = "BASE")]
+    lr: Option<f64>,
+    /// Weight decay
+    #[arg(long, value_name = "X")]
+    weight_decay: Option<f64>,
+    /// Trust coefficient of LARS
+    #[arg(long, value_name = "X")]
+    trust: Option<f64>,
+    /// Target decay at the start, from 0 to 1
+    #[arg(long, value_name = "X")]
+    tau: Option<f64>,
+    /// Hidden length of projector and predictor
+    #[arg(long, value_name = "N")]
+    hidden: Option<i64>,
+    /// Length of projection and prediction
+    #[arg(long, value_name = "N")]
+    projection: Option<i64>,
+    /// Take N training images, evenly spread over the data's own order
+    #[arg(long, value_name = "N")]
+    limit: Option<i64>,
+    /// Names every random draw
+    #[arg(long, value_name = "N")]
+    seed: Option<i64>,
+    /// Threads [default: one a core]
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    threads: usize,
+    /// auto, cpu, vulkan, metal, wgpu, cuda or rocm
+    #[arg(long, default_value = "auto")]
+    device: Choice,
+    /// Write TensorBoard event files too
+    #[arg(long)]
+    tensorboard: bool,
+    /// Print one JSON object with the results
+    #[arg(long)]
+    json: bool,
+}
+
+impl Args {
+    /// What was said, by recipe key.
+    fn draft(&self) -> Result<Draft> {
+        let mut draft = Draft::from_recipe(&self.recipe)?;
+        let counts = [
+            ("views.size", self.size, "--size"),
+            ("train.batch", self.batch, "--batch"),
+            ("train.accumulate", self.accumulate, "--accumulate"),
+            ("train.epochs", self.epochs, "--epochs"),
+            ("train.warmup_epochs", self.warmup_epochs, "--warmup-epochs"),
+            ("heads.hidden", self.hidden, "--hidden"),
+            ("heads.projection", self.projection, "--projection"),
+            ("train.limit", self.limit, "--limit"),
+            ("seed", self.seed, "--seed"),
+        ];
+        for (key, value, flag) in counts {
+            value.map(|v| draft.say(key, v, flag)).transpose()?;
+        }
+        let numbers = [
+            ("encoder.width", self.width, "--width"),
+            ("optimizer.lr", self.lr, "--lr"),
+            ("optimizer.weight_decay", self.weight_decay, "--weight-decay"),
+            ("optimizer.trust", self.trust, "--trust"),
+            ("target.tau", self.tau, "--tau"),
+        ];
+        for (key, value, flag) in numbers {
+            value.map(|v| draft.say(key, v, flag)).transpose()?;
+        }
+        for (key, value, flag) in
+            [("encoder.architecture", &self.encoder, "--encoder"), ("optimizer.kind", &self.optimizer, "--optimizer")]
+        {
+            value.as_ref().map(|v| draft.say(key, v.as_str(), flag)).transpose()?;
+        }
+        for text in &self.set {
+            draft.set(text)?;
+        }
+        Ok(draft)
+    }
+}
+
+pub fn run(args: &Args) -> Result<ExitCode> {
+    let draft = args.draft()?;
+    // Everything that can be refused without the data is refused before they are read.
+    let mut base = Recipe::default();
+    if draft.name == "auto" {
+        // The checks of what was said alone; the rest is chosen to fit it.
+        (base.train.warmup_epochs, base.train.accumulate) = (0, 1);
+    }
+    let checked = draft.over(&base)?;
+    let out = match &args.out {
+        Some(out) => out.clone(),
+        None => {
+            let name = args.data.file_name().map_or_else(|| "run".into(), |n| n.to_string_lossy().into_owned());
+            super::free_folder(&format!("byol-runs/{name}"))
+        }
+    };
+    must_be_free(&out)?;
+    let threads = set_threads(args.threads)?;
+    let opened = open(args.device)?;
+    let data = prepare(Dataset::open(&args.data)?, checked.train.limit, &checked.health)?;
+    let recipe = if draft.name == "auto" {
+        let facts = Facts::of(&data.train, opened.found.kind, &device::machine()).map_err(train::Error::from)?;
+        let (chosen, why) = auto::choose(&facts, &draft);
+        for reason in why {
+            report::note(format!("  auto: {reason}"));
+        }
+        draft.over(&chosen)?
+    } else {
+        checked
+    };
+    let plan = Plan::new(&draft.name, recipe, &data, opened.found.choice)?;
+    describe(&plan, &opened.found.name, threads, &out);
+    let stop = stop_flag();
+    let run = Run::create(&out, plan, &data, opened.device, threads, args.tensorboard)?;
+    super::train(run, args.json, &stop)
+}
+
+/// The plan in a few lines.
+pub fn describe(plan: &Plan, device: &str, threads: usize, out: &std::path::Path) {
+    let (r, e, s) = (&plan.recipe, &plan.encoder, &plan.schedule);
+    let parts = match r.train.accumulate {
+        1 => String::new(),
+        n => format!(" in {n} parts of {}", plan.micro_batch()),
+    };
+    report::note(format!(
+        "plan: {} of width {}, {:?} stem, views of {} px; heads {}-{}; batch {}{parts}; {} epochs = {} steps, {} of warm-up",
+        e.architecture.name(),
+        e.width,
+        e.stem,
+        e.size,
+        r.heads.hidden,
+        r.heads.projection,
+        r.train.batch,
+        r.train.epochs,
+        s.total,
+        s.warmup,
+    ));
+    report::note(format!(
+        "      {:?}, peak rate {:.4}, decay {:e}; tau from {}; seed {}; {device}, {threads} threads; run in {}",
+        r.optimizer.kind,
+        s.peak,
+        r.optimizer.weight_decay,
+        s.tau_base,
+        r.seed,
+        out.display(),
+    ));
+}

@@ -1,0 +1,16 @@
+//! The command `byol`: parses, calls the library, prints.
+
+mod commands;
+mod report;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let outcome = commands::Cli::parse().run();
+    outcome.unwrap_or_else(|error| {
+        report::error(&*error);
+        ExitCode::FAILURE
+    })
+}

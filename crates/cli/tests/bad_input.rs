@@ -1,0 +1,179 @@
+//! Bad input gets one clear line, a non-zero exit, and leaves nothing half-written.
+
+mod common;
+
+use std::{fs, path::Path};
+
+use common::{json, ok, pictures, pretrain, refused, run, stderr, text};
+
+fn nothing_at(out: &Path) {
+    assert!(!out.exists(), "{} was left behind", out.display());
+}
+
+#[test]
+fn folders_without_images() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, out) = (folder.path().join("data"), folder.path().join("run"));
+    refused(&pretrain(&data, &out, &[]), &["there is no", text(&data)]);
+    fs::create_dir(&data).unwrap();
+    refused(&pretrain(&data, &out, &[]), &["no images in", text(&data), "JPEG"]);
+    fs::write(data.join("notes.txt"), "not an image").unwrap();
+    refused(&pretrain(&data, &out, &[]), &["no images in"]);
+    nothing_at(&out);
+}
+
+#[test]
+fn bad_images_among_good_ones_are_skipped_counted_and_listed() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, out) = (folder.path().join("data"), folder.path().join("run"));
+    pictures(&data, 40);
+    let good = fs::read(data.join("even/000.png")).unwrap();
+    fs::write(data.join("even/cut.png"), &good[..good.len() / 2]).unwrap();
+    fs::write(data.join("even/empty.jpg"), b"").unwrap();
+    fs::write(data.join("odd/text.jpg"), b"this is a text").unwrap();
+    fs::write(data.join("odd/huge.png"), huge_png()).unwrap();
+    let output = run(&pretrain(&data, &out, &["--json"]));
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(stderr(&output).contains("4 images cannot be used"), "{}", stderr(&output));
+    let listed = fs::read_to_string(out.join("skipped.txt")).unwrap();
+    for (name, why) in
+        [("cut.png", "PNG"), ("empty.jpg", "empty"), ("text.jpg", "not a JPEG"), ("huge.png", "30000 x 30000")]
+    {
+        let line = listed.lines().find(|l| l.contains(name)).unwrap_or_else(|| panic!("{name} is not in {listed}"));
+        assert!(line.contains(why), "{line}");
+    }
+    assert_eq!(json(&output)["finished"], true);
+}
+
+/// A PNG header that promises 30,000 x 30,000 pixels.
+fn huge_png() -> Vec<u8> {
+    let mut bytes = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR".to_vec();
+    bytes.extend(30_000u32.to_be_bytes());
+    bytes.extend(30_000u32.to_be_bytes());
+    bytes.extend([8, 2, 0, 0, 0]);
+    let mut crc = !0u32;
+    for byte in &bytes[12..] {
+        crc ^= u32::from(*byte);
+        for _ in 0..8 {
+            crc = if crc & 1 == 1 { crc >> 1 ^ 0xEDB8_8320 } else { crc >> 1 };
+        }
+    }
+    bytes.extend((!crc).to_be_bytes());
+    bytes.extend(b"\0\0\0\0IDAT");
+    bytes
+}
+
+#[test]
+fn more_than_half_bad_stops_the_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, out) = (folder.path().join("data"), folder.path().join("run"));
+    pictures(&data, 10);
+    for i in 0..11 {
+        fs::write(data.join(format!("even/bad{i}.jpg")), b"").unwrap();
+    }
+    refused(&pretrain(&data, &out, &[]), &["11 of 21", "more than half"]);
+    nothing_at(&out);
+}
+
+#[cfg(unix)]
+#[test]
+fn unreadable_permissions() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().unwrap();
+    let (data, out) = (folder.path().join("data"), folder.path().join("run"));
+    pictures(&data, 40);
+    let locked = data.join("even/000.png");
+    fs::set_permissions(&locked, fs::Permissions::from_mode(0o000)).unwrap();
+    if fs::read(&locked).is_ok() {
+        eprintln!("not tested: this user may read every file (root)");
+        return;
+    }
+    ok(&pretrain(&data, &out, &[]));
+    assert!(fs::read_to_string(out.join("skipped.txt")).unwrap().contains("000.png"));
+}
+
+#[test]
+fn recipes_that_make_no_sense() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, out) = (folder.path().join("data"), folder.path().join("run"));
+    pictures(&data, 20);
+    let cases: [(&[&str], &[&str]); 9] = [
+        (&["--set", "taget.tau=0.9"], &["unknown recipe key `taget.tau`", "`target.tau`"]),
+        (&["--epochs", "0"], &["train.epochs", "is 0", "from 1"]),
+        (&["--batch", "1000"], &["batch 1000 is larger than the data", "--batch 18"]),
+        (&["--recipe", "cifar100"], &["no recipe is called `cifar100`", "`cifar10`"]),
+        (&["--accumulate", "3"], &["train.accumulate", "equal parts"]),
+        (&["--tau", "1.5"], &["target.tau", "from 0 to 1"]),
+        (&["--set", "epochs"], &["KEY=VALUE"]),
+        (&["--width", "0"], &["encoder.width", "above 0"]),
+        (&["--optimizer", "adam"], &["optimizer.kind", "adamw"]),
+    ];
+    for (flags, words) in cases {
+        refused(&[&pretrain(&data, &out, &[])[..], flags].concat(), words);
+    }
+    nothing_at(&out);
+    let file = folder.path().join("mine.toml");
+    fs::write(&file, "[train]\nepoch = 3\n").unwrap();
+    refused(
+        &["pretrain", text(&data), "--out", text(&out), "--recipe", text(&file)],
+        &["`train.epoch`", "`train.epochs`"],
+    );
+}
+
+#[test]
+fn an_out_that_holds_something_is_left_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, out) = (folder.path().join("data"), folder.path().join("run"));
+    pictures(&data, 20);
+    fs::create_dir(&out).unwrap();
+    fs::write(out.join("thesis.tex"), "years of work").unwrap();
+    refused(&pretrain(&data, &out, &[]), &["already holds something that is not a run"]);
+    fs::remove_file(out.join("thesis.tex")).unwrap();
+    fs::write(out.join("plan.toml"), "").unwrap();
+    refused(&pretrain(&data, &out, &[]), &["already holds another run", "byol resume"]);
+}
+
+#[test]
+fn encoders_that_are_none() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    pictures(&data, 20);
+    let file = folder.path().join("encoder.safetensors");
+    let eval = ["eval", "knn", text(&file), text(&data), "--device", "cpu"];
+    refused(&eval, &["cannot read the encoder", text(&file)]);
+    fs::write(&file, b"nonsense").unwrap();
+    refused(&eval, &["not a whole safetensors file"]);
+}
+
+/// A full disk: a file system of a given size is not to be had without privileges, but a limit on a file's size fails writes alike.
+#[cfg(unix)]
+#[test]
+fn a_write_that_fails_leaves_no_half_written_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, out) = (folder.path().join("data"), folder.path().join("run"));
+    pictures(&data, 40);
+    let args = pretrain(&data, &out, &[]).iter().map(|a| format!("'{a}'")).collect::<Vec<_>>().join(" ");
+    // 64 blocks of 512 bytes or 1 KiB; the signal of the limit is ignored, so that the write itself fails.
+    let script = format!("trap '' XFSZ; ulimit -f 64; exec '{}' {args}", env!("CARGO_BIN_EXE_byol"));
+    let output = std::process::Command::new("sh").args(["-c", &script]).output().unwrap();
+    assert!(!output.status.success());
+    let text = stderr(&output);
+    assert!(text.contains("cannot write") && text.contains("free some space"), "{text}");
+    let whole = |path: &Path| !path.to_string_lossy().contains("step-") && !path.ends_with("encoder.safetensors");
+    for entry in fs::read_dir(&out).unwrap().chain(fs::read_dir(out.join("checkpoints")).unwrap()) {
+        assert!(whole(&entry.unwrap().path()));
+    }
+}
+
+#[test]
+fn views_and_devices() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, sheet) = (folder.path().join("data"), folder.path().join("sheet.png"));
+    pictures(&data, 6);
+    ok(&["views", text(&data), "-o", text(&sheet), "--count", "3"]);
+    let picture = image::open(&sheet).unwrap();
+    assert_eq!((picture.width(), picture.height()), (5 * 168 + 8, 3 * 168 + 8));
+    let devices = json(&ok(&["devices", "--json"]));
+    assert_eq!(devices["devices"][0]["choice"], "cpu");
+    assert_ne!(devices["auto"], serde_json::Value::Null);
+}

@@ -1,0 +1,105 @@
+//! Runs the real binary in a fresh folder.
+#![allow(dead_code)] // each test file uses a part
+
+use std::{
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+use image::{Rgb, RgbImage};
+
+pub fn byol(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_byol"));
+    command.args(args);
+    command
+}
+
+pub fn run(args: &[&str]) -> Output {
+    byol(args).output().expect("the binary runs")
+}
+
+pub fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Runs and insists on success.
+pub fn ok(args: &[&str]) -> Output {
+    let output = run(args);
+    assert!(output.status.success(), "{args:?}: {}", stderr(&output));
+    output
+}
+
+/// Runs and insists on one line of error that holds all of `words`; returns it.
+pub fn refused(args: &[&str], words: &[&str]) -> String {
+    let output = run(args);
+    assert!(!output.status.success(), "{args:?} succeeds");
+    let text = stderr(&output);
+    let line =
+        text.lines().find(|l| l.starts_with("error:")).unwrap_or_else(|| panic!("{args:?} says no error: {text}"));
+    for word in words {
+        assert!(line.contains(word), "`{word}` is not in: {line}");
+    }
+    assert!(!text.contains("panicked"), "{text}");
+    line.to_owned()
+}
+
+pub fn json(output: &Output) -> serde_json::Value {
+    let text = String::from_utf8_lossy(&output.stdout);
+    serde_json::from_str(text.trim()).unwrap_or_else(|e| panic!("one JSON object on standard output, not {text}: {e}"))
+}
+
+/// `n` small pictures in two class folders; content depends on the number alone.
+pub fn pictures(folder: &Path, n: u32) {
+    for i in 0..n {
+        let class = folder.join(if i % 2 == 0 { "even" } else { "odd" });
+        std::fs::create_dir_all(&class).unwrap();
+        let picture = RgbImage::from_fn(20, 16, |x, y| {
+            let v = |k: u32| ((x * (3 + i % 5) + y * (2 + i % 7) * k + i * 37 * k) % 256) as u8;
+            Rgb([v(1), v(2), v(3)])
+        });
+        picture.save(class.join(format!("{i:03}.png"))).unwrap();
+    }
+}
+
+/// Flags of a run that takes a second or two.
+pub const SMALL: [&str; 18] = [
+    "--encoder",
+    "resnet18",
+    "--width",
+    "0.0625",
+    "--size",
+    "16",
+    "--batch",
+    "8",
+    "--epochs",
+    "3",
+    "--hidden",
+    "16",
+    "--projection",
+    "8",
+    "--warmup-epochs",
+    "1",
+    "--device",
+    "cpu",
+];
+
+pub fn text(path: &Path) -> &str {
+    path.to_str().expect("test paths are text")
+}
+
+pub fn bytes(run: &Path) -> Vec<u8> {
+    std::fs::read(run.join("encoder.safetensors")).expect("the run has an encoder")
+}
+
+/// Newest checkpoint's tensors.
+pub fn newest_state(run: &Path) -> Vec<u8> {
+    let mut all: Vec<PathBuf> =
+        std::fs::read_dir(run.join("checkpoints")).unwrap().map(|e| e.unwrap().path()).collect();
+    all.sort();
+    std::fs::read(all.last().expect("a checkpoint").join("state.safetensors")).unwrap()
+}
+
+/// `byol pretrain DATA --out OUT` with the small flags and more.
+pub fn pretrain<'a>(data: &'a Path, out: &'a Path, more: &[&'a str]) -> Vec<&'a str> {
+    [&["pretrain", text(data), "--out", text(out)], &SMALL[..], more].concat()
+}

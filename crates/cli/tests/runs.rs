@@ -1,0 +1,168 @@
+//! Whole runs through the real binary: results, reproducibility, resume, crashes.
+
+mod common;
+
+use std::{fs, thread, time::Duration};
+
+use common::{byol, bytes, json, newest_state, ok, pictures, pretrain, refused, stderr, text};
+
+#[test]
+fn a_run_leaves_an_encoder_that_can_be_evaluated_and_is_not_changed_by_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, out) = (folder.path().join("data"), folder.path().join("run"));
+    pictures(&data, 60);
+    let result = json(&ok(&pretrain(&data, &out, &["--json", "--tensorboard"])));
+    assert_eq!(result["finished"], true);
+    assert_eq!(result["steps"], result["total_steps"]);
+    for name in ["plan.toml", "metrics.jsonl", "encoder.safetensors", "checkpoints", "tensorboard"] {
+        assert!(out.join(name).exists(), "{name}");
+    }
+    let lines = fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+    let lines: Vec<serde_json::Value> = lines.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let of = |kind: &str| lines.iter().filter(|l| l["kind"] == kind).count();
+    // 54 images (6 of 60 are held out), batch 8, 3 epochs: ⌊162 / 8⌋ steps; epochs 0 to 3.
+    assert_eq!((of("step"), of("epoch")), (20, 4));
+    assert!(
+        lines.iter().filter(|l| l["kind"] == "epoch").all(|l| l["rankme"].as_f64().is_some() && l["knn"].is_number())
+    );
+    assert_eq!(fs::read_dir(out.join("checkpoints")).unwrap().count(), 3, "the last three are kept");
+
+    let before = bytes(&out);
+    let knn = json(&ok(&["eval", "knn", text(&out), text(&data), "--json", "--device", "cpu", "--k", "3"]));
+    assert!((0.0..=1.0).contains(&knn["knn"].as_f64().unwrap()));
+    assert_eq!(before, bytes(&out), "evaluation never changes an encoder");
+}
+
+#[test]
+fn one_thread_and_two_give_the_same_bits() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    pictures(&data, 40);
+    let run = |threads: &str| {
+        let out = folder.path().join(threads);
+        ok(&pretrain(&data, &out, &["--threads", threads]));
+        (bytes(&out), newest_state(&out))
+    };
+    assert!(run("1") == run("2"));
+}
+
+#[test]
+fn accumulation_splits_the_batch_and_still_learns() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, out) = (folder.path().join("data"), folder.path().join("run"));
+    pictures(&data, 40);
+    let result = json(&ok(&pretrain(&data, &out, &["--accumulate", "4", "--json"])));
+    assert_eq!(result["finished"], true);
+}
+
+#[test]
+fn killed_at_a_random_moment_and_resumed_gives_the_bits_of_a_run_never_stopped() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    pictures(&data, 60);
+    let often = ["--set", "checkpoint.every_steps=3"];
+    let whole = folder.path().join("whole");
+    ok(&pretrain(&data, &whole, &often));
+
+    // Three kills, each a little later than the one before.
+    let broken = folder.path().join("broken");
+    let mut child = byol(&pretrain(&data, &broken, &often)).stderr(std::process::Stdio::null()).spawn().unwrap();
+    for extra in [30, 80, 150] {
+        // Not before there is something to resume from.
+        for _ in 0..2000 {
+            let checkpoints = fs::read_dir(broken.join("checkpoints")).map_or(0, |d| d.flatten().count());
+            if checkpoints > 0 || child.try_wait().unwrap().is_some() {
+                break;
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        thread::sleep(Duration::from_millis(extra));
+        let _ = child.kill();
+        child.wait().unwrap();
+        child = byol(&["resume", text(&broken)]).stderr(std::process::Stdio::null()).spawn().unwrap();
+    }
+    assert!(child.wait().unwrap().success());
+    assert!(bytes(&whole) == bytes(&broken), "the encoder");
+    assert!(newest_state(&whole) == newest_state(&broken), "the whole state");
+    let steps = |run: &std::path::Path| {
+        let lines = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+        lines
+            .lines()
+            .map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap())
+            .map(|l| (l["kind"].to_string(), l["step"].to_string(), l["loss"].to_string(), l["rankme"].to_string()))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(steps(&whole), steps(&broken), "every step and epoch is in the metrics once");
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_finishes_the_step_writes_a_checkpoint_and_exits_130() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, out) = (folder.path().join("data"), folder.path().join("run"));
+    pictures(&data, 60);
+    let child =
+        byol(&pretrain(&data, &out, &["--epochs", "300"])).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    for _ in 0..12_000 {
+        if out.join("encoder.safetensors").exists() {
+            break;
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
+    assert!(stderr(&output).contains("go on with: byol resume"));
+}
+
+#[test]
+fn damaged_checkpoints_are_named_and_the_good_one_before_is_offered() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, out) = (folder.path().join("data"), folder.path().join("run"));
+    pictures(&data, 40);
+    ok(&pretrain(&data, &out, &[]));
+    let mut all: Vec<_> = fs::read_dir(out.join("checkpoints")).unwrap().map(|e| e.unwrap().path()).collect();
+    all.sort();
+    let newest = all.pop().unwrap();
+    let good = all.pop().unwrap();
+    let state = newest.join("state.safetensors");
+    let intact = fs::read(&state).unwrap();
+    let mut flipped = intact.clone();
+    flipped[intact.len() / 2] ^= 1;
+    for (bytes, word) in [(&flipped[..], "checksum"), (&intact[..100], "checksum"), (&[][..], "checksum")] {
+        fs::write(&state, bytes).unwrap();
+        refused(&["resume", text(&out)], &["damaged", word, text(&good)]);
+    }
+    fs::remove_file(&state).unwrap();
+    refused(&["resume", text(&out)], &["cannot read the checkpoint", text(&good)]);
+    fs::write(&state, &intact).unwrap();
+    let json_file = newest.join("state.json");
+    let changed = fs::read_to_string(&json_file).unwrap().replace("\"version\": 1", "\"version\": 99");
+    fs::write(&json_file, changed).unwrap();
+    refused(&["resume", text(&out)], &["version 99", text(&good)]);
+    fs::remove_dir_all(&newest).unwrap();
+    ok(&["resume", text(&out)]);
+    fs::remove_dir_all(out.join("checkpoints")).unwrap();
+    refused(&["resume", text(&out)], &["no checkpoint"]);
+    refused(&["resume", text(folder.path())], &["plan.toml"]);
+}
+
+#[test]
+fn changed_data_are_noticed_on_resume() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, out) = (folder.path().join("data"), folder.path().join("run"));
+    pictures(&data, 40);
+    ok(&pretrain(&data, &out, &[]));
+    fs::remove_file(data.join("even/000.png")).unwrap();
+    refused(&["resume", text(&out)], &["not those that the run began with"]);
+}
+
+#[test]
+fn a_diverging_run_stops_names_the_step_and_keeps_the_last_good_checkpoint() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, out) = (folder.path().join("data"), folder.path().join("run"));
+    pictures(&data, 40);
+    let args = pretrain(&data, &out, &["--optimizer", "sgd", "--lr", "1e30", "--set", "health.images=0"]);
+    refused(&args, &["the loss is", "at step", "last good checkpoint", "checkpoints/step-"]);
+    assert!(fs::read_dir(out.join("checkpoints")).unwrap().count() >= 1);
+}

@@ -1,0 +1,42 @@
+//! The definitions, scalar, in f64, loops in the order of the formula. For tests.
+
+use crate::conv::Shape;
+
+/// Every (x index, w index, y index) whose product a convolution sums.
+pub fn products(s: &Shape, mut f: impl FnMut(usize, usize, usize)) {
+    for n in 0..s.n {
+        for oy in 0..s.h_out() {
+            for ox in 0..s.w_out() {
+                for o in 0..s.c_out {
+                    for ky in 0..s.kernel {
+                        for kx in 0..s.kernel {
+                            let (y, x) = (oy * s.stride + ky, ox * s.stride + kx);
+                            let inside = |v: usize, n: usize| v >= s.padding && v - s.padding < n;
+                            if !inside(y, s.h) || !inside(x, s.w) {
+                                continue;
+                            }
+                            for c in 0..s.c_in {
+                                let from = ((n * s.h + y - s.padding) * s.w + x - s.padding) * s.c_in + c;
+                                let weight = ((o * s.c_in + c) * s.kernel + ky) * s.kernel + kx;
+                                let to = ((n * s.h_out() + oy) * s.w_out() + ox) * s.c_out + o;
+                                f(from, weight, to);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// y, dx and dw of a convolution for a given dy.
+pub fn conv(s: &Shape, x: &[f32], w: &[f32], dy: &[f32]) -> [Vec<f64>; 3] {
+    let mut all = [vec![0.0; dy.len()], vec![0.0; x.len()], vec![0.0; w.len()]];
+    let [y, dx, dw] = &mut all;
+    products(s, |i, k, o| {
+        y[o] += f64::from(x[i]) * f64::from(w[k]);
+        dx[i] += f64::from(dy[o]) * f64::from(w[k]);
+        dw[k] += f64::from(dy[o]) * f64::from(x[i]);
+    });
+    all
+}
