@@ -285,7 +285,7 @@ mod gpu {
         let mut all = Vec::new();
         for (choice, backends, api) in apis {
             let (mut discrete, mut integrated, mut shared) = (0, 0, 0);
-            let mut next = |n: &mut usize| {
+            let next = |n: &mut usize| {
                 *n += 1;
                 *n - 1
             };

@@ -166,3 +166,14 @@ fn a_diverging_run_stops_names_the_step_and_keeps_the_last_good_checkpoint() {
     refused(&args, &["the loss is", "at step", "last good checkpoint", "checkpoints/step-"]);
     assert!(fs::read_dir(out.join("checkpoints")).unwrap().count() >= 1);
 }
+
+#[test]
+fn the_demo_gains_ten_points_and_draws_its_neighbours() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("demo");
+    let result = json(&ok(&["demo", "--out", text(&out), "--json"]));
+    let (before, after) = (result["knn_before"].as_f64().unwrap(), result["knn_after"].as_f64().unwrap());
+    assert!((0.0..=1.0).contains(&after) && after >= before + 0.1, "kNN from {before} to {after}");
+    let picture = image::open(out.join("neighbours.png")).unwrap();
+    assert!(picture.width() > picture.height(), "a query, five before and five after in each of six rows");
+}

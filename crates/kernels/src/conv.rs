@@ -1,11 +1,20 @@
-//! Convolution as a matrix product: the input pixels that one output pixel reads are laid out as a row (`im2col`), tile by tile, so that
-//! a tile stays in cache. A 1×1 convolution of stride 1 needs no layout at all.
+//! Convolution and its two gradients, channels last, without laying out windows: a tile reads them where they are.
 //!
-//! Threads share out groups of images. A group is fixed by the shape, so the order of sums is too.
+//! The forward pass and the gradient by the input are the same walk ([`Walk`]): every pixel of a destination sums taps of a source. For
+//! the input's gradient the source is dy and the taps are turned round; with a stride its pixels fall into phases of stride × stride,
+//! each with taps of its own. A thread copies the part of the source that its pixels read, with a margin of zeros, so that no tap asks
+//! whether it lies in the image; without a margin it reads the source itself.
+//!
+//! Threads share out tasks: some images, or some rows of one. A task is fixed by the shape, so the order of sums is too.
+
+use std::{cell::RefCell, ops::Range};
 
 use rayon::prelude::*;
 
-use crate::matrix::{Matrix, multiply};
+use crate::{
+    isa::Isa,
+    tile::{Tile, WeightTile},
+};
 
 /// Shapes of one convolution. Input `[n, h, w, c_in]`, weight `[c_out, c_in, kernel, kernel]`, output `[n, h_out, w_out, c_out]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,273 +35,551 @@ pub struct Shape {
     pub stride: usize,
     /// Zeros on every side.
     pub padding: usize,
+    /// Distance of taps in both directions.
+    pub dilation: usize,
 }
 
-/// Values of a tile's layout: 1 MiB / 4, the second-level cache of one core.
-const TILE_VALUES: usize = 1 << 16;
+/// Source values of a task: 256 KiB, a part of a core's second-level cache.
+const TASK_VALUES: usize = 1 << 16;
 
-/// Output pixels that a thread takes at least, so that the matrix product has rows to work on.
-const GROUP_PIXELS: usize = 512;
+/// Destination pixels that a task has at least, so that its last tile counts for little.
+const TASK_PIXELS: usize = 256;
 
-/// Partial sums of a weight gradient, in values, over all groups.
+/// Pixels of a block of the weight gradient: its values stay in the first-level cache while all taps use them.
+const BLOCK_VALUES: usize = 1 << 12;
+
+/// Partial sums of a weight gradient, in values, over all tasks.
 const PARTIAL_VALUES: usize = 1 << 24;
 
 impl Shape {
+    fn reach(&self) -> usize {
+        self.dilation * (self.kernel - 1) + 1
+    }
+
     /// Rows of the output.
     pub fn h_out(&self) -> usize {
-        (self.h + 2 * self.padding - self.kernel) / self.stride + 1
+        (self.h + 2 * self.padding - self.reach()) / self.stride + 1
     }
 
     /// Columns of the output.
     pub fn w_out(&self) -> usize {
-        (self.w + 2 * self.padding - self.kernel) / self.stride + 1
+        (self.w + 2 * self.padding - self.reach()) / self.stride + 1
     }
 
     /// Values of the input, the weight and the output.
     pub fn lengths(&self) -> [usize; 3] {
         let pixels_out = self.n * self.h_out() * self.w_out();
-        [self.n * self.h * self.w * self.c_in, self.c_out * self.patch(), pixels_out * self.c_out]
+        let weight = self.c_out * self.c_in * self.kernel * self.kernel;
+        [self.n * self.h * self.w * self.c_in, weight, pixels_out * self.c_out]
     }
 
-    /// Values that one output pixel reads.
-    fn patch(&self) -> usize {
-        self.kernel * self.kernel * self.c_in
+    /// Multiply-adds of one direction.
+    pub fn products(&self) -> usize {
+        self.n * self.h_out() * self.w_out() * self.c_out * self.c_in * self.kernel * self.kernel
     }
 
-    fn is_pointwise(&self) -> bool {
-        self.kernel == 1 && self.stride == 1 && self.padding == 0
-    }
-
-    /// Images a task.
-    fn group(&self) -> usize {
-        GROUP_PIXELS.div_ceil(self.h_out() * self.w_out()).clamp(1, self.n.max(1))
-    }
-
-    /// Output rows a tile.
-    fn tile_rows(&self) -> usize {
-        (TILE_VALUES / (self.w_out() * self.patch()).max(1)).max(1)
-    }
-
-    fn check(&self, x: &[f32], w: &[f32]) {
-        assert!(self.h + 2 * self.padding >= self.kernel && self.w + 2 * self.padding >= self.kernel, "{self:?}");
-        let [of_x, of_w, _] = self.lengths();
-        assert_eq!((x.len(), w.len()), (of_x, of_w), "{self:?}");
+    fn check(&self) {
+        assert!(self.kernel > 0 && self.stride > 0 && self.dilation > 0, "{self:?}");
+        assert!(self.h + 2 * self.padding >= self.reach() && self.w + 2 * self.padding >= self.reach(), "{self:?}");
     }
 }
 
-/// `[c_out, c_in, k, k]` → `[k, k, c_in, c_out]`: the matrix that a layout row is multiplied by.
-fn pack(s: &Shape, w: &[f32]) -> Vec<f32> {
+/// A map of pixels.
+#[derive(Debug, Clone, Copy)]
+struct Map {
+    h: usize,
+    w: usize,
+    c: usize,
+}
+
+/// A tap in one direction: its offset in the source, and the kernel's index.
+type Tap = (isize, usize);
+
+/// Destination pixels `first + step · (j, i)` that read source pixels `source_step · (j, i) + taps`.
+#[derive(Debug)]
+struct Phase {
+    first: [usize; 2],
+    rows: Vec<Tap>,
+    cols: Vec<Tap>,
+}
+
+/// Which source pixels each destination pixel reads.
+#[derive(Debug)]
+struct Walk {
+    n: usize,
+    from: Map,
+    to: Map,
+    /// Between destination pixels of a phase.
+    step: usize,
+    /// Between their windows.
+    source_step: usize,
+    phases: Vec<Phase>,
+    /// Zeros before and after the source, rows and columns.
+    margin: [[usize; 2]; 2],
+}
+
+impl Walk {
+    fn new(n: usize, from: Map, to: Map, step: usize, source_step: usize, phases: Vec<Phase>) -> Walk {
+        let margin = |size: usize, of: fn(&Phase) -> &Vec<Tap>, axis: usize, length: usize| {
+            let mut margin = [0usize; 2];
+            for phase in &phases {
+                let steps = length.saturating_sub(phase.first[axis]).div_ceil(step);
+                for (offset, _) in of(phase).iter().filter(|_| steps > 0) {
+                    let last = (source_step * (steps - 1)) as isize + offset;
+                    margin[0] = margin[0].max((-offset).max(0) as usize);
+                    margin[1] = margin[1].max((last + 1 - size as isize).max(0) as usize);
+                }
+            }
+            margin
+        };
+        let margin = [margin(from.h, |p| &p.rows, 0, to.h), margin(from.w, |p| &p.cols, 1, to.w)];
+        Walk { n, from, to, step, source_step, phases, margin }
+    }
+
+    /// From x to y.
+    fn forward(s: &Shape) -> Walk {
+        let taps = || (0..s.kernel).map(|k| ((k * s.dilation) as isize - s.padding as isize, k)).collect();
+        let phase = Phase { first: [0, 0], rows: taps(), cols: taps() };
+        let from = Map { h: s.h, w: s.w, c: s.c_in };
+        Walk::new(s.n, from, Map { h: s.h_out(), w: s.w_out(), c: s.c_out }, 1, s.stride, vec![phase])
+    }
+
+    /// From dy to dx: input row r + stride · j meets output row j + (r + padding − k · dilation) / stride where that is whole.
+    fn backward(s: &Shape) -> Walk {
+        let taps = |r: usize| -> Vec<Tap> {
+            let reached = |k: usize| {
+                let offset = (r + s.padding) as isize - (k * s.dilation) as isize;
+                (offset.rem_euclid(s.stride as isize) == 0).then(|| (offset.div_euclid(s.stride as isize), k))
+            };
+            // Turned round, so that offsets grow.
+            (0..s.kernel).rev().filter_map(reached).collect()
+        };
+        let phase = |i: usize| {
+            let first = [i / s.stride, i % s.stride];
+            Phase { first, rows: taps(first[0]), cols: taps(first[1]) }
+        };
+        let from = Map { h: s.h_out(), w: s.w_out(), c: s.c_out };
+        let phases = (0..s.stride * s.stride).map(phase).filter(|p| !p.rows.is_empty() && !p.cols.is_empty());
+        Walk::new(s.n, from, Map { h: s.h, w: s.w, c: s.c_in }, s.stride, 1, phases.collect())
+    }
+
+    fn has_margin(&self) -> bool {
+        self.margin != [[0; 2]; 2]
+    }
+
+    /// Columns of a source row with its margin.
+    fn width(&self) -> usize {
+        self.from.w + self.margin[1][0] + self.margin[1][1]
+    }
+
+    /// What a thread works on at once.
+    fn tasks(&self) -> Vec<Task> {
+        let (rows, pixels) = (self.from.h + self.margin[0][0] + self.margin[0][1], self.to.h * self.to.w);
+        let image = (rows * self.width() * self.from.c).max(1);
+        if image <= TASK_VALUES || self.to.h <= self.step {
+            let together = (TASK_VALUES / image).min(TASK_PIXELS.div_ceil(pixels.max(1))).clamp(1, self.n.max(1));
+            let images = (0..self.n).step_by(together);
+            return images.map(|i| Task { images: i..(i + together).min(self.n), rows: 0..self.to.h }).collect();
+        }
+        // Rows of one image; a multiple of the step, so that every task sees the same phases.
+        let a_row = self.width() * self.from.c * self.source_step;
+        let steps = (TASK_VALUES / a_row).max(TASK_PIXELS.div_ceil(self.to.w * self.step)).max(1);
+        let height = steps * self.step;
+        let band = |i: usize, y: usize| Task { images: i..i + 1, rows: y..(y + height).min(self.to.h) };
+        (0..self.n).flat_map(|i| (0..self.to.h).step_by(height).map(move |y| band(i, y))).collect()
+    }
+
+    /// Rows of the source with its margin that a task reads: `[first, end)`.
+    fn source_rows(&self, task: &Task) -> Range<usize> {
+        let (mut first, mut end) = (usize::MAX, 0);
+        for phase in &self.phases {
+            let (from, to) = self.steps(phase, task);
+            for (offset, _) in phase.rows.iter().filter(|_| from < to) {
+                let at = |j: usize| ((j * self.source_step) as isize + offset + self.margin[0][0] as isize) as usize;
+                first = first.min(at(from));
+                end = end.max(at(to - 1) + 1);
+            }
+        }
+        first.min(end)..end
+    }
+
+    /// The rows of a phase in a task, in steps.
+    fn steps(&self, phase: &Phase, task: &Task) -> (usize, usize) {
+        let upto = |row: usize| row.saturating_sub(phase.first[0]).div_ceil(self.step);
+        (upto(task.rows.start), upto(task.rows.end))
+    }
+}
+
+/// Some images, or some rows of one, of the destination.
+#[derive(Debug, Clone)]
+struct Task {
+    images: Range<usize>,
+    rows: Range<usize>,
+}
+
+impl Task {
+    /// Where its values lie in the destination: they follow each other.
+    fn span(&self, to: Map) -> Range<usize> {
+        let row = |i: usize, y: usize| (i * to.h + y) * to.w * to.c;
+        row(self.images.start, self.rows.start)..row(self.images.end - 1, self.rows.end)
+    }
+}
+
+/// What a thread keeps from task to task.
+#[derive(Default)]
+struct Scratch {
+    source: Vec<f32>,
+    base: Vec<u32>,
+    to: Vec<u32>,
+    slopes: Vec<f32>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// The part of a source that a task reads.
+struct Window<'a> {
+    values: &'a [f32],
+    /// Rows of each image in it, and the first of them counted from the margin on.
+    rows: Range<usize>,
+}
+
+/// Copies what `task` reads into `buffer`, with its margin; `slack` values more may be read behind it. Without margin and slack nothing
+/// is copied.
+fn window<'a>(walk: &Walk, task: &Task, source: &'a [f32], buffer: &'a mut Vec<f32>, slack: usize) -> Window<'a> {
+    let (rows, map) = (walk.source_rows(task), walk.from);
+    let image = map.h * map.w * map.c;
+    if !walk.has_margin() && slack == 0 {
+        let whole = 0..map.h;
+        return Window { values: &source[task.images.start * image..task.images.end * image], rows: whole };
+    }
+    let line = walk.width() * map.c;
+    let length = task.images.len() * rows.len() * line + slack;
+    if buffer.len() < length {
+        buffer.resize(length, 0.0);
+    }
+    let [left, right] = walk.margin[1].map(|m| m * map.c);
+    let lines = task.images.clone().flat_map(|i| rows.clone().map(move |y| (i, y)));
+    for ((i, y), to) in lines.zip(buffer.chunks_exact_mut(line)) {
+        match y.checked_sub(walk.margin[0][0]).filter(|y| *y < map.h) {
+            Some(y) => {
+                to[..left].fill(0.0);
+                to[line - right..].fill(0.0);
+                to[left..line - right].copy_from_slice(&source[i * image + y * map.w * map.c..][..map.w * map.c]);
+            }
+            None => to.fill(0.0),
+        }
+    }
+    buffer[length - slack..length].fill(0.0);
+    Window { values: &buffer[..length], rows }
+}
+
+/// Offsets of the pixels of a phase in a task: of their windows in `window`, and of their channels in the task's destination.
+fn pixels(walk: &Walk, phase: &Phase, task: &Task, rows: &Range<usize>, base: &mut Vec<u32>, to: &mut Vec<u32>) {
+    base.clear();
+    to.clear();
+    let (first, end) = walk.steps(phase, task);
+    let columns = walk.to.w.saturating_sub(phase.first[1]).div_ceil(walk.step);
+    // The first tap's offset is in the taps; here the margin alone is added.
+    for image in 0..task.images.len() {
+        for j in first..end {
+            let source = (image * rows.len() + j * walk.source_step + walk.margin[0][0]) as isize - rows.start as isize;
+            let source = (source * walk.width() as isize + walk.margin[1][0] as isize) * walk.from.c as isize;
+            let row = phase.first[0] + j * walk.step - task.rows.start;
+            let dest = ((image * task.rows.len() + row) * walk.to.w + phase.first[1]) * walk.to.c;
+            for i in 0..columns {
+                let origin = phase_origin(walk, phase);
+                let at = source + (i * walk.source_step * walk.from.c) as isize + origin;
+                base.push(u32::try_from(at).expect("a window begins in its buffer"));
+                to.push(u32::try_from(dest + i * walk.step * walk.to.c).expect("a task has less than 2^32 values"));
+            }
+        }
+    }
+}
+
+/// Where a window's first tap lies, from its pixel on.
+fn phase_origin(walk: &Walk, phase: &Phase) -> isize {
+    (phase.rows[0].0 * walk.width() as isize + phase.cols[0].0) * walk.from.c as isize
+}
+
+/// Where each run of taps begins, from the first tap on, and its length: neighbouring columns lie next to each other in memory.
+fn runs(walk: &Walk, phase: &Phase) -> (Vec<u32>, usize) {
+    let (row0, col0) = (phase.rows[0].0, phase.cols[0].0);
+    let dense = phase.cols.windows(2).all(|pair| pair[1].0 == pair[0].0 + 1);
+    let line = |(y, _): &Tap| (y - row0) as usize * walk.width() * walk.from.c;
+    if dense {
+        (phase.rows.iter().map(|tap| line(tap) as u32).collect(), phase.cols.len() * walk.from.c)
+    } else {
+        let at = |y: &Tap, (x, _): &Tap| (line(y) + (x - col0) as usize * walk.from.c) as u32;
+        let taps = phase.rows.iter().flat_map(|y| phase.cols.iter().map(move |x| at(y, x)));
+        (taps.collect(), walk.from.c)
+    }
+}
+
+/// Blocks of channels: first channel, registers, channels that are real.
+fn blocks(isa: &Isa, channels: usize) -> impl Iterator<Item = (usize, usize, usize)> + use<> {
+    let lanes = isa.lanes;
+    (0..channels).step_by(2 * lanes).map(move |first| {
+        let cols = (channels - first).min(2 * lanes);
+        (first, cols.div_ceil(lanes), cols)
+    })
+}
+
+/// The weights of a phase, block by block as the tiles read them: `[taps, channels of the source, NV · LANES]`, zeros where there is no
+/// channel. `w` is `[c_out, c_in, k, k]`; `turned` where the source is dy.
+fn pack(isa: &Isa, s: &Shape, phase: &Phase, w: &[f32], turned: bool) -> Vec<f32> {
+    let (sources, channels) = if turned { (s.c_out, s.c_in) } else { (s.c_in, s.c_out) };
     let kk = s.kernel * s.kernel;
-    let mut packed = vec![0.0; w.len()];
-    for (o, of_output) in w.chunks_exact(s.patch()).enumerate() {
-        for (c, of_input) in of_output.chunks_exact(kk).enumerate() {
-            for (t, v) in of_input.iter().enumerate() {
-                packed[(t * s.c_in + c) * s.c_out + o] = *v;
+    let mut packed = Vec::new();
+    for (first, registers, cols) in blocks(isa, channels) {
+        for (_, ky) in &phase.rows {
+            for (_, kx) in &phase.cols {
+                for source in 0..sources {
+                    let value = |channel: usize| {
+                        let (o, c) = if turned { (source, channel) } else { (channel, source) };
+                        w[(o * s.c_in + c) * kk + ky * s.kernel + kx]
+                    };
+                    packed.extend((first..first + cols).map(value));
+                    packed.extend(std::iter::repeat_n(0.0, registers * isa.lanes - cols));
+                }
             }
         }
     }
     packed
 }
 
-/// The inverse of [`pack`].
-fn unpack(s: &Shape, packed: &[f32]) -> Vec<f32> {
-    let kk = s.kernel * s.kernel;
-    let mut w = vec![0.0; packed.len()];
-    for (o, of_output) in w.chunks_exact_mut(s.patch()).enumerate() {
-        for (c, of_input) in of_output.chunks_exact_mut(kk).enumerate() {
-            for (t, v) in of_input.iter_mut().enumerate() {
-                *v = packed[(t * s.c_in + c) * s.c_out + o];
-            }
-        }
+/// Walks over the destination, task by task; `finish` gets each finished part with its offset while it is in the cache. Pixels that
+/// nothing reaches stay 0.
+fn walk<T: Send>(
+    isa: &Isa,
+    s: &Shape,
+    walk: &Walk,
+    w: &[f32],
+    source: &[f32],
+    turned: bool,
+    finish: impl Fn(usize, &mut [f32]) -> T + Sync,
+) -> (Vec<f32>, Vec<T>) {
+    let mut out = vec![0.0f32; walk.n * walk.to.h * walk.to.w * walk.to.c];
+    let weights: Vec<Vec<f32>> = walk.phases.iter().map(|phase| pack(isa, s, phase, w, turned)).collect();
+    let mut rest = &mut out[..];
+    let mut parts = Vec::new();
+    for task in walk.tasks() {
+        let (part, after) = rest.split_at_mut(task.span(walk.to).len());
+        parts.push((task, part));
+        rest = after;
     }
-    w
-}
-
-/// The runs of kernel columns that lie in the image for output column `ox`: (first kernel column, how many, first input column).
-fn run(s: &Shape, ox: usize) -> (usize, usize, usize) {
-    let left = ox * s.stride;
-    let first = s.padding.saturating_sub(left);
-    let end = (s.w + s.padding).saturating_sub(left).min(s.kernel);
-    (first, end.saturating_sub(first), (left + first).saturating_sub(s.padding))
-}
-
-/// The input row that kernel row `ky` of output row `oy` reads, where it lies in the image.
-fn input_row(s: &Shape, oy: usize, ky: usize) -> Option<usize> {
-    (oy * s.stride + ky).checked_sub(s.padding).filter(|y| *y < s.h)
-}
-
-/// Lays out output rows `rows` of one image: `[rows, w_out, k, k, c_in]`.
-fn im2col(s: &Shape, image: &[f32], rows: std::ops::Range<usize>, out: &mut [f32]) {
-    let (row, c) = (s.w_out() * s.patch(), s.c_in);
-    for (oy, out) in rows.zip(out.chunks_exact_mut(row)) {
-        for (ox, pixel) in out.chunks_exact_mut(s.patch()).enumerate() {
-            let (first, n, x) = run(s, ox);
-            for (ky, line) in pixel.chunks_exact_mut(s.kernel * c).enumerate() {
-                match input_row(s, oy, ky) {
-                    Some(y) if n > 0 => {
-                        line[..first * c].fill(0.0);
-                        line[first * c..(first + n) * c].copy_from_slice(&image[(y * s.w + x) * c..][..n * c]);
-                        line[(first + n) * c..].fill(0.0);
-                    }
-                    _ => line.fill(0.0),
+    let done = parts
+        .into_par_iter()
+        .map(|(task, out)| {
+            SCRATCH.with_borrow_mut(|scratch| {
+                let Scratch { source: buffer, base, to, .. } = scratch;
+                let window = window(walk, &task, source, buffer, 0);
+                for (phase, weights) in walk.phases.iter().zip(&weights) {
+                    pixels(walk, phase, &task, &window.rows, base, to);
+                    one_phase(isa, walk, phase, weights, window.values, base, to, out);
                 }
-            }
+            });
+            finish(task.span(walk.to).start, out)
+        })
+        .collect();
+    (out, done)
+}
+
+/// All tiles of a phase in a task.
+#[allow(clippy::too_many_arguments)]
+fn one_phase(
+    isa: &Isa,
+    walk: &Walk,
+    phase: &Phase,
+    weights: &[f32],
+    source: &[f32],
+    base: &[u32],
+    to: &[u32],
+    out: &mut [f32],
+) {
+    let (taps, run) = runs(walk, phase);
+    let (Some(most_base), Some(most_to), Some(most_tap)) = (base.iter().max(), to.iter().max(), taps.iter().max())
+    else {
+        return;
+    };
+    // The bounds of every pointer below.
+    assert!(*most_base as usize + *most_tap as usize + run <= source.len(), "windows lie in the source");
+    assert!(*most_to as usize + walk.to.c <= out.len() && base.len() == to.len(), "pixels lie in the destination");
+    let mut at = 0;
+    for (first, registers, cols) in blocks(isa, walk.to.c) {
+        let length = taps.len() * run * registers * isa.lanes;
+        let block = &weights[at..at + length];
+        at += length;
+        for from in (0..base.len()).step_by(isa.pixels) {
+            let rows = (base.len() - from).min(isa.pixels);
+            // A tile is always full: what is missing repeats the last pixel.
+            let (mut few_base, mut few_to) = ([base[base.len() - 1]; 16], [0; 16]);
+            let (tile_base, tile_to) = if rows == isa.pixels {
+                (&base[from..], &to[from..])
+            } else {
+                few_base[..rows].copy_from_slice(&base[from..]);
+                few_to[..rows].copy_from_slice(&to[from..]);
+                (&few_base[..], &few_to[..])
+            };
+            let tile = Tile {
+                x: source.as_ptr(),
+                base: tile_base.as_ptr(),
+                taps: taps.as_ptr(),
+                n_taps: taps.len(),
+                run,
+                w: block.as_ptr(),
+                out: out[first..].as_mut_ptr(),
+                to: tile_to.as_ptr(),
+                rows,
+                cols,
+            };
+            // SAFETY: the assertions above bound windows and pixels (`first + cols` is at most the channels), `block` has the length
+            // that the tile reads, and an instruction set in the table is one of this processor.
+            unsafe { (isa.tile[registers - 1])(&tile) };
         }
     }
 }
 
-/// Adds a layout's values back to the pixels they came from: the adjoint of [`im2col`].
-fn col2im(s: &Shape, columns: &[f32], rows: std::ops::Range<usize>, image: &mut [f32]) {
-    let (row, c) = (s.w_out() * s.patch(), s.c_in);
-    for (oy, columns) in rows.zip(columns.chunks_exact(row)) {
-        for (ox, pixel) in columns.chunks_exact(s.patch()).enumerate() {
-            let (first, n, x) = run(s, ox);
-            for (ky, line) in pixel.chunks_exact(s.kernel * c).enumerate() {
-                if let Some(y) = input_row(s, oy, ky).filter(|_| n > 0) {
-                    let to = &mut image[(y * s.w + x) * c..][..n * c];
-                    for (t, v) in to.iter_mut().zip(&line[first * c..(first + n) * c]) {
-                        *t += v;
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// Tiles of output rows of an image.
-fn tiles(s: &Shape) -> impl Iterator<Item = std::ops::Range<usize>> {
-    let (h_out, step) = (s.h_out(), s.tile_rows());
-    (0..h_out).step_by(step).map(move |y| y..(y + step).min(h_out))
-}
-
-/// Whether a tile is a whole image or less: then several images share one layout, and small maps still give tall matrices.
-fn images_a_layout(s: &Shape) -> usize {
-    if s.tile_rows() >= s.h_out() { (s.tile_rows() / s.h_out()).max(1) } else { 1 }
+/// y = conv(x, w). `finish` gets each finished part of y with its offset, in whole pixels, while it is in the cache; what it returns
+/// comes back in the order of the parts, which depends on the shape alone.
+///
+/// # Panics
+/// If a slice has not the length that `s` says.
+pub fn forward_then<T: Send>(
+    isa: &Isa,
+    s: &Shape,
+    x: &[f32],
+    w: &[f32],
+    finish: impl Fn(usize, &mut [f32]) -> T + Sync,
+) -> (Vec<f32>, Vec<T>) {
+    s.check();
+    let [of_x, of_w, _] = s.lengths();
+    assert_eq!((x.len(), w.len()), (of_x, of_w), "{s:?}");
+    walk(isa, s, &Walk::forward(s), w, x, false, finish)
 }
 
 /// y = conv(x, w).
 ///
 /// # Panics
 /// If a slice has not the length that `s` says.
-pub fn forward(s: &Shape, x: &[f32], w: &[f32]) -> Vec<f32> {
-    s.check(x, w);
-    let weights = pack(s, w);
-    let weights = Matrix::new(&weights, s.patch(), s.c_out);
-    let mut y = vec![0.0; s.lengths()[2]];
-    let (image_in, image_out) = (s.h * s.w * s.c_in, s.h_out() * s.w_out() * s.c_out);
-    let group = s.group();
-    let tasks = y.par_chunks_mut(group * image_out).zip(x.par_chunks(group * image_in));
-    tasks.for_each_init(Vec::new, |layout: &mut Vec<f32>, (y, x)| {
-        if s.is_pointwise() {
-            return multiply(y, Matrix::new(x, x.len() / s.c_in, s.c_in), weights, false);
-        }
-        for_layouts(s, x, layout, |pixels, columns| {
-            let y = &mut y[pixels.start * s.c_out..pixels.end * s.c_out];
-            multiply(y, Matrix::new(columns, pixels.len(), s.patch()), weights, false);
-        });
-    });
-    y
-}
-
-/// Lays out the images of a group, tile by tile; `f` gets the output pixels of the group that a tile covers, and its layout.
-fn for_layouts(s: &Shape, x: &[f32], layout: &mut Vec<f32>, mut f: impl FnMut(std::ops::Range<usize>, &mut [f32])) {
-    let (image_in, pixels_out, together) = (s.h * s.w * s.c_in, s.h_out() * s.w_out(), images_a_layout(s));
-    for (i, images) in x.chunks(together * image_in).enumerate() {
-        let n = images.len() / image_in;
-        if n > 1 || s.tile_rows() >= s.h_out() {
-            let one = pixels_out * s.patch();
-            layout.resize(n * one, 0.0);
-            for (image, out) in images.chunks_exact(image_in).zip(layout.chunks_exact_mut(one)) {
-                im2col(s, image, 0..s.h_out(), out);
-            }
-            let first = i * together * pixels_out;
-            f(first..first + n * pixels_out, layout);
-        } else {
-            for rows in tiles(s) {
-                let pixels = rows.start * s.w_out()..rows.end * s.w_out();
-                layout.resize(pixels.len() * s.patch(), 0.0);
-                im2col(s, images, rows, layout);
-                f(i * pixels_out + pixels.start..i * pixels_out + pixels.end, layout);
-            }
-        }
-    }
+pub fn forward(isa: &Isa, s: &Shape, x: &[f32], w: &[f32]) -> Vec<f32> {
+    forward_then(isa, s, x, w, |_, _| ()).0
 }
 
 /// dx from dy.
 ///
 /// # Panics
 /// If a slice has not the length that `s` says.
-pub fn backward_data(s: &Shape, w: &[f32], dy: &[f32]) -> Vec<f32> {
-    let [of_x, of_w, of_y] = s.lengths();
+pub fn backward_data(isa: &Isa, s: &Shape, w: &[f32], dy: &[f32]) -> Vec<f32> {
+    s.check();
+    let [_, of_w, of_y] = s.lengths();
     assert_eq!((w.len(), dy.len()), (of_w, of_y), "{s:?}");
-    let weights = pack(s, w);
-    let weights = Matrix::new(&weights, s.patch(), s.c_out).transposed();
-    let mut dx = vec![0.0; of_x];
-    let (image_in, pixels_out) = (s.h * s.w * s.c_in, s.h_out() * s.w_out());
-    let (image_out, group) = (pixels_out * s.c_out, s.group());
-    let tasks = dx.par_chunks_mut(group * image_in).zip(dy.par_chunks(group * image_out));
-    tasks.for_each_init(Vec::new, |columns: &mut Vec<f32>, (dx, dy)| {
-        if s.is_pointwise() {
-            return multiply(dx, Matrix::new(dy, dy.len() / s.c_out, s.c_out), weights, false);
-        }
-        let together = images_a_layout(s);
-        for (dx, dy) in dx.chunks_mut(together * image_in).zip(dy.chunks(together * image_out)) {
-            let n = dx.len() / image_in;
-            if n > 1 || s.tile_rows() >= s.h_out() {
-                let one = pixels_out * s.patch();
-                columns.resize(n * one, 0.0);
-                multiply(columns, Matrix::new(dy, n * pixels_out, s.c_out), weights, false);
-                for (dx, columns) in dx.chunks_exact_mut(image_in).zip(columns.chunks_exact(one)) {
-                    col2im(s, columns, 0..s.h_out(), dx);
-                }
-            } else {
-                for rows in tiles(s) {
-                    let pixels = rows.start * s.w_out()..rows.end * s.w_out();
-                    columns.resize(pixels.len() * s.patch(), 0.0);
-                    let dy = &dy[pixels.start * s.c_out..pixels.end * s.c_out];
-                    multiply(columns, Matrix::new(dy, pixels.len(), s.c_out), weights, false);
-                    col2im(s, columns, rows, dx);
-                }
-            }
-        }
-    });
-    dx
+    walk(isa, s, &Walk::backward(s), w, dy, true, |_, _| ()).0
 }
 
 /// dw from x and dy, in the weight's own layout.
 ///
 /// # Panics
 /// If a slice has not the length that `s` says.
-pub fn backward_weight(s: &Shape, x: &[f32], dy: &[f32]) -> Vec<f32> {
+pub fn backward_weight(isa: &Isa, s: &Shape, x: &[f32], dy: &[f32]) -> Vec<f32> {
+    s.check();
     let [of_x, of_w, of_y] = s.lengths();
     assert_eq!((x.len(), dy.len()), (of_x, of_y), "{s:?}");
-    let (image_in, image_out) = (s.h * s.w * s.c_in, s.h_out() * s.w_out() * s.c_out);
+    let walk = Walk::forward(s);
+    let phase = &walk.phases[0];
+    let (taps, run) = runs(&walk, phase);
+    // Rows of registers, so that a tile never ends in the middle of one.
+    let step = s.c_out.next_multiple_of(isa.lanes);
+    let length = taps.len() * run * step;
+    let tasks = walk.tasks();
     // Enough parts for many threads, few enough for memory; by the shape alone.
-    let parts = (PARTIAL_VALUES / of_w.max(1)).clamp(2, 32).min(s.n.div_ceil(s.group()).max(1));
-    let group = s.n.div_ceil(parts).max(1);
-    let tasks = x.par_chunks((group * image_in).max(1)).zip(dy.par_chunks((group * image_out).max(1)));
+    let parts = (PARTIAL_VALUES / length.max(1)).clamp(2, 32);
     let partial: Vec<Vec<f32>> = tasks
-        .map(|(x, dy)| {
-            let (mut dw, mut layout) = (vec![0.0; of_w], Vec::new());
-            if s.is_pointwise() {
-                let pixels = x.len() / s.c_in;
-                let columns = Matrix::new(x, pixels, s.c_in).transposed();
-                multiply(&mut dw, columns, Matrix::new(dy, pixels, s.c_out), false);
-            } else {
-                for_layouts(s, x, &mut layout, |pixels, columns| {
-                    let columns = Matrix::new(columns, pixels.len(), s.patch()).transposed();
-                    let dy = &dy[pixels.start * s.c_out..pixels.end * s.c_out];
-                    multiply(&mut dw, columns, Matrix::new(dy, pixels.len(), s.c_out), true);
-                });
-            }
+        .par_chunks(tasks.len().div_ceil(parts).max(1))
+        .map(|tasks| {
+            let mut dw = vec![0.0f32; length];
+            SCRATCH.with_borrow_mut(|scratch| {
+                for task in tasks {
+                    weight_task(isa, &walk, task, &taps, run, x, dy, &mut dw, scratch);
+                }
+            });
             dw
         })
         .collect();
-    let mut sum = vec![0.0; of_w];
+    let mut sum = vec![0.0f32; length];
     for part in partial {
         for (s, p) in sum.iter_mut().zip(part) {
             *s += p;
         }
     }
-    unpack(s, &sum)
+    // [k, k, c_in, step] → [c_out, c_in, k, k]
+    let kk = s.kernel * s.kernel;
+    let mut dw = vec![0.0f32; of_w];
+    for (i, row) in sum.chunks_exact(step.max(1)).enumerate() {
+        let (t, c) = (i / s.c_in, i % s.c_in);
+        for (o, v) in row[..s.c_out].iter().enumerate() {
+            dw[(o * s.c_in + c) * kk + t] = *v;
+        }
+    }
+    dw
+}
+
+/// Adds a task's share to a weight gradient `[taps, run, step]`.
+#[allow(clippy::too_many_arguments)]
+fn weight_task(
+    isa: &Isa,
+    walk: &Walk,
+    task: &Task,
+    taps: &[u32],
+    run: usize,
+    x: &[f32],
+    dy: &[f32],
+    dw: &mut [f32],
+    scratch: &mut Scratch,
+) {
+    let Scratch { source: buffer, base, to, slopes } = scratch;
+    // The last tile of a run reads rows that are not there.
+    let slack = run.next_multiple_of(isa.rows) - run;
+    let window = window(walk, task, x, buffer, slack);
+    pixels(walk, &walk.phases[0], task, &window.rows, base, to);
+    let (c, step) = (walk.to.c, walk.to.c.next_multiple_of(isa.lanes));
+    let dy = &dy[task.span(walk.to)];
+    let dy = if step == c {
+        dy
+    } else {
+        slopes.resize(base.len() * step, 0.0);
+        for (to, from) in slopes.chunks_exact_mut(step).zip(dy.chunks_exact(c)) {
+            to[..c].copy_from_slice(from);
+            to[c..].fill(0.0);
+        }
+        &slopes[..base.len() * step]
+    };
+    let (Some(most_base), Some(most_tap)) = (base.iter().max(), taps.iter().max()) else { return };
+    // The bounds of every pointer below.
+    assert!(*most_base as usize + *most_tap as usize + run + slack <= window.values.len(), "windows lie in the source");
+    assert!(dy.len() == base.len() * step && dw.len() == taps.len() * run * step, "gradients have their shapes");
+    let block = (BLOCK_VALUES / (walk.source_step * walk.from.c + c)).max(64);
+    for from in (0..base.len()).step_by(block) {
+        let n = (base.len() - from).min(block);
+        for (first, registers, _) in blocks(isa, c) {
+            for (t, tap) in taps.iter().enumerate() {
+                for row in (0..run).step_by(isa.rows) {
+                    let tile = WeightTile {
+                        x: window.values[*tap as usize + row..].as_ptr(),
+                        base: base[from..].as_ptr(),
+                        dy: dy[from * step + first..].as_ptr(),
+                        dy_step: step,
+                        n,
+                        dw: dw[(t * run + row) * step + first..].as_mut_ptr(),
+                        dw_step: step,
+                        rows: (run - row).min(isa.rows),
+                    };
+                    // SAFETY: the assertions above bound windows and gradients: a window is read up to `slack` values past its run,
+                    // `first + registers · lanes` is at most `step`; an instruction set in the table is one of this processor.
+                    unsafe { (isa.weight_tile[registers - 1])(&tile) };
+                }
+            }
+        }
+    }
 }

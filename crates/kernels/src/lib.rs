@@ -1,9 +1,11 @@
 //! Convolution and batch norm for the CPU: `f32` slices in, `f32` slices out, channels last. Knows nothing of tensors, autodiff or images.
 //!
-//! The order of every summation is fixed by the shapes, never by the number of threads: 1 thread and 2 give the same bits.
+//! The order of every summation is fixed by the shapes and the instruction set, never by the number of threads: 1 thread and 2 give the
+//! same bits.
 #![warn(missing_docs)]
 
 pub mod conv;
-mod matrix;
+pub mod isa;
 pub mod norm;
 pub mod reference;
+mod tile;

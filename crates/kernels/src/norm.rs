@@ -1,76 +1,109 @@
-//! Batch norm with what follows it (skip, ReLU) in one pass, forward and backward. `[m, c]`, channels last.
+//! Batch norm with what follows it (skip, ReLU), forward and backward, in the fewest passes. `[m, c]`, channels last.
+//!
+//! Per-channel values are repeated until a row is long enough for any register; a loop then runs over such wide rows.
 
 use rayon::prelude::*;
 
-/// Rows a task; sums within a task are in f32, across tasks in f64.
-const ROWS: usize = 256;
+use crate::isa::Isa;
 
-/// Mean and biased variance by channel, in two passes.
-pub fn moments(y: &[f32], c: usize) -> (Vec<f32>, Vec<f32>) {
-    let m = (y.len() / c).max(1) as f64;
-    let mean: Vec<f32> = sums(y, c, |row, sum| {
-        for (s, v) in sum.iter_mut().zip(row) {
-            *s += v;
-        }
-    })
-    .iter()
-    .map(|s| (s / m) as f32)
-    .collect();
-    let var = sums(y, c, |row, sum| {
-        for ((s, v), mean) in sum.iter_mut().zip(row).zip(&mean) {
-            *s += (v - mean) * (v - mean);
-        }
-    });
-    (mean.clone(), var.iter().map(|s| (s / m) as f32).collect())
+/// Values a task: fits a second-level cache with its neighbours.
+const TASK: usize = 1 << 15;
+
+/// Values of a wide row, at least.
+const WIDE: usize = 64;
+
+/// Wide rows whose sums are in f32; above, in f64.
+const ROWS: usize = 128;
+
+fn width(c: usize) -> usize {
+    c * WIDE.div_ceil(c.max(1))
 }
 
-fn sums(y: &[f32], c: usize, add: impl Fn(&[f32], &mut [f32]) + Sync) -> Vec<f64> {
-    let partial: Vec<Vec<f32>> = y
-        .par_chunks(ROWS * c)
-        .map(|rows| {
-            let mut sum = vec![0.0f32; c];
-            rows.chunks_exact(c).for_each(|row| add(row, &mut sum));
-            sum
-        })
-        .collect();
-    total(&partial, c)
+/// `values` repeated to a wide row.
+fn widened(values: &[f32]) -> Vec<f32> {
+    values.iter().copied().cycle().take(width(values.len())).collect()
 }
 
-fn total(partial: &[Vec<f32>], c: usize) -> Vec<f64> {
-    let mut all = vec![0.0f64; c];
-    for part in partial {
-        for (a, p) in all.iter_mut().zip(part) {
-            *a += f64::from(*p);
+/// Wide rows of a task: whole rows, at least one.
+fn task(c: usize) -> usize {
+    width(c) * (TASK / width(c)).max(1)
+}
+
+/// Mean and sum of squared deviations by channel of some rows.
+#[derive(Debug, Clone)]
+pub struct Moments {
+    n: f64,
+    mean: Vec<f64>,
+    squares: Vec<f64>,
+}
+
+impl Moments {
+    /// Of `y`, `[m, c]`. One pass: deviations are from the first row, near enough to the mean for f32.
+    pub fn of(isa: &Isa, y: &[f32], c: usize) -> Moments {
+        let mut all = Moments { n: 0.0, mean: vec![0.0; c], squares: vec![0.0; c] };
+        let wide = width(c);
+        let origin = widened(&y[..c.min(y.len())]);
+        let (mut sum, mut squares) = (vec![0.0f32; wide], vec![0.0f32; wide]);
+        let (mut total, mut total_squares) = (vec![0.0f64; c], vec![0.0f64; c]);
+        for rows in y.chunks(wide * ROWS) {
+            sum.fill(0.0);
+            squares.fill(0.0);
+            // SAFETY: the processor has this instruction set, or it would not be in the table.
+            unsafe { (isa.moments)(rows, &origin, &mut sum, &mut squares) };
+            for k in 0..wide {
+                total[k % c] += f64::from(sum[k]);
+                total_squares[k % c] += f64::from(squares[k]);
+            }
+        }
+        let n = (y.len() / c.max(1)) as f64;
+        if n > 0.0 {
+            all.n = n;
+            for k in 0..c {
+                let mean = total[k] / n;
+                all.mean[k] = f64::from(origin[k]) + mean;
+                all.squares[k] = (total_squares[k] - n * mean * mean).max(0.0);
+            }
+        }
+        all
+    }
+
+    /// Mean and biased variance of all parts together, in their order (Chan et al. 1983).
+    pub fn total(parts: &[Moments], c: usize) -> (Vec<f32>, Vec<f32>) {
+        let mut all = Moments { n: 0.0, mean: vec![0.0; c], squares: vec![0.0; c] };
+        for part in parts.iter().filter(|p| p.n > 0.0) {
+            let n = all.n + part.n;
+            for k in 0..c {
+                let apart = part.mean[k] - all.mean[k];
+                all.mean[k] += apart * part.n / n;
+                all.squares[k] += part.squares[k] + apart * apart * all.n * part.n / n;
+            }
+            all.n = n;
+        }
+        let var = all.squares.iter().map(|s| (s / all.n.max(1.0)) as f32);
+        (all.mean.iter().map(|m| *m as f32).collect(), var.collect())
+    }
+}
+
+/// Mean and biased variance by channel.
+pub fn moments(isa: &Isa, y: &[f32], c: usize) -> (Vec<f32>, Vec<f32>) {
+    let parts: Vec<Moments> = y.par_chunks(task(c)).map(|y| Moments::of(isa, y, c)).collect();
+    Moments::total(&parts, c)
+}
+
+#[inline(always)]
+pub(crate) fn moments_loop(y: &[f32], origin: &[f32], sum: &mut [f32], squares: &mut [f32]) {
+    for y in y.chunks(origin.len()) {
+        for (((y, o), s), q) in y.iter().zip(origin).zip(sum.iter_mut()).zip(squares.iter_mut()) {
+            let d = y - o;
+            *s += d;
+            *q += d * d;
         }
     }
-    all
 }
 
 /// 1 / √(var + eps).
 pub fn inverse_deviation(var: &[f32], eps: f64) -> Vec<f32> {
     var.iter().map(|v| (1.0 / (f64::from(*v) + eps).sqrt()) as f32).collect()
-}
-
-/// scale · y + shift, plus `skip` where there is one, then max(·, 0) where `relu`. `scale`, `shift`: `[c]`.
-pub fn affine_act(y: &[f32], scale: &[f32], shift: &[f32], skip: Option<&[f32]>, relu: bool) -> Vec<f32> {
-    let c = scale.len();
-    let low = if relu { 0.0 } else { f32::NEG_INFINITY };
-    let mut out = vec![0.0f32; y.len()];
-    out.par_chunks_mut(ROWS * c).zip(y.par_chunks(ROWS * c)).enumerate().for_each(|(i, (out, y))| {
-        for (r, (out, y)) in out.chunks_exact_mut(c).zip(y.chunks_exact(c)).enumerate() {
-            for (((o, y), a), b) in out.iter_mut().zip(y).zip(scale).zip(shift) {
-                *o = y * a + b;
-            }
-            if let Some(skip) = skip {
-                let from = (i * ROWS + r) * c;
-                for (o, s) in out.iter_mut().zip(&skip[from..from + c]) {
-                    *o += s;
-                }
-            }
-            out.iter_mut().for_each(|o| *o = o.max(low));
-        }
-    });
-    out
 }
 
 /// scale and shift of a normalisation with these statistics.
@@ -80,68 +113,241 @@ pub fn scale_shift(gamma: &[f32], beta: &[f32], mean: &[f32], inverse: &[f32]) -
     (scale, shift)
 }
 
+/// Some rows of [`affine_act`], wide.
+pub(crate) struct Affine<'a> {
+    /// None: what the output holds.
+    y: Option<&'a [f32]>,
+    skip: Option<&'a [f32]>,
+    scale: &'a [f32],
+    shift: &'a [f32],
+    relu: bool,
+}
+
+/// scale · y + shift, plus `skip` where there is one, then max(·, 0) where `relu`. `scale`, `shift`: `[c]`.
+pub fn affine_act(isa: &Isa, y: &[f32], scale: &[f32], shift: &[f32], skip: Option<&[f32]>, relu: bool) -> Vec<f32> {
+    let n = task(scale.len());
+    let (scale, shift) = (widened(scale), widened(shift));
+    let mut out = vec![0.0f32; y.len()];
+    out.par_chunks_mut(n).zip(y.par_chunks(n)).enumerate().for_each(|(i, (out, y))| {
+        let skip = skip.map(|skip| &skip[i * n..][..y.len()]);
+        let rows = Affine { y: Some(y), skip, scale: &scale, shift: &shift, relu };
+        // SAFETY: the processor has this instruction set, or it would not be in the table.
+        unsafe { (isa.affine_act)(rows, out) };
+    });
+    out
+}
+
+/// [`affine_act`] in place and with a scale of 1, on the calling thread: what is left of batch norm once it is folded into the weights.
+pub fn shift_act(isa: &Isa, y: &mut [f32], shift: &[f32], skip: Option<&[f32]>, relu: bool) {
+    let (scale, shift) = (vec![1.0; width(shift.len())], widened(shift));
+    let rows = Affine { y: None, skip, scale: &scale, shift: &shift, relu };
+    // SAFETY: the processor has this instruction set, or it would not be in the table.
+    unsafe { (isa.affine_act)(rows, y) };
+}
+
+#[inline(always)]
+pub(crate) fn affine_act_loop(a: Affine, out: &mut [f32]) {
+    let low = if a.relu { 0.0 } else { f32::NEG_INFINITY };
+    let wide = a.scale.len();
+    for (i, out) in out.chunks_mut(wide).enumerate() {
+        let at = i * wide..i * wide + out.len();
+        if let Some(y) = a.y {
+            out.copy_from_slice(&y[at.clone()]);
+        }
+        match a.skip {
+            Some(skip) => {
+                for (((o, s), b), skip) in out.iter_mut().zip(a.scale).zip(a.shift).zip(&skip[at]) {
+                    *o = (*o * s + b + skip).max(low);
+                }
+            }
+            None => {
+                for ((o, s), b) in out.iter_mut().zip(a.scale).zip(a.shift) {
+                    *o = (*o * s + b).max(low);
+                }
+            }
+        }
+    }
+}
+
 /// Gradients of `relu(norm(y) + skip)` with batch statistics.
 #[derive(Debug, Clone)]
 pub struct Gradients {
     /// By y, `[m, c]`.
     pub dy: Vec<f32>,
-    /// By the skip, `[m, c]`: the gradient that passed the ReLU.
-    pub dskip: Vec<f32>,
+    /// By the skip, `[m, c]`: the gradient that passed the ReLU. None without a skip.
+    pub dskip: Option<Vec<f32>>,
     /// By γ, `[c]`.
     pub dgamma: Vec<f32>,
     /// By β, `[c]`.
     pub dbeta: Vec<f32>,
 }
 
-/// Backward of [`affine_act`] with the batch's statistics. `out` is the forward's result: where it is 0, a ReLU let nothing pass.
-pub fn backward(
-    dout: &[f32],
-    out: &[f32],
-    y: &[f32],
-    gamma: &[f32],
-    mean: &[f32],
-    inverse: &[f32],
-    relu: bool,
-) -> Gradients {
+/// What a gradient passes on its way back to the normalised value.
+#[derive(Debug, Clone, Copy)]
+pub enum Gate<'a> {
+    /// Nothing.
+    Open,
+    /// A ReLU of the normalised value alone: open where scale · y + shift > 0.
+    Relu,
+    /// A ReLU of the sum with a skip: open where this output is positive.
+    AddRelu(&'a [f32]),
+    /// A sum with a skip.
+    Add,
+}
+
+/// Σ g (y − mean) and Σ g by channel.
+type Sums = (Vec<f64>, Vec<f64>);
+
+/// Some rows of the backward pass; per-channel values wide.
+#[derive(Clone, Copy)]
+pub(crate) struct Pass<'a> {
+    dout: &'a [f32],
+    y: &'a [f32],
+    gate: Gate<'a>,
+    scale: &'a [f32],
+    shift: &'a [f32],
+    mean: &'a [f32],
+}
+
+/// dy = a g + b (y − mean) + d.
+#[derive(Clone, Copy)]
+pub(crate) struct Slope<'a> {
+    a: &'a [f32],
+    b: &'a [f32],
+    d: &'a [f32],
+}
+
+/// What the forward pass of a batch norm used.
+#[derive(Debug, Clone, Copy)]
+pub struct Used<'a> {
+    /// What was normalised, `[m, c]`.
+    pub y: &'a [f32],
+    /// γ, `[c]`.
+    pub gamma: &'a [f32],
+    /// β, `[c]`.
+    pub beta: &'a [f32],
+    /// The batch's mean, `[c]`.
+    pub mean: &'a [f32],
+    /// 1 / √(variance + ε), `[c]`.
+    pub inverse: &'a [f32],
+}
+
+/// Backward of [`affine_act`] with the batch's statistics.
+pub fn backward(isa: &Isa, dout: &[f32], gate: Gate, used: Used) -> Gradients {
+    let Used { y, gamma, beta, mean, inverse } = used;
     let c = gamma.len();
-    let m = (y.len() / c).max(1) as f32;
-    let mut g = dout.to_vec();
-    let partial: Vec<(Vec<f32>, Vec<f32>)> = g
-        .par_chunks_mut(ROWS * c)
-        .zip(out.par_chunks(ROWS * c))
-        .zip(y.par_chunks(ROWS * c))
-        .map(|((g, out), y)| {
-            let (mut dgamma, mut dbeta) = (vec![0.0f32; c], vec![0.0f32; c]);
-            for ((g, out), y) in g.chunks_exact_mut(c).zip(out.chunks_exact(c)).zip(y.chunks_exact(c)) {
-                if relu {
-                    for (g, o) in g.iter_mut().zip(out) {
-                        *g = if *o > 0.0 { *g } else { 0.0 };
-                    }
-                }
-                for (((g, y), mean), sum) in g.iter().zip(y).zip(mean).zip(&mut dgamma) {
-                    *sum += g * (y - mean);
-                }
-                for (g, sum) in g.iter().zip(&mut dbeta) {
-                    *sum += g;
-                }
-            }
-            (dgamma, dbeta)
-        })
-        .collect();
-    let (of_gamma, of_beta): (Vec<_>, Vec<_>) = partial.into_iter().unzip();
-    let dbeta: Vec<f32> = total(&of_beta, c).iter().map(|s| *s as f32).collect();
-    let dgamma: Vec<f32> = total(&of_gamma, c).iter().zip(inverse).map(|(s, i)| (s * f64::from(*i)) as f32).collect();
-    // dy = γ/σ (g − mean(g) − ŷ mean(g ŷ)) = a g + b (y − mean) + d
-    let a: Vec<f32> = gamma.iter().zip(inverse).map(|(g, i)| g * i).collect();
-    let b: Vec<f32> = (0..c).map(|k| -a[k] * dgamma[k] * inverse[k] / m).collect();
-    let d: Vec<f32> = (0..c).map(|k| -a[k] * dbeta[k] / m).collect();
-    let mut dy = vec![0.0f32; y.len()];
-    dy.par_chunks_mut(ROWS * c).zip(g.par_chunks(ROWS * c)).zip(y.par_chunks(ROWS * c)).for_each(|((dy, g), y)| {
-        for ((dy, g), y) in dy.chunks_exact_mut(c).zip(g.chunks_exact(c)).zip(y.chunks_exact(c)) {
-            for k in 0..c {
-                dy[k] = a[k] * g[k] + b[k] * (y[k] - mean[k]) + d[k];
+    let m = (y.len() / c).max(1) as f64;
+    let (scale, shift) = scale_shift(gamma, beta, mean, inverse);
+    let (wide_scale, wide_shift, wide_mean) = (widened(&scale), widened(&shift), widened(mean));
+    let n = task(c);
+    let rows = |i: usize| {
+        let at = i * n..(i * n + n).min(y.len());
+        let gate = match gate {
+            Gate::AddRelu(out) => Gate::AddRelu(&out[at.clone()]),
+            other => other,
+        };
+        Pass { dout: &dout[at.clone()], y: &y[at], gate, scale: &wide_scale, shift: &wide_shift, mean: &wide_mean }
+    };
+    let with_skip = matches!(gate, Gate::AddRelu(_) | Gate::Add);
+    let mut dskip = if with_skip { vec![0.0f32; y.len()] } else { Vec::new() };
+    let sums = |i: usize, mut g: Option<&mut [f32]>| {
+        let all = rows(i);
+        let (mut of_gamma, mut of_beta) = (vec![0.0f64; c], vec![0.0f64; c]);
+        let (mut gammas, mut betas) = (vec![0.0f32; width(c)], vec![0.0f32; width(c)]);
+        let part = width(c) * ROWS;
+        for from in (0..all.dout.len()).step_by(part) {
+            let at = from..(from + part).min(all.dout.len());
+            let gate = match all.gate {
+                Gate::AddRelu(out) => Gate::AddRelu(&out[at.clone()]),
+                other => other,
+            };
+            let pass = Pass { dout: &all.dout[at.clone()], y: &all.y[at.clone()], gate, ..all };
+            gammas.fill(0.0);
+            betas.fill(0.0);
+            // SAFETY: the processor has this instruction set, or it would not be in the table.
+            unsafe { (isa.sums)(pass, &mut gammas, &mut betas, g.as_deref_mut().map(|g| &mut g[at])) };
+            for k in 0..gammas.len() {
+                of_gamma[k % c] += f64::from(gammas[k]);
+                of_beta[k % c] += f64::from(betas[k]);
             }
         }
+        (of_gamma, of_beta)
+    };
+    let parts: Vec<Sums> = if with_skip {
+        dskip.par_chunks_mut(n).enumerate().map(|(i, g)| sums(i, Some(g))).collect()
+    } else {
+        (0..y.len().div_ceil(n)).into_par_iter().map(|i| sums(i, None)).collect()
+    };
+    let total = |of: fn(&Sums) -> &Vec<f64>, k: usize| parts.iter().map(|p| of(p)[k]).sum::<f64>();
+    let dgamma: Vec<f64> = (0..c).map(|k| total(|p| &p.0, k) * f64::from(inverse[k])).collect();
+    let dbeta: Vec<f64> = (0..c).map(|k| total(|p| &p.1, k)).collect();
+    // dy = γ/σ (g − mean(g) − ŷ mean(g ŷ)) = a g + b (y − mean) + d
+    let b = |k: usize| (-f64::from(scale[k]) * dgamma[k] * f64::from(inverse[k]) / m) as f32;
+    let d = |k: usize| (-f64::from(scale[k]) * dbeta[k] / m) as f32;
+    let b = widened(&(0..c).map(b).collect::<Vec<_>>());
+    let d = widened(&(0..c).map(d).collect::<Vec<_>>());
+    let slope = Slope { a: &wide_scale, b: &b, d: &d };
+    let mut dy = vec![0.0f32; y.len()];
+    let passed = if with_skip { &dskip[..] } else { dout };
+    dy.par_chunks_mut(n).zip(passed.par_chunks(n)).enumerate().for_each(|(i, (dy, g))| {
+        // A gradient kept for the skip is behind the gate already.
+        let pass = if with_skip { Pass { dout: g, gate: Gate::Open, ..rows(i) } } else { rows(i) };
+        // SAFETY: the processor has this instruction set, or it would not be in the table.
+        unsafe { (isa.by_y)(pass, slope, dy) };
     });
-    Gradients { dy, dskip: g, dgamma, dbeta }
+    let narrow = |v: Vec<f64>| v.into_iter().map(|v| v as f32).collect();
+    Gradients { dy, dskip: with_skip.then_some(dskip), dgamma: narrow(dgamma), dbeta: narrow(dbeta) }
+}
+
+/// Adds Σ g (y − mean) and Σ g, and writes g where it is wanted.
+#[inline(always)]
+pub(crate) fn sums_loop(p: Pass, of_gamma: &mut [f32], of_beta: &mut [f32], mut g: Option<&mut [f32]>) {
+    let wide = p.scale.len();
+    let mut row = vec![0.0f32; wide];
+    for (i, dout) in p.dout.chunks(wide).enumerate() {
+        let at = i * wide..i * wide + dout.len();
+        let row = &mut row[..dout.len()];
+        gated(&p, at.clone(), row);
+        for ((((g, y), mean), of_gamma), of_beta) in
+            row.iter().zip(&p.y[at.clone()]).zip(p.mean).zip(of_gamma.iter_mut()).zip(of_beta.iter_mut())
+        {
+            *of_gamma += g * (y - mean);
+            *of_beta += g;
+        }
+        if let Some(g) = &mut g {
+            g[at].copy_from_slice(row);
+        }
+    }
+}
+
+/// dy by [`Slope`].
+#[inline(always)]
+pub(crate) fn by_y_loop(p: Pass, s: Slope, dy: &mut [f32]) {
+    let wide = p.scale.len();
+    for (i, dy) in dy.chunks_mut(wide).enumerate() {
+        let at = i * wide..i * wide + dy.len();
+        gated(&p, at.clone(), dy);
+        for (((((dy, y), mean), a), b), d) in dy.iter_mut().zip(&p.y[at]).zip(p.mean).zip(s.a).zip(s.b).zip(s.d) {
+            *dy = a * *dy + b * (y - mean) + d;
+        }
+    }
+}
+
+/// What of the gradient passes the gate.
+#[inline(always)]
+fn gated(p: &Pass, at: std::ops::Range<usize>, g: &mut [f32]) {
+    g.copy_from_slice(&p.dout[at.clone()]);
+    match p.gate {
+        Gate::Open | Gate::Add => {}
+        Gate::Relu => {
+            for (((g, y), scale), shift) in g.iter_mut().zip(&p.y[at]).zip(p.scale).zip(p.shift) {
+                *g = if y * scale + shift > 0.0 { *g } else { 0.0 };
+            }
+        }
+        Gate::AddRelu(out) => {
+            for (g, out) in g.iter_mut().zip(&out[at]) {
+                *g = if *out > 0.0 { *g } else { 0.0 };
+            }
+        }
+    }
 }

@@ -10,7 +10,7 @@ pub fn products(s: &Shape, mut f: impl FnMut(usize, usize, usize)) {
                 for o in 0..s.c_out {
                     for ky in 0..s.kernel {
                         for kx in 0..s.kernel {
-                            let (y, x) = (oy * s.stride + ky, ox * s.stride + kx);
+                            let (y, x) = (oy * s.stride + ky * s.dilation, ox * s.stride + kx * s.dilation);
                             let inside = |v: usize, n: usize| v >= s.padding && v - s.padding < n;
                             if !inside(y, s.h) || !inside(x, s.w) {
                                 continue;

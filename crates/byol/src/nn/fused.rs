@@ -21,7 +21,8 @@ use burn::{
 };
 use byol_kernels::{
     conv::{self, Shape},
-    norm,
+    isa,
+    norm::{self, Gate, Used},
 };
 
 /// The two passes on one backend.
@@ -40,7 +41,7 @@ pub trait ConvNormAct: Backend {
         relu: bool,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
 
-    /// (dx, dw, dγ, dβ, dskip). dx is empty unless `by_x`.
+    /// (dx, dw, dγ, dβ, dskip). dx is empty unless `by_x`, dskip unless `with_skip`.
     fn conv_norm_act_backward(
         dout: FloatTensor<Self>,
         out: FloatTensor<Self>,
@@ -48,10 +49,12 @@ pub trait ConvNormAct: Backend {
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
         gamma: FloatTensor<Self>,
+        beta: FloatTensor<Self>,
         mean: FloatTensor<Self>,
         variance: FloatTensor<Self>,
         stride: usize,
         eps: f64,
+        with_skip: bool,
         relu: bool,
         by_x: bool,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
@@ -68,7 +71,7 @@ fn tensor(values: Vec<f32>, shape: &[usize]) -> FlexTensor {
 
 fn shape(x: &FlexTensor, w: &FlexTensor, stride: usize) -> Shape {
     let (x, w) = (x.shape(), w.shape());
-    Shape { n: x[0], h: x[1], w: x[2], c_in: x[3], c_out: w[0], kernel: w[2], stride, padding: w[2] / 2 }
+    Shape { n: x[0], h: x[1], w: x[2], c_in: x[3], c_out: w[0], kernel: w[2], stride, padding: w[2] / 2, dilation: 1 }
 }
 
 impl ConvNormAct for Flex {
@@ -84,12 +87,13 @@ impl ConvNormAct for Flex {
         relu: bool,
     ) -> (FlexTensor, FlexTensor, FlexTensor, FlexTensor) {
         let [x, w, gamma, beta, skip] = [x, w, gamma, beta, skip].map(|t| t.to_contiguous());
-        let s = shape(&x, &w, stride);
-        let y = conv::forward(&s, values(&x), values(&w));
-        let (mean, var) = norm::moments(&y, s.c_out);
+        let (isa, s) = (isa::chosen(), shape(&x, &w, stride));
+        let of_part = |_, y: &mut [f32]| norm::Moments::of(isa, y, s.c_out);
+        let (y, parts) = conv::forward_then(isa, &s, values(&x), values(&w), of_part);
+        let (mean, var) = norm::Moments::total(&parts, s.c_out);
         let inverse = norm::inverse_deviation(&var, eps);
         let (scale, shift) = norm::scale_shift(values(&gamma), values(&beta), &mean, &inverse);
-        let out = norm::affine_act(&y, &scale, &shift, with_skip.then(|| values(&skip)), relu);
+        let out = norm::affine_act(isa, &y, &scale, &shift, with_skip.then(|| values(&skip)), relu);
         let of_y = [s.n, s.h_out(), s.w_out(), s.c_out];
         (tensor(out, &of_y), tensor(y, &of_y), tensor(mean, &[s.c_out]), tensor(var, &[s.c_out]))
     }
@@ -101,20 +105,30 @@ impl ConvNormAct for Flex {
         x: FlexTensor,
         w: FlexTensor,
         gamma: FlexTensor,
+        beta: FlexTensor,
         mean: FlexTensor,
         variance: FlexTensor,
         stride: usize,
         eps: f64,
+        with_skip: bool,
         relu: bool,
         by_x: bool,
     ) -> (FlexTensor, FlexTensor, FlexTensor, FlexTensor, FlexTensor) {
-        let [dout, x, w, gamma] = [dout, x, w, gamma].map(|t| t.to_contiguous());
-        let s = shape(&x, &w, stride);
+        let [dout, x, w, gamma, beta] = [dout, x, w, gamma, beta].map(|t| t.to_contiguous());
+        let (isa, s) = (isa::chosen(), shape(&x, &w, stride));
         let inverse = norm::inverse_deviation(values(&variance), eps);
-        let g = norm::backward(values(&dout), values(&out), values(&y), values(&gamma), values(&mean), &inverse, relu);
-        let dw = conv::backward_weight(&s, values(&x), &g.dy);
+        let gate = match (with_skip, relu) {
+            (false, false) => Gate::Open,
+            (false, true) => Gate::Relu,
+            (true, false) => Gate::Add,
+            (true, true) => Gate::AddRelu(values(&out)),
+        };
+        let used =
+            Used { y: values(&y), gamma: values(&gamma), beta: values(&beta), mean: values(&mean), inverse: &inverse };
+        let g = norm::backward(isa, values(&dout), gate, used);
+        let dw = conv::backward_weight(isa, &s, values(&x), &g.dy);
         let dx = if by_x {
-            tensor(conv::backward_data(&s, values(&w), &g.dy), &[s.n, s.h, s.w, s.c_in])
+            tensor(conv::backward_data(isa, &s, values(&w), &g.dy), &[s.n, s.h, s.w, s.c_in])
         } else {
             tensor(Vec::new(), &[0])
         };
@@ -124,7 +138,7 @@ impl ConvNormAct for Flex {
             tensor(dw, &[s.c_out, s.c_in, s.kernel, s.kernel]),
             tensor(g.dgamma, &[s.c_out]),
             tensor(g.dbeta, &[s.c_out]),
-            tensor(g.dskip, &of_y),
+            g.dskip.map_or_else(|| tensor(Vec::new(), &[0]), |dskip| tensor(dskip, &of_y)),
         )
     }
 }
@@ -151,6 +165,7 @@ impl<B: Backend + ConvNormAct, C: CheckpointStrategy> ConvNormAct for Autodiff<B
             x: F,
             w: F,
             gamma: F,
+            beta: F,
             mean: F,
             variance: F,
             stride: usize,
@@ -173,10 +188,12 @@ impl<B: Backend + ConvNormAct, C: CheckpointStrategy> ConvNormAct for Autodiff<B
                     k.x,
                     k.w,
                     k.gamma,
+                    k.beta,
                     k.mean,
                     k.variance,
                     k.stride,
                     k.eps,
+                    k.with_skip,
                     k.relu,
                     x.is_some(),
                 );
@@ -192,13 +209,23 @@ impl<B: Backend + ConvNormAct, C: CheckpointStrategy> ConvNormAct for Autodiff<B
         let nodes = [x.node(), w.node(), gamma.node(), beta.node(), skip.node()];
         let ((x, _), (w, _), (gamma, _), (beta, _), (skip, _)) =
             (x.into_parts(), w.into_parts(), gamma.into_parts(), beta.into_parts(), skip.into_parts());
-        let (out, y, mean, variance) =
-            B::conv_norm_act_forward(x.clone(), w.clone(), gamma.clone(), beta, skip, stride, eps, with_skip, relu);
+        let (out, y, mean, variance) = B::conv_norm_act_forward(
+            x.clone(),
+            w.clone(),
+            gamma.clone(),
+            beta.clone(),
+            skip,
+            stride,
+            eps,
+            with_skip,
+            relu,
+        );
         let constant = |t: FloatTensor<B>| <Self as burn::backend::AutodiffBackend>::from_inner(t);
         let (of_y, of_mean, of_variance) = (constant(y.clone()), constant(mean.clone()), constant(variance.clone()));
         let out = match Fused.prepare::<C>(nodes).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
-                let kept = Kept { out: out.clone(), y, x, w, gamma, mean, variance, stride, eps, with_skip, relu };
+                let kept =
+                    Kept { out: out.clone(), y, x, w, gamma, beta, mean, variance, stride, eps, with_skip, relu };
                 prep.finish(kept, out)
             }
             OpsKind::UnTracked(prep) => prep.finish(out),
@@ -215,8 +242,10 @@ impl<B: Backend + ConvNormAct, C: CheckpointStrategy> ConvNormAct for Autodiff<B
         _: FloatTensor<Self>,
         _: FloatTensor<Self>,
         _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
         _: usize,
         _: f64,
+        _: bool,
         _: bool,
         _: bool,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {

@@ -16,7 +16,7 @@ use crate::report::{self, Progress, Result, percent};
 
 /// Pretrain on small synthetic images and show what was learned, in a few minutes
 ///
-/// The images are procedural: patterns in chance colours, scales and turns. Their six classes are used only to measure.
+/// The images are procedural: patterns in ink on paper of chance lightness, scale and turn. Their six classes are used only to measure.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Folder for the run [default: byol-runs/demo]

@@ -1,0 +1,176 @@
+//! Instruction sets: one file each, behind one table that is chosen once a process.
+//!
+//! The loops are written once, in [`super::tile`] and [`super::norm`]; a file here says how many lanes and registers there are, what the few
+//! vector operations are called, and compiles the loops with its instructions enabled. To add an instruction set, add a file and name
+//! it in [`available`].
+
+use std::{fmt, sync::OnceLock};
+
+use crate::{
+    norm,
+    tile::{Tile, WeightTile},
+};
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod portable;
+
+/// The vector operations of an instruction set.
+///
+/// # Safety
+/// All functions need the instruction set. `load` and `store` touch `LANES` values from the pointer on.
+pub(crate) trait Simd: Copy {
+    /// A register.
+    type V: Copy;
+    /// Values a register.
+    const LANES: usize;
+    /// The same value in all lanes.
+    unsafe fn splat(value: f32) -> Self::V;
+    /// From memory, of any alignment.
+    unsafe fn load(from: *const f32) -> Self::V;
+    /// To memory, of any alignment.
+    unsafe fn store(to: *mut f32, value: Self::V);
+    /// a · b + c.
+    unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+}
+
+/// The kernels of one instruction set.
+pub struct Isa {
+    /// As `BYOL_ISA` names it.
+    pub name: &'static str,
+    /// Values a register.
+    pub(crate) lanes: usize,
+    /// Output pixels a tile of the convolution.
+    pub(crate) pixels: usize,
+    /// Rows a tile of the weight gradient.
+    pub(crate) rows: usize,
+    /// A tile of one and of two registers of channels.
+    pub(crate) tile: [unsafe fn(&Tile); 2],
+    /// The same for the weight gradient.
+    pub(crate) weight_tile: [unsafe fn(&WeightTile); 2],
+    /// [`norm`]'s loops.
+    pub(crate) moments: unsafe fn(&[f32], &[f32], &mut [f32], &mut [f32]),
+    pub(crate) affine_act: unsafe fn(norm::Affine, &mut [f32]),
+    pub(crate) sums: unsafe fn(norm::Pass, &mut [f32], &mut [f32], Option<&mut [f32]>),
+    pub(crate) by_y: unsafe fn(norm::Pass, norm::Slope, &mut [f32]),
+}
+
+impl fmt::Debug for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(self.name)
+    }
+}
+
+/// An instruction set that was asked for is not here.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("BYOL_ISA={asked}, but this processor has {}; unset it or name one of these", .have.join(", "))]
+pub struct Missing {
+    /// The value of `BYOL_ISA`.
+    pub asked: String,
+    /// What there is.
+    pub have: Vec<&'static str>,
+}
+
+/// What this processor can run, the widest first.
+pub fn available() -> Vec<&'static Isa> {
+    let mut all = Vec::new();
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512f") {
+            all.push(&avx512::ISA);
+        }
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            all.push(&avx2::ISA);
+        }
+    }
+    #[cfg(target_arch = "aarch64")]
+    all.push(&neon::ISA);
+    all.push(&portable::ISA);
+    all
+}
+
+/// The instruction set of this process: what `BYOL_ISA` names, else the widest.
+///
+/// # Errors
+/// [`Missing`] if `BYOL_ISA` names one that is not here.
+pub fn choose() -> Result<&'static Isa, Missing> {
+    static CHOSEN: OnceLock<Result<&'static Isa, Missing>> = OnceLock::new();
+    let pick = || {
+        let all = available();
+        match std::env::var("BYOL_ISA") {
+            Err(_) => Ok(all[0]),
+            Ok(asked) => all
+                .iter()
+                .copied()
+                .find(|isa| isa.name == asked)
+                .ok_or_else(|| Missing { asked, have: all.iter().map(|isa| isa.name).collect() }),
+        }
+    };
+    CHOSEN.get_or_init(pick).clone()
+}
+
+/// [`choose`] where the choice was checked before.
+///
+/// # Panics
+/// If `BYOL_ISA` names an instruction set that is not here.
+pub fn chosen() -> &'static Isa {
+    choose().unwrap_or_else(|missing| panic!("{missing}"))
+}
+
+/// Compiles the generic loops for one instruction set: its name, its operations, tile heights and target features.
+macro_rules! isa {
+    ($name:literal, $simd:ty, pixels $pixels:literal, rows $rows:literal, $(#[$feature:meta])?) => {
+        use crate::{isa::{Isa, Simd}, norm, tile::{self, Tile, WeightTile}};
+
+        $(#[$feature])?
+        unsafe fn tile<const NV: usize>(t: &Tile) {
+            // SAFETY: the caller's.
+            unsafe { tile::tile::<$simd, $pixels, NV>(t) }
+        }
+
+        $(#[$feature])?
+        unsafe fn weight_tile<const NV: usize>(t: &WeightTile) {
+            // SAFETY: the caller's.
+            unsafe { tile::weight_tile::<$simd, $rows, NV>(t) }
+        }
+
+        $(#[$feature])?
+        unsafe fn moments(y: &[f32], origin: &[f32], sum: &mut [f32], squares: &mut [f32]) {
+            norm::moments_loop(y, origin, sum, squares);
+        }
+
+        $(#[$feature])?
+        unsafe fn affine_act(a: norm::Affine, out: &mut [f32]) {
+            norm::affine_act_loop(a, out);
+        }
+
+        $(#[$feature])?
+        unsafe fn sums(p: norm::Pass, of_gamma: &mut [f32], of_beta: &mut [f32], g: Option<&mut [f32]>) {
+            norm::sums_loop(p, of_gamma, of_beta, g);
+        }
+
+        $(#[$feature])?
+        unsafe fn by_y(p: norm::Pass, s: norm::Slope, dy: &mut [f32]) {
+            norm::by_y_loop(p, s, dy);
+        }
+
+        /// The table.
+        pub static ISA: Isa = Isa {
+            name: $name,
+            lanes: <$simd as Simd>::LANES,
+            pixels: $pixels,
+            rows: $rows,
+            tile: [tile::<1>, tile::<2>],
+            weight_tile: [weight_tile::<1>, weight_tile::<2>],
+            moments,
+            affine_act,
+            sums,
+            by_y,
+        };
+    };
+}
+use isa;

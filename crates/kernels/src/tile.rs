@@ -1,0 +1,142 @@
+//! The two innermost loops of convolution, written once for all instruction sets.
+//!
+//! Both keep a block of sums in registers: `MR` rows by `NV` registers of channels. A row is an output pixel in [`tile`] and an input
+//! value in [`weight_tile`]; one value a row is broadcast, one or two registers of channels are loaded, and all are multiplied.
+
+#![allow(clippy::needless_range_loop, reason = "blocks of registers are plainest by index")]
+
+use std::array::from_fn;
+
+use crate::isa::Simd;
+
+/// A block of output: pixels × channels.
+pub struct Tile {
+    /// The source, with its margins.
+    pub x: *const f32,
+    /// Where in `x` each pixel's window begins; as many as the tile has rows.
+    pub base: *const u32,
+    /// Where in a window each tap begins.
+    pub taps: *const u32,
+    /// Taps.
+    pub n_taps: usize,
+    /// Values that follow each other at a tap.
+    pub run: usize,
+    /// Weights `[n_taps, run, NV · LANES]`.
+    pub w: *const f32,
+    /// The output.
+    pub out: *mut f32,
+    /// Where in `out` each pixel's channels begin.
+    pub to: *const u32,
+    /// Pixels that are real; the others repeat one and are not stored.
+    pub rows: usize,
+    /// Channels that are real, at most `NV · LANES`.
+    pub cols: usize,
+}
+
+/// A block of a weight gradient: input values × channels, summed over pixels.
+pub struct WeightTile {
+    /// The source, with its margins, from the first row's value on.
+    pub x: *const f32,
+    /// Where in `x` each pixel's window begins.
+    pub base: *const u32,
+    /// The output's gradient `[pixels, step]`, from the first channel on.
+    pub dy: *const f32,
+    /// Values a pixel of `dy`.
+    pub dy_step: usize,
+    /// Pixels.
+    pub n: usize,
+    /// Sums so far, `[rows, step]`; added to.
+    pub dw: *mut f32,
+    /// Values a row of `dw`.
+    pub dw_step: usize,
+    /// Rows that are real. The others may read what follows in `x` and are not stored.
+    pub rows: usize,
+}
+
+/// Σ over taps and runs of x · w.
+///
+/// # Safety
+/// `base`, `to` hold `MR` entries, `taps` `n_taps`; `x` holds `base + tap + run` values for each, `w` `n_taps · run · NV · LANES`, `out`
+/// `to + cols` for each of `rows ≤ MR`; `cols ≤ NV · LANES`; the processor has `S`.
+#[inline(always)]
+pub unsafe fn tile<S: Simd, const MR: usize, const NV: usize>(t: &Tile) {
+    // SAFETY: the offsets are those that the contract bounds.
+    unsafe {
+        let mut sums = [[S::splat(0.0); NV]; MR];
+        let window: [*const f32; MR] = from_fn(|r| t.x.add(*t.base.add(r) as usize));
+        let mut w = t.w;
+        for tap in 0..t.n_taps {
+            let from = *t.taps.add(tap) as usize;
+            for i in from..from + t.run {
+                let weights: [S::V; NV] = from_fn(|v| S::load(w.add(v * S::LANES)));
+                w = w.add(NV * S::LANES);
+                for r in 0..MR {
+                    let x = S::splat(*window[r].add(i));
+                    for v in 0..NV {
+                        sums[r][v] = S::fma(x, weights[v], sums[r][v]);
+                    }
+                }
+            }
+        }
+        if t.cols == NV * S::LANES {
+            for (r, sums) in sums.iter().enumerate() {
+                if r < t.rows {
+                    let to = t.out.add(*t.to.add(r) as usize);
+                    for (v, sum) in sums.iter().enumerate() {
+                        S::store(to.add(v * S::LANES), *sum);
+                    }
+                }
+            }
+        } else {
+            // Two registers of the widest set.
+            let mut row = [0.0f32; 32];
+            for (r, sums) in sums.iter().enumerate() {
+                if r < t.rows {
+                    for (v, sum) in sums.iter().enumerate() {
+                        S::store(row.as_mut_ptr().add(v * S::LANES), *sum);
+                    }
+                    std::ptr::copy_nonoverlapping(row.as_ptr(), t.out.add(*t.to.add(r) as usize), t.cols);
+                }
+            }
+        }
+    }
+}
+
+/// dw += Σ over pixels of x · dy.
+///
+/// # Safety
+/// `base` holds `n` entries; `x` holds `base + MR` values for each; `dy` holds `(n − 1) · dy_step + NV · LANES`, `dw` `(rows − 1) ·
+/// dw_step + NV · LANES`; `rows ≤ MR`; the processor has `S`.
+#[inline(always)]
+pub unsafe fn weight_tile<S: Simd, const MR: usize, const NV: usize>(t: &WeightTile) {
+    // SAFETY: the offsets are those that the contract bounds.
+    unsafe {
+        let mut sums = [[S::splat(0.0); NV]; MR];
+        for r in 0..MR {
+            if r < t.rows {
+                for v in 0..NV {
+                    sums[r][v] = S::load(t.dw.add(r * t.dw_step + v * S::LANES));
+                }
+            }
+        }
+        let mut dy = t.dy;
+        for p in 0..t.n {
+            let x = t.x.add(*t.base.add(p) as usize);
+            let slopes: [S::V; NV] = from_fn(|v| S::load(dy.add(v * S::LANES)));
+            dy = dy.wrapping_add(t.dy_step);
+            for r in 0..MR {
+                let x = S::splat(*x.add(r));
+                for v in 0..NV {
+                    sums[r][v] = S::fma(x, slopes[v], sums[r][v]);
+                }
+            }
+        }
+        for r in 0..MR {
+            if r < t.rows {
+                for v in 0..NV {
+                    S::store(t.dw.add(r * t.dw_step + v * S::LANES), sums[r][v]);
+                }
+            }
+        }
+    }
+}
