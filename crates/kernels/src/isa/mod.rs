@@ -38,6 +38,12 @@ pub(crate) trait Simd: Copy {
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
 }
 
+/// Values, origin, sums, sums of squares.
+type MomentsLoop = unsafe fn(&[f32], &[f32], &mut [f32], &mut [f32]);
+
+/// Gradient, sums for γ, sums for β, where to keep what passed.
+type SumsLoop = unsafe fn(norm::Pass, &mut [f32], &mut [f32], Option<&mut [f32]>);
+
 /// The kernels of one instruction set.
 pub struct Isa {
     /// As `BYOL_ISA` names it.
@@ -53,9 +59,9 @@ pub struct Isa {
     /// The same for the weight gradient.
     pub(crate) weight_tile: [unsafe fn(&WeightTile); 2],
     /// [`norm`]'s loops.
-    pub(crate) moments: unsafe fn(&[f32], &[f32], &mut [f32], &mut [f32]),
+    pub(crate) moments: MomentsLoop,
     pub(crate) affine_act: unsafe fn(norm::Affine, &mut [f32]),
-    pub(crate) sums: unsafe fn(norm::Pass, &mut [f32], &mut [f32], Option<&mut [f32]>),
+    pub(crate) sums: SumsLoop,
     pub(crate) by_y: unsafe fn(norm::Pass, norm::Slope, &mut [f32]),
 }
 
