@@ -6,6 +6,7 @@
 use std::str::FromStr;
 
 use burn::tensor::Device;
+use byol_kernels::isa;
 use serde::Serialize;
 
 /// What the user asks for.
@@ -69,6 +70,9 @@ pub enum Error {
         /// What was asked for.
         what: &'static str,
     },
+    /// `BYOL_ISA` names an instruction set that the processor has not.
+    #[error(transparent)]
+    InstructionSet(#[from] isa::Missing),
     /// It is there but does not start.
     #[error("{name} does not start: {reason}; update its driver or use --device cpu")]
     DoesNotStart {
@@ -123,7 +127,7 @@ pub struct Machine {
     pub cpu: String,
     /// Threads that can run at once.
     pub cores: usize,
-    /// The widest vector instructions: `avx512`, `avx2`, `neon` or `portable`.
+    /// The vector instructions that compute: `avx512`, `avx2`, `neon` or `portable`; the widest unless `BYOL_ISA` names others.
     pub isa: &'static str,
     /// Memory in MiB.
     pub memory_mb: u64,
@@ -142,24 +146,11 @@ pub fn machine() -> Machine {
     Machine {
         cpu: if cpu.is_empty() { std::env::consts::ARCH.to_owned() } else { cpu.to_owned() },
         cores: std::thread::available_parallelism().map_or(1, |n| n.get()),
-        isa: isa(),
+        isa: isa::choose().unwrap_or(isa::available()[0]).name,
         // 0 where the system does not say: then no decoded image is kept in memory.
         memory_mb: system.as_ref().map_or(0, |s| s.total_memory() >> 20),
         free_mb: system.as_ref().map_or(0, |s| s.available_memory() >> 20),
     }
-}
-
-fn isa() -> &'static str {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if is_x86_feature_detected!("avx512f") {
-            return "avx512";
-        }
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            return "avx2";
-        }
-    }
-    if cfg!(target_arch = "aarch64") { "neon" } else { "portable" }
 }
 
 fn cpu() -> Opened {
@@ -182,8 +173,9 @@ pub fn list() -> Vec<Found> {
 /// Opens a device.
 ///
 /// # Errors
-/// Any [`Error`]; never for `auto` and `cpu`.
+/// Any [`Error`]; for `auto` and `cpu` [`Error::InstructionSet`] alone.
 pub fn open(choice: Choice) -> Result<Opened, Error> {
+    isa::choose()?;
     match choice {
         Choice::Cpu => Ok(cpu()),
         Choice::Auto => Ok(auto()),

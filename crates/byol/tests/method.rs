@@ -195,6 +195,12 @@ fn the_fused_layer_is_the_composed_one() {
             all.extend(tracked.gradients(&mut grads).iter().map(|(_, l)| l.to_vec()));
             all.push(host(statistics.get("bn1").mean.clone()));
             all.push(host(statistics.get("bn1").var.clone()));
+            // The same in evaluation, with the statistics that the pass above left.
+            let plain = |values, shape: [usize; 4]| Tensor::<4>::from_data(TensorData::new(values, shape), &device);
+            let mut pass = Pass { params: &params, norm: &norm, mode: Mode::Eval(&statistics) };
+            let skip = plain(noise(3 * h_out * w_out * 6, 5), [3, h_out, w_out, 6]);
+            let then = if with_skip { Then::AddRelu(skip) } else { Then::Nothing };
+            all.push(host(layer_fn(&mut pass, &layer, plain(noise(3 * h * w * 5, 4), [3, h, w, 5]), then)));
             all
         };
         for (i, (a, b)) in one(true).iter().zip(&one(false)).enumerate() {

@@ -4,7 +4,7 @@ mod common;
 
 use std::{fs, path::Path};
 
-use common::{json, ok, pictures, pretrain, refused, run, stderr, text};
+use common::{byol, json, ok, pictures, pretrain, refused, run, stderr, text};
 
 fn nothing_at(out: &Path) {
     assert!(!out.exists(), "{} was left behind", out.display());
@@ -163,6 +163,15 @@ fn a_write_that_fails_leaves_no_half_written_file() {
     for entry in fs::read_dir(&out).unwrap().chain(fs::read_dir(out.join("checkpoints")).unwrap()) {
         assert!(whole(&entry.unwrap().path()));
     }
+}
+
+#[test]
+fn an_instruction_set_that_is_not_there() {
+    let output = byol(&["devices"]).env("BYOL_ISA", "sse9").output().unwrap();
+    let text = stderr(&output);
+    assert!(!output.status.success() && text.contains("BYOL_ISA=sse9") && text.contains("portable"), "{text}");
+    let output = byol(&["devices", "--json"]).env("BYOL_ISA", "portable").output().unwrap();
+    assert_eq!(json(&output)["machine"]["isa"], "portable");
 }
 
 #[test]

@@ -3,7 +3,10 @@
 
 use burn::tensor::{Tensor, activation::relu, module::conv2d, ops::ConvOptions};
 
-use super::{fused, pass::Pass};
+use super::{
+    fused,
+    pass::{Mode, Pass},
+};
 use crate::device::has_kernels;
 
 /// One convolution without bias and the norm behind it.
@@ -40,15 +43,21 @@ pub enum Then {
 /// # Shapes
 /// `x`: `[N, H, W, C_in]`; returns `[N, H', W', C_out]` with H' = ⌊(H + 2 (K / 2) − K) / stride⌋ + 1.
 pub fn conv_norm_act(pass: &mut Pass, layer: &ConvNorm, x: Tensor<4>, then: Then) -> Tensor<4> {
-    if pass.trains() && has_kernels(&x.device()) {
+    let w = pass.params.get::<4>(&format!("{}.weight", layer.conv));
+    // A gradient through running statistics is for the composed layer.
+    let tracked = x.is_autodiff() || w.is_autodiff();
+    if has_kernels(&x.device()) && (pass.trains() || !tracked) {
         let (skip, relu) = match then {
             Then::Nothing => (None, false),
             Then::Relu => (None, true),
             Then::AddRelu(skip) => (Some(skip), true),
         };
         let get = |name: &str, what: &str| pass.params.get::<1>(&format!("{name}.{what}"));
-        let w = pass.params.get::<4>(&format!("{}.weight", layer.conv));
         let (gamma, beta) = (get(&layer.norm, "weight"), get(&layer.norm, "bias"));
+        if let Mode::Eval(statistics) = &pass.mode {
+            let running = statistics.get(&layer.norm);
+            return fused::eval(x, w, gamma, beta, running, skip, layer.stride, pass.norm.eps, relu);
+        }
         let (y, mean, var) = fused::train(x, w, gamma, beta, skip, layer.stride, pass.norm.eps, relu);
         pass.saw(&layer.norm, mean, var);
         return y;

@@ -1,4 +1,5 @@
-//! Convolution + batch norm (+ skip) (+ ReLU) on the CPU as one node of the autodiff graph, computed by `byol-kernels`.
+//! Convolution + batch norm (+ skip) (+ ReLU) on the CPU, computed by `byol-kernels`: in training one node of the autodiff graph, in
+//! evaluation one pass with the norm folded into the weights.
 //!
 //! The node keeps x, the weight, the convolution's output y, its own output (for the ReLU's mask) and the batch statistics.
 
@@ -25,6 +26,8 @@ use byol_kernels::{
     norm::{self, Gate, Used},
 };
 
+use super::pass::Running;
+
 /// The two passes on one backend.
 #[backend_extension(Autodiff, Flex)]
 pub trait ConvNormAct: Backend {
@@ -40,6 +43,17 @@ pub trait ConvNormAct: Backend {
         with_skip: bool,
         relu: bool,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+
+    /// act(conv(x, w) + shift (+ skip)). Not differentiated.
+    fn conv_act(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        shift: FloatTensor<Self>,
+        skip: FloatTensor<Self>,
+        stride: usize,
+        with_skip: bool,
+        relu: bool,
+    ) -> FloatTensor<Self>;
 
     /// (dx, dw, dγ, dβ, dskip). dx is empty unless `by_x`, dskip unless `with_skip`.
     fn conv_norm_act_backward(
@@ -96,6 +110,24 @@ impl ConvNormAct for Flex {
         let out = norm::affine_act(isa, &y, &scale, &shift, with_skip.then(|| values(&skip)), relu);
         let of_y = [s.n, s.h_out(), s.w_out(), s.c_out];
         (tensor(out, &of_y), tensor(y, &of_y), tensor(mean, &[s.c_out]), tensor(var, &[s.c_out]))
+    }
+
+    fn conv_act(
+        x: FlexTensor,
+        w: FlexTensor,
+        shift: FlexTensor,
+        skip: FlexTensor,
+        stride: usize,
+        with_skip: bool,
+        relu: bool,
+    ) -> FlexTensor {
+        let [x, w, shift, skip] = [x, w, shift, skip].map(|t| t.to_contiguous());
+        let (isa, s) = (isa::chosen(), shape(&x, &w, stride));
+        let (y, _) = conv::forward_then(isa, &s, values(&x), values(&w), |at, y| {
+            let skip = with_skip.then(|| &values(&skip)[at..at + y.len()]);
+            norm::shift_act(isa, y, values(&shift), skip, relu);
+        });
+        tensor(y, &[s.n, s.h_out(), s.w_out(), s.c_out])
     }
 
     fn conv_norm_act_backward(
@@ -233,6 +265,18 @@ impl<B: Backend + ConvNormAct, C: CheckpointStrategy> ConvNormAct for Autodiff<B
         (out, of_y, of_mean, of_variance)
     }
 
+    fn conv_act(
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+        _: usize,
+        _: bool,
+        _: bool,
+    ) -> FloatTensor<Self> {
+        panic!("the folded layer has no gradient: `conv_norm_act` composes the layer where one is wanted")
+    }
+
     fn conv_norm_act_backward(
         _: FloatTensor<Self>,
         _: FloatTensor<Self>,
@@ -281,4 +325,36 @@ pub fn train(
         relu,
     );
     (Tensor::from_dispatch(out), Tensor::from_dispatch(mean), Tensor::from_dispatch(variance))
+}
+
+/// The fused layer with running statistics, folded: act(conv(x, γ/σ · w) + β − γ/σ · mean (+ skip)). No tensor of it is tracked.
+///
+/// # Shapes
+/// As for [`train`].
+pub fn eval(
+    x: Tensor<4>,
+    w: Tensor<4>,
+    gamma: Tensor<1>,
+    beta: Tensor<1>,
+    running: &Running,
+    skip: Option<Tensor<4>>,
+    stride: usize,
+    eps: f64,
+    relu: bool,
+) -> Tensor<4> {
+    let scale = gamma / running.var.clone().add_scalar(eps).sqrt();
+    let shift = beta - running.mean.clone() * scale.clone();
+    let [c_out] = scale.dims();
+    let w = w * scale.reshape([c_out, 1, 1, 1]);
+    let with_skip = skip.is_some();
+    let skip = skip.unwrap_or_else(|| Tensor::zeros([1, 1, 1, 1], &w.device()));
+    Tensor::from_dispatch(Dispatch::conv_act(
+        x.into_dispatch(),
+        w.into_dispatch(),
+        shift.into_dispatch(),
+        skip.into_dispatch(),
+        stride,
+        with_skip,
+        relu,
+    ))
 }
