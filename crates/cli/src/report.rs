@@ -15,6 +15,27 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 /// What every command returns.
 pub type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
+/// A line on standard output. A reader that has seen enough (`| head`) ends the program quietly, as it does others.
+macro_rules! out {
+    ($($arg:tt)*) => { crate::report::line(format_args!($($arg)*)) };
+}
+pub(crate) use out;
+
+pub fn line(text: std::fmt::Arguments) {
+    use std::io::{self, Write};
+    match writeln!(io::stdout(), "{text}") {
+        Ok(()) => {}
+        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => std::process::exit(0),
+        Err(e) => {
+            error(&io::Error::new(
+                e.kind(),
+                format!("cannot write to standard output: {e}; free some space or give it another place"),
+            ));
+            std::process::exit(1);
+        }
+    }
+}
+
 /// `error: what, where, remedy`, on one line.
 pub fn error(error: &dyn Error) {
     let text = error.to_string().replace('\n', " ");

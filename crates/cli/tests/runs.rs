@@ -177,3 +177,23 @@ fn the_demo_gains_ten_points_and_draws_its_neighbours() {
     let picture = image::open(out.join("neighbours.png")).unwrap();
     assert!(picture.width() > picture.height(), "a query, five before and five after in each of six rows");
 }
+
+#[test]
+fn the_benchmarks_measure() {
+    let step =
+        ["bench", "--width", "0.125", "--batch", "4", "--hidden", "16", "--steps", "1", "--device", "cpu", "--json"];
+    let of_step = json(&ok(&step));
+    for key in ["images_per_second", "gflop_per_second", "peak_gflop_per_second", "share_of_peak"] {
+        assert!(of_step[key].as_f64().unwrap() > 0.0, "{key}: {of_step}");
+    }
+    let forward = json(&ok(&[&step[..], &["--forward-only"]].concat()));
+    assert!(forward["split_ms"].is_null() && forward["images_per_second"].as_f64().unwrap() > 0.0);
+
+    let folder = tempfile::tempdir().unwrap();
+    pictures(folder.path(), 6);
+    let views = json(&ok(&["bench", "views", text(folder.path()), "--size", "32", "--json"]));
+    assert_eq!((views["images"].as_u64(), views["bad"].as_u64()), (Some(6), Some(0)));
+
+    let kernels = json(&ok(&["bench", "kernels", "--width", "0.125", "--batch", "1", "--json"]));
+    assert!(kernels["shapes"].as_array().unwrap().len() > 5);
+}

@@ -48,8 +48,14 @@ const TASK_PIXELS: usize = 256;
 /// Pixels of a block of the weight gradient: its values stay in the first-level cache while all taps use them.
 const BLOCK_VALUES: usize = 1 << 12;
 
-/// Partial sums of a weight gradient, in values, over all tasks.
-const PARTIAL_VALUES: usize = 1 << 24;
+/// Parts that sum small weight gradients of their own: enough for many threads.
+const PARTS: usize = 32;
+
+/// Values of a weight gradient from which on threads share one.
+const SHARED_VALUES: usize = 1 << 16;
+
+/// Source values of a group of images whose pixels are summed into shared weights at a time.
+const GROUP_VALUES: usize = 1 << 20;
 
 impl Shape {
     fn reach(&self) -> usize {
@@ -331,21 +337,25 @@ fn blocks(isa: &Isa, channels: usize) -> impl Iterator<Item = (usize, usize, usi
 fn pack(isa: &Isa, s: &Shape, phase: &Phase, w: &[f32], turned: bool) -> Vec<f32> {
     let (sources, channels) = if turned { (s.c_out, s.c_in) } else { (s.c_in, s.c_out) };
     let kk = s.kernel * s.kernel;
-    let mut packed = Vec::new();
-    for (first, registers, cols) in blocks(isa, channels) {
-        for (_, ky) in &phase.rows {
-            for (_, kx) in &phase.cols {
-                for source in 0..sources {
-                    let value = |channel: usize| {
-                        let (o, c) = if turned { (source, channel) } else { (channel, source) };
-                        w[(o * s.c_in + c) * kk + ky * s.kernel + kx]
-                    };
-                    packed.extend((first..first + cols).map(value));
-                    packed.extend(std::iter::repeat_n(0.0, registers * isa.lanes - cols));
+    // From one source and from one channel to the next.
+    let (by_source, by_channel) = if turned { (s.c_in * kk, kk) } else { (kk, s.c_in * kk) };
+    let taps: Vec<usize> =
+        phase.rows.iter().flat_map(|(_, ky)| phase.cols.iter().map(move |(_, kx)| ky * s.kernel + kx)).collect();
+    let rows = taps.len() * sources;
+    let mut packed = vec![0.0f32; rows * channels.next_multiple_of(isa.lanes)];
+    let blocks: Vec<_> = blocks(isa, channels).collect();
+    packed.par_chunks_mut(rows * 2 * isa.lanes).zip(blocks).for_each(|(packed, (first, registers, cols))| {
+        let mut rows = packed.chunks_exact_mut(registers * isa.lanes);
+        for tap in &taps {
+            for source in 0..sources {
+                let row = rows.next().expect("a row a tap and source");
+                let from = tap + source * by_source + first * by_channel;
+                for (to, v) in row[..cols].iter_mut().zip(w[from..].iter().step_by(by_channel)) {
+                    *to = *v;
                 }
             }
         }
-    }
+    });
     packed
 }
 
@@ -484,24 +494,35 @@ pub fn backward_data(isa: &Isa, s: &Shape, w: &[f32], dy: &[f32]) -> Vec<f32> {
 /// If a slice has not the length that `s` says.
 pub fn backward_weight(isa: &Isa, s: &Shape, x: &[f32], dy: &[f32]) -> Vec<f32> {
     s.check();
-    let [of_x, of_w, of_y] = s.lengths();
+    let [of_x, _, of_y] = s.lengths();
     assert_eq!((x.len(), dy.len()), (of_x, of_y), "{s:?}");
     let walk = Walk::forward(s);
-    let phase = &walk.phases[0];
-    let (taps, run) = runs(&walk, phase);
-    // Rows of registers, so that a tile never ends in the middle of one.
-    let step = s.c_out.next_multiple_of(isa.lanes);
-    let length = taps.len() * run * step;
+    let (taps, run) = runs(&walk, &walk.phases[0]);
+    // Block by block of channels, each `[taps, run, NV · LANES]`, so that a tile never ends in the middle of a register.
+    let length = taps.len() * run * s.c_out.next_multiple_of(isa.lanes);
+    let sum = if length < SHARED_VALUES {
+        by_parts(isa, &walk, &taps, run, length, x, dy)
+    } else {
+        by_blocks(isa, &walk, &taps, run, length, x, dy)
+    };
+    unpacked(isa, s, &sum)
+}
+
+/// Every thread sums some pixels into a gradient of its own, then all are added: for small weights.
+fn by_parts(isa: &Isa, walk: &Walk, taps: &[u32], run: usize, length: usize, x: &[f32], dy: &[f32]) -> Vec<f32> {
     let tasks = walk.tasks();
-    // Enough parts for many threads, few enough for memory; by the shape alone.
-    let parts = (PARTIAL_VALUES / length.max(1)).clamp(2, 32);
     let partial: Vec<Vec<f32>> = tasks
-        .par_chunks(tasks.len().div_ceil(parts).max(1))
+        .par_chunks(tasks.len().div_ceil(PARTS).max(1))
         .map(|tasks| {
             let mut dw = vec![0.0f32; length];
             SCRATCH.with_borrow_mut(|scratch| {
                 for task in tasks {
-                    weight_task(isa, &walk, task, &taps, run, x, dy, &mut dw, scratch);
+                    let pixels = Pixels::new(isa, walk, task, run, x, dy, scratch);
+                    for (block, dw) in blocks(isa, walk.to.c).zip(dw.chunks_mut(taps.len() * run * 2 * isa.lanes)) {
+                        for (tap, dw) in taps.iter().zip(dw.chunks_exact_mut(run * block.1 * isa.lanes)) {
+                            pixels.add(isa, *tap, run, block, dw);
+                        }
+                    }
                 }
             });
             dw
@@ -513,72 +534,114 @@ pub fn backward_weight(isa: &Isa, s: &Shape, x: &[f32], dy: &[f32]) -> Vec<f32> 
             *s += p;
         }
     }
-    // [k, k, c_in, step] → [c_out, c_in, k, k]
-    let kk = s.kernel * s.kernel;
-    let mut dw = vec![0.0f32; of_w];
-    for (i, row) in sum.chunks_exact(step.max(1)).enumerate() {
-        let (t, c) = (i / s.c_in, i % s.c_in);
-        for (o, v) in row[..s.c_out].iter().enumerate() {
-            dw[(o * s.c_in + c) * kk + t] = *v;
-        }
+    sum
+}
+
+/// Every thread sums all pixels into some of the weights, group after group of images: for weights that are large beside the maps, where
+/// sums of their own would cost more than they save.
+fn by_blocks(isa: &Isa, walk: &Walk, taps: &[u32], run: usize, length: usize, x: &[f32], dy: &[f32]) -> Vec<f32> {
+    let mut dw = vec![0.0f32; length];
+    let image = (walk.from.h + walk.margin[0][0] + walk.margin[0][1]) * walk.width() * walk.from.c;
+    let together = (GROUP_VALUES / image.max(1)).clamp(1, walk.n.max(1));
+    let mut scratch = Scratch::default();
+    for first in (0..walk.n).step_by(together) {
+        let task = Task { images: first..(first + together).min(walk.n), rows: 0..walk.to.h };
+        let pixels = Pixels::new(isa, walk, &task, run, x, dy, &mut scratch);
+        let blocks: Vec<_> = blocks(isa, walk.to.c).collect();
+        dw.par_chunks_mut(taps.len() * run * 2 * isa.lanes).zip(blocks).for_each(|(dw, block)| {
+            let by_tap = dw.par_chunks_exact_mut(run * block.1 * isa.lanes).zip(taps);
+            by_tap.for_each(|(dw, tap)| pixels.add(isa, *tap, run, block, dw));
+        });
     }
     dw
 }
 
-/// Adds a task's share to a weight gradient `[taps, run, step]`.
-#[allow(clippy::too_many_arguments)]
-fn weight_task(
-    isa: &Isa,
-    walk: &Walk,
-    task: &Task,
-    taps: &[u32],
-    run: usize,
-    x: &[f32],
-    dy: &[f32],
-    dw: &mut [f32],
-    scratch: &mut Scratch,
-) {
-    let Scratch { source: buffer, base, to, slopes } = scratch;
-    // The last tile of a run reads rows that are not there.
-    let slack = run.next_multiple_of(isa.rows) - run;
-    let window = window(walk, task, x, buffer, slack);
-    pixels(walk, &walk.phases[0], task, &window.rows, base, to);
-    let (c, step) = (walk.to.c, walk.to.c.next_multiple_of(isa.lanes));
-    let dy = &dy[task.span(walk.to)];
-    let dy = if step == c {
-        dy
-    } else {
-        slopes.resize(base.len() * step, 0.0);
-        for (to, from) in slopes.chunks_exact_mut(step).zip(dy.chunks_exact(c)) {
-            to[..c].copy_from_slice(from);
-            to[c..].fill(0.0);
-        }
-        &slopes[..base.len() * step]
-    };
-    let (Some(most_base), Some(most_tap)) = (base.iter().max(), taps.iter().max()) else { return };
-    // The bounds of every pointer below.
-    assert!(*most_base as usize + *most_tap as usize + run + slack <= window.values.len(), "windows lie in the source");
-    assert!(dy.len() == base.len() * step && dw.len() == taps.len() * run * step, "gradients have their shapes");
-    let block = (BLOCK_VALUES / (walk.source_step * walk.from.c + c)).max(64);
-    for from in (0..base.len()).step_by(block) {
-        let n = (base.len() - from).min(block);
-        for (first, registers, _) in blocks(isa, c) {
-            for (t, tap) in taps.iter().enumerate() {
-                for row in (0..run).step_by(isa.rows) {
-                    let tile = WeightTile {
-                        x: window.values[*tap as usize + row..].as_ptr(),
-                        base: base[from..].as_ptr(),
-                        dy: dy[from * step + first..].as_ptr(),
-                        dy_step: step,
-                        n,
-                        dw: dw[(t * run + row) * step + first..].as_mut_ptr(),
-                        dw_step: step,
-                        rows: (run - row).min(isa.rows),
-                    };
-                    // SAFETY: the assertions above bound windows and gradients: a window is read up to `slack` values past its run,
-                    // `first + registers · lanes` is at most `step`; an instruction set in the table is one of this processor.
-                    unsafe { (isa.weight_tile[registers - 1])(&tile) };
+/// Blocks of `[k, k, c_in, NV · LANES]` → `[c_out, c_in, k, k]`.
+fn unpacked(isa: &Isa, s: &Shape, packed: &[f32]) -> Vec<f32> {
+    let kk = s.kernel * s.kernel;
+    let mut dw = vec![0.0f32; s.c_out * s.c_in * kk];
+    let (chunk, wide) = (kk * s.c_in, 2 * isa.lanes);
+    let blocks: Vec<_> = blocks(isa, s.c_out).collect();
+    let tasks = dw.par_chunks_mut(chunk * wide).zip(packed.par_chunks(chunk * wide)).zip(blocks);
+    tasks.for_each(|((dw, packed), (_, registers, _))| {
+        let cols = registers * isa.lanes;
+        // A few input channels at a time stay in the first-level cache while all output channels take from them.
+        for few in (0..s.c_in).step_by(16) {
+            for (o, dw) in dw.chunks_exact_mut(chunk).enumerate() {
+                for c in few..(few + 16).min(s.c_in) {
+                    for (t, v) in dw[c * kk..(c + 1) * kk].iter_mut().enumerate() {
+                        *v = packed[(t * s.c_in + c) * cols + o];
+                    }
                 }
+            }
+        }
+    });
+    dw
+}
+
+/// What a weight gradient sums over: some pixels of the output, their windows and their gradients.
+struct Pixels<'a> {
+    source: &'a [f32],
+    base: &'a [u32],
+    dy: &'a [f32],
+    step: usize,
+    /// Pixels whose values stay in the first-level cache while many rows of the weights use them.
+    block: usize,
+}
+
+impl<'a> Pixels<'a> {
+    fn new(
+        isa: &Isa,
+        walk: &Walk,
+        task: &Task,
+        run: usize,
+        x: &'a [f32],
+        dy: &'a [f32],
+        scratch: &'a mut Scratch,
+    ) -> Pixels<'a> {
+        let Scratch { source: buffer, base, to, slopes } = scratch;
+        // The last tile of a run reads rows that are not there.
+        let slack = run.next_multiple_of(isa.rows) - run;
+        let window = window(walk, task, x, buffer, slack);
+        pixels(walk, &walk.phases[0], task, &window.rows, base, to);
+        let (c, step) = (walk.to.c, walk.to.c.next_multiple_of(isa.lanes));
+        let mut dy = &dy[task.span(walk.to)];
+        if step != c {
+            slopes.resize(base.len() * step, 0.0);
+            for (to, from) in slopes.chunks_exact_mut(step).zip(dy.chunks_exact(c)) {
+                to[..c].copy_from_slice(from);
+                to[c..].fill(0.0);
+            }
+            dy = &slopes[..base.len() * step];
+        }
+        let block = (BLOCK_VALUES / (walk.source_step * walk.from.c + c)).max(64);
+        Pixels { source: window.values, base, dy, step, block }
+    }
+
+    /// dw += Σ x · dy for one tap and one block of channels: first channel, registers, channels. `dw`: `[run, registers · LANES]`.
+    fn add(&self, isa: &Isa, tap: u32, run: usize, (first, registers, _): (usize, usize, usize), dw: &mut [f32]) {
+        let Some(most) = self.base.iter().max() else { return };
+        let cols = registers * isa.lanes;
+        // The bounds of every pointer below. A tile reads whole rows of its own, past the end of the last run.
+        let end = *most as usize + tap as usize + run.next_multiple_of(isa.rows);
+        assert!(end <= self.source.len(), "windows lie in the source");
+        assert!(self.dy.len() == self.base.len() * self.step && first + cols <= self.step, "dy has its shape");
+        assert!(dw.len() == run * cols, "dw has its shape");
+        for from in (0..self.base.len()).step_by(self.block) {
+            let n = (self.base.len() - from).min(self.block);
+            for row in (0..run).step_by(isa.rows) {
+                let tile = WeightTile {
+                    x: self.source[tap as usize + row..].as_ptr(),
+                    base: self.base[from..].as_ptr(),
+                    dy: self.dy[from * self.step + first..].as_ptr(),
+                    dy_step: self.step,
+                    n,
+                    dw: dw[row * cols..].as_mut_ptr(),
+                    dw_step: cols,
+                    rows: (run - row).min(isa.rows),
+                };
+                // SAFETY: the assertions above bound windows and gradients; an instruction set in the table is one of this processor.
+                unsafe { (isa.weight_tile[registers - 1])(&tile) };
             }
         }
     }

@@ -7,5 +7,6 @@
 pub mod conv;
 pub mod isa;
 pub mod norm;
+pub mod peak;
 pub mod reference;
 mod tile;

@@ -140,3 +140,31 @@ pub unsafe fn weight_tile<S: Simd, const MR: usize, const NV: usize>(t: &WeightT
         }
     }
 }
+
+/// Chains of [`fma_chains`]: more than latency times units of any processor, fewer than the registers.
+pub const CHAINS: usize = 12;
+
+/// `n` FMAs in each of [`CHAINS`] registers, by a factor that the compiler does not know.
+///
+/// # Safety
+/// The processor has `S`.
+#[inline(always)]
+pub unsafe fn fma_chains<S: Simd>(n: usize, factor: f32) -> f32 {
+    // SAFETY: the contract, and a buffer of the widest register.
+    unsafe {
+        let (a, b) = (S::splat(factor), S::splat(0.001));
+        let mut sums = [S::splat(1.0); CHAINS];
+        for _ in 0..n {
+            for sum in &mut sums {
+                *sum = S::fma(*sum, a, b);
+            }
+        }
+        let mut out = [0.0f32; 16];
+        let mut total = 0.0;
+        for sum in sums {
+            S::store(out.as_mut_ptr(), sum);
+            total += out[0];
+        }
+        total
+    }
+}

@@ -42,10 +42,12 @@ fn shapes() -> Vec<Shape> {
         (1, 9, 11, 6, 19, 3, 1, 2, 2),
         (2, 11, 8, 5, 33, 3, 2, 2, 2),
         (1, 13, 12, 4, 3, 3, 3, 0, 1),
-        (1, 10, 9, 2, 3, 2, 3, 0, 1),    // pixels of the input that no window meets
-        (1, 40, 200, 40, 3, 3, 1, 1, 1), // more than one task an image
-        (1, 60, 90, 32, 5, 3, 2, 1, 1),  // the same with a stride
-        (70, 2, 2, 5, 6, 3, 1, 1, 1),    // more than one task
+        (1, 10, 9, 2, 3, 2, 3, 0, 1),      // pixels of the input that no window meets
+        (1, 40, 200, 40, 3, 3, 1, 1, 1),   // more than one task an image
+        (1, 60, 90, 32, 5, 3, 2, 1, 1),    // the same with a stride
+        (70, 2, 2, 5, 6, 3, 1, 1, 1),      // more than one task
+        (3, 5, 4, 130, 72, 3, 1, 1, 1),    // weights that threads share
+        (40, 14, 15, 150, 70, 3, 2, 1, 1), // the same, more than one group
     ]
     .map(shape)
     .to_vec()

@@ -172,6 +172,36 @@ impl ResNet {
         std::iter::once(&self.stem.0).chain(blocks.flat_map(|b| b.convs.iter().chain(&b.projection)))
     }
 
+    /// Each convolution with the side of the map that it reads, for images of side `size`; in the order of [`ResNet::convs`].
+    pub fn maps(&self, size: usize) -> Vec<(&ConvNorm, usize)> {
+        let down = |side: usize, stride: usize| (side - 1) / stride + 1;
+        let (stem, kind) = &self.stem;
+        let mut all = vec![(stem, size)];
+        let mut side = down(size, stem.stride);
+        if *kind == Stem::Imagenet {
+            side = down(side, 2);
+        }
+        for block in self.groups.iter().flatten() {
+            let mut inner = side;
+            for conv in &block.convs {
+                all.push((conv, inner));
+                inner = down(inner, conv.stride);
+            }
+            all.extend(block.projection.as_ref().map(|conv| (conv, side)));
+            side = inner;
+        }
+        all
+    }
+
+    /// Multiply-adds of the convolutions for one image of side `size`.
+    pub fn products(&self, size: usize) -> u64 {
+        let of = |(conv, side): &(&ConvNorm, usize)| {
+            let pixels = ((side - 1) / conv.stride + 1).pow(2);
+            (pixels * conv.c_out * conv.c_in * conv.kernel.pow(2)) as u64
+        };
+        self.maps(size).iter().map(of).sum()
+    }
+
     /// Names and shapes of all parameters, in torchvision's order.
     pub fn shapes(&self) -> Vec<(String, Vec<usize>)> {
         let layer = |c: &ConvNorm| {
@@ -281,6 +311,15 @@ mod tests {
             let net = ResNet::new(architecture, width, stem, 3);
             assert_eq!((net.features(), count(&net)), (features, parameters), "{architecture:?} {width}x");
         }
+    }
+
+    #[test]
+    fn multiply_adds_are_the_published_ones() {
+        // torchvision's own figures, without the classifier.
+        let giga = |a, stem, size| ResNet::new(a, 1.0, stem, 3).products(size) as f64 / 1e9;
+        assert!((giga(Architecture::Resnet50, Stem::Imagenet, 224) - 4.087).abs() < 0.001);
+        assert!((giga(Architecture::Resnet18, Stem::Imagenet, 224) - 1.814).abs() < 0.001);
+        assert!((giga(Architecture::Resnet18, Stem::Cifar, 32) - 0.556).abs() < 0.001);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use byol::{
 };
 
 use super::{INTERRUPTED, set_threads, stop_flag};
-use crate::report::{self, Progress, Result, percent};
+use crate::report::{self, Progress, Result, out, percent};
 
 /// Pretrain on small synthetic images and show what was learned, in a few minutes
 ///
@@ -72,13 +72,13 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             "knn_before": before.accuracy, "knn_after": after.accuracy, "seconds": seconds,
             "run": out, "encoder": out.join("encoder.safetensors"), "picture": picture,
         });
-        println!("{result}");
+        out!("{result}");
     } else {
-        println!("kNN accuracy on {TEST_IMAGES} synthetic test images of {CLASSES} classes:");
-        println!("  before, random encoder   {}", percent(before.accuracy));
-        println!("  after, BYOL              {}", percent(after.accuracy));
-        println!("nearest neighbours, before and after: {}", picture.display());
-        println!("it took {}. Now with your own images: byol pretrain FOLDER", report::duration(seconds));
+        out!("kNN accuracy on {TEST_IMAGES} synthetic test images of {CLASSES} classes:");
+        out!("  before, random encoder   {}", percent(before.accuracy));
+        out!("  after, BYOL              {}", percent(after.accuracy));
+        out!("nearest neighbours, before and after: {}", picture.display());
+        out!("it took {}. Now with your own images: byol pretrain FOLDER", report::duration(seconds));
     }
     Ok(ExitCode::SUCCESS)
 }

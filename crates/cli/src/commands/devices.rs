@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use byol::device::{self, Choice, Kind};
 
-use crate::report::Result;
+use crate::report::{Result, out};
 
 /// List the devices of this machine
 #[derive(Debug, clap::Args)]
@@ -23,12 +23,16 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         let result = serde_json::json!({
             "machine": machine, "devices": devices, "auto": auto.choice, "features": features,
         });
-        println!("{result}");
+        out!("{result}");
         return Ok(ExitCode::SUCCESS);
     }
-    println!(
+    out!(
         "{}, {} cores, {}, {} MiB of memory ({} free)",
-        machine.cpu, machine.cores, machine.isa, machine.memory_mb, machine.free_mb
+        machine.cpu,
+        machine.cores,
+        machine.isa,
+        machine.memory_mb,
+        machine.free_mb
     );
     for found in &devices {
         let kind = match found.kind {
@@ -37,11 +41,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             Kind::Software => "software driver, for tests only",
         };
         let mark = if found.choice == auto.choice && found.name == auto.name { "  <- auto" } else { "" };
-        println!("  --device {:<7} {} ({kind}){mark}", found.choice, found.name);
+        out!("  --device {:<7} {} ({kind}){mark}", found.choice, found.name);
     }
     for (name, on) in built {
         if !on {
-            println!("  not in this build: {name} (cargo build --release --features {name})");
+            out!("  not in this build: {name} (cargo build --release --features {name})");
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -11,7 +11,7 @@ use byol::{
 };
 use clap::Subcommand;
 
-use crate::report::{self, Result, percent};
+use crate::report::{self, Result, out, percent};
 
 /// Measure what an encoder has learned
 #[derive(Debug, clap::Args)]
@@ -105,9 +105,9 @@ fn run_knn(args: &Knn) -> Result<ExitCode> {
             "knn": outcome.accuracy, "interval": outcome.interval(), "k": args.k, "temperature": args.temperature,
             "train_images": bank.len(), "test_images": queries.len(), "classes": classes,
         });
-        println!("{result}");
+        out!("{result}");
     } else {
-        println!(
+        out!(
             "kNN accuracy {} ± {} (95 %), k = {}, T = {}: {} test images among {} training images of {classes} classes",
             percent(outcome.accuracy),
             percent(outcome.interval()),

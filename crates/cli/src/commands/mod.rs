@@ -1,5 +1,6 @@
 //! One file a command. A new command is a file, a variant here and a line in `run`.
 
+mod bench;
 mod demo;
 mod devices;
 mod eval;
@@ -20,7 +21,7 @@ use byol::{
 };
 use clap::{Parser, Subcommand};
 
-use crate::report::{self, Progress, Result};
+use crate::report::{self, Progress, Result, out};
 
 /// Pretrain an encoder on a folder of images, without labels, by Bootstrap Your Own Latent.
 #[derive(Debug, Parser)]
@@ -42,6 +43,8 @@ enum Command {
     Views(views::Args),
     /// Pretrain on small synthetic images and show what was learned, in a few minutes
     Demo(demo::Args),
+    /// Measure how fast this machine trains
+    Bench(Box<bench::Args>),
     /// List the devices of this machine
     Devices(devices::Args),
 }
@@ -55,6 +58,7 @@ impl Cli {
             Command::Eval(args) => eval::run(&args),
             Command::Views(args) => views::run(&args),
             Command::Demo(args) => demo::run(&args),
+            Command::Bench(args) => bench::run(&args),
             Command::Devices(args) => devices::run(&args),
         }
     }
@@ -156,7 +160,7 @@ fn train(mut run: Run, json: bool, stop: &AtomicBool) -> Result<ExitCode> {
             "run": folder, "encoder": encoder, "finished": finished, "steps": run.byol.k,
             "total_steps": run.plan.schedule.total, "knn_before": first_knn, "last_epoch": last,
         });
-        println!("{result}");
+        out!("{result}");
     }
     Ok(if finished { ExitCode::SUCCESS } else { ExitCode::from(INTERRUPTED) })
 }

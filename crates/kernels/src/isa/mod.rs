@@ -58,6 +58,8 @@ pub struct Isa {
     pub(crate) tile: [unsafe fn(&Tile); 2],
     /// The same for the weight gradient.
     pub(crate) weight_tile: [unsafe fn(&WeightTile); 2],
+    /// Independent chains of FMAs: how fast the processor is at most.
+    pub(crate) fma_chains: unsafe fn(usize, f32) -> f32,
     /// [`norm`]'s loops.
     pub(crate) moments: MomentsLoop,
     pub(crate) affine_act: unsafe fn(norm::Affine, &mut [f32]),
@@ -145,6 +147,12 @@ macro_rules! isa {
         }
 
         $(#[$feature])?
+        unsafe fn fma_chains(n: usize, factor: f32) -> f32 {
+            // SAFETY: the caller's.
+            unsafe { tile::fma_chains::<$simd>(n, factor) }
+        }
+
+        $(#[$feature])?
         unsafe fn moments(y: &[f32], origin: &[f32], sum: &mut [f32], squares: &mut [f32]) {
             norm::moments_loop(y, origin, sum, squares);
         }
@@ -172,6 +180,7 @@ macro_rules! isa {
             rows: $rows,
             tile: [tile::<1>, tile::<2>],
             weight_tile: [weight_tile::<1>, weight_tile::<2>],
+            fma_chains,
             moments,
             affine_act,
             sums,
