@@ -10,10 +10,10 @@ use crate::isa::Isa;
 const TASK: usize = 1 << 15;
 
 /// Values of a wide row, at least.
-const WIDE: usize = 64;
+const WIDE: usize = 256;
 
 /// Wide rows whose sums are in f32; above, in f64.
-const ROWS: usize = 128;
+const ROWS: usize = 32;
 
 fn width(c: usize) -> usize {
     c * WIDE.div_ceil(c.max(1))
@@ -151,17 +151,25 @@ pub(crate) fn affine_act_loop(a: Affine, out: &mut [f32]) {
     let wide = a.scale.len();
     for (i, out) in out.chunks_mut(wide).enumerate() {
         let at = i * wide..i * wide + out.len();
-        if let Some(y) = a.y {
-            out.copy_from_slice(&y[at.clone()]);
-        }
-        match a.skip {
-            Some(skip) => {
-                for (((o, s), b), skip) in out.iter_mut().zip(a.scale).zip(a.shift).zip(&skip[at]) {
+        let affine = a.scale.iter().zip(a.shift);
+        match (a.y, a.skip) {
+            (Some(y), Some(skip)) => {
+                for (((o, (s, b)), y), skip) in out.iter_mut().zip(affine).zip(&y[at.clone()]).zip(&skip[at]) {
+                    *o = (y * s + b + skip).max(low);
+                }
+            }
+            (Some(y), None) => {
+                for ((o, (s, b)), y) in out.iter_mut().zip(affine).zip(&y[at]) {
+                    *o = (y * s + b).max(low);
+                }
+            }
+            (None, Some(skip)) => {
+                for ((o, (s, b)), skip) in out.iter_mut().zip(affine).zip(&skip[at]) {
                     *o = (*o * s + b + skip).max(low);
                 }
             }
-            None => {
-                for ((o, s), b) in out.iter_mut().zip(a.scale).zip(a.shift) {
+            (None, None) => {
+                for (o, (s, b)) in out.iter_mut().zip(affine) {
                     *o = (*o * s + b).max(low);
                 }
             }
@@ -336,17 +344,17 @@ pub(crate) fn by_y_loop(p: Pass, s: Slope, dy: &mut [f32]) {
 /// What of the gradient passes the gate.
 #[inline(always)]
 fn gated(p: &Pass, at: std::ops::Range<usize>, g: &mut [f32]) {
-    g.copy_from_slice(&p.dout[at.clone()]);
+    let dout = &p.dout[at.clone()];
     match p.gate {
-        Gate::Open | Gate::Add => {}
+        Gate::Open | Gate::Add => g.copy_from_slice(dout),
         Gate::Relu => {
-            for (((g, y), scale), shift) in g.iter_mut().zip(&p.y[at]).zip(p.scale).zip(p.shift) {
-                *g = if y * scale + shift > 0.0 { *g } else { 0.0 };
+            for ((((g, d), y), scale), shift) in g.iter_mut().zip(dout).zip(&p.y[at]).zip(p.scale).zip(p.shift) {
+                *g = if y * scale + shift > 0.0 { *d } else { 0.0 };
             }
         }
         Gate::AddRelu(out) => {
-            for (g, out) in g.iter_mut().zip(&out[at]) {
-                *g = if *out > 0.0 { *g } else { 0.0 };
+            for ((g, d), out) in g.iter_mut().zip(dout).zip(&out[at]) {
+                *g = if *out > 0.0 { *d } else { 0.0 };
             }
         }
     }
