@@ -5,7 +5,11 @@ mod report;
 
 use std::process::ExitCode;
 
+use byol_kernels::memory::Recycler;
 use clap::Parser;
+
+#[global_allocator]
+static MEMORY: Recycler = Recycler::new();
 
 fn main() -> ExitCode {
     let outcome = commands::Cli::parse().run();

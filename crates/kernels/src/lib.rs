@@ -6,7 +6,9 @@
 
 pub mod conv;
 pub mod isa;
+pub mod memory;
 pub mod norm;
 pub mod peak;
 pub mod reference;
 mod tile;
+mod transform;

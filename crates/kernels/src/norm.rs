@@ -2,9 +2,14 @@
 //!
 //! Per-channel values are repeated until a row is long enough for any register; a loop then runs over such wide rows.
 
+use std::mem::MaybeUninit;
+
 use rayon::prelude::*;
 
-use crate::isa::Isa;
+use crate::{
+    isa::Isa,
+    memory::{unwritten, written},
+};
 
 /// Values a task: fits a second-level cache with its neighbours.
 const TASK: usize = 1 << 15;
@@ -115,8 +120,7 @@ pub fn scale_shift(gamma: &[f32], beta: &[f32], mean: &[f32], inverse: &[f32]) -
 
 /// Some rows of [`affine_act`], wide.
 pub(crate) struct Affine<'a> {
-    /// None: what the output holds.
-    y: Option<&'a [f32]>,
+    y: &'a [f32],
     skip: Option<&'a [f32]>,
     scale: &'a [f32],
     shift: &'a [f32],
@@ -127,50 +131,66 @@ pub(crate) struct Affine<'a> {
 pub fn affine_act(isa: &Isa, y: &[f32], scale: &[f32], shift: &[f32], skip: Option<&[f32]>, relu: bool) -> Vec<f32> {
     let n = task(scale.len());
     let (scale, shift) = (widened(scale), widened(shift));
-    let mut out = vec![0.0f32; y.len()];
+    let mut out = unwritten(y.len());
     out.par_chunks_mut(n).zip(y.par_chunks(n)).enumerate().for_each(|(i, (out, y))| {
         let skip = skip.map(|skip| &skip[i * n..][..y.len()]);
-        let rows = Affine { y: Some(y), skip, scale: &scale, shift: &shift, relu };
+        let rows = Affine { y, skip, scale: &scale, shift: &shift, relu };
         // SAFETY: the processor has this instruction set, or it would not be in the table.
         unsafe { (isa.affine_act)(rows, out) };
     });
-    out
+    // SAFETY: the loop writes every value of its part.
+    unsafe { written(out) }
 }
 
 /// [`affine_act`] in place and with a scale of 1, on the calling thread: what is left of batch norm once it is folded into the weights.
 pub fn shift_act(isa: &Isa, y: &mut [f32], shift: &[f32], skip: Option<&[f32]>, relu: bool) {
-    let (scale, shift) = (vec![1.0; width(shift.len())], widened(shift));
-    let rows = Affine { y: None, skip, scale: &scale, shift: &shift, relu };
+    let shift = widened(shift);
     // SAFETY: the processor has this instruction set, or it would not be in the table.
-    unsafe { (isa.affine_act)(rows, y) };
+    unsafe { (isa.shift_act)(&shift, skip, relu, y) };
+}
+
+/// Lower bound of a value.
+fn low(relu: bool) -> f32 {
+    if relu { 0.0 } else { f32::NEG_INFINITY }
+}
+
+/// Writes every value of `out`.
+#[inline(always)]
+pub(crate) fn affine_act_loop(a: Affine, out: &mut [MaybeUninit<f32>]) {
+    let (low, wide) = (low(a.relu), a.scale.len());
+    for (i, out) in out.chunks_mut(wide).enumerate() {
+        let at = i * wide..i * wide + out.len();
+        let rows = out.iter_mut().zip(&a.y[at.clone()]).zip(a.scale).zip(a.shift);
+        match a.skip {
+            Some(skip) => {
+                for ((((o, y), s), b), skip) in rows.zip(&skip[at]) {
+                    o.write((y * s + b + skip).max(low));
+                }
+            }
+            None => {
+                for (((o, y), s), b) in rows {
+                    o.write((y * s + b).max(low));
+                }
+            }
+        }
+    }
 }
 
 #[inline(always)]
-pub(crate) fn affine_act_loop(a: Affine, out: &mut [f32]) {
-    let low = if a.relu { 0.0 } else { f32::NEG_INFINITY };
-    let wide = a.scale.len();
-    for (i, out) in out.chunks_mut(wide).enumerate() {
-        let at = i * wide..i * wide + out.len();
-        let affine = a.scale.iter().zip(a.shift);
-        match (a.y, a.skip) {
-            (Some(y), Some(skip)) => {
-                for (((o, (s, b)), y), skip) in out.iter_mut().zip(affine).zip(&y[at.clone()]).zip(&skip[at]) {
-                    *o = (y * s + b + skip).max(low);
+pub(crate) fn shift_act_loop(shift: &[f32], skip: Option<&[f32]>, relu: bool, y: &mut [f32]) {
+    let (low, wide) = (low(relu), shift.len());
+    for (i, y) in y.chunks_mut(wide).enumerate() {
+        let at = i * wide..i * wide + y.len();
+        let rows = y.iter_mut().zip(shift);
+        match skip {
+            Some(skip) => {
+                for ((y, b), skip) in rows.zip(&skip[at]) {
+                    *y = (*y + b + skip).max(low);
                 }
             }
-            (Some(y), None) => {
-                for ((o, (s, b)), y) in out.iter_mut().zip(affine).zip(&y[at]) {
-                    *o = (y * s + b).max(low);
-                }
-            }
-            (None, Some(skip)) => {
-                for ((o, (s, b)), skip) in out.iter_mut().zip(affine).zip(&skip[at]) {
-                    *o = (*o * s + b + skip).max(low);
-                }
-            }
-            (None, None) => {
-                for (o, (s, b)) in out.iter_mut().zip(affine) {
-                    *o = (*o * s + b).max(low);
+            None => {
+                for (y, b) in rows {
+                    *y = (*y + b).max(low);
                 }
             }
         }
@@ -257,8 +277,8 @@ pub fn backward(isa: &Isa, dout: &[f32], gate: Gate, used: Used) -> Gradients {
         Pass { dout: &dout[at.clone()], y: &y[at], gate, scale: &wide_scale, shift: &wide_shift, mean: &wide_mean }
     };
     let with_skip = matches!(gate, Gate::AddRelu(_) | Gate::Add);
-    let mut dskip = if with_skip { vec![0.0f32; y.len()] } else { Vec::new() };
-    let sums = |i: usize, mut g: Option<&mut [f32]>| {
+    let mut dskip = unwritten(if with_skip { y.len() } else { 0 });
+    let sums = |i: usize, mut g: Option<&mut [MaybeUninit<f32>]>| {
         let all = rows(i);
         let (mut of_gamma, mut of_beta) = (vec![0.0f64; c], vec![0.0f64; c]);
         let (mut gammas, mut betas) = (vec![0.0f32; width(c)], vec![0.0f32; width(c)]);
@@ -286,6 +306,8 @@ pub fn backward(isa: &Isa, dout: &[f32], gate: Gate, used: Used) -> Gradients {
     } else {
         (0..y.len().div_ceil(n)).into_par_iter().map(|i| sums(i, None)).collect()
     };
+    // SAFETY: the loop writes every value of its part where it is given one.
+    let dskip = unsafe { written(dskip) };
     let total = |of: fn(&Sums) -> &Vec<f64>, k: usize| parts.iter().map(|p| of(p)[k]).sum::<f64>();
     let dgamma: Vec<f64> = (0..c).map(|k| total(|p| &p.0, k) * f64::from(inverse[k])).collect();
     let dbeta: Vec<f64> = (0..c).map(|k| total(|p| &p.1, k)).collect();
@@ -295,7 +317,7 @@ pub fn backward(isa: &Isa, dout: &[f32], gate: Gate, used: Used) -> Gradients {
     let b = widened(&(0..c).map(b).collect::<Vec<_>>());
     let d = widened(&(0..c).map(d).collect::<Vec<_>>());
     let slope = Slope { a: &wide_scale, b: &b, d: &d };
-    let mut dy = vec![0.0f32; y.len()];
+    let mut dy = unwritten(y.len());
     let passed = if with_skip { &dskip[..] } else { dout };
     dy.par_chunks_mut(n).zip(passed.par_chunks(n)).enumerate().for_each(|(i, (dy, g))| {
         // A gradient kept for the skip is behind the gate already.
@@ -303,58 +325,67 @@ pub fn backward(isa: &Isa, dout: &[f32], gate: Gate, used: Used) -> Gradients {
         // SAFETY: the processor has this instruction set, or it would not be in the table.
         unsafe { (isa.by_y)(pass, slope, dy) };
     });
+    // SAFETY: the loop writes every value of its part.
+    let dy = unsafe { written(dy) };
     let narrow = |v: Vec<f64>| v.into_iter().map(|v| v as f32).collect();
     Gradients { dy, dskip: with_skip.then_some(dskip), dgamma: narrow(dgamma), dbeta: narrow(dbeta) }
 }
 
-/// Adds Σ g (y − mean) and Σ g, and writes g where it is wanted.
+/// Adds Σ g (y − mean) and Σ g, and writes g, every value, where it is wanted.
 #[inline(always)]
-pub(crate) fn sums_loop(p: Pass, of_gamma: &mut [f32], of_beta: &mut [f32], mut g: Option<&mut [f32]>) {
+pub(crate) fn sums_loop(p: Pass, of_gamma: &mut [f32], of_beta: &mut [f32], mut g: Option<&mut [MaybeUninit<f32>]>) {
     let wide = p.scale.len();
-    let mut row = vec![0.0f32; wide];
     for (i, dout) in p.dout.chunks(wide).enumerate() {
         let at = i * wide..i * wide + dout.len();
-        let row = &mut row[..dout.len()];
-        gated(&p, at.clone(), row);
-        for ((((g, y), mean), of_gamma), of_beta) in
-            row.iter().zip(&p.y[at.clone()]).zip(p.mean).zip(of_gamma.iter_mut()).zip(of_beta.iter_mut())
-        {
-            *of_gamma += g * (y - mean);
-            *of_beta += g;
-        }
-        if let Some(g) = &mut g {
-            g[at].copy_from_slice(row);
+        let y = &p.y[at.clone()];
+        let rows = dout.iter().zip(y).zip(p.mean).zip(of_gamma.iter_mut().zip(of_beta.iter_mut()));
+        match (p.gate, &mut g) {
+            (Gate::Relu, _) => {
+                for (((((d, y), mean), (of_gamma, of_beta)), scale), shift) in rows.zip(p.scale).zip(p.shift) {
+                    let g = if y * scale + shift > 0.0 { *d } else { 0.0 };
+                    *of_gamma += g * (y - mean);
+                    *of_beta += g;
+                }
+            }
+            (Gate::AddRelu(out), Some(kept)) => {
+                for (((((d, y), mean), (of_gamma, of_beta)), out), kept) in
+                    rows.zip(&out[at.clone()]).zip(&mut kept[at])
+                {
+                    let g = if *out > 0.0 { *d } else { 0.0 };
+                    *of_gamma += g * (y - mean);
+                    *of_beta += g;
+                    kept.write(g);
+                }
+            }
+            (Gate::AddRelu(_), None) => unreachable!("the gradient of a skip is always kept"),
+            (Gate::Open | Gate::Add, kept) => {
+                for (((g, y), mean), (of_gamma, of_beta)) in rows {
+                    *of_gamma += g * (y - mean);
+                    *of_beta += g;
+                }
+                if let Some(kept) = kept {
+                    kept[at].write_copy_of_slice(dout);
+                }
+            }
         }
     }
 }
 
-/// dy by [`Slope`].
+/// dy by [`Slope`], every value; what went into a skip has passed its gate before.
 #[inline(always)]
-pub(crate) fn by_y_loop(p: Pass, s: Slope, dy: &mut [f32]) {
+pub(crate) fn by_y_loop(p: Pass, s: Slope, dy: &mut [MaybeUninit<f32>]) {
     let wide = p.scale.len();
     for (i, dy) in dy.chunks_mut(wide).enumerate() {
         let at = i * wide..i * wide + dy.len();
-        gated(&p, at.clone(), dy);
-        for (((((dy, y), mean), a), b), d) in dy.iter_mut().zip(&p.y[at]).zip(p.mean).zip(s.a).zip(s.b).zip(s.d) {
-            *dy = a * *dy + b * (y - mean) + d;
-        }
-    }
-}
-
-/// What of the gradient passes the gate.
-#[inline(always)]
-fn gated(p: &Pass, at: std::ops::Range<usize>, g: &mut [f32]) {
-    let dout = &p.dout[at.clone()];
-    match p.gate {
-        Gate::Open | Gate::Add => g.copy_from_slice(dout),
-        Gate::Relu => {
-            for ((((g, d), y), scale), shift) in g.iter_mut().zip(dout).zip(&p.y[at]).zip(p.scale).zip(p.shift) {
-                *g = if y * scale + shift > 0.0 { *d } else { 0.0 };
+        let rows = dy.iter_mut().zip(&p.dout[at.clone()]).zip(&p.y[at]).zip(p.mean).zip(s.a).zip(s.b).zip(s.d);
+        if let Gate::Relu = p.gate {
+            for ((((((((dy, g), y), mean), a), b), d), scale), shift) in rows.zip(p.scale).zip(p.shift) {
+                let g = if y * scale + shift > 0.0 { *g } else { 0.0 };
+                dy.write(a * g + b * (y - mean) + d);
             }
-        }
-        Gate::AddRelu(out) => {
-            for ((g, d), out) in g.iter_mut().zip(dout).zip(&out[at]) {
-                *g = if *out > 0.0 { *d } else { 0.0 };
+        } else {
+            for ((((((dy, g), y), mean), a), b), d) in rows {
+                dy.write(a * g + b * (y - mean) + d);
             }
         }
     }

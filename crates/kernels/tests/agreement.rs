@@ -48,6 +48,14 @@ fn shapes() -> Vec<Shape> {
         (70, 2, 2, 5, 6, 3, 1, 1, 1),      // more than one task
         (3, 5, 4, 130, 72, 3, 1, 1, 1),    // weights that threads share
         (40, 14, 15, 150, 70, 3, 2, 1, 1), // the same, more than one group
+        (2, 9, 8, 16, 16, 3, 1, 1, 1),     // Winograd: from here on
+        (3, 5, 4, 17, 35, 3, 1, 1, 1),
+        (1, 3, 7, 40, 16, 3, 1, 0, 1),
+        (2, 6, 5, 16, 21, 3, 1, 2, 1),
+        (150, 4, 4, 20, 16, 3, 1, 1, 1),
+        (1, 50, 66, 18, 16, 3, 1, 1, 1),  // more than one part an image
+        (3, 8, 9, 200, 150, 3, 1, 1, 1),  // threads go through the stages together
+        (90, 7, 4, 190, 160, 3, 1, 1, 1), // the same, more than one group
     ]
     .map(shape)
     .to_vec()

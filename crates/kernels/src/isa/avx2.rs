@@ -1,13 +1,16 @@
 //! AVX2 with FMA: 16 registers of 8. Six pixels by two registers are 12 sums; two weights and one broadcast make 15.
 
-use std::arch::x86_64::{__m256, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_storeu_ps};
+use std::arch::x86_64::{
+    __m256, _mm256_add_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_mul_ps, _mm256_set1_ps, _mm256_storeu_ps,
+    _mm256_sub_ps,
+};
 
 super::isa!("avx2", Avx2, pixels 6, rows 6, #[target_feature(enable = "avx2,fma")]);
 
 #[derive(Clone, Copy)]
 struct Avx2;
 
-// SAFETY of all four: the instructions are there by the trait's contract, the pointers hold eight values.
+// SAFETY of all: the instructions are there by the trait's contract, the pointers hold eight values.
 impl Simd for Avx2 {
     type V = __m256;
     const LANES: usize = 8;
@@ -25,6 +28,21 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn store(to: *mut f32, value: __m256) {
         unsafe { _mm256_storeu_ps(to, value) }
+    }
+
+    #[inline(always)]
+    unsafe fn add(a: __m256, b: __m256) -> __m256 {
+        unsafe { _mm256_add_ps(a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn sub(a: __m256, b: __m256) -> __m256 {
+        unsafe { _mm256_sub_ps(a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul(a: __m256, b: __m256) -> __m256 {
+        unsafe { _mm256_mul_ps(a, b) }
     }
 
     #[inline(always)]

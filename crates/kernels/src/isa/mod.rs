@@ -4,11 +4,12 @@
 //! vector operations are called, and compiles the loops with its instructions enabled. To add an instruction set, add a file and name
 //! it in [`available`].
 
-use std::{fmt, sync::OnceLock};
+use std::{fmt, mem::MaybeUninit, sync::OnceLock};
 
 use crate::{
     norm,
     tile::{Tile, WeightTile},
+    transform::Compiled,
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -34,6 +35,12 @@ pub(crate) trait Simd: Copy {
     unsafe fn load(from: *const f32) -> Self::V;
     /// To memory, of any alignment.
     unsafe fn store(to: *mut f32, value: Self::V);
+    /// a + b.
+    unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
+    /// a − b.
+    unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
+    /// a · b.
+    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
     /// a · b + c.
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
 }
@@ -42,7 +49,10 @@ pub(crate) trait Simd: Copy {
 type MomentsLoop = unsafe fn(&[f32], &[f32], &mut [f32], &mut [f32]);
 
 /// Gradient, sums for γ, sums for β, where to keep what passed.
-type SumsLoop = unsafe fn(norm::Pass, &mut [f32], &mut [f32], Option<&mut [f32]>);
+type SumsLoop = unsafe fn(norm::Pass, &mut [f32], &mut [f32], Option<&mut [MaybeUninit<f32>]>);
+
+/// Shift, skip, whether ReLU, values.
+type ShiftActLoop = unsafe fn(&[f32], Option<&[f32]>, bool, &mut [f32]);
 
 /// The kernels of one instruction set.
 pub struct Isa {
@@ -58,13 +68,20 @@ pub struct Isa {
     pub(crate) tile: [unsafe fn(&Tile); 2],
     /// The same for the weight gradient.
     pub(crate) weight_tile: [unsafe fn(&WeightTile); 2],
+    /// Winograd's maps: a window, its output, the output's gradient, weights, the weights' gradient.
+    pub(crate) window: Compiled,
+    pub(crate) output: Compiled,
+    pub(crate) slopes: Compiled,
+    pub(crate) filter: Compiled,
+    pub(crate) filter_slopes: Compiled,
     /// Independent chains of FMAs: how fast the processor is at most.
     pub(crate) fma_chains: unsafe fn(usize, f32) -> f32,
     /// [`norm`]'s loops.
     pub(crate) moments: MomentsLoop,
-    pub(crate) affine_act: unsafe fn(norm::Affine, &mut [f32]),
+    pub(crate) affine_act: unsafe fn(norm::Affine, &mut [MaybeUninit<f32>]),
+    pub(crate) shift_act: ShiftActLoop,
     pub(crate) sums: SumsLoop,
-    pub(crate) by_y: unsafe fn(norm::Pass, norm::Slope, &mut [f32]),
+    pub(crate) by_y: unsafe fn(norm::Pass, norm::Slope, &mut [MaybeUninit<f32>]),
 }
 
 impl fmt::Debug for Isa {
@@ -132,7 +149,14 @@ pub fn chosen() -> &'static Isa {
 /// Compiles the generic loops for one instruction set: its name, its operations, tile heights and target features.
 macro_rules! isa {
     ($name:literal, $simd:ty, pixels $pixels:literal, rows $rows:literal, $(#[$feature:meta])?) => {
-        use crate::{isa::{Isa, Simd}, norm, tile::{self, Tile, WeightTile}};
+        use std::mem::MaybeUninit;
+
+        use crate::{
+            isa::{Isa, Simd},
+            norm,
+            tile::{self, Tile, WeightTile},
+            transform::{self, Compiled, Map, Transform},
+        };
 
         $(#[$feature])?
         unsafe fn tile<const NV: usize>(t: &Tile) {
@@ -147,6 +171,12 @@ macro_rules! isa {
         }
 
         $(#[$feature])?
+        unsafe fn transform<L: Map<N, M>, const N: usize, const M: usize>(t: &mut Transform) {
+            // SAFETY: the caller's.
+            unsafe { transform::transform::<$simd, L, N, M>(t) }
+        }
+
+        $(#[$feature])?
         unsafe fn fma_chains(n: usize, factor: f32) -> f32 {
             // SAFETY: the caller's.
             unsafe { tile::fma_chains::<$simd>(n, factor) }
@@ -158,17 +188,22 @@ macro_rules! isa {
         }
 
         $(#[$feature])?
-        unsafe fn affine_act(a: norm::Affine, out: &mut [f32]) {
+        unsafe fn affine_act(a: norm::Affine, out: &mut [MaybeUninit<f32>]) {
             norm::affine_act_loop(a, out);
         }
 
         $(#[$feature])?
-        unsafe fn sums(p: norm::Pass, of_gamma: &mut [f32], of_beta: &mut [f32], g: Option<&mut [f32]>) {
+        unsafe fn shift_act(shift: &[f32], skip: Option<&[f32]>, relu: bool, y: &mut [f32]) {
+            norm::shift_act_loop(shift, skip, relu, y);
+        }
+
+        $(#[$feature])?
+        unsafe fn sums(p: norm::Pass, of_gamma: &mut [f32], of_beta: &mut [f32], g: Option<&mut [MaybeUninit<f32>]>) {
             norm::sums_loop(p, of_gamma, of_beta, g);
         }
 
         $(#[$feature])?
-        unsafe fn by_y(p: norm::Pass, s: norm::Slope, dy: &mut [f32]) {
+        unsafe fn by_y(p: norm::Pass, s: norm::Slope, dy: &mut [MaybeUninit<f32>]) {
             norm::by_y_loop(p, s, dy);
         }
 
@@ -180,9 +215,15 @@ macro_rules! isa {
             rows: $rows,
             tile: [tile::<1>, tile::<2>],
             weight_tile: [weight_tile::<1>, weight_tile::<2>],
+            window: Compiled { run: transform::<transform::Window, 6, 6>, reads: 6, writes: 6 },
+            output: Compiled { run: transform::<transform::Output, 6, 4>, reads: 6, writes: 4 },
+            slopes: Compiled { run: transform::<transform::Slopes, 4, 6>, reads: 4, writes: 6 },
+            filter: Compiled { run: transform::<transform::Filter, 3, 6>, reads: 3, writes: 6 },
+            filter_slopes: Compiled { run: transform::<transform::FilterSlopes, 6, 3>, reads: 6, writes: 3 },
             fma_chains,
             moments,
             affine_act,
+            shift_act,
             sums,
             by_y,
         };

@@ -1,13 +1,13 @@
 //! NEON: 32 registers of 4. Eight pixels by two registers are 16 sums.
 
-use std::arch::aarch64::{float32x4_t, vdupq_n_f32, vfmaq_f32, vld1q_f32, vst1q_f32};
+use std::arch::aarch64::{float32x4_t, vaddq_f32, vdupq_n_f32, vfmaq_f32, vld1q_f32, vmulq_f32, vst1q_f32, vsubq_f32};
 
 super::isa!("neon", Neon, pixels 8, rows 8, #[target_feature(enable = "neon")]);
 
 #[derive(Clone, Copy)]
 struct Neon;
 
-// SAFETY of all four: every aarch64 processor has NEON, the pointers hold four values.
+// SAFETY of all: every aarch64 processor has NEON, the pointers hold four values.
 impl Simd for Neon {
     type V = float32x4_t;
     const LANES: usize = 4;
@@ -25,6 +25,21 @@ impl Simd for Neon {
     #[inline(always)]
     unsafe fn store(to: *mut f32, value: float32x4_t) {
         unsafe { vst1q_f32(to, value) }
+    }
+
+    #[inline(always)]
+    unsafe fn add(a: float32x4_t, b: float32x4_t) -> float32x4_t {
+        unsafe { vaddq_f32(a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn sub(a: float32x4_t, b: float32x4_t) -> float32x4_t {
+        unsafe { vsubq_f32(a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul(a: float32x4_t, b: float32x4_t) -> float32x4_t {
+        unsafe { vmulq_f32(a, b) }
     }
 
     #[inline(always)]

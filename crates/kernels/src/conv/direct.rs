@@ -1,4 +1,4 @@
-//! Convolution and its two gradients, channels last, without laying out windows: a tile reads them where they are.
+//! Any convolution, without laying out windows: a tile reads them where they are.
 //!
 //! The forward pass and the gradient by the input are the same walk ([`Walk`]): every pixel of a destination sums taps of a source. For
 //! the input's gradient the source is dy and the taps are turned round; with a stride its pixels fall into phases of stride × stride,
@@ -7,37 +7,18 @@
 //!
 //! Threads share out tasks: some images, or some rows of one. A task is fixed by the shape, so the order of sums is too.
 
-use std::{cell::RefCell, ops::Range};
+use std::{cell::RefCell, mem::MaybeUninit, ops::Range};
 
 use rayon::prelude::*;
 
+use super::{
+    Map, Shape,
+    tiles::{Pixels, Slopes, blocks, pack},
+};
 use crate::{
     isa::Isa,
-    tile::{Tile, WeightTile},
+    memory::{unwritten, written, written_slice},
 };
-
-/// Shapes of one convolution. Input `[n, h, w, c_in]`, weight `[c_out, c_in, kernel, kernel]`, output `[n, h_out, w_out, c_out]`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Shape {
-    /// Images.
-    pub n: usize,
-    /// Rows.
-    pub h: usize,
-    /// Columns.
-    pub w: usize,
-    /// Input channels.
-    pub c_in: usize,
-    /// Output channels.
-    pub c_out: usize,
-    /// Side of the kernel.
-    pub kernel: usize,
-    /// Step in both directions.
-    pub stride: usize,
-    /// Zeros on every side.
-    pub padding: usize,
-    /// Distance of taps in both directions.
-    pub dilation: usize,
-}
 
 /// Source values of a task: 256 KiB, a part of a core's second-level cache.
 const TASK_VALUES: usize = 1 << 16;
@@ -57,47 +38,6 @@ const SHARED_VALUES: usize = 1 << 16;
 /// Source values of a group of images whose pixels are summed into shared weights at a time.
 const GROUP_VALUES: usize = 1 << 20;
 
-impl Shape {
-    fn reach(&self) -> usize {
-        self.dilation * (self.kernel - 1) + 1
-    }
-
-    /// Rows of the output.
-    pub fn h_out(&self) -> usize {
-        (self.h + 2 * self.padding - self.reach()) / self.stride + 1
-    }
-
-    /// Columns of the output.
-    pub fn w_out(&self) -> usize {
-        (self.w + 2 * self.padding - self.reach()) / self.stride + 1
-    }
-
-    /// Values of the input, the weight and the output.
-    pub fn lengths(&self) -> [usize; 3] {
-        let pixels_out = self.n * self.h_out() * self.w_out();
-        let weight = self.c_out * self.c_in * self.kernel * self.kernel;
-        [self.n * self.h * self.w * self.c_in, weight, pixels_out * self.c_out]
-    }
-
-    /// Multiply-adds of one direction.
-    pub fn products(&self) -> usize {
-        self.n * self.h_out() * self.w_out() * self.c_out * self.c_in * self.kernel * self.kernel
-    }
-
-    fn check(&self) {
-        assert!(self.kernel > 0 && self.stride > 0 && self.dilation > 0, "{self:?}");
-        assert!(self.h + 2 * self.padding >= self.reach() && self.w + 2 * self.padding >= self.reach(), "{self:?}");
-    }
-}
-
-/// A map of pixels.
-#[derive(Debug, Clone, Copy)]
-struct Map {
-    h: usize,
-    w: usize,
-    c: usize,
-}
-
 /// A tap in one direction: its offset in the source, and the kernel's index.
 type Tap = (isize, usize);
 
@@ -107,6 +47,13 @@ struct Phase {
     first: [usize; 2],
     rows: Vec<Tap>,
     cols: Vec<Tap>,
+}
+
+impl Phase {
+    /// Its taps as places in a kernel of this side.
+    fn places(&self, kernel: usize) -> Vec<usize> {
+        self.rows.iter().flat_map(|(_, ky)| self.cols.iter().map(move |(_, kx)| ky * kernel + kx)).collect()
+    }
 }
 
 /// Which source pixels each destination pixel reads.
@@ -323,44 +270,8 @@ fn runs(walk: &Walk, phase: &Phase) -> (Vec<u32>, usize) {
     }
 }
 
-/// Blocks of channels: first channel, registers, channels that are real.
-fn blocks(isa: &Isa, channels: usize) -> impl Iterator<Item = (usize, usize, usize)> + use<> {
-    let lanes = isa.lanes;
-    (0..channels).step_by(2 * lanes).map(move |first| {
-        let cols = (channels - first).min(2 * lanes);
-        (first, cols.div_ceil(lanes), cols)
-    })
-}
-
-/// The weights of a phase, block by block as the tiles read them: `[taps, channels of the source, NV · LANES]`, zeros where there is no
-/// channel. `w` is `[c_out, c_in, k, k]`; `turned` where the source is dy.
-fn pack(isa: &Isa, s: &Shape, phase: &Phase, w: &[f32], turned: bool) -> Vec<f32> {
-    let (sources, channels) = if turned { (s.c_out, s.c_in) } else { (s.c_in, s.c_out) };
-    let kk = s.kernel * s.kernel;
-    // From one source and from one channel to the next.
-    let (by_source, by_channel) = if turned { (s.c_in * kk, kk) } else { (kk, s.c_in * kk) };
-    let taps: Vec<usize> =
-        phase.rows.iter().flat_map(|(_, ky)| phase.cols.iter().map(move |(_, kx)| ky * s.kernel + kx)).collect();
-    let rows = taps.len() * sources;
-    let mut packed = vec![0.0f32; rows * channels.next_multiple_of(isa.lanes)];
-    let blocks: Vec<_> = blocks(isa, channels).collect();
-    packed.par_chunks_mut(rows * 2 * isa.lanes).zip(blocks).for_each(|(packed, (first, registers, cols))| {
-        let mut rows = packed.chunks_exact_mut(registers * isa.lanes);
-        for tap in &taps {
-            for source in 0..sources {
-                let row = rows.next().expect("a row a tap and source");
-                let from = tap + source * by_source + first * by_channel;
-                for (to, v) in row[..cols].iter_mut().zip(w[from..].iter().step_by(by_channel)) {
-                    *to = *v;
-                }
-            }
-        }
-    });
-    packed
-}
-
 /// Walks over the destination, task by task; `finish` gets each finished part with its offset while it is in the cache. Pixels that
-/// nothing reaches stay 0.
+/// nothing reaches are 0.
 fn walk<T: Send>(
     isa: &Isa,
     s: &Shape,
@@ -370,8 +281,9 @@ fn walk<T: Send>(
     turned: bool,
     finish: impl Fn(usize, &mut [f32]) -> T + Sync,
 ) -> (Vec<f32>, Vec<T>) {
-    let mut out = vec![0.0f32; walk.n * walk.to.h * walk.to.w * walk.to.c];
-    let weights: Vec<Vec<f32>> = walk.phases.iter().map(|phase| pack(isa, s, phase, w, turned)).collect();
+    let mut out = unwritten(walk.n * walk.to.len());
+    let weights: Vec<Vec<f32>> = walk.phases.iter().map(|p| pack(isa, s, &p.places(s.kernel), w, turned)).collect();
+    let reaches_all = walk.phases.len() == walk.step * walk.step;
     let mut rest = &mut out[..];
     let mut parts = Vec::new();
     for task in walk.tasks() {
@@ -382,130 +294,54 @@ fn walk<T: Send>(
     let done = parts
         .into_par_iter()
         .map(|(task, out)| {
+            if !reaches_all {
+                out.fill(MaybeUninit::new(0.0));
+            }
             SCRATCH.with_borrow_mut(|scratch| {
                 let Scratch { source: buffer, base, to, .. } = scratch;
                 let window = window(walk, &task, source, buffer, 0);
                 for (phase, weights) in walk.phases.iter().zip(&weights) {
                     pixels(walk, phase, &task, &window.rows, base, to);
-                    one_phase(isa, walk, phase, weights, window.values, base, to, out);
+                    let (taps, run) = runs(walk, phase);
+                    let read = Pixels { source: window.values, base, taps: &taps, run };
+                    let blocks = weights.chunks(taps.len() * run * 2 * isa.lanes);
+                    read.multiply(isa, walk.to.c, blocks, to, out);
                 }
             });
-            finish(task.span(walk.to).start, out)
+            // SAFETY: the phases' pixels are all of the task's, or the rest was filled with 0.
+            finish(task.span(walk.to).start, unsafe { written_slice(out) })
         })
         .collect();
-    (out, done)
+    // SAFETY: the tasks' parts are all of it.
+    (unsafe { written(out) }, done)
 }
 
-/// All tiles of a phase in a task.
-#[allow(clippy::too_many_arguments)]
-fn one_phase(
-    isa: &Isa,
-    walk: &Walk,
-    phase: &Phase,
-    weights: &[f32],
-    source: &[f32],
-    base: &[u32],
-    to: &[u32],
-    out: &mut [f32],
-) {
-    let (taps, run) = runs(walk, phase);
-    let (Some(most_base), Some(most_to), Some(most_tap)) = (base.iter().max(), to.iter().max(), taps.iter().max())
-    else {
-        return;
-    };
-    // The bounds of every pointer below.
-    assert!(*most_base as usize + *most_tap as usize + run <= source.len(), "windows lie in the source");
-    assert!(*most_to as usize + walk.to.c <= out.len() && base.len() == to.len(), "pixels lie in the destination");
-    let mut at = 0;
-    for (first, registers, cols) in blocks(isa, walk.to.c) {
-        let length = taps.len() * run * registers * isa.lanes;
-        let block = &weights[at..at + length];
-        at += length;
-        for from in (0..base.len()).step_by(isa.pixels) {
-            let rows = (base.len() - from).min(isa.pixels);
-            // A tile is always full: what is missing repeats the last pixel.
-            let (mut few_base, mut few_to) = ([base[base.len() - 1]; 16], [0; 16]);
-            let (tile_base, tile_to) = if rows == isa.pixels {
-                (&base[from..], &to[from..])
-            } else {
-                few_base[..rows].copy_from_slice(&base[from..]);
-                few_to[..rows].copy_from_slice(&to[from..]);
-                (&few_base[..], &few_to[..])
-            };
-            let tile = Tile {
-                x: source.as_ptr(),
-                base: tile_base.as_ptr(),
-                taps: taps.as_ptr(),
-                n_taps: taps.len(),
-                run,
-                w: block.as_ptr(),
-                out: out[first..].as_mut_ptr(),
-                to: tile_to.as_ptr(),
-                rows,
-                cols,
-            };
-            // SAFETY: the assertions above bound windows and pixels (`first + cols` is at most the channels), `block` has the length
-            // that the tile reads, and an instruction set in the table is one of this processor.
-            unsafe { (isa.tile[registers - 1])(&tile) };
-        }
-    }
-}
-
-/// y = conv(x, w). `finish` gets each finished part of y with its offset, in whole pixels, while it is in the cache; what it returns
-/// comes back in the order of the parts, which depends on the shape alone.
-///
-/// # Panics
-/// If a slice has not the length that `s` says.
-pub fn forward_then<T: Send>(
+/// See [`super::forward_then`].
+pub(super) fn forward<T: Send>(
     isa: &Isa,
     s: &Shape,
-    x: &[f32],
     w: &[f32],
+    x: &[f32],
     finish: impl Fn(usize, &mut [f32]) -> T + Sync,
 ) -> (Vec<f32>, Vec<T>) {
-    s.check();
-    let [of_x, of_w, _] = s.lengths();
-    assert_eq!((x.len(), w.len()), (of_x, of_w), "{s:?}");
     walk(isa, s, &Walk::forward(s), w, x, false, finish)
 }
 
-/// y = conv(x, w).
-///
-/// # Panics
-/// If a slice has not the length that `s` says.
-pub fn forward(isa: &Isa, s: &Shape, x: &[f32], w: &[f32]) -> Vec<f32> {
-    forward_then(isa, s, x, w, |_, _| ()).0
-}
-
-/// dx from dy.
-///
-/// # Panics
-/// If a slice has not the length that `s` says.
-pub fn backward_data(isa: &Isa, s: &Shape, w: &[f32], dy: &[f32]) -> Vec<f32> {
-    s.check();
-    let [_, of_w, of_y] = s.lengths();
-    assert_eq!((w.len(), dy.len()), (of_w, of_y), "{s:?}");
+/// See [`super::backward_data`].
+pub(super) fn backward_data(isa: &Isa, s: &Shape, w: &[f32], dy: &[f32]) -> Vec<f32> {
     walk(isa, s, &Walk::backward(s), w, dy, true, |_, _| ()).0
 }
 
-/// dw from x and dy, in the weight's own layout.
-///
-/// # Panics
-/// If a slice has not the length that `s` says.
-pub fn backward_weight(isa: &Isa, s: &Shape, x: &[f32], dy: &[f32]) -> Vec<f32> {
-    s.check();
-    let [of_x, _, of_y] = s.lengths();
-    assert_eq!((x.len(), dy.len()), (of_x, of_y), "{s:?}");
+/// The gradient by the weights, block by block of channels, each `[taps, c_in, NV · LANES]`.
+pub(super) fn backward_weight(isa: &Isa, s: &Shape, x: &[f32], dy: &[f32]) -> Vec<f32> {
     let walk = Walk::forward(s);
     let (taps, run) = runs(&walk, &walk.phases[0]);
-    // Block by block of channels, each `[taps, run, NV · LANES]`, so that a tile never ends in the middle of a register.
     let length = taps.len() * run * s.c_out.next_multiple_of(isa.lanes);
-    let sum = if length < SHARED_VALUES {
+    if length < SHARED_VALUES {
         by_parts(isa, &walk, &taps, run, length, x, dy)
     } else {
         by_blocks(isa, &walk, &taps, run, length, x, dy)
-    };
-    unpacked(isa, s, &sum)
+    }
 }
 
 /// Every thread sums some pixels into a gradient of its own, then all are added: for small weights.
@@ -517,10 +353,10 @@ fn by_parts(isa: &Isa, walk: &Walk, taps: &[u32], run: usize, length: usize, x: 
             let mut dw = vec![0.0f32; length];
             SCRATCH.with_borrow_mut(|scratch| {
                 for task in tasks {
-                    let pixels = Pixels::new(isa, walk, task, run, x, dy, scratch);
+                    let slopes = slopes(isa, walk, task, run, x, dy, scratch);
                     for (block, dw) in blocks(isa, walk.to.c).zip(dw.chunks_mut(taps.len() * run * 2 * isa.lanes)) {
                         for (tap, dw) in taps.iter().zip(dw.chunks_exact_mut(run * block.1 * isa.lanes)) {
-                            pixels.add(isa, *tap, run, block, dw);
+                            slopes.add(isa, *tap, run, block, dw);
                         }
                     }
                 }
@@ -546,103 +382,41 @@ fn by_blocks(isa: &Isa, walk: &Walk, taps: &[u32], run: usize, length: usize, x:
     let mut scratch = Scratch::default();
     for first in (0..walk.n).step_by(together) {
         let task = Task { images: first..(first + together).min(walk.n), rows: 0..walk.to.h };
-        let pixels = Pixels::new(isa, walk, &task, run, x, dy, &mut scratch);
+        let slopes = slopes(isa, walk, &task, run, x, dy, &mut scratch);
         let blocks: Vec<_> = blocks(isa, walk.to.c).collect();
         dw.par_chunks_mut(taps.len() * run * 2 * isa.lanes).zip(blocks).for_each(|(dw, block)| {
             let by_tap = dw.par_chunks_exact_mut(run * block.1 * isa.lanes).zip(taps);
-            by_tap.for_each(|(dw, tap)| pixels.add(isa, *tap, run, block, dw));
+            by_tap.for_each(|(dw, tap)| slopes.add(isa, *tap, run, block, dw));
         });
     }
     dw
 }
 
-/// Blocks of `[k, k, c_in, NV · LANES]` → `[c_out, c_in, k, k]`.
-fn unpacked(isa: &Isa, s: &Shape, packed: &[f32]) -> Vec<f32> {
-    let kk = s.kernel * s.kernel;
-    let mut dw = vec![0.0f32; s.c_out * s.c_in * kk];
-    let (chunk, wide) = (kk * s.c_in, 2 * isa.lanes);
-    let blocks: Vec<_> = blocks(isa, s.c_out).collect();
-    let tasks = dw.par_chunks_mut(chunk * wide).zip(packed.par_chunks(chunk * wide)).zip(blocks);
-    tasks.for_each(|((dw, packed), (_, registers, _))| {
-        let cols = registers * isa.lanes;
-        // A few input channels at a time stay in the first-level cache while all output channels take from them.
-        for few in (0..s.c_in).step_by(16) {
-            for (o, dw) in dw.chunks_exact_mut(chunk).enumerate() {
-                for c in few..(few + 16).min(s.c_in) {
-                    for (t, v) in dw[c * kk..(c + 1) * kk].iter_mut().enumerate() {
-                        *v = packed[(t * s.c_in + c) * cols + o];
-                    }
-                }
-            }
-        }
-    });
-    dw
-}
-
-/// What a weight gradient sums over: some pixels of the output, their windows and their gradients.
-struct Pixels<'a> {
-    source: &'a [f32],
-    base: &'a [u32],
+/// The pixels of a task and their gradients.
+fn slopes<'a>(
+    isa: &Isa,
+    walk: &Walk,
+    task: &Task,
+    run: usize,
+    x: &'a [f32],
     dy: &'a [f32],
-    step: usize,
-    /// Pixels whose values stay in the first-level cache while many rows of the weights use them.
-    block: usize,
-}
-
-impl<'a> Pixels<'a> {
-    fn new(
-        isa: &Isa,
-        walk: &Walk,
-        task: &Task,
-        run: usize,
-        x: &'a [f32],
-        dy: &'a [f32],
-        scratch: &'a mut Scratch,
-    ) -> Pixels<'a> {
-        let Scratch { source: buffer, base, to, slopes } = scratch;
-        // The last tile of a run reads rows that are not there.
-        let slack = run.next_multiple_of(isa.rows) - run;
-        let window = window(walk, task, x, buffer, slack);
-        pixels(walk, &walk.phases[0], task, &window.rows, base, to);
-        let (c, step) = (walk.to.c, walk.to.c.next_multiple_of(isa.lanes));
-        let mut dy = &dy[task.span(walk.to)];
-        if step != c {
-            slopes.resize(base.len() * step, 0.0);
-            for (to, from) in slopes.chunks_exact_mut(step).zip(dy.chunks_exact(c)) {
-                to[..c].copy_from_slice(from);
-                to[c..].fill(0.0);
-            }
-            dy = &slopes[..base.len() * step];
+    scratch: &'a mut Scratch,
+) -> Slopes<'a> {
+    let Scratch { source: buffer, base, to, slopes } = scratch;
+    // The last tile of a run reads rows that are not there.
+    let slack = run.next_multiple_of(isa.rows) - run;
+    let window = window(walk, task, x, buffer, slack);
+    pixels(walk, &walk.phases[0], task, &window.rows, base, to);
+    let (c, step) = (walk.to.c, walk.to.c.next_multiple_of(isa.lanes));
+    let mut dy = &dy[task.span(walk.to)];
+    if step != c {
+        slopes.resize(base.len() * step, 0.0);
+        for (to, from) in slopes.chunks_exact_mut(step).zip(dy.chunks_exact(c)) {
+            to[..c].copy_from_slice(from);
+            to[c..].fill(0.0);
         }
-        let block = (BLOCK_VALUES / (walk.source_step * walk.from.c + c)).max(64);
-        Pixels { source: window.values, base, dy, step, block }
+        dy = &slopes[..base.len() * step];
     }
-
-    /// dw += Σ x · dy for one tap and one block of channels: first channel, registers, channels. `dw`: `[run, registers · LANES]`.
-    fn add(&self, isa: &Isa, tap: u32, run: usize, (first, registers, _): (usize, usize, usize), dw: &mut [f32]) {
-        let Some(most) = self.base.iter().max() else { return };
-        let cols = registers * isa.lanes;
-        // The bounds of every pointer below. A tile reads whole rows of its own, past the end of the last run.
-        let end = *most as usize + tap as usize + run.next_multiple_of(isa.rows);
-        assert!(end <= self.source.len(), "windows lie in the source");
-        assert!(self.dy.len() == self.base.len() * self.step && first + cols <= self.step, "dy has its shape");
-        assert!(dw.len() == run * cols, "dw has its shape");
-        for from in (0..self.base.len()).step_by(self.block) {
-            let n = (self.base.len() - from).min(self.block);
-            for row in (0..run).step_by(isa.rows) {
-                let tile = WeightTile {
-                    x: self.source[tap as usize + row..].as_ptr(),
-                    base: self.base[from..].as_ptr(),
-                    dy: self.dy[from * self.step + first..].as_ptr(),
-                    dy_step: self.step,
-                    n,
-                    dw: dw[row * cols..].as_mut_ptr(),
-                    dw_step: cols,
-                    rows: (run - row).min(isa.rows),
-                };
-                // SAFETY: the assertions above bound windows and gradients; an instruction set in the table is one of this processor.
-                unsafe { (isa.weight_tile[registers - 1])(&tile) };
-            }
-        }
-    }
+    let block = (BLOCK_VALUES / (walk.source_step * walk.from.c + c)).max(64);
+    Slopes { source: window.values, base, dy, step, block }
 }
