@@ -72,14 +72,14 @@ fn windows() {
     for (size, want) in centres.usize("image_hw").chunks(2).zip(centres.usize("box").chunks(4)) {
         // A single pixel has no 7/8; the reference's window is empty there, ours is the pixel.
         let want = if want[2] == 0 { &[0, 0, 1, 1][..] } else { want };
-        assert_eq!(Window::center(size[0], size[1]), window(want), "{size:?}");
+        assert_eq!(Window::center(size[0], size[1], 0.875), window(want), "{size:?}");
     }
 }
 
 #[test]
 fn evaluation_views() {
     for case in cases("eval_view_") {
-        case.check("view", &evaluation_view(&image(&case, "image"), case.shape("view")[0]).pixels);
+        case.check("view", &evaluation_view(&image(&case, "image"), case.shape("view")[0], 0.875).pixels);
     }
 }
 

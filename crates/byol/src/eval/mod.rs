@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use crate::{
     data::{CHANNELS, Error, Images},
-    nn::Encoder,
+    nn::{Encoder, EncoderSpec},
     views::evaluation_view,
 };
 
@@ -45,21 +45,22 @@ fn batch_for(size: usize) -> usize {
     (256 * 32 * 32 / (size * size)).clamp(8, 256)
 }
 
-/// Calls `f` with evaluation views of the images, batch by batch: `[n, size, size, C]` in 0..1.
+/// Calls `f` with the images' evaluation views for such an encoder, batch by batch: `[n, size, size, C]` in 0..1.
 ///
 /// # Errors
 /// [`Error::Image`] for an image that cannot be decoded.
 pub fn for_batches(
     images: &Images,
-    size: usize,
+    spec: &EncoderSpec,
     device: &burn::tensor::Device,
     mut f: impl FnMut(Tensor<4>),
 ) -> Result<(), Error> {
+    let (size, center) = (spec.size, spec.center);
     let all: Vec<usize> = (0..images.len()).collect();
     for chunk in all.chunks(batch_for(size)) {
         let views: Vec<Vec<f32>> = chunk
             .par_iter()
-            .map(|i| Ok(evaluation_view(&*images.get(*i)?, size).pixels))
+            .map(|i| Ok(evaluation_view(&*images.get(*i)?, size, center).pixels))
             .collect::<Result<_, Error>>()?;
         f(Tensor::from_data(TensorData::new(views.concat(), [chunk.len(), size, size, CHANNELS]), device));
     }
@@ -73,7 +74,7 @@ pub fn for_batches(
 pub fn embed(encoder: &Encoder, images: &Images, mut done: impl FnMut(usize)) -> Result<Features, Error> {
     let device = encoder.weights.params.iter().next().map(|(_, l)| l.value.device()).expect("an encoder has weights");
     let mut values = Vec::with_capacity(images.len() * encoder.features());
-    for_batches(images, encoder.spec.size, &device, |x| {
+    for_batches(images, &encoder.spec, &device, |x| {
         let [n, ..] = x.dims();
         values.extend(crate::nn::tree::host(encoder.embed(x)));
         done(n);

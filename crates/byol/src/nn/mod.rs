@@ -67,10 +67,18 @@ pub struct EncoderSpec {
     pub stem: Stem,
     /// Side of the square views it was trained on, in pixels.
     pub size: usize,
+    /// Evaluation takes the centre square of this share of an image's shorter side, in (0, 1].
+    #[serde(default = "reference_center")]
+    pub center: f64,
     /// Channels of the images.
     pub channels: usize,
     /// What its input is normalised with.
     pub normalization: Normalization,
+}
+
+/// The reference's [`EncoderSpec::center`], and that of files which do not name it.
+pub fn reference_center() -> f64 {
+    0.875
 }
 
 impl EncoderSpec {

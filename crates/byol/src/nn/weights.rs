@@ -187,6 +187,9 @@ impl EncoderSpec {
         if self.size == 0 || self.size > 8192 || self.channels == 0 || self.channels > 4096 {
             return Err(format!("{} px of {} channels is out of range", self.size, self.channels));
         }
+        if !(self.center > 0.0 && self.center <= 1.0) {
+            return Err(format!("an evaluation window of {} of the shorter side is not in (0, 1]", self.center));
+        }
         if n.mean.len() != self.channels
             || n.std.len() != self.channels
             || n.std.iter().any(|s| s.is_nan() || *s <= 0.0)
@@ -208,6 +211,7 @@ mod tests {
             width: 0.0625,
             stem: Stem::Cifar,
             size: 8,
+            center: 1.0,
             channels: 3,
             normalization: Normalization::default(),
         };

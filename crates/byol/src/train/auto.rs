@@ -119,6 +119,10 @@ pub fn choose(facts: &Facts, draft: &Draft) -> (Recipe, Vec<String>) {
         "LARS with rate 1.0 per 256 images, trust 0.02, clipped: the settings of the best public recipe for small data"
             .into(),
     );
+    if facts.shorter_side <= 64 {
+        r.views.center = 1.0;
+        why.push("evaluation looks at whole images: they have no border to spare".into());
+    }
     if r.views.size <= 64 {
         r.views.first.blur = 0.0;
         r.views.second.blur = 0.0;

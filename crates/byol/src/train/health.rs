@@ -9,7 +9,7 @@ use crate::{
     byol::{Byol, unit},
     data::{Error, Images},
     eval::{self, Features, knn, spectrum},
-    nn::{Mode, Pass, tree::host},
+    nn::{EncoderSpec, Mode, Pass, tree::host},
 };
 
 use super::recipe::HealthConfig;
@@ -25,8 +25,8 @@ pub struct Watch {
     pub classes: usize,
     /// k and T.
     pub config: HealthConfig,
-    /// Side of a view.
-    pub size: usize,
+    /// What the evaluation views are for.
+    pub spec: EncoderSpec,
 }
 
 /// Figures of one moment.
@@ -72,10 +72,10 @@ impl Health {
 /// # Errors
 /// [`Error::Image`] if an image that could be decoded no longer can.
 pub fn measure(byol: &Byol, watch: &Watch, device: &Device) -> Result<Health, Error> {
-    let (representations, projections) = forward(byol, &watch.held_out, watch.size, device)?;
+    let (representations, projections) = forward(byol, &watch.held_out, &watch.spec, device)?;
     let knn = match (&watch.bank, watch.held_out.labels()) {
         (Some(bank), Some(labels)) => {
-            let (of_bank, _) = forward(byol, bank, watch.size, device)?;
+            let (of_bank, _) = forward(byol, bank, &watch.spec, device)?;
             let bank_labels = bank.labels().expect("a bank has labels");
             let HealthConfig { k, temperature, .. } = watch.config;
             Some(knn::classify(&of_bank, bank_labels, &representations, labels, watch.classes, k, temperature).accuracy)
@@ -111,10 +111,10 @@ pub fn figures(representations: &Features, projections: &Features, knn: Option<f
 }
 
 /// Representations, and L2-normalised projections, of the evaluation views.
-fn forward(byol: &Byol, images: &Images, size: usize, device: &Device) -> Result<(Features, Features), Error> {
+fn forward(byol: &Byol, images: &Images, spec: &EncoderSpec, device: &Device) -> Result<(Features, Features), Error> {
     let net = &byol.network;
     let (mut y_all, mut z_all) = (Vec::new(), Vec::new());
-    eval::for_batches(images, size, device, |x: Tensor<4>| {
+    eval::for_batches(images, spec, device, |x: Tensor<4>| {
         let mode = Mode::Eval(&byol.online.statistics);
         let mut pass = Pass { params: &byol.online.params, norm: &net.norm, mode };
         let y = net.represent(&mut pass, x);

@@ -76,6 +76,7 @@ impl Plan {
                 width: recipe.encoder.width,
                 stem: recipe.encoder.stem(size),
                 size,
+                center: recipe.views.center,
                 channels: CHANNELS,
                 normalization: recipe.normalize.clone(),
             },

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 use crate::{
-    nn::{Architecture, Init, NormConfig, Normalization, Stem},
+    nn::{Architecture, Init, NormConfig, Normalization, Stem, reference_center},
     optim::{AdamW, Lars, Rule, Sgd},
     views::Policy,
 };
@@ -228,6 +228,9 @@ impl Default for TargetConfig {
 pub struct ViewsConfig {
     /// Side in pixels. 224 as in the paper.
     pub size: usize,
+    /// Evaluation takes the centre square of this share of the shorter side, in (0, 1]. 0.875 as in the reference; 1 where images are
+    /// so small that their border counts.
+    pub center: f64,
     /// T.
     pub first: Policy,
     /// T′.
@@ -236,7 +239,7 @@ pub struct ViewsConfig {
 
 impl Default for ViewsConfig {
     fn default() -> Self {
-        ViewsConfig { size: 224, first: Policy::default(), second: Policy::second() }
+        ViewsConfig { size: 224, center: reference_center(), first: Policy::default(), second: Policy::second() }
     }
 }
 
@@ -509,6 +512,8 @@ impl Recipe {
         let in_range = |key: &str, value: f64, ok: bool, range: &str| {
             if ok && value.is_finite() { Ok(()) } else { wrong(key, format!("is {value}; it must be {range}")) }
         };
+        let center = self.views.center;
+        in_range("views.center", center, center > 0.0 && center <= 1.0, "above 0, at most 1")?;
         let o = &self.optimizer;
         in_range(
             "encoder.width",

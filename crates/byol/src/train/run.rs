@@ -81,7 +81,7 @@ impl Prepared {
         let config = plan.recipe.health.clone();
         let labelled = held_out.labels().is_some() && self.train.labels().is_some();
         let bank = labelled.then(|| self.train.spread(config.bank));
-        Some(Watch { held_out, bank, classes: self.classes.len(), config, size: plan.recipe.views.size })
+        Some(Watch { held_out, bank, classes: self.classes.len(), config, spec: plan.encoder.clone() })
     }
 }
 

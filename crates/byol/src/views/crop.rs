@@ -35,10 +35,10 @@ impl Window {
         Window { top, left, height, width }
     }
 
-    /// The centre square of ⌊0.875 · shorter side⌋ pixels, at least 1: the reference's window for evaluation.
-    pub fn center(image_height: usize, image_width: usize) -> Window {
+    /// The centre square of ⌊share · shorter side⌋ pixels, at least 1: the window for evaluation, with a share of 0.875 the reference's.
+    pub fn center(image_height: usize, image_width: usize, share: f64) -> Window {
         let shorter = image_height.min(image_width);
-        let side = (shorter * 7 / 8).max(1);
+        let side = ((share * shorter as f64) as usize).clamp(1, shorter);
         Window {
             top: (image_height - side).div_ceil(2),
             left: (image_width - side).div_ceil(2),
@@ -65,7 +65,7 @@ mod tests {
     proptest! {
         #[test]
         fn a_window_lies_in_the_image(h in 1usize..4000, w in 1usize..4000, seed in 0u64..1000) {
-            for window in [Window::draw(&mut stream(&[seed]), h, w, [0.08, 1.0], [0.75, 4.0 / 3.0]), Window::center(h, w)] {
+            for window in [Window::draw(&mut stream(&[seed]), h, w, [0.08, 1.0], [0.75, 4.0 / 3.0]), Window::center(h, w, 0.875), Window::center(h, w, 1.0)] {
                 prop_assert!(window.height >= 1 && window.width >= 1);
                 prop_assert!(window.top + window.height <= h && window.left + window.width <= w);
             }

@@ -222,7 +222,7 @@ pub fn view(policy: &Policy, image: &Image, size: usize, [seed, epoch, index, wh
     policy.draw(&mut rng, image.height, image.width).apply(image, size)
 }
 
-/// The view for evaluation: the centre square of 7/8 of the shorter side, resized. No draw.
-pub fn evaluation_view(image: &Image, size: usize) -> View {
-    resize::crop_resize(image, Window::center(image.height, image.width), size, size)
+/// The view for evaluation: the centre square of this share of the shorter side, resized. No draw.
+pub fn evaluation_view(image: &Image, size: usize, center: f64) -> View {
+    resize::crop_resize(image, Window::center(image.height, image.width, center), size, size)
 }
