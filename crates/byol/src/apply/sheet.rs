@@ -30,7 +30,8 @@ impl Tile {
 
     /// A view, enlarged to `side` pixels.
     pub fn view(view: &View, side: u32) -> Tile {
-        let whole = rgb(view.width, view.height, view.channels, |i| (view.pixels[i] * 255.0).round() as u8);
+        let values = view.interleaved();
+        let whole = rgb(view.width, view.height, view.channels, |i| (values[i] * 255.0).round() as u8);
         Tile { pixels: imageops::resize(&whole, side, side, imageops::FilterType::Nearest), frame: None }
     }
 

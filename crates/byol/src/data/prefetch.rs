@@ -11,7 +11,7 @@ use std::{
 use rayon::prelude::*;
 
 use super::{Error, Images, Order};
-use crate::views::{self, Policy};
+use crate::views::{self, Policy, Room};
 
 /// Two views of the same images: `[n, size, size, channels]` each, values in 0..1.
 #[derive(Debug, Clone, PartialEq)]
@@ -105,11 +105,11 @@ fn make(request: &Request, wanted: &[(u64, usize)]) -> Result<MicroBatch, Error>
     let view = request.size * request.size * channels;
     let (mut v, mut v2) = (vec![0.0; wanted.len() * view], vec![0.0; wanted.len() * view]);
     let places = v.par_chunks_exact_mut(view).zip(v2.par_chunks_exact_mut(view)).zip(wanted.par_iter());
-    places.try_for_each(|((v, v2), &(epoch, index))| {
+    places.try_for_each_init(Room::default, |room, ((v, v2), &(epoch, index))| {
         let image = request.images.get(index)?;
         for (which, (out, policy)) in [v, v2].into_iter().zip(&request.policies).enumerate() {
             let name = [request.seed, epoch, index as u64, which as u64];
-            out.copy_from_slice(&views::view(policy, &image, request.size, name).pixels);
+            views::view_into(policy, &image, request.size, name, room, out);
         }
         Ok(())
     })?;

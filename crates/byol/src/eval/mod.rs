@@ -60,7 +60,7 @@ pub fn for_batches(
     for chunk in all.chunks(batch_for(size)) {
         let views: Vec<Vec<f32>> = chunk
             .par_iter()
-            .map(|i| Ok(evaluation_view(&*images.get(*i)?, size, center).pixels))
+            .map(|i| Ok(evaluation_view(&*images.get(*i)?, size, center).interleaved()))
             .collect::<Result<_, Error>>()?;
         f(Tensor::from_data(TensorData::new(views.concat(), [chunk.len(), size, size, CHANNELS]), device));
     }

@@ -2,8 +2,15 @@
 //!
 //! Brightness **adds** (torchvision multiplies); contrast works around each channel's own mean over the view (torchvision: one grey
 //! mean); saturation and hue work in HSV. Images that are not RGB know only brightness and contrast.
+//!
+//! Contrast needs the whole view for its mean; the others go pixel by pixel. So the four are two walks over the view, strip by strip: up to
+//! contrast, and from it on. In a strip saturation and hue use what HSV comes to: with V = max and C = max − min of a colour, a saturation
+//! times f is V − (V − x) · min(f, V / C), and a colour of hue h (in sixths of a turn) has x = V − C · clamp(min(k, 4 − k), 0, 1) with k = h + 5,
+//! h + 3 and h + 1 modulo 6 for red, green and blue.
 
-use super::View;
+use multiversion::multiversion;
+
+use super::{Strip, View, strips};
 
 /// What was drawn for the jitter.
 #[derive(Debug, Clone, PartialEq)]
@@ -14,115 +21,168 @@ pub struct Jitter {
     pub values: [f32; 4],
 }
 
+/// Which operation is contrast.
+const CONTRAST: usize = 1;
+
 impl Jitter {
-    /// Applies the four in their order.
-    pub fn apply(&self, view: &mut View) {
-        for op in self.order {
-            let value = self.values[op];
-            match op {
-                0 => brightness(view, value),
-                1 => contrast(view, value),
-                2 => saturation(view, value),
-                _ => hue(view, value),
+    /// Applies the four in their order; `last` then gets each strip.
+    pub fn apply(&self, view: &mut View, last: impl Fn(&mut Strip)) {
+        let at = self.order.iter().position(|op| *op == CONTRAST).unwrap_or(self.order.len());
+        let mut means = Means::new(view);
+        strips(view, |strip| {
+            self.order[..at].iter().for_each(|op| self.one(*op, strip));
+            means.add(strip);
+        });
+        let means = means.of(view);
+        strips(view, |strip| {
+            for op in &self.order[at..] {
+                match *op {
+                    CONTRAST => away(strip, &means, self.values[CONTRAST]),
+                    op => self.one(op, strip),
+                }
             }
-            view.clamp();
+            last(strip);
+        });
+    }
+
+    /// Brightness, saturation or hue.
+    fn one(&self, op: usize, strip: &mut Strip) {
+        let value = self.values[op];
+        match (op, strip) {
+            (0, strip) => strip.iter_mut().for_each(|values| add(values, value)),
+            (2, [r, g, b]) => saturate(r, g, b, value),
+            (3, [r, g, b]) => turn(r, g, b, value),
+            _ => {}
         }
     }
 }
 
-/// x + delta.
-pub fn brightness(view: &mut View, delta: f32) {
-    for v in &mut view.pixels {
-        *v += delta;
+/// Each channel's mean over a view, strip by strip.
+struct Means(Vec<f64>);
+
+impl Means {
+    fn new(view: &View) -> Means {
+        Means(vec![0.0; view.channels])
+    }
+
+    fn add(&mut self, strip: &Strip) {
+        for (sum, values) in self.0.iter_mut().zip(strip) {
+            *sum += f64::from(sum_of(values));
+        }
+    }
+
+    fn of(self, view: &View) -> Vec<f32> {
+        let n = (view.height * view.width) as f64;
+        self.0.into_iter().map(|sum| (sum / n) as f32).collect()
     }
 }
 
-/// factor · (x − m) + m, m the channel's mean over the view.
-pub fn contrast(view: &mut View, factor: f32) {
-    let c = view.channels;
-    let mut sums = vec![0.0f64; c];
-    for p in view.pixels.chunks_exact(c) {
-        for (sum, v) in sums.iter_mut().zip(p) {
-            *sum += f64::from(*v);
-        }
-    }
-    let n = (view.height * view.width) as f64;
-    let means: Vec<f32> = sums.iter().map(|s| (s / n) as f32).collect();
-    for p in view.pixels.chunks_exact_mut(c) {
-        for (v, m) in p.iter_mut().zip(&means) {
-            *v = factor * (*v - m) + m;
-        }
+/// Contrast about these means.
+fn away(strip: &mut Strip, means: &[f32], factor: f32) {
+    for (values, mean) in strip.iter_mut().zip(means) {
+        around(values, *mean, factor);
     }
 }
+
+/// Values of a channel added up, in a fixed order that fills registers.
+#[multiversion(targets("x86_64+avx2"))]
+fn sum_of(values: &[f32]) -> f32 {
+    let mut sums = [0.0f32; 32];
+    let mut parts = values.chunks_exact(32);
+    for part in &mut parts {
+        for (s, v) in sums.iter_mut().zip(part) {
+            *s += v;
+        }
+    }
+    sums.iter().chain(parts.remainder()).sum()
+}
+
+/// x + delta, cut.
+#[multiversion(targets("x86_64+avx2"))]
+fn add(values: &mut [f32], delta: f32) {
+    for v in values {
+        *v = (*v + delta).clamp(0.0, 1.0);
+    }
+}
+
+/// factor · (x − mean) + mean, cut.
+#[multiversion(targets("x86_64+avx2"))]
+fn around(values: &mut [f32], mean: f32, factor: f32) {
+    for v in values {
+        *v = (factor * (*v - mean) + mean).clamp(0.0, 1.0);
+    }
+}
+
+/// A range of values that is never 0; where it would be, what it divides is 0 too.
+const LEAST_RANGE: f32 = 1e-30;
 
 /// HSV saturation times factor, cut to 0..1.
+#[multiversion(targets("x86_64+avx2"))]
+fn saturate(r: &mut [f32], g: &mut [f32], b: &mut [f32], factor: f32) {
+    for ((r, g), b) in r.iter_mut().zip(g).zip(b) {
+        let v = r.max(*g).max(*b);
+        let range = v - r.min(*g).min(*b);
+        let by = factor.min(v / range.max(LEAST_RANGE));
+        *r = (v - (v - *r) * by).clamp(0.0, 1.0);
+        *g = (v - (v - *g) * by).clamp(0.0, 1.0);
+        *b = (v - (v - *b) * by).clamp(0.0, 1.0);
+    }
+}
+
+/// HSV hue plus delta turns, |delta| ≤ 1/2.
+#[multiversion(targets("x86_64+avx2"))]
+fn turn(r: &mut [f32], g: &mut [f32], b: &mut [f32], delta: f32) {
+    for ((r, g), b) in r.iter_mut().zip(g).zip(b) {
+        let v = r.max(*g).max(*b);
+        let range = v - r.min(*g).min(*b);
+        // Ties prefer red, then green.
+        let (from, to, sixths) = if *r == v {
+            (*g, *b, 0.0)
+        } else if *g == v {
+            (*b, *r, 2.0)
+        } else {
+            (*r, *g, 4.0)
+        };
+        let h = (from - to) / range.max(LEAST_RANGE) + sixths + 6.0 * delta;
+        let value = |n: f32| {
+            // From −4 to 13, into 0..6.
+            let k = h + n;
+            let k = if k < 0.0 { k + 6.0 } else { k };
+            let k = if k >= 6.0 { k - 6.0 } else { k };
+            let k = if k >= 6.0 { k - 6.0 } else { k };
+            (v - range * k.min(4.0 - k).clamp(0.0, 1.0)).clamp(0.0, 1.0)
+        };
+        (*r, *g, *b) = (value(5.0), value(3.0), value(1.0));
+    }
+}
+
+/// x + delta, cut to 0..1.
+pub fn brightness(view: &mut View, delta: f32) {
+    add(&mut view.pixels, delta);
+}
+
+/// factor · (x − m) + m, m the channel's mean over the view; cut to 0..1.
+pub fn contrast(view: &mut View, factor: f32) {
+    let mut means = Means::new(view);
+    strips(view, |strip| means.add(strip));
+    let means = means.of(view);
+    strips(view, |strip| away(strip, &means, factor));
+}
+
+/// HSV saturation times factor; cut to 0..1.
 pub fn saturation(view: &mut View, factor: f32) {
-    in_hsv(view, |[h, s, v]| [h, (s * factor).clamp(0.0, 1.0), v]);
-}
-
-/// HSV hue plus delta turns.
-pub fn hue(view: &mut View, delta: f32) {
-    in_hsv(view, |[h, s, v]| [(h + delta).rem_euclid(1.0), s, v]);
-}
-
-fn in_hsv(view: &mut View, f: impl Fn([f32; 3]) -> [f32; 3]) {
-    if view.channels != 3 {
-        return;
-    }
-    for p in view.pixels.chunks_exact_mut(3) {
-        p.copy_from_slice(&hsv_to_rgb(f(rgb_to_hsv([p[0], p[1], p[2]]))));
-    }
-}
-
-/// v = max, s = (max − min) / max (0 for black), hue in turns in [0, 1), 0 for greys; ties prefer red, then green.
-pub fn rgb_to_hsv([r, g, b]: [f32; 3]) -> [f32; 3] {
-    let v = r.max(g).max(b);
-    let range = v - r.min(g).min(b);
-    let s = if v > 0.0 { range / v } else { 0.0 };
-    if range <= 0.0 {
-        return [0.0, s, v];
-    }
-    let k = 1.0 / (6.0 * range);
-    let h = if r == v {
-        k * (g - b)
-    } else if g == v {
-        k * (b - r) + 1.0 / 3.0
-    } else {
-        k * (r - g) + 2.0 / 3.0
-    };
-    [if h < 0.0 { h + 1.0 } else { h }, s, v]
-}
-
-/// The inverse of [`rgb_to_hsv`].
-pub fn hsv_to_rgb([h, s, v]: [f32; 3]) -> [f32; 3] {
-    let c = s * v;
-    let m = v - c;
-    let d = h.rem_euclid(1.0) * 6.0;
-    let x = c * (1.0 - (d % 2.0 - 1.0).abs());
-    let (r, g, b) = match d as u32 {
-        0 => (c, x, 0.0),
-        1 => (x, c, 0.0),
-        2 => (0.0, c, x),
-        3 => (0.0, x, c),
-        4 => (x, 0.0, c),
-        // 6 only where rounding takes h mod 1 to 1: the same colour as 0, and x is 0 there.
-        _ => (c, 0.0, x),
-    };
-    [r + m, g + m, b + m]
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    proptest! {
-        #[test]
-        fn hsv_and_back_is_the_same_colour(rgb in prop::array::uniform3(0.0f32..=1.0)) {
-            let again = hsv_to_rgb(rgb_to_hsv(rgb));
-            for (a, b) in rgb.iter().zip(again) {
-                prop_assert!((a - b).abs() < 2e-6, "{rgb:?} → {again:?}");
-            }
+    strips(view, |strip| {
+        if let [r, g, b] = strip {
+            saturate(r, g, b, factor);
         }
-    }
+    });
+}
+
+/// HSV hue plus delta turns, |delta| ≤ 1/2; cut to 0..1.
+pub fn hue(view: &mut View, delta: f32) {
+    strips(view, |strip| {
+        if let [r, g, b] = strip {
+            turn(r, g, b, delta);
+        }
+    });
 }

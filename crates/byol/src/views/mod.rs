@@ -21,7 +21,8 @@ use crate::{
 };
 pub use crop::Window;
 
-/// A view: `[height, width, channels]`, row-major, values in 0..1 once finished.
+/// A view: one plane a channel, `[channels, height, width]`, row-major, values in 0..1 once finished. Planes, because then every operation
+/// fills whole registers; [`View::interleave`] gives what networks take.
 #[derive(Debug, Clone, PartialEq)]
 pub struct View {
     /// Rows.
@@ -30,17 +31,74 @@ pub struct View {
     pub width: usize,
     /// Channels.
     pub channels: usize,
-    /// `height × width × channels` values.
+    /// `channels × height × width` values.
     pub pixels: Vec<f32>,
 }
 
+/// The same stretch of every channel.
+pub type Strip<'a> = [&'a mut [f32]];
+
+/// Pixels of a strip: all channels of it fit a first-level cache.
+const STRIP: usize = 1024;
+
+/// Hands `f` the view strip by strip.
+fn strips(view: &mut View, mut f: impl FnMut(&mut Strip)) {
+    let plane = view.height * view.width;
+    for from in (0..plane).step_by(STRIP) {
+        let to = (from + STRIP).min(plane);
+        let mut strip: Vec<&mut [f32]> = view.pixels.chunks_exact_mut(plane).map(|p| &mut p[from..to]).collect();
+        f(&mut strip);
+    }
+}
+
 impl View {
-    /// Cuts every value to 0..1.
-    pub fn clamp(&mut self) {
-        for v in &mut self.pixels {
-            *v = v.clamp(0.0, 1.0);
+    /// All 0.
+    pub fn new(height: usize, width: usize, channels: usize) -> View {
+        View { height, width, channels, pixels: vec![0.0; height * width * channels] }
+    }
+
+    /// From values in the order `[height, width, channels]`.
+    pub fn from_interleaved(height: usize, width: usize, channels: usize, values: &[f32]) -> View {
+        let mut view = View::new(height, width, channels);
+        for (k, plane) in view.pixels.chunks_exact_mut(height * width).enumerate() {
+            for (v, pixel) in plane.iter_mut().zip(values.chunks_exact(channels)) {
+                *v = pixel[k];
+            }
+        }
+        view
+    }
+
+    /// The values in the order `[height, width, channels]`.
+    pub fn interleaved(&self) -> Vec<f32> {
+        let mut out = vec![0.0; self.pixels.len()];
+        self.interleave(&mut out);
+        out
+    }
+
+    /// The same into `out`, of as many values.
+    pub fn interleave(&self, out: &mut [f32]) {
+        let plane = self.height * self.width;
+        if self.channels == 3 {
+            let (r, rest) = self.pixels.split_at(plane);
+            let (g, b) = rest.split_at(plane);
+            for (((p, r), g), b) in out.as_chunks_mut::<3>().0.iter_mut().zip(r).zip(g).zip(b) {
+                *p = [*r, *g, *b];
+            }
+        } else {
+            for (k, plane) in self.pixels.chunks_exact(plane).enumerate() {
+                for (pixel, v) in out.chunks_exact_mut(self.channels).zip(plane) {
+                    pixel[k] = *v;
+                }
+            }
         }
     }
+}
+
+/// Room that a worker keeps from view to view.
+#[derive(Debug, Default)]
+pub struct Room {
+    view: Option<View>,
+    values: Vec<f32>,
 }
 
 /// How one of the two views is made: every probability and strength. T and T′ of the paper are two of these.
@@ -191,35 +249,55 @@ pub struct Draw {
 }
 
 impl Draw {
-    /// The view of side `size`: crop, resize, clamp, flip, jitter, grey, clamp, blur, solarise, clamp. Not normalised; the
-    /// network does that.
+    /// The view of side `size`: crop, resize, clamp, flip, jitter, grey, blur, solarise, with every value in 0..1 after each. Not
+    /// normalised; the network does that.
     pub fn apply(&self, image: &Image, size: usize) -> View {
-        let mut view = resize::crop_resize(image, self.window, size, size);
+        let mut room = Room::default();
+        self.apply_in(image, size, &mut room);
+        room.view.expect("a view has been made")
+    }
+
+    fn apply_in<'a>(&self, image: &Image, size: usize, room: &'a mut Room) -> &'a View {
+        let Room { view, values } = room;
+        let shape = (size, size, image.channels);
+        if view.as_ref().is_none_or(|v| (v.height, v.width, v.channels) != shape) {
+            *view = None;
+        }
+        let view = view.get_or_insert_with(|| View::new(size, size, image.channels));
+        resize::into(image, self.window, view, values);
         if self.flip {
-            flip::left_right(&mut view);
+            flip::left_right(view);
         }
-        if let Some(jitter) = &self.jitter {
-            jitter.apply(&mut view);
+        match (&self.jitter, self.grey) {
+            (Some(jitter), true) => jitter.apply(view, grey::grey),
+            (Some(jitter), false) => jitter.apply(view, |_| ()),
+            (None, true) => grey::greyscale(view),
+            (None, false) => {}
         }
-        if self.grey {
-            grey::greyscale(&mut view);
-        }
-        view.clamp();
         if let Some(sigma) = self.blur {
-            blur::gaussian(&mut view, sigma);
+            blur::with_room(view, sigma, values);
         }
         if self.solarize {
-            solarize::solarize(&mut view);
+            solarize::solarize(view);
         }
-        view.clamp();
         view
     }
 }
 
-/// View `which` (0 or 1) of image `index` in `epoch`: a pure function of its arguments.
-pub fn view(policy: &Policy, image: &Image, size: usize, [seed, epoch, index, which]: [u64; 4]) -> View {
+fn drawn(policy: &Policy, image: &Image, name: [u64; 4]) -> Draw {
+    let [seed, epoch, index, which] = name;
     let mut rng = random::stream(&[Domain::View as u64, seed, epoch, index, which]);
-    policy.draw(&mut rng, image.height, image.width).apply(image, size)
+    policy.draw(&mut rng, image.height, image.width)
+}
+
+/// View `which` (0 or 1) of image `index` in `epoch`, named `[seed, epoch, index, which]`: a pure function of its arguments.
+pub fn view(policy: &Policy, image: &Image, size: usize, name: [u64; 4]) -> View {
+    drawn(policy, image, name).apply(image, size)
+}
+
+/// [`view`] as values `[size, size, channels]` in `out`, without allocating once `room` has the right size.
+pub fn view_into(policy: &Policy, image: &Image, size: usize, name: [u64; 4], room: &mut Room, out: &mut [f32]) {
+    drawn(policy, image, name).apply_in(image, size, room).interleave(out);
 }
 
 /// The view for evaluation: the centre square of this share of the shorter side, resized. No draw.

@@ -1,11 +1,13 @@
 //! Bicubic resize of a part of an image: Keys' kernel with a = −0.5, half-pixel centres, no antialiasing even when shrinking. Taps
 //! outside the part are dropped and the others renormalised: the part is resized from its own pixels alone.
 
+use multiversion::multiversion;
+
 use super::{View, Window};
 use crate::data::Image;
 
-/// Where an output position reads: `first..first + weights.len()` of the input, with weights of sum 1.
-#[derive(Debug, Clone)]
+/// Where an output position reads: `first + i` of the input for each weight; the weights have sum 1, and those that count nothing are 0.
+#[derive(Debug, Clone, Copy)]
 struct Taps {
     first: usize,
     weights: [f32; 4],
@@ -14,61 +16,91 @@ struct Taps {
 
 /// The part of `image` in `window` as a view of this size, values / 255, cut to 0..1.
 pub fn crop_resize(image: &Image, window: Window, height: usize, width: usize) -> View {
-    let mut view = resize(image, window, height, width);
-    for v in &mut view.pixels {
-        *v = (*v / 255.0).clamp(0.0, 1.0);
-    }
+    let mut view = View::new(height, width, image.channels);
+    into(image, window, &mut view, &mut Vec::new());
     view
 }
 
-/// As [`crop_resize`], values still in 0..255 and overshoots kept.
-pub fn resize(image: &Image, window: Window, height: usize, width: usize) -> View {
-    let c = image.channels;
-    let (rows, columns) = (taps(window.height, height), taps(window.width, width));
-
-    // Along the rows first, for those input rows that the output will read.
-    let mut wide = vec![0.0f32; window.height * width * c];
-    let mut needed = vec![false; window.height];
-    for t in &rows {
-        needed[t.first..t.first + t.n].fill(true);
-    }
-    for (y, out) in wide.chunks_exact_mut(width * c).enumerate().filter(|(y, _)| needed[*y]) {
-        let from = ((window.top + y) * image.width + window.left) * c;
-        let source = &image.pixels[from..from + window.width * c];
-        for (t, pixel) in columns.iter().zip(out.chunks_exact_mut(c)) {
-            for (k, v) in pixel.iter_mut().enumerate() {
-                let read = |i: usize| t.weights[i] * f32::from(source[(t.first + i) * c + k]);
-                *v = (0..t.n).map(read).sum();
-            }
-        }
-    }
-
-    let mut pixels = vec![0.0f32; height * width * c];
-    for (t, out) in rows.iter().zip(pixels.chunks_exact_mut(width * c)) {
-        for i in 0..t.n {
-            let row = &wide[(t.first + i) * width * c..][..width * c];
-            for (o, s) in out.iter_mut().zip(row) {
-                *o += t.weights[i] * s;
-            }
-        }
-    }
-    View { height, width, channels: c, pixels }
+/// As [`crop_resize`], into a view that there is; `row` is room to work in.
+pub fn into(image: &Image, window: Window, view: &mut View, row: &mut Vec<f32>) {
+    raw(image, window, view, row);
+    unit_range(&mut view.pixels);
 }
 
-fn taps(n_in: usize, n_out: usize) -> Vec<Taps> {
-    let tap = |o: usize| {
-        let centre = (o as f64 + 0.5) * n_in as f64 / n_out as f64 - 0.5;
-        let low = centre.floor() as i64;
-        let inside = (low - 1).max(0)..=(low + 2).min(n_in as i64 - 1);
-        let (first, n) = (*inside.start() as usize, inside.clone().count());
-        let mut raw = [0.0f64; 4];
-        for (w, i) in raw.iter_mut().zip(inside) {
-            *w = keys(centre - i as f64);
+/// As [`into`], values still in 0..255 and overshoots kept.
+pub fn raw(image: &Image, window: Window, view: &mut View, row: &mut Vec<f32>) {
+    let (c, width) = (image.channels, view.width);
+    assert_eq!(c, view.channels, "a view has its image's channels");
+    let plane = view.height * width;
+    let columns: Vec<Taps> = (0..width).map(|x| taps(x, window.width, width)).collect();
+    // Four values behind the row are read, with weight 0, and never count.
+    row.clear();
+    row.resize(window.width * c + 4 * c, 0.0);
+    for y in 0..view.height {
+        let t = taps(y, window.height, view.height);
+        // Rows that count nothing are the last that does.
+        let source = |i: usize| {
+            let at = window.top + t.first + i.min(t.n - 1);
+            &image.pixels[(at * image.width + window.left) * c..][..window.width * c]
+        };
+        blend(&mut row[..window.width * c], [source(0), source(1), source(2), source(3)], t.weights);
+        if c == 3 {
+            let (r, rest) = view.pixels.split_at_mut(plane);
+            let (g, b) = rest.split_at_mut(plane);
+            let at = y * width..(y + 1) * width;
+            along_rgb(row, &columns, [&mut r[at.clone()], &mut g[at.clone()], &mut b[at]]);
+        } else {
+            for k in 0..c {
+                let out = &mut view.pixels[k * plane + y * width..][..width];
+                for (v, t) in out.iter_mut().zip(&columns) {
+                    *v = (0..4).map(|i| t.weights[i] * row[(t.first + i) * c + k]).sum();
+                }
+            }
         }
-        let sum: f64 = raw.iter().sum();
-        Taps { first, n, weights: raw.map(|w| (w / sum) as f32) }
-    };
-    (0..n_out).map(tap).collect()
+    }
+}
+
+/// Σ weight · row.
+#[multiversion(targets("x86_64+avx2"))]
+fn blend(out: &mut [f32], [a, b, c, d]: [&[u8]; 4], [wa, wb, wc, wd]: [f32; 4]) {
+    for ((((o, a), b), c), d) in out.iter_mut().zip(a).zip(b).zip(c).zip(d) {
+        *o = f32::from(*a) * wa + f32::from(*b) * wb + f32::from(*c) * wc + f32::from(*d) * wd;
+    }
+}
+
+/// One row of RGB pixels along its columns, into planes. A pixel is read as four values, of which the last is the next pixel's.
+#[multiversion(targets("x86_64+avx2"))]
+fn along_rgb(row: &[f32], columns: &[Taps], [r, g, b]: [&mut [f32]; 3]) {
+    for (((t, r), g), b) in columns.iter().zip(r).zip(g).zip(b) {
+        let from = &row[3 * t.first..3 * t.first + 13];
+        let mut sum = [0.0f32; 4];
+        for i in 0..4 {
+            for k in 0..4 {
+                sum[k] += t.weights[i] * from[3 * i + k];
+            }
+        }
+        (*r, *g, *b) = (sum[0], sum[1], sum[2]);
+    }
+}
+
+#[multiversion(targets("x86_64+avx2"))]
+fn unit_range(values: &mut [f32]) {
+    for v in values {
+        *v = (*v / 255.0).clamp(0.0, 1.0);
+    }
+}
+
+fn taps(o: usize, n_in: usize, n_out: usize) -> Taps {
+    let centre = (o as f64 + 0.5) * n_in as f64 / n_out as f64 - 0.5;
+    let low = centre.floor() as i64;
+    let inside = (low - 1).max(0)..=(low + 2).min(n_in as i64 - 1);
+    let (first, n) = (*inside.start() as usize, inside.clone().count());
+    let mut raw = [0.0f64; 4];
+    for (w, i) in raw.iter_mut().zip(inside) {
+        *w = keys(centre - i as f64);
+    }
+    let sum: f64 = raw.iter().sum();
+    Taps { first, n, weights: raw.map(|w| (w / sum) as f32) }
 }
 
 /// Keys' cubic convolution kernel with a = −0.5.
@@ -91,9 +123,10 @@ mod tests {
     #[test]
     fn weights_sum_to_one_at_any_size() {
         for (n_in, n_out) in [(1, 1), (1, 7), (2, 224), (5, 3), (1000, 32), (3, 3)] {
-            for t in taps(n_in, n_out) {
+            for t in (0..n_out).map(|o| taps(o, n_in, n_out)) {
                 assert!((t.weights.iter().sum::<f32>() - 1.0).abs() < 1e-6, "{n_in} → {n_out}");
                 assert!(t.first + t.n <= n_in && t.n >= 1);
+                assert!(t.weights[t.n..].iter().all(|w| *w == 0.0));
             }
         }
     }
