@@ -167,16 +167,20 @@ fn the_fused_layer_is_the_composed_one() {
     let shapes: [(usize, usize, usize, usize, bool); 4] =
         [(3, 1, 5, 7, true), (3, 2, 9, 8, false), (1, 2, 6, 5, false), (7, 2, 15, 13, false)];
     for (kernel, stride, h, w, with_skip) in shapes {
+        let first = ConvNorm { conv: "conv0".into(), norm: "bn0".into(), c_in: 5, c_out: 5, kernel: 3, stride: 1 };
         let layer = ConvNorm { conv: "conv1".into(), norm: "bn1".into(), c_in: 5, c_out: 6, kernel, stride };
         let (h_out, w_out) = (h.div_ceil(stride), w.div_ceil(stride));
         let mut params = Tree::new();
+        params.insert("conv0.weight", Leaf::new(noise(25 * 9, 7), &[5, 5, 3, 3], &device));
+        params.insert("bn0.weight", Leaf::new(noise(5, 8), &[5], &device));
+        params.insert("bn0.bias", Leaf::new(noise(5, 9), &[5], &device));
         params.insert("conv1.weight", Leaf::new(noise(30 * kernel * kernel, 1), &[6, 5, kernel, kernel], &device));
         params.insert("bn1.weight", Leaf::new(noise(6, 2), &[6], &device));
         params.insert("bn1.bias", Leaf::new(noise(6, 3), &[6], &device));
         let norm = NormConfig::default();
         let one = |fused: bool| {
             let tracked = params.tracked();
-            let mut statistics = Statistics::new([("bn1", 6)], &device);
+            let mut statistics = Statistics::new([("bn0", 5), ("bn1", 6)], &device);
             let mut pass = Pass { params: &tracked, norm: &norm, mode: Mode::Train(&mut statistics) };
             let tensor = |values, shape: [usize; 4]| {
                 Tensor::<4>::from_data(TensorData::new(values, shape), &device).autodiff().require_grad()
@@ -184,8 +188,17 @@ fn the_fused_layer_is_the_composed_one() {
             let x = tensor(noise(3 * h * w * 5, 4), [3, h, w, 5]);
             let skip = tensor(noise(3 * h_out * w_out * 6, 5), [3, h_out, w_out, 6]);
             let then = if with_skip { Then::AddRelu(skip.clone()) } else { Then::Relu };
-            let layer_fn = if fused { conv_norm_act } else { composed };
-            let y = layer_fn(&mut pass, &layer, x.clone(), then);
+            let chain = |pass: &mut Pass, x: Tensor<4>, then: Then| match fused {
+                true => {
+                    let inner = conv_norm_act(pass, &first, x, Then::Relu);
+                    conv_norm_act(pass, &layer, inner, then).done()
+                }
+                false => {
+                    let inner = composed(pass, &first, x, Then::Relu);
+                    composed(pass, &layer, inner, then)
+                }
+            };
+            let y = chain(&mut pass, x.clone(), then);
             let dy = Tensor::<4>::from_data(TensorData::new(noise(3 * h_out * w_out * 6, 6), y.dims()), &device);
             let mut grads = (y.clone() * dy.autodiff()).sum().backward();
             let mut all = vec![host(y), host(x.grad_remove(&mut grads).unwrap())];
@@ -193,14 +206,16 @@ fn the_fused_layer_is_the_composed_one() {
                 all.push(host(skip.grad_remove(&mut grads).unwrap()));
             }
             all.extend(tracked.gradients(&mut grads).iter().map(|(_, l)| l.to_vec()));
-            all.push(host(statistics.get("bn1").mean.clone()));
-            all.push(host(statistics.get("bn1").var.clone()));
+            for norm in ["bn0", "bn1"] {
+                all.push(host(statistics.get(norm).mean.clone()));
+                all.push(host(statistics.get(norm).var.clone()));
+            }
             // The same in evaluation, with the statistics that the pass above left.
             let plain = |values, shape: [usize; 4]| Tensor::<4>::from_data(TensorData::new(values, shape), &device);
             let mut pass = Pass { params: &params, norm: &norm, mode: Mode::Eval(&statistics) };
             let skip = plain(noise(3 * h_out * w_out * 6, 5), [3, h_out, w_out, 6]);
             let then = if with_skip { Then::AddRelu(skip) } else { Then::Nothing };
-            all.push(host(layer_fn(&mut pass, &layer, plain(noise(3 * h * w * 5, 4), [3, h, w, 5]), then)));
+            all.push(host(chain(&mut pass, plain(noise(3 * h * w * 5, 4), [3, h, w, 5]), then)));
             all
         };
         for (i, (a, b)) in one(true).iter().zip(&one(false)).enumerate() {

@@ -197,17 +197,27 @@ pub(crate) fn shift_act_loop(shift: &[f32], skip: Option<&[f32]>, relu: bool, y:
     }
 }
 
-/// Gradients of `relu(norm(y) + skip)` with batch statistics.
+/// A norm and what follows it, still to be done: max(scale · y + shift, 0), or without the ReLU. Who reads y does it on the way, which
+/// saves writing and reading the result.
 #[derive(Debug, Clone)]
-pub struct Gradients {
-    /// By y, `[m, c]`.
-    pub dy: Vec<f32>,
-    /// By the skip, `[m, c]`: the gradient that passed the ReLU. None without a skip.
-    pub dskip: Option<Vec<f32>>,
-    /// By γ, `[c]`.
-    pub dgamma: Vec<f32>,
-    /// By β, `[c]`.
-    pub dbeta: Vec<f32>,
+pub struct Pending {
+    scale: Vec<f32>,
+    shift: Vec<f32>,
+    relu: bool,
+}
+
+impl Pending {
+    /// From scale and shift by channel.
+    pub fn new(scale: &[f32], shift: &[f32], relu: bool) -> Pending {
+        Pending { scale: widened(scale), shift: widened(shift), relu }
+    }
+
+    /// Of whole pixels. Writes every value of `to`.
+    pub(crate) fn apply(&self, isa: &Isa, y: &[f32], to: &mut [MaybeUninit<f32>]) {
+        let rows = Affine { y, skip: None, scale: &self.scale, shift: &self.shift, relu: self.relu };
+        // SAFETY: the processor has this instruction set, or it would not be in the table.
+        unsafe { (isa.affine_act)(rows, to) };
+    }
 }
 
 /// What a gradient passes on its way back to the normalised value.
@@ -223,8 +233,14 @@ pub enum Gate<'a> {
     Add,
 }
 
-/// Σ g (y − mean) and Σ g by channel.
-type Sums = (Vec<f64>, Vec<f64>);
+impl<'a> Gate<'a> {
+    fn part(self, at: std::ops::Range<usize>) -> Gate<'a> {
+        match self {
+            Gate::AddRelu(out) => Gate::AddRelu(&out[at]),
+            other => other,
+        }
+    }
+}
 
 /// Some rows of the backward pass; per-channel values wide.
 #[derive(Clone, Copy)]
@@ -245,90 +261,146 @@ pub(crate) struct Slope<'a> {
     d: &'a [f32],
 }
 
-/// What the forward pass of a batch norm used.
-#[derive(Debug, Clone, Copy)]
-pub struct Used<'a> {
-    /// What was normalised, `[m, c]`.
-    pub y: &'a [f32],
-    /// γ, `[c]`.
-    pub gamma: &'a [f32],
-    /// β, `[c]`.
-    pub beta: &'a [f32],
-    /// The batch's mean, `[c]`.
-    pub mean: &'a [f32],
-    /// 1 / √(variance + ε), `[c]`.
-    pub inverse: &'a [f32],
+/// A batch norm as its backward pass needs it.
+#[derive(Debug, Clone)]
+pub struct Norm {
+    c: usize,
+    inverse: Vec<f32>,
+    /// Wide.
+    scale: Vec<f32>,
+    shift: Vec<f32>,
+    mean: Vec<f32>,
 }
 
-/// Backward of [`affine_act`] with the batch's statistics.
-pub fn backward(isa: &Isa, dout: &[f32], gate: Gate, used: Used) -> Gradients {
-    let Used { y, gamma, beta, mean, inverse } = used;
-    let c = gamma.len();
-    let m = (y.len() / c).max(1) as f64;
-    let (scale, shift) = scale_shift(gamma, beta, mean, inverse);
-    let (wide_scale, wide_shift, wide_mean) = (widened(&scale), widened(&shift), widened(mean));
-    let n = task(c);
-    let rows = |i: usize| {
-        let at = i * n..(i * n + n).min(y.len());
-        let gate = match gate {
-            Gate::AddRelu(out) => Gate::AddRelu(&out[at.clone()]),
-            other => other,
-        };
-        Pass { dout: &dout[at.clone()], y: &y[at], gate, scale: &wide_scale, shift: &wide_shift, mean: &wide_mean }
-    };
-    let with_skip = matches!(gate, Gate::AddRelu(_) | Gate::Add);
-    let mut dskip = unwritten(if with_skip { y.len() } else { 0 });
-    let sums = |i: usize, mut g: Option<&mut [MaybeUninit<f32>]>| {
-        let all = rows(i);
-        let (mut of_gamma, mut of_beta) = (vec![0.0f64; c], vec![0.0f64; c]);
+/// Σ g (y − mean) and Σ g by channel, of some rows.
+#[derive(Debug, Clone)]
+pub struct Sums(Vec<f64>, Vec<f64>);
+
+/// The sums of all rows.
+#[derive(Debug, Clone)]
+pub struct Totals {
+    /// The gradient by γ, `[c]`.
+    pub dgamma: Vec<f32>,
+    /// The gradient by β, `[c]`.
+    pub dbeta: Vec<f32>,
+    /// Wide.
+    b: Vec<f32>,
+    d: Vec<f32>,
+}
+
+impl Norm {
+    /// From γ, β, and the batch's mean and 1 / √(variance + ε), each `[c]`.
+    pub fn new(gamma: &[f32], beta: &[f32], mean: &[f32], inverse: &[f32]) -> Norm {
+        let (scale, shift) = scale_shift(gamma, beta, mean, inverse);
+        let (scale, shift, mean) = (widened(&scale), widened(&shift), widened(mean));
+        Norm { c: gamma.len(), inverse: inverse.to_vec(), scale, shift, mean }
+    }
+
+    fn pass<'a>(&'a self, dout: &'a [f32], y: &'a [f32], gate: Gate<'a>) -> Pass<'a> {
+        Pass { dout, y, gate, scale: &self.scale, shift: &self.shift, mean: &self.mean }
+    }
+
+    /// The sums of some rows, on the calling thread; what passed the gate goes into `g`, every value, where there is one.
+    pub fn sums(&self, isa: &Isa, dout: &[f32], y: &[f32], gate: Gate, mut g: Option<&mut [MaybeUninit<f32>]>) -> Sums {
+        assert_eq!(dout.len(), y.len(), "a gradient has the shape of what it is of");
+        let c = self.c;
+        let mut sums = Sums(vec![0.0; c], vec![0.0; c]);
         let (mut gammas, mut betas) = (vec![0.0f32; width(c)], vec![0.0f32; width(c)]);
         let part = width(c) * ROWS;
-        for from in (0..all.dout.len()).step_by(part) {
-            let at = from..(from + part).min(all.dout.len());
-            let gate = match all.gate {
-                Gate::AddRelu(out) => Gate::AddRelu(&out[at.clone()]),
-                other => other,
-            };
-            let pass = Pass { dout: &all.dout[at.clone()], y: &all.y[at.clone()], gate, ..all };
+        for from in (0..dout.len()).step_by(part) {
+            let at = from..(from + part).min(dout.len());
+            let pass = self.pass(&dout[at.clone()], &y[at.clone()], gate.part(at.clone()));
             gammas.fill(0.0);
             betas.fill(0.0);
             // SAFETY: the processor has this instruction set, or it would not be in the table.
             unsafe { (isa.sums)(pass, &mut gammas, &mut betas, g.as_deref_mut().map(|g| &mut g[at])) };
             for k in 0..gammas.len() {
-                of_gamma[k % c] += f64::from(gammas[k]);
-                of_beta[k % c] += f64::from(betas[k]);
+                sums.0[k % c] += f64::from(gammas[k]);
+                sums.1[k % c] += f64::from(betas[k]);
             }
         }
-        (of_gamma, of_beta)
+        sums
+    }
+
+    /// The sums of all `m` rows from those of their parts, in order.
+    pub fn totals(&self, parts: &[Sums], m: usize) -> Totals {
+        let (c, m) = (self.c, m.max(1) as f64);
+        let total = |of: fn(&Sums) -> &Vec<f64>, k: usize| parts.iter().map(|p| of(p)[k]).sum::<f64>();
+        let dgamma: Vec<f64> = (0..c).map(|k| total(|p| &p.0, k) * f64::from(self.inverse[k])).collect();
+        let dbeta: Vec<f64> = (0..c).map(|k| total(|p| &p.1, k)).collect();
+        // dy = γ/σ (g − mean(g) − ŷ mean(g ŷ)) = a g + b (y − mean) + d
+        let scale = |k: usize| f64::from(self.scale[k]);
+        let b = |k: usize| (-scale(k) * dgamma[k] * f64::from(self.inverse[k]) / m) as f32;
+        let d = |k: usize| (-scale(k) * dbeta[k] / m) as f32;
+        let (b, d) = ((0..c).map(b).collect::<Vec<_>>(), (0..c).map(d).collect::<Vec<_>>());
+        let narrow = |v: &[f64]| v.iter().map(|v| *v as f32).collect();
+        Totals { dgamma: narrow(&dgamma), dbeta: narrow(&dbeta), b: widened(&b), d: widened(&d) }
+    }
+
+    fn slope<'a>(&'a self, totals: &'a Totals) -> Slope<'a> {
+        Slope { a: &self.scale, b: &totals.b, d: &totals.d }
+    }
+
+    /// The gradient by y.
+    pub fn by_y(&self, isa: &Isa, totals: &Totals, dout: &[f32], y: &[f32], gate: Gate) -> Vec<f32> {
+        assert_eq!(dout.len(), y.len(), "a gradient has the shape of what it is of");
+        let n = task(self.c);
+        let mut dy = unwritten(y.len());
+        let parts = dy.par_chunks_mut(n).zip(dout.par_chunks(n)).zip(y.par_chunks(n)).enumerate();
+        parts.for_each(|(i, ((dy, dout), y))| {
+            let pass = self.pass(dout, y, gate.part(i * n..i * n + y.len()));
+            // SAFETY: the processor has this instruction set, or it would not be in the table.
+            unsafe { (isa.by_y)(pass, self.slope(totals), dy) };
+        });
+        // SAFETY: the loop writes every value of its part.
+        unsafe { written(dy) }
+    }
+
+    /// The gradient by y, in place of the gradient that comes in through a ReLU.
+    pub fn by_y_in_place(&self, isa: &Isa, totals: &Totals, g: &mut [f32], y: &[f32]) {
+        assert_eq!(g.len(), y.len(), "a gradient has the shape of what it is of");
+        let n = task(self.c);
+        g.par_chunks_mut(n).zip(y.par_chunks(n)).for_each(|(g, y)| {
+            // SAFETY: the processor has this instruction set, or it would not be in the table.
+            unsafe { (isa.by_y_in_place)(self.pass(&[], y, Gate::Relu), self.slope(totals), g) };
+        });
+    }
+}
+
+/// Gradients of `relu(norm(y) + skip)` with batch statistics.
+#[derive(Debug, Clone)]
+pub struct Gradients {
+    /// By y, `[m, c]`.
+    pub dy: Vec<f32>,
+    /// By the skip, `[m, c]`: the gradient that passed the ReLU. None without a skip.
+    pub dskip: Option<Vec<f32>>,
+    /// By γ, `[c]`.
+    pub dgamma: Vec<f32>,
+    /// By β, `[c]`.
+    pub dbeta: Vec<f32>,
+}
+
+/// Backward of [`affine_act`] with the batch's statistics.
+pub fn backward(isa: &Isa, dout: &[f32], gate: Gate, norm: &Norm, y: &[f32]) -> Gradients {
+    let n = task(norm.c);
+    let with_skip = matches!(gate, Gate::AddRelu(_) | Gate::Add);
+    let mut dskip = unwritten(if with_skip { y.len() } else { 0 });
+    let part = |i: usize, g: Option<&mut [MaybeUninit<f32>]>| {
+        let at = i * n..(i * n + n).min(y.len());
+        norm.sums(isa, &dout[at.clone()], &y[at.clone()], gate.part(at), g)
     };
     let parts: Vec<Sums> = if with_skip {
-        dskip.par_chunks_mut(n).enumerate().map(|(i, g)| sums(i, Some(g))).collect()
+        dskip.par_chunks_mut(n).enumerate().map(|(i, g)| part(i, Some(g))).collect()
     } else {
-        (0..y.len().div_ceil(n)).into_par_iter().map(|i| sums(i, None)).collect()
+        (0..y.len().div_ceil(n)).into_par_iter().map(|i| part(i, None)).collect()
     };
     // SAFETY: the loop writes every value of its part where it is given one.
     let dskip = unsafe { written(dskip) };
-    let total = |of: fn(&Sums) -> &Vec<f64>, k: usize| parts.iter().map(|p| of(p)[k]).sum::<f64>();
-    let dgamma: Vec<f64> = (0..c).map(|k| total(|p| &p.0, k) * f64::from(inverse[k])).collect();
-    let dbeta: Vec<f64> = (0..c).map(|k| total(|p| &p.1, k)).collect();
-    // dy = γ/σ (g − mean(g) − ŷ mean(g ŷ)) = a g + b (y − mean) + d
-    let b = |k: usize| (-f64::from(scale[k]) * dgamma[k] * f64::from(inverse[k]) / m) as f32;
-    let d = |k: usize| (-f64::from(scale[k]) * dbeta[k] / m) as f32;
-    let b = widened(&(0..c).map(b).collect::<Vec<_>>());
-    let d = widened(&(0..c).map(d).collect::<Vec<_>>());
-    let slope = Slope { a: &wide_scale, b: &b, d: &d };
-    let mut dy = unwritten(y.len());
-    let passed = if with_skip { &dskip[..] } else { dout };
-    dy.par_chunks_mut(n).zip(passed.par_chunks(n)).enumerate().for_each(|(i, (dy, g))| {
-        // A gradient kept for the skip is behind the gate already.
-        let pass = if with_skip { Pass { dout: g, gate: Gate::Open, ..rows(i) } } else { rows(i) };
-        // SAFETY: the processor has this instruction set, or it would not be in the table.
-        unsafe { (isa.by_y)(pass, slope, dy) };
-    });
-    // SAFETY: the loop writes every value of its part.
-    let dy = unsafe { written(dy) };
-    let narrow = |v: Vec<f64>| v.into_iter().map(|v| v as f32).collect();
-    Gradients { dy, dskip: with_skip.then_some(dskip), dgamma: narrow(dgamma), dbeta: narrow(dbeta) }
+    let totals = norm.totals(&parts, y.len() / norm.c);
+    // A gradient kept for the skip is behind the gate already.
+    let (passed, gate) = if with_skip { (&dskip[..], Gate::Open) } else { (dout, gate) };
+    let dy = norm.by_y(isa, &totals, passed, y, gate);
+    Gradients { dy, dskip: with_skip.then_some(dskip), dgamma: totals.dgamma, dbeta: totals.dbeta }
 }
 
 /// Adds Σ g (y − mean) and Σ g, and writes g, every value, where it is wanted.
@@ -387,6 +459,20 @@ pub(crate) fn by_y_loop(p: Pass, s: Slope, dy: &mut [MaybeUninit<f32>]) {
             for ((((((dy, g), y), mean), a), b), d) in rows {
                 dy.write(a * g + b * (y - mean) + d);
             }
+        }
+    }
+}
+
+/// dy by [`Slope`] in place of g, which comes in through a ReLU.
+#[inline(always)]
+pub(crate) fn by_y_in_place_loop(p: Pass, s: Slope, g: &mut [f32]) {
+    let wide = p.scale.len();
+    for (i, g) in g.chunks_mut(wide).enumerate() {
+        let at = i * wide..i * wide + g.len();
+        let rows = g.iter_mut().zip(&p.y[at]).zip(p.mean).zip(s.a).zip(s.b).zip(s.d).zip(p.scale).zip(p.shift);
+        for (((((((g, y), mean), a), b), d), scale), shift) in rows {
+            let passed = if y * scale + shift > 0.0 { *g } else { 0.0 };
+            *g = a * passed + b * (y - mean) + d;
         }
     }
 }

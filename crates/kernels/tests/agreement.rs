@@ -1,9 +1,9 @@
 //! Fast = plain, over awkward shapes; and 1 thread = 3 threads, bit for bit.
 
 use byol_kernels::{
-    conv::{Shape, backward_data, backward_weight, forward},
+    conv::{Input, Shape, backward_data, backward_weight, forward, forward_then},
     isa::{self, Isa},
-    norm::{self, Gate, Used},
+    norm::{self, Gate, Norm, Pending},
     reference,
 };
 
@@ -78,8 +78,42 @@ fn convolution_and_its_gradients_agree_with_the_definition() {
         for isa in isa::available() {
             close(&format!("{isa:?} {s:?} y"), &forward(isa, &s, &x, &w), &y);
             close(&format!("{isa:?} {s:?} dx"), &backward_data(isa, &s, &w, &dy), &dx);
-            close(&format!("{isa:?} {s:?} dw"), &backward_weight(isa, &s, &x, &dy), &dw);
+            close(&format!("{isa:?} {s:?} dw"), &backward_weight(isa, &s, x.as_slice().into(), &dy), &dw);
         }
+    }
+}
+
+#[test]
+fn a_pending_norm_is_the_norm_applied_before() {
+    for s in shapes() {
+        let [of_x, of_w, of_y] = s.lengths();
+        let (x, w, dy) = (noise(of_x, 1), noise(of_w, 2), noise(of_y, 3));
+        let (scale, shift) = (noise(s.c_in, 4), noise(s.c_in, 5));
+        for isa in isa::available() {
+            for relu in [true, false] {
+                let pending = Pending::new(&scale, &shift, relu);
+                let lazy = Input { values: &x, pending: Some(&pending) };
+                let done = norm::affine_act(isa, &x, &scale, &shift, None, relu);
+                let y = forward_then(isa, &s, lazy, &w, |_, _| ()).0;
+                assert_eq!(y, forward(isa, &s, &done, &w), "{isa:?} {s:?}");
+                let dw = backward_weight(isa, &s, lazy, &dy);
+                assert_eq!(dw, backward_weight(isa, &s, done.as_slice().into(), &dy), "{isa:?} {s:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_gradient_in_place_is_the_gradient() {
+    let (m, c) = (700, 5);
+    let (y, dout, gamma, beta) = (noise(m * c, 1), noise(m * c, 2), noise(c, 3), noise(c, 4));
+    for isa in isa::available() {
+        let (mean, var) = norm::moments(isa, &y, c);
+        let norm = Norm::new(&gamma, &beta, &mean, &norm::inverse_deviation(&var, 1e-5));
+        let totals = norm.totals(&[norm.sums(isa, &dout, &y, Gate::Relu, None)], m);
+        let mut g = dout.clone();
+        norm.by_y_in_place(isa, &totals, &mut g, &y);
+        assert_eq!(g, norm.by_y(isa, &totals, &dout, &y, Gate::Relu), "{isa:?}");
     }
 }
 
@@ -94,12 +128,12 @@ fn the_number_of_threads_changes_no_bit() {
                 let (x, w, dy) = (noise(of_x, 1), noise(of_w, 2), noise(of_y, 3));
                 out.push(forward(isa, &s, &x, &w));
                 out.push(backward_data(isa, &s, &w, &dy));
-                out.push(backward_weight(isa, &s, &x, &dy));
+                out.push(backward_weight(isa, &s, x.as_slice().into(), &dy));
                 let (mean, var) = norm::moments(isa, &dy, s.c_out);
                 let inverse = norm::inverse_deviation(&var, 1e-5);
                 let (gamma, beta) = (noise(s.c_out, 4), noise(s.c_out, 6));
-                let used = Used { y: &dy, gamma: &gamma, beta: &beta, mean: &mean, inverse: &inverse };
-                let g = norm::backward(isa, &dy, Gate::AddRelu(&noise(of_y, 5)), used);
+                let used = Norm::new(&gamma, &beta, &mean, &inverse);
+                let g = norm::backward(isa, &dy, Gate::AddRelu(&noise(of_y, 5)), &used, &dy);
                 out.extend([mean, var, g.dy, g.dgamma, g.dbeta]);
             }
             out
@@ -138,8 +172,8 @@ fn norm_agrees(isa: &Isa, m: usize, c: usize, relu: bool, with_skip: bool) {
         (true, true) => Gate::AddRelu(&out),
         (false, true) => Gate::Add,
     };
-    let used = Used { y: &y, gamma: &gamma, beta: &beta, mean: &mean, inverse: &inverse };
-    let g = norm::backward(isa, &dout, gate, used);
+    let used = Norm::new(&gamma, &beta, &mean, &inverse);
+    let g = norm::backward(isa, &dout, gate, &used, &y);
     assert_eq!(g.dskip.is_some(), with_skip);
     for k in 0..c {
         let at = |r: usize| r * c + k;

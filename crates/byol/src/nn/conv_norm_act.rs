@@ -38,31 +38,59 @@ pub enum Then {
     AddRelu(Tensor<4>),
 }
 
+/// A map of features on its way from layer to layer: finished, or with its norm and ReLU left to the layer that reads it.
+#[derive(Debug, Clone)]
+pub struct Map(fused::Source);
+
+impl From<Tensor<4>> for Map {
+    fn from(x: Tensor<4>) -> Self {
+        Map(fused::Source::Done(x))
+    }
+}
+
+impl Map {
+    /// The map, finished.
+    pub fn done(self) -> Tensor<4> {
+        match self.0 {
+            fused::Source::Done(x) => x,
+            fused::Source::Pending(p) => fused::norm_act(p, None, true),
+        }
+    }
+}
+
 /// `then(norm(conv(x)))`.
 ///
 /// # Shapes
 /// `x`: `[N, H, W, C_in]`; returns `[N, H', W', C_out]` with H' = ⌊(H + 2 (K / 2) − K) / stride⌋ + 1.
-pub fn conv_norm_act(pass: &mut Pass, layer: &ConvNorm, x: Tensor<4>, then: Then) -> Tensor<4> {
+pub fn conv_norm_act(pass: &mut Pass, layer: &ConvNorm, x: impl Into<Map>, then: Then) -> Map {
+    let Map(x) = x.into();
     let w = pass.params.get::<4>(&format!("{}.weight", layer.conv));
-    // A gradient through running statistics is for the composed layer.
-    let tracked = x.is_autodiff() || w.is_autodiff();
-    if has_kernels(&x.device()) && (pass.trains() || !tracked) {
+    if !has_kernels(&w.device()) {
+        return composed(pass, layer, Map(x).done(), then).into();
+    }
+    let get = |name: &str, what: &str| pass.params.get::<1>(&format!("{name}.{what}"));
+    let (gamma, beta) = (get(&layer.norm, "weight"), get(&layer.norm, "bias"));
+    if let Mode::Eval(statistics) = &pass.mode {
+        let x = Map(x).done();
+        // A gradient through running statistics is for the composed layer.
+        if x.is_autodiff() || w.is_autodiff() {
+            return composed(pass, layer, x, then).into();
+        }
         let (skip, relu) = match then {
             Then::Nothing => (None, false),
             Then::Relu => (None, true),
             Then::AddRelu(skip) => (Some(skip), true),
         };
-        let get = |name: &str, what: &str| pass.params.get::<1>(&format!("{name}.{what}"));
-        let (gamma, beta) = (get(&layer.norm, "weight"), get(&layer.norm, "bias"));
-        if let Mode::Eval(statistics) = &pass.mode {
-            let running = statistics.get(&layer.norm);
-            return fused::eval(x, w, gamma, beta, running, skip, layer.stride, pass.norm.eps, relu);
-        }
-        let (y, mean, var) = fused::train(x, w, gamma, beta, skip, layer.stride, pass.norm.eps, relu);
-        pass.saw(&layer.norm, mean, var);
-        return y;
+        let running = statistics.get(&layer.norm);
+        return fused::eval(x, w, gamma, beta, running, skip, layer.stride, pass.norm.eps, relu).into();
     }
-    composed(pass, layer, x, then)
+    let y = fused::conv(x, w, gamma, beta, layer.stride, pass.norm.eps);
+    pass.saw(&layer.norm, y.mean.clone(), y.variance.clone());
+    match then {
+        Then::Nothing => fused::norm_act(y, None, false).into(),
+        Then::Relu => Map(fused::Source::Pending(y)),
+        Then::AddRelu(skip) => fused::norm_act(y, Some(skip), true).into(),
+    }
 }
 
 /// The same of Burn's own operations, for every device.

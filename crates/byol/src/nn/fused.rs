@@ -1,14 +1,17 @@
-//! Convolution + batch norm (+ skip) (+ ReLU) on the CPU, computed by `byol-kernels`: in training one node of the autodiff graph, in
-//! evaluation one pass with the norm folded into the weights.
+//! Convolution, batch norm, skip and ReLU on the CPU, computed by `byol-kernels`.
 //!
-//! The node keeps x, the weight, the convolution's output y, its own output (for the ReLU's mask) and the batch statistics.
+//! In training a layer is cut where its norm begins: a convolution yields its raw output with the batch's statistics ([`Pending`]), and whoever
+//! reads it normalises on the way. So a node of the autodiff graph is [norm, ReLU →] convolution, and the inner maps of a residual block
+//! are written once and never as normalised values; the block's last norm, with the skip, is a node of its own ([`norm_act`]). A
+//! convolution's backward pass goes through the norm it read through: it gathers that norm's sums while it writes dx. In evaluation the
+//! norm is folded into the weights and a layer is one pass ([`eval`]).
 
 // `#[backend_extension]` writes functions with as many arguments and results as the operation has.
 #![allow(clippy::too_many_arguments, clippy::type_complexity)]
 
 use burn::{
     backend::{
-        Autodiff, Backend, Dispatch, Flex, TensorMetadata,
+        Autodiff, AutodiffBackend, Backend, Dispatch, Flex, TensorMetadata,
         autodiff::{
             checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
             grads::Gradients,
@@ -21,24 +24,67 @@ use burn::{
     tensor::{Tensor, TensorData},
 };
 use byol_kernels::{
-    conv::{self, Shape},
+    conv::{self, Input, Shape},
     isa,
-    norm::{self, Gate, Used},
+    norm::{self, Gate, Norm},
 };
 
 use super::pass::Running;
 
-/// The two passes on one backend.
+/// The passes on one backend. Statistics are those of the batch; γ, β, mean and variance of a convolution are of the norm that it reads
+/// through, and count where `pending`.
 #[backend_extension(Autodiff, Flex)]
 pub trait ConvNormAct: Backend {
-    /// (out, y, mean, variance). `skip` counts where `with_skip`.
-    fn conv_norm_act_forward(
+    /// y = conv(relu(norm(x)), w), or without `pending` conv(x, w): (y, its mean, its variance).
+    fn conv_forward(
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
         gamma: FloatTensor<Self>,
         beta: FloatTensor<Self>,
-        skip: FloatTensor<Self>,
+        mean: FloatTensor<Self>,
+        variance: FloatTensor<Self>,
         stride: usize,
+        eps: f64,
+        pending: bool,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+
+    /// (dx, dw, dγ, dβ). dx, dγ and dβ are empty unless `by_x`, the latter two unless `pending`.
+    fn conv_backward(
+        dy: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        gamma: FloatTensor<Self>,
+        beta: FloatTensor<Self>,
+        mean: FloatTensor<Self>,
+        variance: FloatTensor<Self>,
+        stride: usize,
+        eps: f64,
+        pending: bool,
+        by_x: bool,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+
+    /// act(norm(y) (+ skip)). `skip` counts where `with_skip`.
+    fn norm_act_forward(
+        y: FloatTensor<Self>,
+        gamma: FloatTensor<Self>,
+        beta: FloatTensor<Self>,
+        mean: FloatTensor<Self>,
+        variance: FloatTensor<Self>,
+        skip: FloatTensor<Self>,
+        eps: f64,
+        with_skip: bool,
+        relu: bool,
+    ) -> FloatTensor<Self>;
+
+    /// (dy, dγ, dβ, dskip). dskip is empty unless `with_skip`.
+    fn norm_act_backward(
+        dout: FloatTensor<Self>,
+        out: FloatTensor<Self>,
+        y: FloatTensor<Self>,
+        gamma: FloatTensor<Self>,
+        beta: FloatTensor<Self>,
+        mean: FloatTensor<Self>,
+        variance: FloatTensor<Self>,
         eps: f64,
         with_skip: bool,
         relu: bool,
@@ -54,24 +100,6 @@ pub trait ConvNormAct: Backend {
         with_skip: bool,
         relu: bool,
     ) -> FloatTensor<Self>;
-
-    /// (dx, dw, dγ, dβ, dskip). dx is empty unless `by_x`, dskip unless `with_skip`.
-    fn conv_norm_act_backward(
-        dout: FloatTensor<Self>,
-        out: FloatTensor<Self>,
-        y: FloatTensor<Self>,
-        x: FloatTensor<Self>,
-        w: FloatTensor<Self>,
-        gamma: FloatTensor<Self>,
-        beta: FloatTensor<Self>,
-        mean: FloatTensor<Self>,
-        variance: FloatTensor<Self>,
-        stride: usize,
-        eps: f64,
-        with_skip: bool,
-        relu: bool,
-        by_x: bool,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
 }
 
 /// The elements, in row-major order.
@@ -83,33 +111,133 @@ fn tensor(values: Vec<f32>, shape: &[usize]) -> FlexTensor {
     FlexTensor::from_data(TensorData::new(values, shape.to_vec()))
 }
 
+fn empty() -> FlexTensor {
+    tensor(Vec::new(), &[0])
+}
+
 fn shape(x: &FlexTensor, w: &FlexTensor, stride: usize) -> Shape {
     let (x, w) = (x.shape(), w.shape());
     Shape { n: x[0], h: x[1], w: x[2], c_in: x[3], c_out: w[0], kernel: w[2], stride, padding: w[2] / 2, dilation: 1 }
 }
 
+/// scale and shift of a norm.
+fn affine([gamma, beta, mean, variance]: [&FlexTensor; 4], eps: f64) -> (Vec<f32>, Vec<f32>) {
+    let inverse = norm::inverse_deviation(values(variance), eps);
+    norm::scale_shift(values(gamma), values(beta), values(mean), &inverse)
+}
+
+fn normalisation([gamma, beta, mean, variance]: [&FlexTensor; 4], eps: f64) -> Norm {
+    let inverse = norm::inverse_deviation(values(variance), eps);
+    Norm::new(values(gamma), values(beta), values(mean), &inverse)
+}
+
 impl ConvNormAct for Flex {
-    fn conv_norm_act_forward(
+    fn conv_forward(
         x: FlexTensor,
         w: FlexTensor,
         gamma: FlexTensor,
         beta: FlexTensor,
-        skip: FlexTensor,
+        mean: FlexTensor,
+        variance: FlexTensor,
         stride: usize,
+        eps: f64,
+        pending: bool,
+    ) -> (FlexTensor, FlexTensor, FlexTensor) {
+        let [x, w, gamma, beta] = [x, w, gamma, beta].map(|t| t.to_contiguous());
+        let (isa, s) = (isa::chosen(), shape(&x, &w, stride));
+        let pending = pending.then(|| {
+            let (scale, shift) = affine([&gamma, &beta, &mean, &variance], eps);
+            norm::Pending::new(&scale, &shift, true)
+        });
+        let input = Input { values: values(&x), pending: pending.as_ref() };
+        let of_part = |_, y: &mut [f32]| norm::Moments::of(isa, y, s.c_out);
+        let (y, parts) = conv::forward_then(isa, &s, input, values(&w), of_part);
+        let (mean, var) = norm::Moments::total(&parts, s.c_out);
+        let of_y = [s.n, s.h_out(), s.w_out(), s.c_out];
+        (tensor(y, &of_y), tensor(mean, &[s.c_out]), tensor(var, &[s.c_out]))
+    }
+
+    fn conv_backward(
+        dy: FlexTensor,
+        x: FlexTensor,
+        w: FlexTensor,
+        gamma: FlexTensor,
+        beta: FlexTensor,
+        mean: FlexTensor,
+        variance: FlexTensor,
+        stride: usize,
+        eps: f64,
+        pending: bool,
+        by_x: bool,
+    ) -> (FlexTensor, FlexTensor, FlexTensor, FlexTensor) {
+        let [dy, x, w, gamma, beta] = [dy, x, w, gamma, beta].map(|t| t.to_contiguous());
+        let (isa, s) = (isa::chosen(), shape(&x, &w, stride));
+        let of_norm = [&gamma, &beta, &mean, &variance];
+        let lazy = pending.then(|| {
+            let (scale, shift) = affine(of_norm, eps);
+            norm::Pending::new(&scale, &shift, true)
+        });
+        let input = Input { values: values(&x), pending: lazy.as_ref() };
+        let dw = tensor(conv::backward_weight(isa, &s, input, values(&dy)), &w.shape());
+        let of_x = [s.n, s.h, s.w, s.c_in];
+        if !by_x {
+            return (empty(), dw, empty(), empty());
+        }
+        if !pending {
+            let dx = conv::backward_data(isa, &s, values(&w), values(&dy));
+            return (tensor(dx, &of_x), dw, empty(), empty());
+        }
+        let norm = normalisation(of_norm, eps);
+        let (mut g, sums) = conv::backward_data_then(isa, &s, values(&w), values(&dy), |at, g| {
+            norm.sums(isa, g, &input.values[at..at + g.len()], Gate::Relu, None)
+        });
+        let totals = norm.totals(&sums, s.n * s.h * s.w);
+        norm.by_y_in_place(isa, &totals, &mut g, input.values);
+        let of_c = |v: Vec<f32>| tensor(v, &[s.c_in]);
+        (tensor(g, &of_x), dw, of_c(totals.dgamma), of_c(totals.dbeta))
+    }
+
+    fn norm_act_forward(
+        y: FlexTensor,
+        gamma: FlexTensor,
+        beta: FlexTensor,
+        mean: FlexTensor,
+        variance: FlexTensor,
+        skip: FlexTensor,
+        eps: f64,
+        with_skip: bool,
+        relu: bool,
+    ) -> FlexTensor {
+        let [y, gamma, beta, skip] = [y, gamma, beta, skip].map(|t| t.to_contiguous());
+        let (scale, shift) = affine([&gamma, &beta, &mean, &variance], eps);
+        let skip = with_skip.then(|| values(&skip));
+        tensor(norm::affine_act(isa::chosen(), values(&y), &scale, &shift, skip, relu), &y.shape())
+    }
+
+    fn norm_act_backward(
+        dout: FlexTensor,
+        out: FlexTensor,
+        y: FlexTensor,
+        gamma: FlexTensor,
+        beta: FlexTensor,
+        mean: FlexTensor,
+        variance: FlexTensor,
         eps: f64,
         with_skip: bool,
         relu: bool,
     ) -> (FlexTensor, FlexTensor, FlexTensor, FlexTensor) {
-        let [x, w, gamma, beta, skip] = [x, w, gamma, beta, skip].map(|t| t.to_contiguous());
-        let (isa, s) = (isa::chosen(), shape(&x, &w, stride));
-        let of_part = |_, y: &mut [f32]| norm::Moments::of(isa, y, s.c_out);
-        let (y, parts) = conv::forward_then(isa, &s, values(&x), values(&w), of_part);
-        let (mean, var) = norm::Moments::total(&parts, s.c_out);
-        let inverse = norm::inverse_deviation(&var, eps);
-        let (scale, shift) = norm::scale_shift(values(&gamma), values(&beta), &mean, &inverse);
-        let out = norm::affine_act(isa, &y, &scale, &shift, with_skip.then(|| values(&skip)), relu);
-        let of_y = [s.n, s.h_out(), s.w_out(), s.c_out];
-        (tensor(out, &of_y), tensor(y, &of_y), tensor(mean, &[s.c_out]), tensor(var, &[s.c_out]))
+        let [dout, y, gamma, beta] = [dout, y, gamma, beta].map(|t| t.to_contiguous());
+        let gate = match (with_skip, relu) {
+            (false, false) => Gate::Open,
+            (false, true) => Gate::Relu,
+            (true, false) => Gate::Add,
+            (true, true) => Gate::AddRelu(values(&out)),
+        };
+        let norm = normalisation([&gamma, &beta, &mean, &variance], eps);
+        let g = norm::backward(isa::chosen(), values(&dout), gate, &norm, values(&y));
+        let of_c = |v: Vec<f32>| tensor(v, &gamma.shape());
+        let dskip = g.dskip.map_or_else(empty, |dskip| tensor(dskip, &y.shape()));
+        (tensor(g.dy, &y.shape()), of_c(g.dgamma), of_c(g.dbeta), dskip)
     }
 
     fn conv_act(
@@ -123,114 +251,53 @@ impl ConvNormAct for Flex {
     ) -> FlexTensor {
         let [x, w, shift, skip] = [x, w, shift, skip].map(|t| t.to_contiguous());
         let (isa, s) = (isa::chosen(), shape(&x, &w, stride));
-        let (y, _) = conv::forward_then(isa, &s, values(&x), values(&w), |at, y| {
+        let (y, _) = conv::forward_then(isa, &s, values(&x).into(), values(&w), |at, y| {
             let skip = with_skip.then(|| &values(&skip)[at..at + y.len()]);
             norm::shift_act(isa, y, values(&shift), skip, relu);
         });
         tensor(y, &[s.n, s.h_out(), s.w_out(), s.c_out])
     }
-
-    fn conv_norm_act_backward(
-        dout: FlexTensor,
-        out: FlexTensor,
-        y: FlexTensor,
-        x: FlexTensor,
-        w: FlexTensor,
-        gamma: FlexTensor,
-        beta: FlexTensor,
-        mean: FlexTensor,
-        variance: FlexTensor,
-        stride: usize,
-        eps: f64,
-        with_skip: bool,
-        relu: bool,
-        by_x: bool,
-    ) -> (FlexTensor, FlexTensor, FlexTensor, FlexTensor, FlexTensor) {
-        let [dout, x, w, gamma, beta] = [dout, x, w, gamma, beta].map(|t| t.to_contiguous());
-        let (isa, s) = (isa::chosen(), shape(&x, &w, stride));
-        let inverse = norm::inverse_deviation(values(&variance), eps);
-        let gate = match (with_skip, relu) {
-            (false, false) => Gate::Open,
-            (false, true) => Gate::Relu,
-            (true, false) => Gate::Add,
-            (true, true) => Gate::AddRelu(values(&out)),
-        };
-        let used =
-            Used { y: values(&y), gamma: values(&gamma), beta: values(&beta), mean: values(&mean), inverse: &inverse };
-        let g = norm::backward(isa, values(&dout), gate, used);
-        let dw = conv::backward_weight(isa, &s, values(&x), &g.dy);
-        let dx = if by_x {
-            tensor(conv::backward_data(isa, &s, values(&w), &g.dy), &[s.n, s.h, s.w, s.c_in])
-        } else {
-            tensor(Vec::new(), &[0])
-        };
-        let of_y = [s.n, s.h_out(), s.w_out(), s.c_out];
-        (
-            dx,
-            tensor(dw, &[s.c_out, s.c_in, s.kernel, s.kernel]),
-            tensor(g.dgamma, &[s.c_out]),
-            tensor(g.dbeta, &[s.c_out]),
-            g.dskip.map_or_else(|| tensor(Vec::new(), &[0]), |dskip| tensor(dskip, &of_y)),
-        )
-    }
 }
 
 impl<B: Backend + ConvNormAct, C: CheckpointStrategy> ConvNormAct for Autodiff<B, C> {
-    fn conv_norm_act_forward(
+    fn conv_forward(
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
         gamma: FloatTensor<Self>,
         beta: FloatTensor<Self>,
-        skip: FloatTensor<Self>,
+        mean: FloatTensor<Self>,
+        variance: FloatTensor<Self>,
         stride: usize,
         eps: f64,
-        with_skip: bool,
-        relu: bool,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        pending: bool,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         #[derive(Debug)]
-        struct Fused;
+        struct Conv;
 
         #[derive(Debug, Clone)]
         struct Kept<F> {
-            out: F,
-            y: F,
             x: F,
             w: F,
-            gamma: F,
-            beta: F,
-            mean: F,
-            variance: F,
+            /// γ, β, mean and variance of the norm that was read through.
+            norm: [F; 4],
             stride: usize,
             eps: f64,
-            with_skip: bool,
-            relu: bool,
+            pending: bool,
         }
 
-        impl<B: Backend + ConvNormAct> Backward<B, 5> for Fused {
+        impl<B: Backend + ConvNormAct> Backward<B, 4> for Conv {
             type State = Kept<B::FloatTensorPrimitive>;
 
-            fn backward(self, ops: Ops<Self::State, 5>, grads: &mut Gradients, _: &mut Checkpointer) {
-                let [x, w, gamma, beta, skip] = ops.parents;
-                let dout = grads.consume::<B>(&ops.node);
+            fn backward(self, ops: Ops<Self::State, 4>, grads: &mut Gradients, _: &mut Checkpointer) {
+                let [x, w, gamma, beta] = ops.parents;
+                let dy = grads.consume::<B>(&ops.node);
                 let k = ops.state;
-                let (dx, dw, dgamma, dbeta, dskip) = B::conv_norm_act_backward(
-                    dout,
-                    k.out,
-                    k.y,
-                    k.x,
-                    k.w,
-                    k.gamma,
-                    k.beta,
-                    k.mean,
-                    k.variance,
-                    k.stride,
-                    k.eps,
-                    k.with_skip,
-                    k.relu,
-                    x.is_some(),
-                );
-                let skip = skip.filter(|_| k.with_skip);
-                for (node, gradient) in [(x, dx), (w, dw), (gamma, dgamma), (beta, dbeta), (skip, dskip)] {
+                let [of_gamma, of_beta, mean, variance] = k.norm;
+                let by_x = x.is_some() || k.pending;
+                let (dx, dw, dgamma, dbeta) =
+                    B::conv_backward(dy, k.x, k.w, of_gamma, of_beta, mean, variance, k.stride, k.eps, k.pending, by_x);
+                let (gamma, beta) = (gamma.filter(|_| k.pending), beta.filter(|_| k.pending));
+                for (node, gradient) in [(x, dx), (w, dw), (gamma, dgamma), (beta, dbeta)] {
                     if let Some(node) = node {
                         grads.register::<B>(node.id, gradient);
                     }
@@ -238,31 +305,87 @@ impl<B: Backend + ConvNormAct, C: CheckpointStrategy> ConvNormAct for Autodiff<B
             }
         }
 
-        let nodes = [x.node(), w.node(), gamma.node(), beta.node(), skip.node()];
-        let ((x, _), (w, _), (gamma, _), (beta, _), (skip, _)) =
-            (x.into_parts(), w.into_parts(), gamma.into_parts(), beta.into_parts(), skip.into_parts());
-        let (out, y, mean, variance) = B::conv_norm_act_forward(
-            x.clone(),
-            w.clone(),
-            gamma.clone(),
-            beta.clone(),
-            skip,
-            stride,
-            eps,
-            with_skip,
-            relu,
-        );
-        let constant = |t: FloatTensor<B>| <Self as burn::backend::AutodiffBackend>::from_inner(t);
-        let (of_y, of_mean, of_variance) = (constant(y.clone()), constant(mean.clone()), constant(variance.clone()));
-        let out = match Fused.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => {
-                let kept =
-                    Kept { out: out.clone(), y, x, w, gamma, beta, mean, variance, stride, eps, with_skip, relu };
-                prep.finish(kept, out)
-            }
-            OpsKind::UnTracked(prep) => prep.finish(out),
+        let nodes = [x.node(), w.node(), gamma.node(), beta.node()];
+        let ((x, _), (w, _), (gamma, _), (beta, _)) =
+            (x.into_parts(), w.into_parts(), gamma.into_parts(), beta.into_parts());
+        let ((mean, _), (variance, _)) = (mean.into_parts(), variance.into_parts());
+        let norm = [gamma, beta, mean, variance];
+        let [gamma, beta, mean, variance] = norm.clone();
+        let (y, of_mean, of_variance) =
+            B::conv_forward(x.clone(), w.clone(), gamma, beta, mean, variance, stride, eps, pending);
+        let constant = |t: FloatTensor<B>| <Self as AutodiffBackend>::from_inner(t);
+        let y = match Conv.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish(Kept { x, w, norm, stride, eps, pending }, y),
+            OpsKind::UnTracked(prep) => prep.finish(y),
         };
-        (out, of_y, of_mean, of_variance)
+        (y, constant(of_mean), constant(of_variance))
+    }
+
+    fn norm_act_forward(
+        y: FloatTensor<Self>,
+        gamma: FloatTensor<Self>,
+        beta: FloatTensor<Self>,
+        mean: FloatTensor<Self>,
+        variance: FloatTensor<Self>,
+        skip: FloatTensor<Self>,
+        eps: f64,
+        with_skip: bool,
+        relu: bool,
+    ) -> FloatTensor<Self> {
+        #[derive(Debug)]
+        struct NormAct;
+
+        #[derive(Debug, Clone)]
+        struct Kept<F> {
+            /// For the ReLU's mask.
+            out: F,
+            y: F,
+            norm: [F; 4],
+            eps: f64,
+            with_skip: bool,
+            relu: bool,
+        }
+
+        impl<B: Backend + ConvNormAct> Backward<B, 4> for NormAct {
+            type State = Kept<B::FloatTensorPrimitive>;
+
+            fn backward(self, ops: Ops<Self::State, 4>, grads: &mut Gradients, _: &mut Checkpointer) {
+                let [y, gamma, beta, skip] = ops.parents;
+                let dout = grads.consume::<B>(&ops.node);
+                let k = ops.state;
+                let [of_gamma, of_beta, mean, variance] = k.norm;
+                let (dy, dgamma, dbeta, dskip) = B::norm_act_backward(
+                    dout,
+                    k.out,
+                    k.y,
+                    of_gamma,
+                    of_beta,
+                    mean,
+                    variance,
+                    k.eps,
+                    k.with_skip,
+                    k.relu,
+                );
+                let skip = skip.filter(|_| k.with_skip);
+                for (node, gradient) in [(y, dy), (gamma, dgamma), (beta, dbeta), (skip, dskip)] {
+                    if let Some(node) = node {
+                        grads.register::<B>(node.id, gradient);
+                    }
+                }
+            }
+        }
+
+        let nodes = [y.node(), gamma.node(), beta.node(), skip.node()];
+        let ((y, _), (gamma, _), (beta, _), (skip, _)) =
+            (y.into_parts(), gamma.into_parts(), beta.into_parts(), skip.into_parts());
+        let ((mean, _), (variance, _)) = (mean.into_parts(), variance.into_parts());
+        let norm = [gamma, beta, mean, variance];
+        let [gamma, beta, mean, variance] = norm.clone();
+        let out = B::norm_act_forward(y.clone(), gamma, beta, mean, variance, skip, eps, with_skip, relu);
+        match NormAct.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish(Kept { out: out.clone(), y, norm, eps, with_skip, relu }, out),
+            OpsKind::UnTracked(prep) => prep.finish(out),
+        }
     }
 
     fn conv_act(
@@ -277,9 +400,7 @@ impl<B: Backend + ConvNormAct, C: CheckpointStrategy> ConvNormAct for Autodiff<B
         panic!("the folded layer has no gradient: `conv_norm_act` composes the layer where one is wanted")
     }
 
-    fn conv_norm_act_backward(
-        _: FloatTensor<Self>,
-        _: FloatTensor<Self>,
+    fn conv_backward(
         _: FloatTensor<Self>,
         _: FloatTensor<Self>,
         _: FloatTensor<Self>,
@@ -291,46 +412,92 @@ impl<B: Backend + ConvNormAct, C: CheckpointStrategy> ConvNormAct for Autodiff<B
         _: f64,
         _: bool,
         _: bool,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        panic!("a gradient of a gradient is not supported")
+    }
+
+    fn norm_act_backward(
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+        _: f64,
         _: bool,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        _: bool,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         panic!("a gradient of a gradient is not supported")
     }
 }
 
-/// The fused layer with batch statistics: (out, mean, variance).
-///
-/// # Shapes
-/// `x`: `[N, H, W, C_in]`; `w`: `[C_out, C_in, K, K]`; `gamma`, `beta`: `[C_out]`; `skip` and the output `[N, H', W', C_out]`.
-pub fn train(
-    x: Tensor<4>,
-    w: Tensor<4>,
+/// A convolution's output, `[N, H, W, C]`, with the norm that is still to come; everything else `[C]`.
+#[derive(Debug, Clone)]
+pub struct Pending {
+    y: Tensor<4>,
     gamma: Tensor<1>,
     beta: Tensor<1>,
-    skip: Option<Tensor<4>>,
-    stride: usize,
+    /// Of the batch.
+    pub mean: Tensor<1>,
+    /// Of the batch, biased.
+    pub variance: Tensor<1>,
     eps: f64,
-    relu: bool,
-) -> (Tensor<4>, Tensor<1>, Tensor<1>) {
+}
+
+/// What a convolution reads.
+#[derive(Debug, Clone)]
+pub enum Source {
+    /// A finished map.
+    Done(Tensor<4>),
+    /// relu(norm(y)).
+    Pending(Pending),
+}
+
+/// The convolution with the batch's statistics of its output; γ and β are of the norm behind it.
+///
+/// # Shapes
+/// `x`: `[N, H, W, C_in]`; `w`: `[C_out, C_in, K, K]`; `gamma`, `beta`: `[C_out]`.
+pub fn conv(x: Source, w: Tensor<4>, gamma: Tensor<1>, beta: Tensor<1>, stride: usize, eps: f64) -> Pending {
+    let pending = matches!(x, Source::Pending(_));
+    let (x, of_x) = match x {
+        Source::Done(x) => {
+            let none = || Tensor::<1>::zeros([1], &w.device());
+            (x, [none(), none(), none(), none()])
+        }
+        Source::Pending(p) => (p.y, [p.gamma, p.beta, p.mean, p.variance]),
+    };
+    let [g, b, m, v] = of_x.map(Tensor::into_dispatch);
+    let (y, mean, variance) =
+        Dispatch::conv_forward(x.into_dispatch(), w.into_dispatch(), g, b, m, v, stride, eps, pending);
+    let (mean, variance) = (Tensor::from_dispatch(mean), Tensor::from_dispatch(variance));
+    Pending { y: Tensor::from_dispatch(y), gamma, beta, mean, variance, eps }
+}
+
+/// act(norm(y) (+ skip)).
+///
+/// # Shapes
+/// All `[N, H, W, C]`.
+pub fn norm_act(p: Pending, skip: Option<Tensor<4>>, relu: bool) -> Tensor<4> {
     let with_skip = skip.is_some();
-    let skip = skip.unwrap_or_else(|| Tensor::zeros([1, 1, 1, 1], &w.device()));
-    let (out, _, mean, variance) = Dispatch::conv_norm_act_forward(
-        x.into_dispatch(),
-        w.into_dispatch(),
-        gamma.into_dispatch(),
-        beta.into_dispatch(),
+    let skip = skip.unwrap_or_else(|| Tensor::zeros([1, 1, 1, 1], &p.y.device()));
+    Tensor::from_dispatch(Dispatch::norm_act_forward(
+        p.y.into_dispatch(),
+        p.gamma.into_dispatch(),
+        p.beta.into_dispatch(),
+        p.mean.into_dispatch(),
+        p.variance.into_dispatch(),
         skip.into_dispatch(),
-        stride,
-        eps,
+        p.eps,
         with_skip,
         relu,
-    );
-    (Tensor::from_dispatch(out), Tensor::from_dispatch(mean), Tensor::from_dispatch(variance))
+    ))
 }
 
 /// The fused layer with running statistics, folded: act(conv(x, γ/σ · w) + β − γ/σ · mean (+ skip)). No tensor of it is tracked.
 ///
 /// # Shapes
-/// As for [`train`].
+/// As for [`conv`]; `skip` and the result `[N, H', W', C_out]`.
 pub fn eval(
     x: Tensor<4>,
     w: Tensor<4>,

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Init,
-    conv_norm_act::{ConvNorm, Then, conv_norm_act},
+    conv_norm_act::{ConvNorm, Map, Then, conv_norm_act},
     init,
     pass::{Pass, Statistics},
     tree::{Leaf, Tree},
@@ -251,7 +251,7 @@ impl ResNet {
     /// `x`: `[N, H, W, C]`, normalised by channel; returns `[N, F]`.
     pub fn forward(&self, pass: &mut Pass, x: Tensor<4>) -> Tensor<2> {
         let (stem, kind) = &self.stem;
-        let mut x = conv_norm_act(pass, stem, x, Then::Relu);
+        let mut x = conv_norm_act(pass, stem, x, Then::Relu).done();
         if *kind == Stem::Imagenet {
             x = max_pool_3x3_stride_2(x);
         }
@@ -266,12 +266,12 @@ impl ResNet {
 impl ResidualBlock {
     fn forward(&self, pass: &mut Pass, x: Tensor<4>) -> Tensor<4> {
         let skip = match &self.projection {
-            Some(projection) => conv_norm_act(pass, projection, x.clone(), Then::Nothing),
+            Some(projection) => conv_norm_act(pass, projection, x.clone(), Then::Nothing).done(),
             None => x.clone(),
         };
         let (last, inner) = self.convs.split_last().expect("a block has convolutions");
-        let y = inner.iter().fold(x, |y, conv| conv_norm_act(pass, conv, y, Then::Relu));
-        conv_norm_act(pass, last, y, Then::AddRelu(skip))
+        let y = inner.iter().fold(Map::from(x), |y, conv| conv_norm_act(pass, conv, y, Then::Relu));
+        conv_norm_act(pass, last, y, Then::AddRelu(skip)).done()
     }
 }
 

@@ -389,7 +389,7 @@ fn kernels(args: &Kernels) -> Result<()> {
         let all = [
             speed(&|| conv::forward(isa, &s, &x, &w)),
             speed(&|| conv::backward_data(isa, &s, &w, &y)),
-            speed(&|| conv::backward_weight(isa, &s, &x, &y)),
+            speed(&|| conv::backward_weight(isa, &s, x.as_slice().into(), &y)),
         ];
         if args.common.json {
             lines.push(json!({

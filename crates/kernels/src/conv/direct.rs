@@ -12,7 +12,7 @@ use std::{cell::RefCell, mem::MaybeUninit, ops::Range};
 use rayon::prelude::*;
 
 use super::{
-    Map, Shape,
+    Input, Map, Shape,
     tiles::{Pixels, Slopes, blocks, pack},
 };
 use crate::{
@@ -198,14 +198,21 @@ struct Window<'a> {
     rows: Range<usize>,
 }
 
-/// Copies what `task` reads into `buffer`, with its margin; `slack` values more may be read behind it. Without margin and slack nothing
-/// is copied.
-fn window<'a>(walk: &Walk, task: &Task, source: &'a [f32], buffer: &'a mut Vec<f32>, slack: usize) -> Window<'a> {
+/// Copies what `task` reads into `buffer`, with its margin; `slack` values more may be read behind it. Without margin, slack and a
+/// pending norm nothing is copied.
+fn window<'a>(
+    isa: &Isa,
+    walk: &Walk,
+    task: &Task,
+    source: Input<'a>,
+    buffer: &'a mut Vec<f32>,
+    slack: usize,
+) -> Window<'a> {
     let (rows, map) = (walk.source_rows(task), walk.from);
-    let image = map.h * map.w * map.c;
-    if !walk.has_margin() && slack == 0 {
+    let image = map.len();
+    if let (false, 0, None) = (walk.has_margin(), slack, source.pending) {
         let whole = 0..map.h;
-        return Window { values: &source[task.images.start * image..task.images.end * image], rows: whole };
+        return Window { values: &source.values[task.images.start * image..task.images.end * image], rows: whole };
     }
     let line = walk.width() * map.c;
     let length = task.images.len() * rows.len() * line + slack;
@@ -219,7 +226,7 @@ fn window<'a>(walk: &Walk, task: &Task, source: &'a [f32], buffer: &'a mut Vec<f
             Some(y) => {
                 to[..left].fill(0.0);
                 to[line - right..].fill(0.0);
-                to[left..line - right].copy_from_slice(&source[i * image + y * map.w * map.c..][..map.w * map.c]);
+                source.copy(isa, i * image + y * map.w * map.c, &mut to[left..line - right]);
             }
             None => to.fill(0.0),
         }
@@ -277,7 +284,7 @@ fn walk<T: Send>(
     s: &Shape,
     walk: &Walk,
     w: &[f32],
-    source: &[f32],
+    source: Input,
     turned: bool,
     finish: impl Fn(usize, &mut [f32]) -> T + Sync,
 ) -> (Vec<f32>, Vec<T>) {
@@ -299,7 +306,7 @@ fn walk<T: Send>(
             }
             SCRATCH.with_borrow_mut(|scratch| {
                 let Scratch { source: buffer, base, to, .. } = scratch;
-                let window = window(walk, &task, source, buffer, 0);
+                let window = window(isa, walk, &task, source, buffer, 0);
                 for (phase, weights) in walk.phases.iter().zip(&weights) {
                     pixels(walk, phase, &task, &window.rows, base, to);
                     let (taps, run) = runs(walk, phase);
@@ -321,19 +328,25 @@ pub(super) fn forward<T: Send>(
     isa: &Isa,
     s: &Shape,
     w: &[f32],
-    x: &[f32],
+    x: Input,
     finish: impl Fn(usize, &mut [f32]) -> T + Sync,
 ) -> (Vec<f32>, Vec<T>) {
     walk(isa, s, &Walk::forward(s), w, x, false, finish)
 }
 
 /// See [`super::backward_data`].
-pub(super) fn backward_data(isa: &Isa, s: &Shape, w: &[f32], dy: &[f32]) -> Vec<f32> {
-    walk(isa, s, &Walk::backward(s), w, dy, true, |_, _| ()).0
+pub(super) fn backward_data<T: Send>(
+    isa: &Isa,
+    s: &Shape,
+    w: &[f32],
+    dy: &[f32],
+    finish: impl Fn(usize, &mut [f32]) -> T + Sync,
+) -> (Vec<f32>, Vec<T>) {
+    walk(isa, s, &Walk::backward(s), w, dy.into(), true, finish)
 }
 
 /// The gradient by the weights, block by block of channels, each `[taps, c_in, NV · LANES]`.
-pub(super) fn backward_weight(isa: &Isa, s: &Shape, x: &[f32], dy: &[f32]) -> Vec<f32> {
+pub(super) fn backward_weight(isa: &Isa, s: &Shape, x: Input, dy: &[f32]) -> Vec<f32> {
     let walk = Walk::forward(s);
     let (taps, run) = runs(&walk, &walk.phases[0]);
     let length = taps.len() * run * s.c_out.next_multiple_of(isa.lanes);
@@ -345,7 +358,7 @@ pub(super) fn backward_weight(isa: &Isa, s: &Shape, x: &[f32], dy: &[f32]) -> Ve
 }
 
 /// Every thread sums some pixels into a gradient of its own, then all are added: for small weights.
-fn by_parts(isa: &Isa, walk: &Walk, taps: &[u32], run: usize, length: usize, x: &[f32], dy: &[f32]) -> Vec<f32> {
+fn by_parts(isa: &Isa, walk: &Walk, taps: &[u32], run: usize, length: usize, x: Input, dy: &[f32]) -> Vec<f32> {
     let tasks = walk.tasks();
     let partial: Vec<Vec<f32>> = tasks
         .par_chunks(tasks.len().div_ceil(PARTS).max(1))
@@ -375,7 +388,7 @@ fn by_parts(isa: &Isa, walk: &Walk, taps: &[u32], run: usize, length: usize, x: 
 
 /// Every thread sums all pixels into some of the weights, group after group of images: for weights that are large beside the maps, where
 /// sums of their own would cost more than they save.
-fn by_blocks(isa: &Isa, walk: &Walk, taps: &[u32], run: usize, length: usize, x: &[f32], dy: &[f32]) -> Vec<f32> {
+fn by_blocks(isa: &Isa, walk: &Walk, taps: &[u32], run: usize, length: usize, x: Input, dy: &[f32]) -> Vec<f32> {
     let mut dw = vec![0.0f32; length];
     let image = (walk.from.h + walk.margin[0][0] + walk.margin[0][1]) * walk.width() * walk.from.c;
     let together = (GROUP_VALUES / image.max(1)).clamp(1, walk.n.max(1));
@@ -398,14 +411,14 @@ fn slopes<'a>(
     walk: &Walk,
     task: &Task,
     run: usize,
-    x: &'a [f32],
+    x: Input<'a>,
     dy: &'a [f32],
     scratch: &'a mut Scratch,
 ) -> Slopes<'a> {
     let Scratch { source: buffer, base, to, slopes } = scratch;
     // The last tile of a run reads rows that are not there.
     let slack = run.next_multiple_of(isa.rows) - run;
-    let window = window(walk, task, x, buffer, slack);
+    let window = window(isa, walk, task, x, buffer, slack);
     pixels(walk, &walk.phases[0], task, &window.rows, base, to);
     let (c, step) = (walk.to.c, walk.to.c.next_multiple_of(isa.lanes));
     let mut dy = &dy[task.span(walk.to)];

@@ -7,7 +7,9 @@ mod direct;
 mod tiles;
 mod winograd;
 
-use crate::isa::Isa;
+use std::mem::MaybeUninit;
+
+use crate::{isa::Isa, norm::Pending};
 
 /// Shapes of one convolution. Input `[n, h, w, c_in]`, weight `[c_out, c_in, kernel, kernel]`, output `[n, h_out, w_out, c_out]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,6 +67,38 @@ impl Shape {
     }
 }
 
+/// What a convolution reads: finished values, or a convolution's output whose norm and ReLU are still to come.
+#[derive(Debug, Clone, Copy)]
+pub struct Input<'a> {
+    /// `[n, h, w, c_in]`.
+    pub values: &'a [f32],
+    /// What is still to be done to each value that is read.
+    pub pending: Option<&'a Pending>,
+}
+
+impl<'a> From<&'a [f32]> for Input<'a> {
+    fn from(values: &'a [f32]) -> Self {
+        Input { values, pending: None }
+    }
+}
+
+impl Input<'_> {
+    /// Finished values, from the pixel at `from` on.
+    fn copy(&self, isa: &Isa, from: usize, to: &mut [f32]) {
+        let values = &self.values[from..from + to.len()];
+        match self.pending {
+            None => to.copy_from_slice(values),
+            Some(pending) => pending.apply(isa, values, as_unwritten(to)),
+        }
+    }
+}
+
+/// Written values as such that may be overwritten, by who writes numbers alone.
+fn as_unwritten(values: &mut [f32]) -> &mut [MaybeUninit<f32>] {
+    // SAFETY: the layouts are the same; who gets it in this crate writes numbers, never less.
+    unsafe { &mut *(std::ptr::from_mut(values) as *mut [MaybeUninit<f32>]) }
+}
+
 /// A map of pixels.
 #[derive(Debug, Clone, Copy)]
 struct Map {
@@ -88,13 +122,13 @@ impl Map {
 pub fn forward_then<T: Send>(
     isa: &Isa,
     s: &Shape,
-    x: &[f32],
+    x: Input,
     w: &[f32],
     finish: impl Fn(usize, &mut [f32]) -> T + Sync,
 ) -> (Vec<f32>, Vec<T>) {
     s.check();
     let [of_x, of_w, _] = s.lengths();
-    assert_eq!((x.len(), w.len()), (of_x, of_w), "{s:?}");
+    assert_eq!((x.values.len(), w.len()), (of_x, of_w), "{s:?}");
     match winograd::Tiling::of(s) {
         Some(tiling) => winograd::forward(isa, s, &tiling, w, x, false, finish),
         None => direct::forward(isa, s, w, x, finish),
@@ -106,7 +140,27 @@ pub fn forward_then<T: Send>(
 /// # Panics
 /// If a slice has not the length that `s` says.
 pub fn forward(isa: &Isa, s: &Shape, x: &[f32], w: &[f32]) -> Vec<f32> {
-    forward_then(isa, s, x, w, |_, _| ()).0
+    forward_then(isa, s, x.into(), w, |_, _| ()).0
+}
+
+/// dx from dy; `finish` as in [`forward_then`].
+///
+/// # Panics
+/// If a slice has not the length that `s` says.
+pub fn backward_data_then<T: Send>(
+    isa: &Isa,
+    s: &Shape,
+    w: &[f32],
+    dy: &[f32],
+    finish: impl Fn(usize, &mut [f32]) -> T + Sync,
+) -> (Vec<f32>, Vec<T>) {
+    s.check();
+    let [_, of_w, of_y] = s.lengths();
+    assert_eq!((w.len(), dy.len()), (of_w, of_y), "{s:?}");
+    match winograd::Tiling::of(s) {
+        Some(tiling) => winograd::forward(isa, s, &tiling.turned(), w, dy.into(), true, finish),
+        None => direct::backward_data(isa, s, w, dy, finish),
+    }
 }
 
 /// dx from dy.
@@ -114,23 +168,17 @@ pub fn forward(isa: &Isa, s: &Shape, x: &[f32], w: &[f32]) -> Vec<f32> {
 /// # Panics
 /// If a slice has not the length that `s` says.
 pub fn backward_data(isa: &Isa, s: &Shape, w: &[f32], dy: &[f32]) -> Vec<f32> {
-    s.check();
-    let [_, of_w, of_y] = s.lengths();
-    assert_eq!((w.len(), dy.len()), (of_w, of_y), "{s:?}");
-    match winograd::Tiling::of(s) {
-        Some(tiling) => winograd::forward(isa, s, &tiling.turned(), w, dy, true, |_, _| ()).0,
-        None => direct::backward_data(isa, s, w, dy),
-    }
+    backward_data_then(isa, s, w, dy, |_, _| ()).0
 }
 
 /// dw from x and dy, in the weight's own layout.
 ///
 /// # Panics
 /// If a slice has not the length that `s` says.
-pub fn backward_weight(isa: &Isa, s: &Shape, x: &[f32], dy: &[f32]) -> Vec<f32> {
+pub fn backward_weight(isa: &Isa, s: &Shape, x: Input, dy: &[f32]) -> Vec<f32> {
     s.check();
     let [of_x, _, of_y] = s.lengths();
-    assert_eq!((x.len(), dy.len()), (of_x, of_y), "{s:?}");
+    assert_eq!((x.values.len(), dy.len()), (of_x, of_y), "{s:?}");
     let sum = match winograd::Tiling::of(s) {
         Some(tiling) => winograd::backward_weight(isa, s, &tiling, x, dy),
         None => direct::backward_weight(isa, s, x, dy),

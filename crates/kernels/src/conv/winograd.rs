@@ -12,18 +12,22 @@
 //! (narrow). Else the threads go through the stages together, sharing out the planes, so that the weights pass by once for many tiles
 //! (wide). Tiles, parts and groups are fixed by the shape, so the order of sums is too.
 
-use std::{cell::RefCell, mem::MaybeUninit, ops::Range};
+use std::{
+    cell::RefCell,
+    mem::{MaybeUninit, take},
+    ops::Range,
+};
 
 use rayon::prelude::*;
 
 use super::{
-    Map, Shape,
+    Input, Map, Shape, as_unwritten,
     tiles::{Pixels, Slopes, blocks, pack},
 };
 use crate::{
     isa::Isa,
     memory::{unwritten, written, written_slice},
-    transform::{PLANES, TILE, Transform, WINDOW},
+    transform::{Compiled, PLANES, TILE, Transform, WINDOW},
 };
 
 /// Values of transformed tiles that a thread works on at once in the narrow way: a part of a core's second-level cache.
@@ -44,7 +48,7 @@ const WIDE_SUMS: usize = 1 << 19;
 /// Tiles of a group in the wide way, at least, so that the weights do not pass by for few of them.
 const WIDE_TILES: usize = 128;
 
-/// Tiles that lie together in memory in the wide way.
+/// Tiles of a part of the gradient by the weights in the wide way.
 const TOGETHER: usize = 48;
 
 /// Parts that sum weight gradients of their own in the narrow way: enough for many threads.
@@ -110,6 +114,12 @@ impl Tiling {
         (0..self.n).flat_map(|i| (0..self.rows).step_by(rows).map(move |r| band(i, r))).collect()
     }
 
+    /// How many neighbouring parts have about this many tiles together.
+    fn together(&self, parts: &[Part], tiles: usize) -> usize {
+        let most = parts.iter().map(|part| self.tiles(part).len()).max().unwrap_or(1);
+        (tiles / most).max(1)
+    }
+
     /// The tiles of a part, in order.
     fn tiles(&self, part: &Part) -> Range<usize> {
         part.start * self.cols..part.end * self.cols
@@ -129,40 +139,45 @@ impl Tiling {
         at(part.start)..at(part.end)
     }
 
-    /// Bᵀ x B of one tile; its planes begin at `to + k · plane`. `patch` is for tiles at the border.
-    fn read(&self, isa: &Isa, x: &[f32], tile: usize, patch: &mut Vec<f32>, to: &mut [MaybeUninit<f32>], plane: usize) {
-        let (Map { h, w, c }, place) = (self.from, self.place(tile));
-        let origin = |at: usize| (TILE * at) as isize - self.padding as isize;
-        let (y, x0) = (origin(place.row), origin(place.col));
-        let inside = |at: isize, size: usize| at >= 0 && at as usize + WINDOW <= size;
-        let image = &x[place.image * self.from.len()..][..self.from.len()];
-        let (from, step) = if inside(y, h) && inside(x0, w) {
-            (&image[(y as usize * w + x0 as usize) * c..], [w * c, c])
-        } else {
-            (cut(image, self.from, [y, x0], WINDOW, patch), [WINDOW * c, c])
-        };
-        Transform { n: c, from, from_step: step, to, to_step: [WINDOW * plane, plane] }.run(isa.window);
-    }
-
-    /// A dy Aᵀ of one tile; its planes begin at `to + k · plane`.
-    fn read_slopes(
+    /// What the tiles of a part read of `source`, a map of this size: squares of `side` pixels, the first `lead` pixels before the map.
+    /// Where they reach beyond it, or `source` has to be normalised first, that is a copy in `buffer`.
+    fn window<'a>(
         &self,
         isa: &Isa,
-        dy: &[f32],
-        tile: usize,
-        patch: &mut Vec<f32>,
-        to: &mut [MaybeUninit<f32>],
-        plane: usize,
-    ) {
-        let (Map { h, w, c }, place) = (self.to, self.place(tile));
-        let (y, x) = (TILE * place.row, TILE * place.col);
-        let image = &dy[place.image * self.to.len()..][..self.to.len()];
-        let (from, step) = if y + TILE <= h && x + TILE <= w {
-            (&image[(y * w + x) * c..], [w * c, c])
-        } else {
-            (cut(image, self.to, [y as isize, x as isize], TILE, patch), [TILE * c, c])
-        };
-        Transform { n: c, from, from_step: step, to, to_step: [WINDOW * plane, plane] }.run(isa.slopes);
+        map: Map,
+        [lead, side]: [usize; 2],
+        source: Input<'a>,
+        part: &Part,
+        buffer: &'a mut Vec<f32>,
+    ) -> Window<'a> {
+        let images = part.start / self.rows..(part.end - 1) / self.rows + 1;
+        let (top, bottom) =
+            if images.len() == 1 { (part.start % self.rows, (part.end - 1) % self.rows + 1) } else { (0, self.rows) };
+        let [height, width] = [bottom - top, self.cols].map(|tiles| TILE * tiles + side - TILE);
+        let line = map.w * map.c;
+        let fits = (TILE * self.rows, width) == (map.h, map.w) && side == TILE;
+        if let (true, None) = (fits, source.pending) {
+            return Window {
+                values: &source.values[images.start * map.len() + TILE * top * line..],
+                height: map.h,
+                width,
+            };
+        }
+        let wide = width * map.c;
+        let values = room(buffer, images.len() * height * wide);
+        let rows = images.flat_map(|image| (0..height).map(move |y| (image, TILE * top + y)));
+        let (left, n) = (lead * map.c, line.min(wide - lead * map.c));
+        for ((image, y), to) in rows.zip(values.chunks_exact_mut(wide)) {
+            match y.checked_sub(lead).filter(|y| *y < map.h) {
+                Some(y) => {
+                    to[..left].fill(0.0);
+                    source.copy(isa, image * map.len() + y * line, &mut to[left..left + n]);
+                    to[left + n..].fill(0.0);
+                }
+                None => to.fill(0.0),
+            }
+        }
+        Window { values, height, width }
     }
 
     /// Aᵀ m A of one tile, whose planes begin at `m + k · plane`, into `out`, the values of `part`.
@@ -195,32 +210,19 @@ impl Tiling {
     }
 }
 
-/// Written values as such that may be overwritten.
-fn as_unwritten(values: &mut [f32]) -> &mut [MaybeUninit<f32>] {
-    // SAFETY: the layouts are the same, and only transforms get it, which write numbers.
-    unsafe { &mut *(std::ptr::from_mut(values) as *mut [MaybeUninit<f32>]) }
-}
-
-/// The square of this side from `[y, x]` on, zeros where there is no image, in `patch`.
-fn cut<'a>(image: &[f32], Map { h, w, c }: Map, [y, x]: [isize; 2], side: usize, patch: &'a mut Vec<f32>) -> &'a [f32] {
-    patch.clear();
-    patch.resize(side * side * c, 0.0);
-    let within = |at: isize, size: usize| {
-        let (first, end) = (at.clamp(0, size as isize), (at + side as isize).clamp(0, size as isize));
-        (first as usize, end as usize)
-    };
-    let ((top, bottom), (left, right)) = (within(y, h), within(x, w));
-    for row in top..bottom {
-        let to = ((row as isize - y) as usize * side + (left as isize - x) as usize) * c;
-        patch[to..][..(right - left) * c].copy_from_slice(&image[(row * w + left) * c..(row * w + right) * c]);
-    }
-    &patch[..]
+/// What the tiles of a part read.
+struct Window<'a> {
+    values: &'a [f32],
+    /// Rows from one image to the next.
+    height: usize,
+    width: usize,
 }
 
 /// What a thread keeps from part to part.
 #[derive(Default)]
 struct Scratch {
-    windows: Vec<f32>,
+    window: Vec<f32>,
+    tiles: Vec<f32>,
     sums: Vec<f32>,
     slopes: Vec<f32>,
 }
@@ -258,49 +260,72 @@ fn weights(isa: &Isa, s: &Shape, w: &[f32], turned: bool) -> Vec<f32> {
     unsafe { written(planes) }
 }
 
-/// Tiles that have been transformed: `[groups of TOGETHER or fewer, 36 planes, tiles, channels]`.
-struct Windows<'a> {
+/// Tiles that have been transformed, part by part: `[36 planes, tiles of the part, channels]` each, with room for as many tiles as the
+/// largest part has.
+struct Transformed<'a> {
     values: &'a [f32],
-    /// Tiles of a group.
-    together: usize,
+    /// From one part to the next.
+    part: usize,
+    /// From one plane to the next.
     plane: usize,
     channels: usize,
 }
 
-impl Windows<'_> {
-    fn size(together: usize, channels: usize) -> usize {
-        PLANES * Self::plane(together, channels)
-    }
+/// Which tiles, of what, by which map.
+#[derive(Clone, Copy)]
+struct Read<'a> {
+    tiling: &'a Tiling,
+    source: Input<'a>,
+    /// Of the source.
+    map: Map,
+    /// Before the source, and side of a tile's square.
+    frame: [usize; 2],
+    by: Compiled,
+    /// Channels with those that are not there.
+    channels: usize,
+}
 
-    fn plane(together: usize, channels: usize) -> usize {
-        together * channels + APART
-    }
-
-    /// Where each of `n` tiles begins in plane 0.
-    fn bases(&self, n: usize) -> Vec<u32> {
-        let at = |i: usize| i / self.together * PLANES * self.plane + i % self.together * self.channels;
-        (0..n).map(|i| u32::try_from(at(i)).expect("a group has less than 2^32 values")).collect()
-    }
-
-    /// Transforms `n` tiles of `c` channels, group by group, into `buffer`; `read` transforms one.
-    fn fill<'a>(
-        buffer: &'a mut Vec<f32>,
-        n: usize,
-        channels: usize,
-        together: usize,
-        wide: bool,
-        read: impl Fn(usize, &mut Vec<f32>, &mut [MaybeUninit<f32>], usize) + Sync,
-    ) -> Windows<'a> {
-        let (size, plane) = (Self::size(together, channels), Self::plane(together, channels));
-        let values = room(buffer, n.div_ceil(together) * size);
-        values.par_chunks_mut(size).with_min_len(least(wide)).enumerate().for_each(|(group, to)| {
-            let mut patch = Vec::new();
-            let to = as_unwritten(to);
-            for tile in group * together..((group + 1) * together).min(n) {
-                read(tile, &mut patch, &mut to[(tile - group * together) * channels..], plane);
+impl<'a> Read<'a> {
+    /// Transforms the tiles of these parts into `buffer`; the threads share out the parts where `wide`.
+    fn all<'b>(&self, isa: &Isa, parts: &[Part], wide: bool, buffer: &'b mut Vec<f32>) -> Transformed<'b> {
+        let most = parts.iter().map(|part| self.tiling.tiles(part).len()).max().unwrap_or(0);
+        let plane = most * self.channels + APART;
+        let part = PLANES * plane;
+        let values = room(buffer, parts.len() * part);
+        values.par_chunks_mut(part).with_min_len(least(wide)).zip(parts).for_each(|(to, part)| {
+            let mut scratch = SCRATCH.take();
+            let window = self.tiling.window(isa, self.map, self.frame, self.source, part, &mut scratch.window);
+            let (c, line) = (self.map.c, window.width * self.map.c);
+            let first = self.tiling.place(self.tiling.tiles(part).start);
+            for (i, tile) in self.tiling.tiles(part).enumerate() {
+                let place = self.tiling.place(tile);
+                let row = (place.image - first.image) * window.height + TILE * (place.row - first.row);
+                Transform {
+                    n: c,
+                    from: &window.values[row * line + TILE * place.col * c..],
+                    from_step: [line, c],
+                    to: as_unwritten(&mut to[i * self.channels..]),
+                    to_step: [WINDOW * plane, plane],
+                }
+                .run(self.by);
             }
+            SCRATCH.set(scratch);
         });
-        Windows { values, together, plane, channels }
+        Transformed { values, part, plane, channels: self.channels }
+    }
+}
+
+impl Tiling {
+    /// Bᵀ x B of tiles of x.
+    fn windows<'a>(&'a self, isa: &Isa, source: Input<'a>) -> Read<'a> {
+        let frame = [self.padding, WINDOW];
+        Read { tiling: self, source, map: self.from, frame, by: isa.window, channels: self.from.c }
+    }
+
+    /// A dy Aᵀ of tiles of dy.
+    fn slopes<'a>(&'a self, isa: &Isa, dy: &'a [f32]) -> Read<'a> {
+        let (source, channels) = (Input::from(dy), self.to.c.next_multiple_of(isa.lanes));
+        Read { tiling: self, source, map: self.to, frame: [0, TILE], by: isa.slopes, channels }
     }
 }
 
@@ -310,7 +335,7 @@ pub(super) fn forward<T: Send>(
     s: &Shape,
     t: &Tiling,
     w: &[f32],
-    source: &[f32],
+    source: Input,
     turned: bool,
     finish: impl Fn(usize, &mut [f32]) -> T + Sync,
 ) -> (Vec<f32>, Vec<T>) {
@@ -320,79 +345,71 @@ pub(super) fn forward<T: Send>(
     let parts = t.parts((NARROW_VALUES / both).max(4 * isa.pixels));
     let mut out = unwritten(t.n * t.to.len());
     let mut rest = &mut out[..];
-    let mut all = Vec::new();
-    for part in parts {
-        let (values, after) = rest.split_at_mut(t.span(&part).len());
-        all.push((part, values));
+    let mut spans = Vec::new();
+    for part in &parts {
+        let (values, after) = rest.split_at_mut(t.span(part).len());
+        spans.push(values);
         rest = after;
     }
-    let stages = |parts: &mut [(Part, &mut [MaybeUninit<f32>])]| -> Vec<T> {
-        let mut scratch = SCRATCH.take();
-        let tiles = t.tiles(&parts[0].0).start..t.tiles(&parts[parts.len() - 1].0).end;
-        let n = tiles.len();
-        let together = if wide { TOGETHER } else { n };
-        let windows = Windows::fill(&mut scratch.windows, n, t.from.c, together, wide, |i, patch, to, plane| {
-            t.read(isa, source, tiles.start + i, patch, to, plane);
-        });
+    let stages = |parts: &[Part], spans: &mut [&mut [MaybeUninit<f32>]]| -> Vec<T> {
+        let (mut tiles, mut planes) = SCRATCH.with_borrow_mut(|s| (take(&mut s.tiles), take(&mut s.sums)));
+        let read = t.windows(isa, source).all(isa, parts, wide, &mut tiles);
+        let first = t.tiles(&parts[0]).start;
+        let n = t.tiles(&parts[parts.len() - 1]).end - first;
+        let base: Vec<u32> = parts
+            .iter()
+            .enumerate()
+            .flat_map(|(k, part)| (0..t.tiles(part).len()).map(move |i| (k * read.part + i * read.channels) as u32))
+            .collect();
         // Sums of each plane, `[tiles, channels]`.
         let plane = n * t.to.c + APART;
-        let sums = room(&mut scratch.sums, PLANES * plane);
-        let base = windows.bases(n);
+        let sums = room(&mut planes, PLANES * plane);
         let to: Vec<u32> = (0..n).map(|i| (i * t.to.c) as u32).collect();
         let block = t.from.c * 2 * isa.lanes;
         sums.par_chunks_mut(plane).with_min_len(least(wide)).enumerate().for_each(|(k, sums)| {
-            let read = Pixels { source: &windows.values[k * windows.plane..], base: &base, taps: &[0], run: t.from.c };
+            let read = Pixels { source: &read.values[k * read.plane..], base: &base, taps: &[0], run: t.from.c };
             // The last block may be narrower.
             let of_plane = weights.chunks(PLANES * block).map(|w| &w[k * w.len() / PLANES..(k + 1) * w.len() / PLANES]);
             read.multiply(isa, t.to.c, of_plane, &to, as_unwritten(sums));
         });
         let sums = &*sums;
-        let done = parts.par_iter_mut().with_min_len(least(wide)).map(|(part, out)| {
+        let done = parts.par_iter().zip(spans).with_min_len(least(wide)).map(|(part, out)| {
             let mut patch = Vec::new();
             for tile in t.tiles(part) {
-                t.write(isa, &sums[(tile - tiles.start) * t.to.c..], plane, tile, part, &mut patch, out);
+                t.write(isa, &sums[(tile - first) * t.to.c..], plane, tile, part, &mut patch, out);
             }
             // SAFETY: the tiles of a part are all of its pixels.
             finish(t.span(part).start, unsafe { written_slice(out) })
         });
         let done = done.collect();
-        SCRATCH.set(scratch);
+        SCRATCH.with_borrow_mut(|s| (s.tiles, s.sums) = (tiles, planes));
         done
     };
     let done = if wide {
-        let mut done = Vec::new();
-        for group in groups(t, &mut all, (WIDE_VALUES / both).max(WIDE_TILES)) {
-            done.extend(stages(group));
-        }
-        done
+        let together = t.together(&parts, (WIDE_VALUES / both).max(WIDE_TILES));
+        let groups = parts.chunks(together).zip(spans.chunks_mut(together));
+        groups.flat_map(|(parts, spans)| stages(parts, spans)).collect()
     } else {
-        all.par_chunks_mut(1).flat_map_iter(stages).collect()
+        parts.par_chunks(1).zip(spans.par_chunks_mut(1)).flat_map_iter(|(part, span)| stages(part, span)).collect()
     };
     // SAFETY: the parts are all of it.
     (unsafe { written(out) }, done)
 }
 
-/// Neighbouring parts of about this many tiles together.
-fn groups<'a, T>(t: &Tiling, parts: &'a mut [(Part, T)], tiles: usize) -> impl Iterator<Item = &'a mut [(Part, T)]> {
-    let most = parts.iter().map(|(part, _)| t.tiles(part).len()).max().unwrap_or(1);
-    parts.chunks_mut((tiles / most).max(1))
-}
-
 /// The gradient by the weights, block by block of channels, each `[9, c_in, NV · LANES]`.
-pub(super) fn backward_weight(isa: &Isa, s: &Shape, t: &Tiling, x: &[f32], dy: &[f32]) -> Vec<f32> {
+pub(super) fn backward_weight(isa: &Isa, s: &Shape, t: &Tiling, x: Input, dy: &[f32]) -> Vec<f32> {
     let (sources, channels) = (s.c_in, s.c_out.next_multiple_of(isa.lanes));
     let length = PLANES * sources * channels;
     let both = PLANES * (sources + channels);
-    let all = t.n * t.rows * t.cols;
     let mut sum = vec![0.0f32; length];
+    let read = [t.windows(isa, x), t.slopes(isa, dy)];
     if length <= NARROW_SUMS {
-        let step = NARROW_VALUES / both;
-        let tasks: Vec<Range<usize>> = (0..all).step_by(step).map(|i| i..(i + step).min(all)).collect();
-        let partial: Vec<Vec<f32>> = tasks
-            .par_chunks(tasks.len().div_ceil(PARTS))
-            .map(|tasks| {
+        let parts = t.parts(NARROW_VALUES / both);
+        let partial: Vec<Vec<f32>> = parts
+            .par_chunks(parts.len().div_ceil(PARTS))
+            .map(|parts| {
                 let mut sum = vec![0.0f32; length];
-                tasks.iter().for_each(|tiles| add_products(isa, s, t, x, dy, tiles.clone(), false, &mut sum));
+                parts.chunks(1).for_each(|part| add_products(isa, &read, part, false, &mut sum));
                 sum
             })
             .collect();
@@ -400,8 +417,9 @@ pub(super) fn backward_weight(isa: &Isa, s: &Shape, t: &Tiling, x: &[f32], dy: &
             sum.iter_mut().zip(part).for_each(|(s, p)| *s += p);
         }
     } else {
-        let step = (WIDE_SUMS / both).max(WIDE_TILES).next_multiple_of(TOGETHER);
-        (0..all).step_by(step).for_each(|i| add_products(isa, s, t, x, dy, i..(i + step).min(all), true, &mut sum));
+        let parts = t.parts(TOGETHER);
+        let together = t.together(&parts, (WIDE_SUMS / both).max(WIDE_TILES));
+        parts.chunks(together).for_each(|parts| add_products(isa, &read, parts, true, &mut sum));
     }
     let mut packed = unwritten(9 * sources * channels);
     let wide = sources * 2 * isa.lanes;
@@ -413,44 +431,28 @@ pub(super) fn backward_weight(isa: &Isa, s: &Shape, t: &Tiling, x: &[f32], dy: &
     unsafe { written(packed) }
 }
 
-/// sum += (Bᵀ x B) ⊙ (A dy Aᵀ) over some tiles, block by block of channels, each `[36, c_in, NV · LANES]`.
-#[allow(clippy::too_many_arguments)]
-fn add_products(
-    isa: &Isa,
-    s: &Shape,
-    t: &Tiling,
-    x: &[f32],
-    dy: &[f32],
-    tiles: Range<usize>,
-    wide: bool,
-    sum: &mut [f32],
-) {
-    let mut scratch = SCRATCH.take();
-    let Scratch { windows, slopes, .. } = &mut scratch;
-    let (n, channels) = (tiles.len(), s.c_out.next_multiple_of(isa.lanes));
-    let together = if wide { TOGETHER } else { n };
-    let windows = Windows::fill(windows, n, s.c_in, together, wide, |i, patch, to, plane| {
-        t.read(isa, x, tiles.start + i, patch, to, plane);
-    });
+/// sum += (Bᵀ x B) ⊙ (A dy Aᵀ) over the tiles of some parts, block by block of channels, each `[36, c_in, NV · LANES]`.
+fn add_products(isa: &Isa, [x, dy]: &[Read; 2], parts: &[Part], wide: bool, sum: &mut [f32]) {
+    let (mut tiles, mut slopes) = SCRATCH.with_borrow_mut(|s| (take(&mut s.tiles), take(&mut s.slopes)));
+    let windows = x.all(isa, parts, wide, &mut tiles);
     // Channels that are not there hold what earlier layers left, and go into sums that nobody reads.
-    let slopes = Windows::fill(slopes, n, channels, together, wide, |i, patch, to, plane| {
-        t.read_slopes(isa, dy, tiles.start + i, patch, to, plane);
-    });
-    let base: Vec<u32> = (0..together).map(|i| (i * s.c_in) as u32).collect();
-    let blocks: Vec<_> = blocks(isa, s.c_out).collect();
-    let of_blocks = sum.par_chunks_mut(PLANES * s.c_in * 2 * isa.lanes).zip(blocks);
+    let gradients = dy.all(isa, parts, wide, &mut slopes);
+    let (c_in, channels) = (windows.channels, gradients.channels);
+    let most = parts.iter().map(|part| x.tiling.tiles(part).len()).max().unwrap_or(0);
+    let base: Vec<u32> = (0..most).map(|i| (i * c_in) as u32).collect();
+    let blocks: Vec<_> = blocks(isa, channels).collect();
+    let of_blocks = sum.par_chunks_mut(PLANES * c_in * 2 * isa.lanes).zip(blocks);
     of_blocks.with_min_len(least(wide)).for_each(|(sum, block)| {
-        let planes = sum.par_chunks_exact_mut(s.c_in * block.1 * isa.lanes).with_min_len(least(wide));
+        let planes = sum.par_chunks_exact_mut(c_in * block.1 * isa.lanes).with_min_len(least(wide));
         planes.enumerate().for_each(|(k, sum)| {
-            for first in (0..n).step_by(together) {
-                let here = (n - first).min(together);
-                let group = first / together;
-                let source = &windows.values[group * PLANES * windows.plane + k * windows.plane..];
-                let dy = &slopes.values[group * PLANES * slopes.plane + k * slopes.plane..][..here * channels];
-                let all = Slopes { source, base: &base[..here], dy, step: channels, block: here };
-                all.add(isa, 0, s.c_in, block, sum);
+            for (i, part) in parts.iter().enumerate() {
+                let n = x.tiling.tiles(part).len();
+                let source = &windows.values[i * windows.part + k * windows.plane..];
+                let dy = &gradients.values[i * gradients.part + k * gradients.plane..][..n * channels];
+                let all = Slopes { source, base: &base[..n], dy, step: channels, block: n };
+                all.add(isa, 0, c_in, block, sum);
             }
         });
     });
-    SCRATCH.set(scratch);
+    SCRATCH.with_borrow_mut(|s| (s.tiles, s.slopes) = (tiles, slopes));
 }

@@ -82,6 +82,7 @@ pub struct Isa {
     pub(crate) shift_act: ShiftActLoop,
     pub(crate) sums: SumsLoop,
     pub(crate) by_y: unsafe fn(norm::Pass, norm::Slope, &mut [MaybeUninit<f32>]),
+    pub(crate) by_y_in_place: unsafe fn(norm::Pass, norm::Slope, &mut [f32]),
 }
 
 impl fmt::Debug for Isa {
@@ -207,6 +208,11 @@ macro_rules! isa {
             norm::by_y_loop(p, s, dy);
         }
 
+        $(#[$feature])?
+        unsafe fn by_y_in_place(p: norm::Pass, s: norm::Slope, g: &mut [f32]) {
+            norm::by_y_in_place_loop(p, s, g);
+        }
+
         /// The table.
         pub static ISA: Isa = Isa {
             name: $name,
@@ -226,6 +232,7 @@ macro_rules! isa {
             shift_act,
             sums,
             by_y,
+            by_y_in_place,
         };
     };
 }

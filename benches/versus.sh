@@ -1,0 +1,110 @@
+#!/usr/bin/env bash
+# byol beside PyTorch on this machine, in turn, round by round; prints the ratios of the medians.
+#
+#   benches/versus.sh PYTHON [ROW…]
+#
+# PYTHON: an interpreter with torch, torchvision, lightly and onnxruntime. The programs torch_*.py are looked for in $PEERS (default: ../shared/peers).
+# ROW: some of cifar18 resnet50 resnet18 narrow features views224 views32 (default: all of them).
+# Environment: ROUNDS (3), THREADS (2), STEPS (3), PHOTOS and CIFAR (folders of JPEG files for the views), BYOL (the program to measure).
+#
+# It refuses a busy machine: PyTorch's threads spin at the end of every loop, and lose far more than their share to a neighbour.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+usage() { sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+[ $# -ge 1 ] || usage
+python=$1
+shift
+peers=${PEERS:-../shared/peers}
+rounds=${ROUNDS:-3} threads=${THREADS:-2} steps=${STEPS:-3}
+byol=${BYOL:-target/release/byol}
+[ -x "$(command -v "$python")" ] || { echo "versus: there is no interpreter $python" >&2; exit 2; }
+[ -f "$peers/torch_step.py" ] || { echo "versus: no torch_step.py in $peers; set PEERS to its folder" >&2; exit 2; }
+[ -n "${BYOL:-}" ] || cargo build --release --quiet
+
+# Share of the processors' time that was not idle in the last two seconds, in percent.
+busy() {
+    local a b
+    a=($(head -n1 /proc/stat)) && sleep 2 && b=($(head -n1 /proc/stat))
+    local all=0 i
+    for i in 1 2 3 4 5 6 7 8; do all=$((all + ${b[i]} - ${a[i]})); done
+    echo $((100 - 100 * (${b[4]} + ${b[5]} - ${a[4]} - ${a[5]}) / (all > 0 ? all : 1)))
+}
+if [ -r /proc/stat ]; then
+    share=$(busy)
+    [ "$share" -le 8 ] || { echo "versus: the machine is busy ($share % of it), so the comparison would be unfair; wait until it is idle" >&2; exit 1; }
+fi
+
+results=$(mktemp)
+trap 'rm -f "$results"' EXIT
+
+# NAME, then two commands whose last line is JSON: ours and theirs, with a key for what counts.
+ours() { "$byol" "$@" --json 2>/dev/null | tail -n1; }
+theirs() { "$python" "$@" --json 2>/dev/null | tail -n1; }
+record() { printf '%s\t%s\t%s\n' "$1" "$2" "$3" >>"$results"; } # row, who, JSON
+
+step() { # row, byol's options, PyTorch's options
+    record "$1" byol "$(ours bench --threads "$threads" --steps "$steps" $2)"
+    record "$1" torch "$(theirs "$peers/torch_step.py" --threads "$threads" --steps "$steps" --warmup 2 $3)"
+}
+
+row() {
+    case $1 in
+        cifar18) step cifar18 "--batch 128" "--batch 128" ;;
+        resnet50) step resnet50 "--encoder resnet50 --size 224 --batch 16" "--net resnet50 --size 224 --batch 16" ;;
+        resnet18) step resnet18 "--size 224 --batch 32" "--size 224 --batch 32" ;;
+        narrow) step narrow "--width 0.25 --batch 256" "--width 0.25 --batch 256" ;;
+        features)
+            step features "--forward-only --encoder resnet50 --size 224 --batch 32" "--forward-only --net resnet50 --size 224 --batch 32"
+            record features torch-folded "$(theirs "$peers/torch_step.py" --threads "$threads" --steps "$steps" --warmup 2 --forward-only --fold-bn --net resnet50 --size 224 --batch 32)"
+            record features onnxruntime "$(theirs "$peers/torch_embed.py" "$PHOTOS" --net resnet50 --onnx --batch 32 --limit 96 --threads "$threads" --out "$(mktemp -d)/f.npy")"
+            ;;
+        views224)
+            record views224 byol "$(ours bench views "$PHOTOS" --size 224)"
+            for impl in lightly torchvision; do record views224 $impl "$(theirs "$peers/torch_views.py" "$PHOTOS" --size 224 --impl $impl --repeat 1)"; done
+            ;;
+        views32)
+            record views32 byol "$(ours bench views "$CIFAR" --size 32 --limit 5000)"
+            record views32 batched "$(theirs "$peers/torch_views.py" "$CIFAR" --size 32 --impl batched --limit 5000 --repeat 1)"
+            ;;
+        *) usage ;;
+    esac
+}
+
+rows=("$@")
+[ ${#rows[@]} -gt 0 ] || rows=(cifar18 resnet50 resnet18 narrow features views224 views32)
+for r in "${rows[@]}"; do
+    case $r in
+        features | views224) : "${PHOTOS:?set PHOTOS to a folder of JPEG photos}" ;;
+        views32) : "${CIFAR:?set CIFAR to a folder of 32 px JPEG files}" ;;
+    esac
+done
+for ((i = 1; i <= rounds; i++)); do
+    for r in "${rows[@]}"; do
+        echo "versus: round $i of $rounds: $r" >&2
+        row "$r"
+    done
+done
+
+"$python" - "$results" <<'PYTHON'
+import collections, json, statistics, sys
+
+rows = collections.OrderedDict()
+for line in open(sys.argv[1]):
+    row, who, text = line.rstrip("\n").split("\t")
+    if not text:
+        sys.exit(f"versus: {who} gave nothing for {row}")
+    r = json.loads(text)
+    speed = r.get("images_per_second") or r.get("network_images_per_s") or r.get("images_per_s")
+    rows.setdefault(row, collections.OrderedDict()).setdefault(who, []).append((speed, r.get("peak_mb") or r.get("peak_rss_mb")))
+print("| row | who | images/s, median (least to most) | byol is | memory, MiB | byol's share |")
+print("| --- | --- | --- | --- | --- | --- |")
+for row, all in rows.items():
+    ours, our_mb = (statistics.median(x[0] for x in all["byol"]), all["byol"][0][1])
+    for who, runs in all.items():
+        speeds = [x[0] for x in runs]
+        mid, mb = statistics.median(speeds), runs[0][1]
+        ratio = "" if who == "byol" else f"{ours / mid:.2f}x"
+        share = f"{our_mb / mb:.2f}" if who != "byol" and mb and our_mb else ""
+        print(f"| {row} | {who} | {mid:.4g} ({min(speeds):.4g} to {max(speeds):.4g}) | {ratio} | {f'{mb:.0f}' if mb else ''} | {share} |")
+PYTHON
