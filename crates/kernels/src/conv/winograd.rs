@@ -184,8 +184,7 @@ impl Tiling {
     fn write(
         &self,
         isa: &Isa,
-        m: &[f32],
-        plane: usize,
+        (m, plane): (&[f32], usize),
         tile: usize,
         part: &Part,
         patch: &mut Vec<f32>,
@@ -376,7 +375,7 @@ pub(super) fn forward<T: Send>(
         let done = parts.par_iter().zip(spans).with_min_len(least(wide)).map(|(part, out)| {
             let mut patch = Vec::new();
             for tile in t.tiles(part) {
-                t.write(isa, &sums[(tile - first) * t.to.c..], plane, tile, part, &mut patch, out);
+                t.write(isa, (&sums[(tile - first) * t.to.c..], plane), tile, part, &mut patch, out);
             }
             // SAFETY: the tiles of a part are all of its pixels.
             finish(t.span(part).start, unsafe { written_slice(out) })
