@@ -447,6 +447,7 @@ pub struct Pending {
 
 /// What a convolution reads.
 #[derive(Debug, Clone)]
+#[allow(clippy::large_enum_variant, reason = "passed once by value; a box would be one more allocation a layer")]
 pub enum Source {
     /// A finished map.
     Done(Tensor<4>),
