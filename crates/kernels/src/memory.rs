@@ -53,6 +53,10 @@ const MOST: usize = 256;
 /// Every kept block begins at a cache line.
 const ALIGN: usize = 64;
 
+/// A huge page. Blocks that hold one begin at one, and ask for them: rows of different pixels lie kilobytes apart, and with pages of
+/// 4 KiB every tile of a convolution looks up as many pages as it has rows.
+const HUGE: usize = 2 << 20;
+
 /// A stack of free blocks of one size.
 struct Shelf {
     busy: AtomicBool,
@@ -144,7 +148,30 @@ impl Recycler {
         let power = rounded.ilog2();
         let row = self.shelves.get((power - LEAST.ilog2()) as usize)?;
         let shelf = &row[(rounded - (1 << power)) >> (power - STEPS.ilog2())];
-        Some((shelf, Layout::from_size_align(rounded, ALIGN).ok()?))
+        let align = if rounded < HUGE { ALIGN } else { HUGE };
+        Some((shelf, Layout::from_size_align(rounded, align).ok()?))
+    }
+
+    /// A block that this allocator has never had.
+    ///
+    /// # Safety
+    /// `whole` is of a shelf.
+    unsafe fn new_block(&self, whole: Layout, zeroed: bool) -> *mut u8 {
+        self.fresh.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: a shelf's layout is not of size 0.
+        let block = unsafe { System.alloc(whole) };
+        #[cfg(target_os = "linux")]
+        if whole.align() == HUGE && !block.is_null() {
+            // Advice: where the system declines, nothing changes.
+            // SAFETY: the pages are the block's own; the advice changes no content.
+            unsafe { libc::madvise(block.cast(), whole.size() & !(HUGE - 1), libc::MADV_HUGEPAGE) };
+        }
+        if zeroed && !block.is_null() {
+            // After the advice: the first touch of a page settles its size.
+            // SAFETY: the block has this size.
+            unsafe { block.write_bytes(0, whole.size()) };
+        }
+        block
     }
 }
 
@@ -156,11 +183,8 @@ unsafe impl GlobalAlloc for Recycler {
             // SAFETY: the caller's.
             return unsafe { System.alloc(layout) };
         };
-        shelf.take().unwrap_or_else(|| {
-            self.fresh.fetch_add(1, Ordering::Relaxed);
-            // SAFETY: `whole` is not of size 0.
-            unsafe { System.alloc(whole) }
-        })
+        // SAFETY: the layout is a shelf's.
+        shelf.take().unwrap_or_else(|| unsafe { self.new_block(whole, false) })
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
@@ -174,11 +198,8 @@ unsafe impl GlobalAlloc for Recycler {
                 unsafe { block.write_bytes(0, layout.size()) };
                 block
             }
-            None => {
-                self.fresh.fetch_add(1, Ordering::Relaxed);
-                // SAFETY: `whole` is not of size 0.
-                unsafe { System.alloc_zeroed(whole) }
-            }
+            // SAFETY: the layout is a shelf's.
+            None => unsafe { self.new_block(whole, true) },
         }
     }
 

@@ -1,6 +1,6 @@
 //! The definitions, scalar, in f64, loops in the order of the formula. For tests.
 
-use crate::conv::Shape;
+use crate::{conv::Shape, pool::Windows};
 
 /// Every (x index, w index, y index) whose product a convolution sums.
 pub fn products(s: &Shape, mut f: impl FnMut(usize, usize, usize)) {
@@ -39,4 +39,34 @@ pub fn conv(s: &Shape, x: &[f32], w: &[f32], dy: &[f32]) -> [Vec<f64>; 3] {
         dw[k] += f64::from(dy[o]) * f64::from(x[i]);
     });
     all
+}
+
+/// The largest value of each window, and the gradient of `x` for a given gradient of them: all of it goes to the first that is largest.
+pub fn max_pool(s: &Windows, x: &[f32], dout: &[f32]) -> [Vec<f64>; 2] {
+    let (mut out, mut dx) = (Vec::new(), vec![0.0; x.len()]);
+    for n in 0..s.n {
+        for oy in 0..s.h_out() {
+            for ox in 0..s.w_out() {
+                for c in 0..s.c {
+                    let mut best: Option<usize> = None;
+                    for ky in 0..s.kernel {
+                        for kx in 0..s.kernel {
+                            let (y, x_) = (oy * s.stride + ky, ox * s.stride + kx);
+                            let inside = |v: usize, n: usize| v >= s.padding && v - s.padding < n;
+                            if inside(y, s.h) && inside(x_, s.w) {
+                                let at = ((n * s.h + y - s.padding) * s.w + x_ - s.padding) * s.c + c;
+                                if best.is_none_or(|b| x[at] > x[b]) {
+                                    best = Some(at);
+                                }
+                            }
+                        }
+                    }
+                    let best = best.expect("a window has a pixel");
+                    dx[best] += f64::from(dout[out.len()]);
+                    out.push(f64::from(x[best]));
+                }
+            }
+        }
+    }
+    [out, dx]
 }

@@ -35,10 +35,10 @@ pub struct Tile {
 
 /// A block of a weight gradient: input values × channels, summed over pixels.
 pub struct WeightTile {
-    /// The source, with its margins, from the first row's value on.
+    /// The source `[pixels, step]`, from the first row's value on.
     pub x: *const f32,
-    /// Where in `x` each pixel's window begins.
-    pub base: *const u32,
+    /// Values a pixel of `x`.
+    pub x_step: usize,
     /// The output's gradient `[pixels, step]`, from the first channel on.
     pub dy: *const f32,
     /// Values a pixel of `dy`.
@@ -105,8 +105,8 @@ pub unsafe fn tile<S: Simd, const MR: usize, const NV: usize>(t: &Tile) {
 /// dw += Σ over pixels of x · dy.
 ///
 /// # Safety
-/// `base` holds `n` entries; `x` holds `base + MR` values for each; `dy` holds `(n − 1) · dy_step + NV · LANES`, `dw` `(rows − 1) ·
-/// dw_step + NV · LANES`; `rows ≤ MR`; the processor has `S`.
+/// `x` holds `(n − 1) · x_step + MR` values, `dy` `(n − 1) · dy_step + NV · LANES`, `dw` `(rows − 1) · dw_step + NV · LANES`;
+/// `rows ≤ MR`; the processor has `S`.
 #[inline(always)]
 pub unsafe fn weight_tile<S: Simd, const MR: usize, const NV: usize>(t: &WeightTile) {
     // SAFETY: the offsets are those that the contract bounds.
@@ -119,13 +119,13 @@ pub unsafe fn weight_tile<S: Simd, const MR: usize, const NV: usize>(t: &WeightT
                 }
             }
         }
-        let mut dy = t.dy;
-        for p in 0..t.n {
-            let x = t.x.add(*t.base.add(p) as usize);
+        let (mut x, mut dy) = (t.x, t.dy);
+        for _ in 0..t.n {
             let slopes: [S::V; NV] = from_fn(|v| S::load(dy.add(v * S::LANES)));
-            dy = dy.wrapping_add(t.dy_step);
+            let row = x;
+            (x, dy) = (x.wrapping_add(t.x_step), dy.wrapping_add(t.dy_step));
             for r in 0..MR {
-                let x = S::splat(*x.add(r));
+                let x = S::splat(*row.add(r));
                 for v in 0..NV {
                     sums[r][v] = S::fma(x, slopes[v], sums[r][v]);
                 }
@@ -137,6 +137,26 @@ pub unsafe fn weight_tile<S: Simd, const MR: usize, const NV: usize>(t: &WeightT
                     S::store(t.dw.add(r * t.dw_step + v * S::LANES), sums[r][v]);
                 }
             }
+        }
+    }
+}
+
+/// Lays the `N` values at `at` behind each base side by side: a panel, or a part of one.
+#[inline(always)]
+pub fn lay<const N: usize>(from: &[f32], base: &[u32], at: usize, to: &mut [f32]) {
+    for (base, to) in base.iter().zip(to.as_chunks_mut::<N>().0) {
+        let from = &from[*base as usize + at..];
+        *to = *from.first_chunk().expect("a window lies in its source");
+    }
+}
+
+/// Lays `NV` registers of `LANES` at `at` of each pixel, of `step` values, side by side.
+#[inline(always)]
+pub fn lay_lines<const LANES: usize, const NV: usize>(from: &[f32], step: usize, at: usize, to: &mut [f32]) {
+    for (from, to) in from.chunks_exact(step).zip(to.chunks_exact_mut(LANES * NV)) {
+        let (from, to) = (from[at..at + LANES * NV].as_chunks::<LANES>().0, to.as_chunks_mut::<LANES>().0);
+        for v in 0..NV {
+            to[v] = from[v];
         }
     }
 }

@@ -4,6 +4,7 @@ use byol_kernels::{
     conv::{Input, Shape, backward_data, backward_weight, forward, forward_then},
     isa::{self, Isa},
     norm::{self, Gate, Norm, Pending},
+    pool::{self, Windows},
     reference,
 };
 
@@ -206,5 +207,36 @@ fn norm_agrees(isa: &Isa, m: usize, c: usize, relu: bool, with_skip: bool) {
         if let Some(dskip) = &g.dskip {
             close("dskip", &column(dskip), &of(2));
         }
+    }
+}
+
+#[test]
+fn pooling_and_its_gradients_agree_with_the_definition() {
+    for (n, h, w, c, kernel, stride, padding) in [
+        (1, 1, 1, 1, 3, 2, 1),
+        (2, 5, 8, 3, 3, 2, 1),
+        (3, 8, 7, 17, 3, 2, 1),
+        (2, 9, 9, 64, 3, 2, 1),
+        (1, 6, 5, 5, 2, 2, 0),
+        (1, 7, 7, 9, 3, 1, 2),
+    ] {
+        let s = Windows { n, h, w, c, kernel, stride, padding };
+        // Few different values, so that many are equally large, as behind a ReLU.
+        let x: Vec<f32> = noise(n * h * w * c, 1).iter().map(|v| (4.0 * v).round().max(0.0)).collect();
+        let dout = noise(n * s.h_out() * s.w_out() * c, 2);
+        let [out, dx] = reference::max_pool(&s, &x, &dout);
+        for isa in isa::available() {
+            let got = pool::max(isa, &s, &x);
+            close(&format!("{isa:?} {s:?} out"), &got, &out);
+            close(&format!("{isa:?} {s:?} dx"), &pool::max_backward(isa, &s, &x, &got, &dout), &dx);
+        }
+        let mean = pool::mean(&x, n, c);
+        for (i, m) in mean.iter().enumerate() {
+            let of = x[i / c * h * w * c..].iter().skip(i % c).step_by(c).take(h * w);
+            let want = of.map(|v| f64::from(*v)).sum::<f64>() / (h * w) as f64;
+            assert!((f64::from(*m) - want).abs() < 1e-6);
+        }
+        let back = pool::mean_backward(&mean, h * w, c);
+        assert!((0..back.len()).all(|i| back[i] == mean[i / (h * w * c) * c + i % c] / (h * w) as f32));
     }
 }

@@ -1,4 +1,4 @@
-//! Convolution, batch norm, skip and ReLU on the CPU, computed by `byol-kernels`.
+//! Convolution, batch norm, skip and ReLU, and pooling, on the CPU, computed by `byol-kernels`.
 //!
 //! In training a layer is cut where its norm begins: a convolution yields its raw output with the batch's statistics ([`Pending`]), and whoever
 //! reads it normalises on the way. So a node of the autodiff graph is [norm, ReLU →] convolution, and the inner maps of a residual block
@@ -27,6 +27,7 @@ use byol_kernels::{
     conv::{self, Input, Shape},
     isa,
     norm::{self, Gate, Norm},
+    pool::{self, Windows},
 };
 
 use super::pass::Running;
@@ -100,6 +101,25 @@ pub trait ConvNormAct: Backend {
         with_skip: bool,
         relu: bool,
     ) -> FloatTensor<Self>;
+
+    /// The largest value of each window.
+    fn max_pool_forward(x: FloatTensor<Self>, kernel: usize, stride: usize, padding: usize) -> FloatTensor<Self>;
+
+    /// dx.
+    fn max_pool_backward(
+        dout: FloatTensor<Self>,
+        out: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        kernel: usize,
+        stride: usize,
+        padding: usize,
+    ) -> FloatTensor<Self>;
+
+    /// The mean of each map.
+    fn mean_forward(x: FloatTensor<Self>) -> FloatTensor<Self>;
+
+    /// dx of maps of `h` by `w` pixels.
+    fn mean_backward(dout: FloatTensor<Self>, h: usize, w: usize) -> FloatTensor<Self>;
 }
 
 /// The elements, in row-major order.
@@ -113,6 +133,11 @@ fn tensor(values: Vec<f32>, shape: &[usize]) -> FlexTensor {
 
 fn empty() -> FlexTensor {
     tensor(Vec::new(), &[0])
+}
+
+fn windows(x: &FlexTensor, kernel: usize, stride: usize, padding: usize) -> Windows {
+    let x = x.shape();
+    Windows { n: x[0], h: x[1], w: x[2], c: x[3], kernel, stride, padding }
 }
 
 fn shape(x: &FlexTensor, w: &FlexTensor, stride: usize) -> Shape {
@@ -257,6 +282,37 @@ impl ConvNormAct for Flex {
         });
         tensor(y, &[s.n, s.h_out(), s.w_out(), s.c_out])
     }
+
+    fn max_pool_forward(x: FlexTensor, kernel: usize, stride: usize, padding: usize) -> FlexTensor {
+        let x = x.to_contiguous();
+        let s = windows(&x, kernel, stride, padding);
+        tensor(pool::max(isa::chosen(), &s, values(&x)), &[s.n, s.h_out(), s.w_out(), s.c])
+    }
+
+    fn max_pool_backward(
+        dout: FlexTensor,
+        out: FlexTensor,
+        x: FlexTensor,
+        kernel: usize,
+        stride: usize,
+        padding: usize,
+    ) -> FlexTensor {
+        let [dout, out, x] = [dout, out, x].map(|t| t.to_contiguous());
+        let s = windows(&x, kernel, stride, padding);
+        tensor(pool::max_backward(isa::chosen(), &s, values(&x), values(&out), values(&dout)), &x.shape())
+    }
+
+    fn mean_forward(x: FlexTensor) -> FlexTensor {
+        let x = x.to_contiguous();
+        let (n, c) = (x.shape()[0], x.shape()[3]);
+        tensor(pool::mean(values(&x), n, c), &[n, c])
+    }
+
+    fn mean_backward(dout: FlexTensor, h: usize, w: usize) -> FlexTensor {
+        let dout = dout.to_contiguous();
+        let (n, c) = (dout.shape()[0], dout.shape()[1]);
+        tensor(pool::mean_backward(values(&dout), h * w, c), &[n, h, w, c])
+    }
 }
 
 impl<B: Backend + ConvNormAct, C: CheckpointStrategy> ConvNormAct for Autodiff<B, C> {
@@ -386,6 +442,84 @@ impl<B: Backend + ConvNormAct, C: CheckpointStrategy> ConvNormAct for Autodiff<B
             OpsKind::Tracked(prep) => prep.finish(Kept { out: out.clone(), y, norm, eps, with_skip, relu }, out),
             OpsKind::UnTracked(prep) => prep.finish(out),
         }
+    }
+
+    fn max_pool_forward(x: FloatTensor<Self>, kernel: usize, stride: usize, padding: usize) -> FloatTensor<Self> {
+        #[derive(Debug)]
+        struct MaxPool;
+
+        #[derive(Debug, Clone)]
+        struct Kept<F> {
+            x: F,
+            out: F,
+            kernel: usize,
+            stride: usize,
+            padding: usize,
+        }
+
+        impl<B: Backend + ConvNormAct> Backward<B, 1> for MaxPool {
+            type State = Kept<B::FloatTensorPrimitive>;
+
+            fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+                let [x] = ops.parents;
+                let dout = grads.consume::<B>(&ops.node);
+                let k = ops.state;
+                if let Some(x) = x {
+                    let dx = B::max_pool_backward(dout, k.out, k.x, k.kernel, k.stride, k.padding);
+                    grads.register::<B>(x.id, dx);
+                }
+            }
+        }
+
+        let nodes = [x.node()];
+        let (x, _) = x.into_parts();
+        let out = B::max_pool_forward(x.clone(), kernel, stride, padding);
+        match MaxPool.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish(Kept { x, out: out.clone(), kernel, stride, padding }, out),
+            OpsKind::UnTracked(prep) => prep.finish(out),
+        }
+    }
+
+    fn mean_forward(x: FloatTensor<Self>) -> FloatTensor<Self> {
+        #[derive(Debug)]
+        struct Mean;
+
+        impl<B: Backend + ConvNormAct> Backward<B, 1> for Mean {
+            type State = [usize; 2];
+
+            fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+                let [x] = ops.parents;
+                let dout = grads.consume::<B>(&ops.node);
+                if let Some(x) = x {
+                    let [h, w] = ops.state;
+                    grads.register::<B>(x.id, B::mean_backward(dout, h, w));
+                }
+            }
+        }
+
+        let nodes = [x.node()];
+        let (x, _) = x.into_parts();
+        let side = [x.shape()[1], x.shape()[2]];
+        let out = B::mean_forward(x);
+        match Mean.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish(side, out),
+            OpsKind::UnTracked(prep) => prep.finish(out),
+        }
+    }
+
+    fn max_pool_backward(
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+        _: usize,
+        _: usize,
+        _: usize,
+    ) -> FloatTensor<Self> {
+        panic!("a gradient of a gradient is not supported")
+    }
+
+    fn mean_backward(_: FloatTensor<Self>, _: usize, _: usize) -> FloatTensor<Self> {
+        panic!("a gradient of a gradient is not supported")
     }
 
     fn conv_act(
@@ -525,4 +659,20 @@ pub fn eval(
         with_skip,
         relu,
     ))
+}
+
+/// The largest value of each window.
+///
+/// # Shapes
+/// `[N, H, W, C]` to `[N, H', W', C]`.
+pub fn max_pool(x: Tensor<4>, kernel: usize, stride: usize, padding: usize) -> Tensor<4> {
+    Tensor::from_dispatch(Dispatch::max_pool_forward(x.into_dispatch(), kernel, stride, padding))
+}
+
+/// The mean of each map.
+///
+/// # Shapes
+/// `[N, H, W, C]` to `[N, C]`.
+pub fn mean(x: Tensor<4>) -> Tensor<2> {
+    Tensor::from_dispatch(Dispatch::mean_forward(x.into_dispatch()))
 }

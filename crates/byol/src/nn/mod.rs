@@ -5,6 +5,7 @@ mod fused;
 pub mod init;
 pub mod mlp;
 pub mod pass;
+pub mod pool;
 pub mod resnet;
 pub mod tree;
 pub mod weights;

@@ -3,7 +3,7 @@
 //! Parameter names, order and padding are torchvision's. Departs from the reference: it pads as TensorFlow's SAME does and
 //! has a projection shortcut in the first group of ResNet-18/34 too (docs/explanation/fidelity.md).
 
-use burn::tensor::{Device, Tensor, module::max_pool2d, ops::MaxPoolOptions};
+use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -11,6 +11,7 @@ use super::{
     conv_norm_act::{ConvNorm, Map, Then, conv_norm_act},
     init,
     pass::{Pass, Statistics},
+    pool,
     tree::{Leaf, Tree},
 };
 use crate::random::{self, Domain};
@@ -253,13 +254,12 @@ impl ResNet {
         let (stem, kind) = &self.stem;
         let mut x = conv_norm_act(pass, stem, x, Then::Relu).done();
         if *kind == Stem::Imagenet {
-            x = max_pool_3x3_stride_2(x);
+            x = pool::max_3x3_stride_2(x);
         }
         for block in self.groups.iter().flatten() {
             x = block.forward(pass, x);
         }
-        let [n, _, _, c] = x.dims();
-        x.mean_dim(1).mean_dim(2).reshape([n, c])
+        pool::mean(x)
     }
 }
 
@@ -273,12 +273,6 @@ impl ResidualBlock {
         let y = inner.iter().fold(Map::from(x), |y, conv| conv_norm_act(pass, conv, y, Then::Relu));
         conv_norm_act(pass, last, y, Then::AddRelu(skip)).done()
     }
-}
-
-/// `x`: `[N, H, W, C]`; returns `[N, ⌊(H − 1) / 2⌋ + 1, …, C]`. Padding never wins.
-fn max_pool_3x3_stride_2(x: Tensor<4>) -> Tensor<4> {
-    let options = MaxPoolOptions::new([3, 3]).with_stride([2, 2]).with_padding([1, 1]);
-    max_pool2d(x.permute([0, 3, 1, 2]), options).permute([0, 2, 3, 1])
 }
 
 #[cfg(test)]

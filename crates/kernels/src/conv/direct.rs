@@ -26,8 +26,14 @@ const TASK_VALUES: usize = 1 << 16;
 /// Destination pixels that a task has at least, so that its last tile counts for little.
 const TASK_PIXELS: usize = 256;
 
-/// Pixels of a block of the weight gradient: its values stay in the first-level cache while all taps use them.
-const BLOCK_VALUES: usize = 1 << 12;
+/// Pixels of a task of the weight gradient: a panel of their gradients is half a first-level cache.
+const SUM_PIXELS: usize = 256;
+
+/// Pixels that are laid out at a time: as many as a first-level cache has places for, however far apart they lie.
+const FEW: usize = 8;
+
+/// Panels that a thread takes at once.
+const SOME_PANELS: usize = 16;
 
 /// Parts that sum small weight gradients of their own: enough for many threads.
 const PARTS: usize = 32;
@@ -35,7 +41,7 @@ const PARTS: usize = 32;
 /// Values of a weight gradient from which on threads share one.
 const SHARED_VALUES: usize = 1 << 16;
 
-/// Source values of a group of images whose pixels are summed into shared weights at a time.
+/// Values of the panels of a group of tasks that are summed into shared weights at a time: a part of the last-level cache.
 const GROUP_VALUES: usize = 1 << 20;
 
 /// A tap in one direction: its offset in the source, and the kernel's index.
@@ -129,14 +135,33 @@ impl Walk {
     fn tasks(&self) -> Vec<Task> {
         let (rows, pixels) = (self.from.h + self.margin[0][0] + self.margin[0][1], self.to.h * self.to.w);
         let image = (rows * self.width() * self.from.c).max(1);
-        if image <= TASK_VALUES || self.to.h <= self.step {
-            let together = (TASK_VALUES / image).min(TASK_PIXELS.div_ceil(pixels.max(1))).clamp(1, self.n.max(1));
+        if image <= TASK_VALUES || pixels < TASK_PIXELS || self.to.h <= self.step {
+            // Where a map is much wider than long, so many pixels go over the size, but then no image is cut; and some tasks are left to
+            // share out.
+            let (fits, enough) = (TASK_VALUES / image, TASK_PIXELS / pixels.max(1));
+            let together = fits.min(enough + 1).max(enough.min(self.n / 8)).clamp(1, self.n.max(1));
             let images = (0..self.n).step_by(together);
             return images.map(|i| Task { images: i..(i + together).min(self.n), rows: 0..self.to.h }).collect();
         }
-        // Rows of one image; a multiple of the step, so that every task sees the same phases.
         let a_row = self.width() * self.from.c * self.source_step;
-        let steps = (TASK_VALUES / a_row).max(TASK_PIXELS.div_ceil(self.to.w * self.step)).max(1);
+        self.bands((TASK_VALUES / a_row).max(TASK_PIXELS.div_ceil(self.to.w * self.step)).max(1))
+    }
+
+    /// Tasks of about so many pixels.
+    fn tasks_of(&self, pixels: usize) -> Vec<Task> {
+        let image = (self.to.h * self.to.w).max(1);
+        if image > pixels {
+            return self.bands((pixels / (self.to.w * self.step)).max(1));
+        }
+        let together = pixels / image;
+        (0..self.n)
+            .step_by(together)
+            .map(|i| Task { images: i..(i + together).min(self.n), rows: 0..self.to.h })
+            .collect()
+    }
+
+    /// Rows of one image; a multiple of the step, so that every task sees the same phases.
+    fn bands(&self, steps: usize) -> Vec<Task> {
         let height = steps * self.step;
         let band = |i: usize, y: usize| Task { images: i..i + 1, rows: y..(y + height).min(self.to.h) };
         (0..self.n).flat_map(|i| (0..self.to.h).step_by(height).map(move |y| band(i, y))).collect()
@@ -184,7 +209,6 @@ struct Scratch {
     source: Vec<f32>,
     base: Vec<u32>,
     to: Vec<u32>,
-    slopes: Vec<f32>,
 }
 
 thread_local! {
@@ -198,24 +222,16 @@ struct Window<'a> {
     rows: Range<usize>,
 }
 
-/// Copies what `task` reads into `buffer`, with its margin; `slack` values more may be read behind it. Without margin, slack and a
-/// pending norm nothing is copied.
-fn window<'a>(
-    isa: &Isa,
-    walk: &Walk,
-    task: &Task,
-    source: Input<'a>,
-    buffer: &'a mut Vec<f32>,
-    slack: usize,
-) -> Window<'a> {
+/// Copies what `task` reads into `buffer`, with its margin. Without margin and a pending norm nothing is copied.
+fn window<'a>(isa: &Isa, walk: &Walk, task: &Task, source: Input<'a>, buffer: &'a mut Vec<f32>) -> Window<'a> {
     let (rows, map) = (walk.source_rows(task), walk.from);
     let image = map.len();
-    if let (false, 0, None) = (walk.has_margin(), slack, source.pending) {
+    if let (false, None) = (walk.has_margin(), source.pending) {
         let whole = 0..map.h;
         return Window { values: &source.values[task.images.start * image..task.images.end * image], rows: whole };
     }
     let line = walk.width() * map.c;
-    let length = task.images.len() * rows.len() * line + slack;
+    let length = task.images.len() * rows.len() * line;
     if buffer.len() < length {
         buffer.resize(length, 0.0);
     }
@@ -231,7 +247,6 @@ fn window<'a>(
             None => to.fill(0.0),
         }
     }
-    buffer[length - slack..length].fill(0.0);
     Window { values: &buffer[..length], rows }
 }
 
@@ -305,12 +320,12 @@ fn walk<T: Send>(
                 out.fill(MaybeUninit::new(0.0));
             }
             SCRATCH.with_borrow_mut(|scratch| {
-                let Scratch { source: buffer, base, to, .. } = scratch;
-                let window = window(isa, walk, &task, source, buffer, 0);
+                let Scratch { source: buffer, base, to } = scratch;
+                let window = window(isa, walk, &task, source, buffer);
                 for (phase, weights) in walk.phases.iter().zip(&weights) {
                     pixels(walk, phase, &task, &window.rows, base, to);
                     let (taps, run) = runs(walk, phase);
-                    let read = Pixels { source: window.values, base, taps: &taps, run };
+                    let read = Pixels { source: window.values, base, taps: &taps, run, far: true };
                     let blocks = weights.chunks(taps.len() * run * 2 * isa.lanes);
                     read.multiply(isa, walk.to.c, blocks, to, out);
                 }
@@ -345,91 +360,169 @@ pub(super) fn backward_data<T: Send>(
     walk(isa, s, &Walk::backward(s), w, dy.into(), true, finish)
 }
 
-/// The gradient by the weights, block by block of channels, each `[taps, c_in, NV · LANES]`.
+/// The gradient by the weights, block by block of channels, each `[taps, c_in, NV · LANES]`: a matrix product over pixels. Both factors are
+/// laid out in panels, as wide as a tile, so that all a tile reads lies together.
 pub(super) fn backward_weight(isa: &Isa, s: &Shape, x: Input, dy: &[f32]) -> Vec<f32> {
     let walk = Walk::forward(s);
-    let (taps, run) = runs(&walk, &walk.phases[0]);
-    let length = taps.len() * run * s.c_out.next_multiple_of(isa.lanes);
-    if length < SHARED_VALUES {
-        by_parts(isa, &walk, &taps, run, length, x, dy)
-    } else {
-        by_blocks(isa, &walk, &taps, run, length, x, dy)
-    }
+    let sum = Sum::new(isa, &walk);
+    let tasks = walk.tasks_of(SUM_PIXELS);
+    let length = sum.taps.len() * sum.run * s.c_out.next_multiple_of(isa.lanes);
+    if length < SHARED_VALUES { sum.by_parts(length, &tasks, x, dy) } else { sum.by_blocks(length, &tasks, x, dy) }
 }
 
-/// Every thread sums some pixels into a gradient of its own, then all are added: for small weights.
-fn by_parts(isa: &Isa, walk: &Walk, taps: &[u32], run: usize, length: usize, x: Input, dy: &[f32]) -> Vec<f32> {
-    let tasks = walk.tasks();
-    let partial: Vec<Vec<f32>> = tasks
-        .par_chunks(tasks.len().div_ceil(PARTS).max(1))
-        .map(|tasks| {
-            let mut dw = vec![0.0f32; length];
-            SCRATCH.with_borrow_mut(|scratch| {
-                for task in tasks {
-                    let slopes = slopes(isa, walk, task, run, x, dy, scratch);
-                    for (block, dw) in blocks(isa, walk.to.c).zip(dw.chunks_mut(taps.len() * run * 2 * isa.lanes)) {
-                        for (tap, dw) in taps.iter().zip(dw.chunks_exact_mut(run * block.1 * isa.lanes)) {
-                            slopes.add(isa, *tap, run, block, dw);
+/// A gradient by the weights.
+struct Sum<'a> {
+    isa: &'a Isa,
+    walk: &'a Walk,
+    /// Where each run of taps begins, and its length.
+    taps: Vec<u32>,
+    run: usize,
+    /// Panels of a run.
+    panels: usize,
+}
+
+/// Some pixels' panels: of what they read, `[taps, panels, pixels, rows]`, and of their gradients, block by block `[pixels, NV · LANES]`.
+#[derive(Clone, Copy)]
+struct Panels<'a> {
+    n: usize,
+    source: &'a [f32],
+    dy: &'a [f32],
+}
+
+impl<'a> Sum<'a> {
+    fn new(isa: &'a Isa, walk: &'a Walk) -> Self {
+        let (taps, run) = runs(walk, &walk.phases[0]);
+        Sum { isa, walk, taps, run, panels: run.div_ceil(isa.rows) }
+    }
+
+    /// Values of the panels of one pixel: of what it reads, and of its gradient.
+    fn pixel(&self) -> [usize; 2] {
+        [self.taps.len() * self.panels * self.isa.rows, self.walk.to.c.next_multiple_of(self.isa.lanes)]
+    }
+
+    fn n(&self, task: &Task) -> usize {
+        task.images.len() * task.rows.len() * self.walk.to.w
+    }
+
+    /// Lays out the panels of a task in `to`, which has room for them.
+    fn lay<'b>(&self, task: &Task, x: Input, dy: &[f32], to: &'b mut [f32]) -> Panels<'b> {
+        let (isa, n) = (self.isa, self.n(task));
+        let (source, gradients) = to[..n * self.pixel().iter().sum::<usize>()].split_at_mut(n * self.pixel()[0]);
+        SCRATCH.with_borrow_mut(|Scratch { source: buffer, base, to }| {
+            let window = window(isa, self.walk, task, x, buffer);
+            pixels(self.walk, &self.walk.phases[0], task, &window.rows, base, to);
+            for (tap, of_tap) in self.taps.iter().zip(source.chunks_exact_mut(n * self.panels * isa.rows)) {
+                for (i, few) in base.chunks(FEW).enumerate() {
+                    let at = FEW * i * isa.rows..(FEW * i + few.len()) * isa.rows;
+                    for (panel, to) in of_tap.chunks_exact_mut(n * isa.rows).enumerate() {
+                        let (from, to) = (*tap as usize + panel * isa.rows, &mut to[at.clone()]);
+                        match self.run.checked_sub((panel + 1) * isa.rows) {
+                            // SAFETY: the processor has this instruction set, or it would not be in the table.
+                            Some(_) => unsafe { (isa.lay)(window.values, few, from, to) },
+                            None => lay_padded(
+                                few.iter().map(|b| &window.values[*b as usize + from..]),
+                                self.run - panel * isa.rows,
+                                isa.rows,
+                                to,
+                            ),
                         }
                     }
                 }
-            });
-            dw
-        })
-        .collect();
-    let mut sum = vec![0.0f32; length];
-    for part in partial {
-        for (s, p) in sum.iter_mut().zip(part) {
-            *s += p;
-        }
-    }
-    sum
-}
-
-/// Every thread sums all pixels into some of the weights, group after group of images: for weights that are large beside the maps, where
-/// sums of their own would cost more than they save.
-fn by_blocks(isa: &Isa, walk: &Walk, taps: &[u32], run: usize, length: usize, x: Input, dy: &[f32]) -> Vec<f32> {
-    let mut dw = vec![0.0f32; length];
-    let image = (walk.from.h + walk.margin[0][0] + walk.margin[0][1]) * walk.width() * walk.from.c;
-    let together = (GROUP_VALUES / image.max(1)).clamp(1, walk.n.max(1));
-    let mut scratch = Scratch::default();
-    for first in (0..walk.n).step_by(together) {
-        let task = Task { images: first..(first + together).min(walk.n), rows: 0..walk.to.h };
-        let slopes = slopes(isa, walk, &task, run, x, dy, &mut scratch);
-        let blocks: Vec<_> = blocks(isa, walk.to.c).collect();
-        dw.par_chunks_mut(taps.len() * run * 2 * isa.lanes).zip(blocks).for_each(|(dw, block)| {
-            let by_tap = dw.par_chunks_exact_mut(run * block.1 * isa.lanes).zip(taps);
-            by_tap.for_each(|(dw, tap)| slopes.add(isa, *tap, run, block, dw));
+            }
         });
+        let (c, dy) = (self.walk.to.c, &dy[task.span(self.walk.to)]);
+        let blocks: Vec<_> = blocks(isa, c).collect();
+        for (i, dy) in dy.chunks(FEW * c).enumerate() {
+            for &(first, registers, cols) in &blocks {
+                let (wide, few) = (registers * isa.lanes, dy.len() / c);
+                let to = &mut gradients[n * first + FEW * i * wide..][..few * wide];
+                if cols == wide {
+                    // SAFETY: the processor has this instruction set, or it would not be in the table.
+                    unsafe { (isa.lay_lines[registers - 1])(dy, c, first, to) };
+                } else {
+                    lay_padded(dy.chunks_exact(c).map(|dy| &dy[first..]), cols, wide, to);
+                }
+            }
+        }
+        Panels { n, source, dy: gradients }
     }
-    dw
+
+    /// dw += for one block of channels, one tap, and the panels from `first` on that `dw` is of.
+    fn add(
+        &self,
+        all: Panels,
+        tap: usize,
+        first: usize,
+        (channel, registers, _): (usize, usize, usize),
+        dw: &mut [f32],
+    ) {
+        let (isa, n) = (self.isa, all.n);
+        let dy = &all.dy[n * channel..][..n * registers * isa.lanes];
+        let source = &all.source[(tap * self.panels + first) * n * isa.rows..];
+        for (source, dw) in source.chunks_exact(n * isa.rows).zip(dw.chunks_mut(isa.rows * registers * isa.lanes)) {
+            Slopes { source, source_step: isa.rows, dy, step: registers * isa.lanes, n }.add(isa, registers, dw);
+        }
+    }
+
+    /// Every thread sums some pixels into a gradient of its own, then all are added: for small weights.
+    fn by_parts(&self, length: usize, tasks: &[Task], x: Input, dy: &[f32]) -> Vec<f32> {
+        let isa = self.isa;
+        let most = tasks.iter().map(|task| self.n(task)).max().unwrap_or(0) * self.pixel().iter().sum::<usize>();
+        let partial: Vec<Vec<f32>> = tasks
+            .par_chunks(tasks.len().div_ceil(PARTS).max(1))
+            .map(|tasks| {
+                let (mut dw, mut room) = (vec![0.0f32; length], vec![0.0f32; most]);
+                for task in tasks {
+                    let panels = self.lay(task, x, dy, &mut room);
+                    let of_blocks = dw.chunks_mut(self.taps.len() * self.run * 2 * isa.lanes);
+                    for (block, dw) in blocks(isa, self.walk.to.c).zip(of_blocks) {
+                        for (tap, dw) in dw.chunks_exact_mut(self.run * block.1 * isa.lanes).enumerate() {
+                            self.add(panels, tap, 0, block, dw);
+                        }
+                    }
+                }
+                dw
+            })
+            .collect();
+        let mut sum = vec![0.0f32; length];
+        for part in partial {
+            sum.iter_mut().zip(part).for_each(|(s, p)| *s += p);
+        }
+        sum
+    }
+
+    /// Every thread sums all pixels into some of the weights, group after group of tasks: for weights that are large beside the maps,
+    /// where sums of their own would cost more than they save.
+    fn by_blocks(&self, length: usize, tasks: &[Task], x: Input, dy: &[f32]) -> Vec<f32> {
+        let isa = self.isa;
+        let mut dw = vec![0.0f32; length];
+        let most = tasks.iter().map(|task| self.n(task)).max().unwrap_or(0) * self.pixel().iter().sum::<usize>();
+        let together = (GROUP_VALUES / most.max(1)).max(1).min(tasks.len());
+        let mut room = vec![0.0f32; together * most];
+        for tasks in tasks.chunks(together) {
+            let panels: Vec<Panels> =
+                room.par_chunks_mut(most).zip(tasks).map(|(room, task)| self.lay(task, x, dy, room)).collect();
+            let of_blocks = dw.par_chunks_mut(self.taps.len() * self.run * 2 * isa.lanes);
+            of_blocks.zip(blocks(isa, self.walk.to.c).collect::<Vec<_>>()).for_each(|(dw, block)| {
+                let cols = block.1 * isa.lanes;
+                dw.par_chunks_exact_mut(self.run * cols).enumerate().for_each(|(tap, dw)| {
+                    let some = dw.par_chunks_mut(SOME_PANELS * isa.rows * cols).enumerate();
+                    some.for_each(|(i, dw)| {
+                        for panels in &panels {
+                            self.add(*panels, tap, i * SOME_PANELS, block, dw);
+                        }
+                    });
+                });
+            });
+        }
+        dw
+    }
 }
 
-/// The pixels of a task and their gradients.
-fn slopes<'a>(
-    isa: &Isa,
-    walk: &Walk,
-    task: &Task,
-    run: usize,
-    x: Input<'a>,
-    dy: &'a [f32],
-    scratch: &'a mut Scratch,
-) -> Slopes<'a> {
-    let Scratch { source: buffer, base, to, slopes } = scratch;
-    // The last tile of a run reads rows that are not there.
-    let slack = run.next_multiple_of(isa.rows) - run;
-    let window = window(isa, walk, task, x, buffer, slack);
-    pixels(walk, &walk.phases[0], task, &window.rows, base, to);
-    let (c, step) = (walk.to.c, walk.to.c.next_multiple_of(isa.lanes));
-    let mut dy = &dy[task.span(walk.to)];
-    if step != c {
-        slopes.resize(base.len() * step, 0.0);
-        for (to, from) in slopes.chunks_exact_mut(step).zip(dy.chunks_exact(c)) {
-            to[..c].copy_from_slice(from);
-            to[c..].fill(0.0);
-        }
-        dy = &slopes[..base.len() * step];
+/// The first `n` values of each of these side by side, each with zeros behind up to `step`.
+fn lay_padded<'a>(from: impl Iterator<Item = &'a [f32]>, n: usize, step: usize, to: &mut [f32]) {
+    for (from, to) in from.zip(to.chunks_exact_mut(step)) {
+        to[..n].copy_from_slice(&from[..n]);
+        to[n..].fill(0.0);
     }
-    let block = (BLOCK_VALUES / (walk.source_step * walk.from.c + c)).max(64);
-    Slopes { source: window.values, base, dy, step, block }
 }

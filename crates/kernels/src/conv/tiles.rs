@@ -11,6 +11,32 @@ use crate::{
     tile::{Tile, WeightTile},
 };
 
+/// Sources whose weights are packed at a time.
+const FEW: usize = 16;
+
+/// Values of a cache line.
+const LINE: usize = 16;
+
+/// Tiles from the one that is computed to the one whose output is asked for.
+const AHEAD: usize = 2;
+
+/// Asks for a cache line that will soon be read, or written, where the processor cannot guess it.
+fn fetch<T, const WRITE: bool>(value: &T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every processor of this kind has the instruction; it changes nothing but the caches.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_ET0, _MM_HINT_T0, _mm_prefetch};
+        let line = std::ptr::from_ref(value).cast();
+        if WRITE {
+            _mm_prefetch::<_MM_HINT_ET0>(line)
+        } else {
+            _mm_prefetch::<_MM_HINT_T0>(line)
+        };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = value;
+}
+
 /// Blocks of channels: first channel, registers, channels that are real.
 pub(super) fn blocks(isa: &Isa, channels: usize) -> impl Iterator<Item = (usize, usize, usize)> + use<> {
     let lanes = isa.lanes;
@@ -31,13 +57,26 @@ pub(super) fn pack(isa: &Isa, s: &Shape, taps: &[usize], w: &[f32], turned: bool
     let mut packed = vec![0.0f32; rows * channels.next_multiple_of(isa.lanes)];
     let blocks: Vec<_> = blocks(isa, channels).collect();
     packed.par_chunks_mut(rows * 2 * isa.lanes).zip(blocks).for_each(|(packed, (first, registers, cols))| {
-        let mut rows = packed.chunks_exact_mut(registers * isa.lanes);
-        for tap in taps {
+        let wide = registers * isa.lanes;
+        if turned {
+            // A source's channels lie side by side.
             for source in 0..sources {
-                let row = rows.next().expect("a row a tap and source");
-                let from = tap + source * by_source + first * by_channel;
-                for (to, v) in row[..cols].iter_mut().zip(w[from..].iter().step_by(by_channel)) {
-                    *to = *v;
+                let from = &w[source * by_source + first * by_channel..][..cols * kk];
+                for (i, tap) in taps.iter().enumerate() {
+                    let row = &mut packed[(i * sources + source) * wide..][..cols];
+                    row.iter_mut().zip(from[*tap..].iter().step_by(kk)).for_each(|(to, v)| *to = *v);
+                }
+            }
+            return;
+        }
+        // A channel's sources lie side by side. A few of them at a time: what is written for them stays in the first-level cache.
+        for few in (0..sources).step_by(FEW) {
+            for channel in 0..cols {
+                let n = FEW.min(sources - few);
+                let from = &w[few * by_source + (first + channel) * by_channel..][..n * kk];
+                for (i, tap) in taps.iter().enumerate() {
+                    let rows = packed[(i * sources + few) * wide + channel..].iter_mut().step_by(wide);
+                    rows.zip(from[*tap..].iter().step_by(kk)).for_each(|(to, v)| *to = *v);
                 }
             }
         }
@@ -79,6 +118,8 @@ pub(super) struct Pixels<'a> {
     pub taps: &'a [u32],
     /// Values of a run.
     pub run: usize,
+    /// Whether source and output come from and go to memory, not a cache.
+    pub far: bool,
 }
 
 impl Pixels<'_> {
@@ -92,7 +133,7 @@ impl Pixels<'_> {
         to: &[u32],
         out: &mut [MaybeUninit<f32>],
     ) {
-        let Pixels { source, base, taps, run } = *self;
+        let Pixels { source, base, taps, run, far } = *self;
         let (Some(most_base), Some(most_to), Some(most_tap)) = (base.iter().max(), to.iter().max(), taps.iter().max())
         else {
             return;
@@ -104,6 +145,17 @@ impl Pixels<'_> {
             assert!(block.len() == taps.len() * run * registers * isa.lanes, "a block of weights has its shape");
             for from in (0..base.len()).step_by(isa.pixels) {
                 let rows = (base.len() - from).min(isa.pixels);
+                if far {
+                    // The lines of a tile's output lie far apart, and so do the rows that it is the first to read.
+                    let ahead = to.iter().skip(from + AHEAD * isa.pixels).take(isa.pixels);
+                    ahead.for_each(|to| fetch::<_, true>(&out[*to as usize + first]));
+                    if first == 0 && taps.len() == 1 {
+                        let ahead = base.iter().skip(from + isa.pixels).take(isa.pixels);
+                        ahead.for_each(|base| {
+                            source[*base as usize..][..run].iter().step_by(LINE).for_each(fetch::<_, false>)
+                        });
+                    }
+                }
                 // A tile is always full: what is missing repeats the last pixel.
                 let (mut few_base, mut few_to) = ([base[base.len() - 1]; 16], [0; 16]);
                 let (tile_base, tile_to) = if rows == isa.pixels {
@@ -133,47 +185,42 @@ impl Pixels<'_> {
     }
 }
 
-/// What a weight gradient sums over: some pixels of the output, their windows and their gradients.
+/// What a weight gradient sums over: some pixels, what they read, and their gradients.
 #[derive(Clone, Copy)]
 pub(super) struct Slopes<'a> {
-    /// What the windows read. A tile reads whole rows of its own, past the end of the last run.
+    /// What they read, `[pixels, source_step]`, from the first row on. A tile reads whole rows of its own, past the last one.
     pub source: &'a [f32],
-    /// Where in `source` each pixel's window begins.
-    pub base: &'a [u32],
-    /// Gradients, `[pixels, step]`.
+    /// Values a pixel of `source`.
+    pub source_step: usize,
+    /// Gradients, `[pixels, step]`, from the first channel on.
     pub dy: &'a [f32],
-    /// Channels, up to whole registers.
+    /// Values a pixel of `dy`.
     pub step: usize,
-    /// Pixels whose values stay in the first-level cache while many rows of the weights use them.
-    pub block: usize,
+    /// Pixels.
+    pub n: usize,
 }
 
 impl Slopes<'_> {
-    /// dw += Σ source · dy for one tap and one block of channels: first channel, registers, channels. `dw`: `[run, registers · LANES]`.
-    pub fn add(&self, isa: &Isa, tap: u32, run: usize, (first, registers, _): (usize, usize, usize), dw: &mut [f32]) {
-        let Some(most) = self.base.iter().max() else { return };
+    /// dw += Σ source · dy for the rows of one tile at most, and `registers` registers of channels. `dw`: `[rows, registers · LANES]`.
+    pub fn add(&self, isa: &Isa, registers: usize, dw: &mut [f32]) {
         let cols = registers * isa.lanes;
+        let Some(last) = self.n.checked_sub(1) else { return };
+        let rows = dw.len() / cols;
         // The bounds of every pointer below.
-        let end = *most as usize + tap as usize + run.next_multiple_of(isa.rows);
-        assert!(end <= self.source.len(), "windows lie in the source");
-        assert!(self.dy.len() == self.base.len() * self.step && first + cols <= self.step, "dy has its shape");
-        assert!(dw.len() == run * cols, "dw has its shape");
-        for from in (0..self.base.len()).step_by(self.block) {
-            let n = (self.base.len() - from).min(self.block);
-            for row in (0..run).step_by(isa.rows) {
-                let tile = WeightTile {
-                    x: self.source[tap as usize + row..].as_ptr(),
-                    base: self.base[from..].as_ptr(),
-                    dy: self.dy[from * self.step + first..].as_ptr(),
-                    dy_step: self.step,
-                    n,
-                    dw: dw[row * cols..].as_mut_ptr(),
-                    dw_step: cols,
-                    rows: (run - row).min(isa.rows),
-                };
-                // SAFETY: the assertions above bound windows and gradients; an instruction set in the table is one of this processor.
-                unsafe { (isa.weight_tile[registers - 1])(&tile) };
-            }
-        }
+        assert!(last * self.source_step + isa.rows <= self.source.len(), "windows lie in the source");
+        assert!(last * self.step + cols <= self.dy.len(), "gradients lie in dy");
+        assert!(dw.len() == rows * cols && rows <= isa.rows, "dw has its shape");
+        let tile = WeightTile {
+            x: self.source.as_ptr(),
+            x_step: self.source_step,
+            dy: self.dy.as_ptr(),
+            dy_step: self.step,
+            n: self.n,
+            dw: dw.as_mut_ptr(),
+            dw_step: cols,
+            rows,
+        };
+        // SAFETY: the assertions above bound windows and gradients; an instruction set in the table is one of this processor.
+        unsafe { (isa.weight_tile[registers - 1])(&tile) };
     }
 }

@@ -366,7 +366,8 @@ pub(super) fn forward<T: Send>(
         let to: Vec<u32> = (0..n).map(|i| (i * t.to.c) as u32).collect();
         let block = t.from.c * 2 * isa.lanes;
         sums.par_chunks_mut(plane).with_min_len(least(wide)).enumerate().for_each(|(k, sums)| {
-            let read = Pixels { source: &read.values[k * read.plane..], base: &base, taps: &[0], run: t.from.c };
+            let read =
+                Pixels { source: &read.values[k * read.plane..], base: &base, taps: &[0], run: t.from.c, far: false };
             // The last block may be narrower.
             let of_plane = weights.chunks(PLANES * block).map(|w| &w[k * w.len() / PLANES..(k + 1) * w.len() / PLANES]);
             read.multiply(isa, t.to.c, of_plane, &to, as_unwritten(sums));
@@ -437,8 +438,6 @@ fn add_products(isa: &Isa, [x, dy]: &[Read; 2], parts: &[Part], wide: bool, sum:
     // Channels that are not there hold what earlier layers left, and go into sums that nobody reads.
     let gradients = dy.all(isa, parts, wide, &mut slopes);
     let (c_in, channels) = (windows.channels, gradients.channels);
-    let most = parts.iter().map(|part| x.tiling.tiles(part).len()).max().unwrap_or(0);
-    let base: Vec<u32> = (0..most).map(|i| (i * c_in) as u32).collect();
     let blocks: Vec<_> = blocks(isa, channels).collect();
     let of_blocks = sum.par_chunks_mut(PLANES * c_in * 2 * isa.lanes).zip(blocks);
     of_blocks.with_min_len(least(wide)).for_each(|(sum, block)| {
@@ -448,8 +447,11 @@ fn add_products(isa: &Isa, [x, dy]: &[Read; 2], parts: &[Part], wide: bool, sum:
                 let n = x.tiling.tiles(part).len();
                 let source = &windows.values[i * windows.part + k * windows.plane..];
                 let dy = &gradients.values[i * gradients.part + k * gradients.plane..][..n * channels];
-                let all = Slopes { source, base: &base[..n], dy, step: channels, block: n };
-                all.add(isa, 0, c_in, block, sum);
+                for (row, sum) in (0..c_in).step_by(isa.rows).zip(sum.chunks_mut(isa.rows * block.1 * isa.lanes)) {
+                    let dy = &dy[block.0..];
+                    let all = Slopes { source: &source[row..], source_step: c_in, dy, step: channels, n };
+                    all.add(isa, block.1, sum);
+                }
             }
         });
     });

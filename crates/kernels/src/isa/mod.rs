@@ -7,7 +7,7 @@
 use std::{fmt, mem::MaybeUninit, sync::OnceLock};
 
 use crate::{
-    norm,
+    norm, pool,
     tile::{Tile, WeightTile},
     transform::Compiled,
 };
@@ -54,6 +54,12 @@ type SumsLoop = unsafe fn(norm::Pass, &mut [f32], &mut [f32], Option<&mut [Maybe
 /// Shift, skip, whether ReLU, values.
 type ShiftActLoop = unsafe fn(&[f32], Option<&[f32]>, bool, &mut [f32]);
 
+/// Windows, an image, row of the result, the row.
+type MaxRow = unsafe fn(&pool::Windows, &[f32], usize, &mut [MaybeUninit<f32>]);
+
+/// Windows, an image, its result and the result's gradient, its gradient.
+type MaxBackward = unsafe fn(&pool::Windows, &[f32], [&[f32]; 2], &mut [f32]);
+
 /// The kernels of one instruction set.
 pub struct Isa {
     /// As `BYOL_ISA` names it.
@@ -68,6 +74,9 @@ pub struct Isa {
     pub(crate) tile: [unsafe fn(&Tile); 2],
     /// The same for the weight gradient.
     pub(crate) weight_tile: [unsafe fn(&WeightTile); 2],
+    /// Lays panels as the weight gradient reads them: of windows, and of one and of two registers of channels.
+    pub(crate) lay: unsafe fn(&[f32], &[u32], usize, &mut [f32]),
+    pub(crate) lay_lines: [unsafe fn(&[f32], usize, usize, &mut [f32]); 2],
     /// Winograd's maps: a window, its output, the output's gradient, weights, the weights' gradient.
     pub(crate) window: Compiled,
     pub(crate) output: Compiled,
@@ -83,6 +92,9 @@ pub struct Isa {
     pub(crate) sums: SumsLoop,
     pub(crate) by_y: unsafe fn(norm::Pass, norm::Slope, &mut [MaybeUninit<f32>]),
     pub(crate) by_y_in_place: unsafe fn(norm::Pass, norm::Slope, &mut [f32]),
+    /// [`pool`]'s loops.
+    pub(crate) max_row: MaxRow,
+    pub(crate) max_backward: MaxBackward,
 }
 
 impl fmt::Debug for Isa {
@@ -154,7 +166,7 @@ macro_rules! isa {
 
         use crate::{
             isa::{Isa, Simd},
-            norm,
+            norm, pool,
             tile::{self, Tile, WeightTile},
             transform::{self, Compiled, Map, Transform},
         };
@@ -169,6 +181,16 @@ macro_rules! isa {
         unsafe fn weight_tile<const NV: usize>(t: &WeightTile) {
             // SAFETY: the caller's.
             unsafe { tile::weight_tile::<$simd, $rows, NV>(t) }
+        }
+
+        $(#[$feature])?
+        unsafe fn lay(from: &[f32], base: &[u32], at: usize, to: &mut [f32]) {
+            tile::lay::<$rows>(from, base, at, to);
+        }
+
+        $(#[$feature])?
+        unsafe fn lay_lines<const NV: usize>(from: &[f32], step: usize, at: usize, to: &mut [f32]) {
+            tile::lay_lines::<{ <$simd as Simd>::LANES }, NV>(from, step, at, to);
         }
 
         $(#[$feature])?
@@ -213,6 +235,16 @@ macro_rules! isa {
             norm::by_y_in_place_loop(p, s, g);
         }
 
+        $(#[$feature])?
+        unsafe fn max_row(s: &pool::Windows, x: &[f32], y: usize, out: &mut [MaybeUninit<f32>]) {
+            pool::max_row(s, x, y, out);
+        }
+
+        $(#[$feature])?
+        unsafe fn max_backward(s: &pool::Windows, x: &[f32], out: [&[f32]; 2], dx: &mut [f32]) {
+            pool::max_backward_loop(s, x, out, dx);
+        }
+
         /// The table.
         pub static ISA: Isa = Isa {
             name: $name,
@@ -221,6 +253,8 @@ macro_rules! isa {
             rows: $rows,
             tile: [tile::<1>, tile::<2>],
             weight_tile: [weight_tile::<1>, weight_tile::<2>],
+            lay,
+            lay_lines: [lay_lines::<1>, lay_lines::<2>],
             window: Compiled { run: transform::<transform::Window, 6, 6>, reads: 6, writes: 6 },
             output: Compiled { run: transform::<transform::Output, 6, 4>, reads: 6, writes: 4 },
             slopes: Compiled { run: transform::<transform::Slopes, 4, 6>, reads: 4, writes: 6 },
@@ -233,6 +267,8 @@ macro_rules! isa {
             sums,
             by_y,
             by_y_in_place,
+            max_row,
+            max_backward,
         };
     };
 }
