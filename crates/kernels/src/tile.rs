@@ -154,10 +154,9 @@ pub fn lay<const N: usize>(from: &[f32], base: &[u32], at: usize, to: &mut [f32]
 #[inline(always)]
 pub fn lay_lines<const LANES: usize, const NV: usize>(from: &[f32], step: usize, at: usize, to: &mut [f32]) {
     for (from, to) in from.chunks_exact(step).zip(to.chunks_exact_mut(LANES * NV)) {
+        // Arrays have a length that the compiler knows.
         let (from, to) = (from[at..at + LANES * NV].as_chunks::<LANES>().0, to.as_chunks_mut::<LANES>().0);
-        for v in 0..NV {
-            to[v] = from[v];
-        }
+        to[..NV].copy_from_slice(&from[..NV]);
     }
 }
 

@@ -54,6 +54,9 @@ type SumsLoop = unsafe fn(norm::Pass, &mut [f32], &mut [f32], Option<&mut [Maybe
 /// Shift, skip, whether ReLU, values.
 type ShiftActLoop = unsafe fn(&[f32], Option<&[f32]>, bool, &mut [f32]);
 
+/// Values, of a pixel, where in a pixel, the panel.
+type LayLines = unsafe fn(&[f32], usize, usize, &mut [f32]);
+
 /// Windows, an image, row of the result, the row.
 type MaxRow = unsafe fn(&pool::Windows, &[f32], usize, &mut [MaybeUninit<f32>]);
 
@@ -76,7 +79,7 @@ pub struct Isa {
     pub(crate) weight_tile: [unsafe fn(&WeightTile); 2],
     /// Lays panels as the weight gradient reads them: of windows, and of one and of two registers of channels.
     pub(crate) lay: unsafe fn(&[f32], &[u32], usize, &mut [f32]),
-    pub(crate) lay_lines: [unsafe fn(&[f32], usize, usize, &mut [f32]); 2],
+    pub(crate) lay_lines: [LayLines; 2],
     /// Winograd's maps: a window, its output, the output's gradient, weights, the weights' gradient.
     pub(crate) window: Compiled,
     pub(crate) output: Compiled,
