@@ -589,24 +589,34 @@ pub enum Source {
     Pending(Pending),
 }
 
-/// The convolution with the batch's statistics of its output; γ and β are of the norm behind it.
+/// The convolution with the batch's statistics of its output; γ, β and ε are of the norm behind it.
 ///
 /// # Shapes
 /// `x`: `[N, H, W, C_in]`; `w`: `[C_out, C_in, K, K]`; `gamma`, `beta`: `[C_out]`.
 pub fn conv(x: Source, w: Tensor<4>, gamma: Tensor<1>, beta: Tensor<1>, stride: usize, eps: f64) -> Pending {
     let pending = matches!(x, Source::Pending(_));
-    let (x, of_x) = match x {
+    let (x, of_x, eps_of_x) = match x {
         Source::Done(x) => {
             let none = || Tensor::<1>::zeros([1], &w.device());
-            (x, [none(), none(), none(), none()])
+            (x, [none(), none(), none(), none()], eps)
         }
-        Source::Pending(p) => (p.y, [p.gamma, p.beta, p.mean, p.variance]),
+        Source::Pending(p) => (p.y, [p.gamma, p.beta, p.mean, p.variance], p.eps),
     };
     let [g, b, m, v] = of_x.map(Tensor::into_dispatch);
     let (y, mean, variance) =
-        Dispatch::conv_forward(x.into_dispatch(), w.into_dispatch(), g, b, m, v, stride, eps, pending);
+        Dispatch::conv_forward(x.into_dispatch(), w.into_dispatch(), g, b, m, v, stride, eps_of_x, pending);
     let (mean, variance) = (Tensor::from_dispatch(mean), Tensor::from_dispatch(variance));
     Pending { y: Tensor::from_dispatch(y), gamma, beta, mean, variance, eps }
+}
+
+/// The convolution alone.
+///
+/// # Shapes
+/// As for [`conv`].
+pub fn conv_alone(x: Source, w: Tensor<4>, stride: usize) -> Tensor<4> {
+    let none = || Tensor::<1>::zeros([1], &w.device());
+    let (gamma, beta) = (none(), none());
+    conv(x, w, gamma, beta, stride, 0.0).y
 }
 
 /// act(norm(y) (+ skip)).

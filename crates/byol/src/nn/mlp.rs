@@ -5,11 +5,16 @@
 use burn::tensor::{Device, Tensor, activation::relu};
 
 use super::{
-    Init, init,
+    Init,
+    fused::{self, Source},
+    init,
     pass::{Pass, Statistics},
     tree::{Leaf, Tree},
 };
-use crate::random::{self, Domain};
+use crate::{
+    device::has_kernels,
+    random::{self, Domain},
+};
 
 /// Linear → batch norm → ReLU → Linear: the description, without weights.
 #[derive(Debug, Clone, PartialEq)]
@@ -66,11 +71,33 @@ impl Mlp {
     /// # Shapes
     /// `x`: `[N, d_in]`; returns `[N, d_out]`.
     pub fn forward(&self, pass: &mut Pass, x: Tensor<2>) -> Tensor<2> {
+        if has_kernels(&x.device()) && pass.trains() {
+            return self.fused(pass, x);
+        }
         let weight = |pass: &Pass, tail: &str| pass.params.get::<2>(&format!("{}.{tail}", self.name)).transpose();
         let bias = pass.params.get::<1>(&format!("{}.fc1.bias", self.name));
         let h = x.matmul(weight(pass, "fc1.weight")) + bias.reshape([1, self.hidden]);
         let h = relu(pass.batch_norm(&self.norm_name(), h));
         h.matmul(weight(pass, "fc2.weight"))
+    }
+
+    /// The same in training by the CPU's kernels: a linear layer is a convolution of maps of one pixel.
+    fn fused(&self, pass: &mut Pass, x: Tensor<2>) -> Tensor<2> {
+        let (n, norm) = (x.dims()[0], self.norm_name());
+        let weight = |pass: &Pass, tail: &str, c_out: usize, c_in: usize| {
+            pass.params.get::<2>(&format!("{}.{tail}", self.name)).reshape([c_out, c_in, 1, 1])
+        };
+        let get = |name: String| pass.params.get::<1>(&name);
+        let bias = get(format!("{}.fc1.bias", self.name));
+        let (gamma, beta) = (get(format!("{norm}.weight")), get(format!("{norm}.bias")));
+        // The norm takes the batch's mean away, and with it the bias, which moves the running mean and has a gradient of 0.
+        let beta = beta + bias.clone().mul_scalar(0.0);
+        let x = Source::Done(x.reshape([n, 1, 1, self.d_in]));
+        let w = weight(pass, "fc1.weight", self.hidden, self.d_in);
+        let h = fused::conv(x, w, gamma, beta, 1, pass.norm.eps);
+        pass.saw(&norm, h.mean.clone() + bias, h.variance.clone());
+        let w = weight(pass, "fc2.weight", self.d_out, self.hidden);
+        fused::conv_alone(Source::Pending(h), w, 1).reshape([n, self.d_out])
     }
 
     fn norm_name(&self) -> String {

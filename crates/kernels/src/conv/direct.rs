@@ -26,6 +26,12 @@ const TASK_VALUES: usize = 1 << 16;
 /// Destination pixels that a task has at least, so that its last tile counts for little.
 const TASK_PIXELS: usize = 256;
 
+/// Tasks that a batch of small maps is cut into, at least.
+const TASKS: usize = 8;
+
+/// A multiple of every instruction set's pixels a tile.
+const TILES: usize = 12;
+
 /// Pixels of a task of the weight gradient: a panel of their gradients is half a first-level cache.
 const SUM_PIXELS: usize = 256;
 
@@ -136,10 +142,10 @@ impl Walk {
         let (rows, pixels) = (self.from.h + self.margin[0][0] + self.margin[0][1], self.to.h * self.to.w);
         let image = (rows * self.width() * self.from.c).max(1);
         if image <= TASK_VALUES || pixels < TASK_PIXELS || self.to.h <= self.step {
-            // Where a map is much wider than long, so many pixels go over the size, but then no image is cut; and some tasks are left to
-            // share out.
+            // Small maps go together, up to enough pixels for whole tiles, while some tasks are left to share out.
             let (fits, enough) = (TASK_VALUES / image, TASK_PIXELS / pixels.max(1));
-            let together = fits.min(enough + 1).max(enough.min(self.n / 8)).clamp(1, self.n.max(1));
+            let few = self.n.div_ceil(TASKS).next_multiple_of(if pixels == 1 { TILES } else { 1 });
+            let together = fits.min(enough + 1).max(enough).min(few).max(1);
             let images = (0..self.n).step_by(together);
             return images.map(|i| Task { images: i..(i + together).min(self.n), rows: 0..self.to.h }).collect();
         }
