@@ -1,6 +1,6 @@
 //! The two innermost loops of convolution, written once for all instruction sets.
 //!
-//! Both keep a block of sums in registers: `MR` rows by `NV` registers of channels. A row is an output pixel in [`tile`] and an input
+//! Both keep a block of sums in registers, a tile: `MR` rows by `NV` registers of channels. A row is an output pixel in [`column`] and an input
 //! value in [`weight_tile`]; one value a row is broadcast, one or two registers of channels are loaded, and all are multiplied.
 
 #![allow(clippy::needless_range_loop, reason = "blocks of registers are plainest by index")]
@@ -9,11 +9,11 @@ use std::array::from_fn;
 
 use crate::isa::Simd;
 
-/// A block of output: pixels × channels.
-pub struct Tile {
+/// A column of output: some pixels × a block of channels.
+pub struct Column {
     /// The source, with its margins.
     pub x: *const f32,
-    /// Where in `x` each pixel's window begins; as many as the tile has rows.
+    /// Where in `x` each pixel's window begins.
     pub base: *const u32,
     /// Where in a window each tap begins.
     pub taps: *const u32,
@@ -27,10 +27,12 @@ pub struct Tile {
     pub out: *mut f32,
     /// Where in `out` each pixel's channels begin.
     pub to: *const u32,
-    /// Pixels that are real; the others repeat one and are not stored.
-    pub rows: usize,
+    /// Pixels, at least 1.
+    pub n: usize,
     /// Channels that are real, at most `NV · LANES`.
     pub cols: usize,
+    /// Ask for the lines of later tiles: of what they write, and of what they read at the first tap.
+    pub ahead: [bool; 2],
 }
 
 /// A block of a weight gradient: input values × channels, summed over pixels.
@@ -53,51 +55,90 @@ pub struct WeightTile {
     pub rows: usize,
 }
 
-/// Σ over taps and runs of x · w.
+/// Values of a cache line.
+pub const LINE: usize = 16;
+
+/// Tiles from the one that is written to the one whose lines are asked for.
+pub const AHEAD: usize = 2;
+
+/// Asks for a cache line that will soon be read, or written, where the processor cannot guess it. It changes nothing but the caches.
+#[inline(always)]
+pub fn fetch<const WRITE: bool>(line: *const f32) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every processor of this kind has the instruction, and it takes any address.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_ET0, _MM_HINT_T0, _mm_prefetch};
+        if WRITE {
+            _mm_prefetch::<_MM_HINT_ET0>(line.cast())
+        } else {
+            _mm_prefetch::<_MM_HINT_T0>(line.cast())
+        };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = line;
+}
+
+/// Σ over taps and runs of x · w, tile after tile of `MR` pixels.
 ///
 /// # Safety
-/// `base`, `to` hold `MR` entries, `taps` `n_taps`; `x` holds `base + tap + run` values for each, `w` `n_taps · run · NV · LANES`, `out`
-/// `to + cols` for each of `rows ≤ MR`; `cols ≤ NV · LANES`; the processor has `S`.
+/// `base`, `to` hold `n` entries, `taps` `n_taps`; `x` holds `base + tap + run` values for each, `w` `n_taps · run · NV · LANES`, `out`
+/// `to + cols` for each pixel; `n ≥ 1`; `cols ≤ NV · LANES`; the processor has `S`.
 #[inline(always)]
-pub unsafe fn tile<S: Simd, const MR: usize, const NV: usize>(t: &Tile) {
+pub unsafe fn column<S: Simd, const MR: usize, const NV: usize>(t: &Column) {
     // SAFETY: the offsets are those that the contract bounds.
     unsafe {
-        let mut sums = [[S::splat(0.0); NV]; MR];
-        let window: [*const f32; MR] = from_fn(|r| t.x.add(*t.base.add(r) as usize));
-        let mut w = t.w;
-        for tap in 0..t.n_taps {
-            let from = *t.taps.add(tap) as usize;
-            for i in from..from + t.run {
-                let weights: [S::V; NV] = from_fn(|v| S::load(w.add(v * S::LANES)));
-                w = w.add(NV * S::LANES);
+        let mut first = 0;
+        while first < t.n {
+            let rows = (t.n - first).min(MR);
+            // A tile is always full: what is missing repeats its last pixel.
+            let pixel: [usize; MR] = from_fn(|r| first + r.min(rows - 1));
+            if t.ahead[0] {
                 for r in 0..MR {
-                    let x = S::splat(*window[r].add(i));
-                    for v in 0..NV {
-                        sums[r][v] = S::fma(x, weights[v], sums[r][v]);
+                    let later = (first + AHEAD * MR + r).min(t.n - 1);
+                    fetch::<true>(t.out.add(*t.to.add(later) as usize));
+                }
+            }
+            if t.ahead[1] {
+                for r in 0..MR {
+                    let later = (first + MR + r).min(t.n - 1);
+                    let row = t.x.add(*t.base.add(later) as usize);
+                    for line in (0..t.run).step_by(LINE) {
+                        fetch::<false>(row.add(line));
                     }
                 }
             }
-        }
-        if t.cols == NV * S::LANES {
-            for (r, sums) in sums.iter().enumerate() {
-                if r < t.rows {
-                    let to = t.out.add(*t.to.add(r) as usize);
-                    for (v, sum) in sums.iter().enumerate() {
-                        S::store(to.add(v * S::LANES), *sum);
+            let mut sums = [[S::splat(0.0); NV]; MR];
+            let window: [*const f32; MR] = from_fn(|r| t.x.add(*t.base.add(pixel[r]) as usize));
+            let mut w = t.w;
+            for tap in 0..t.n_taps {
+                let from = *t.taps.add(tap) as usize;
+                for i in from..from + t.run {
+                    let weights: [S::V; NV] = from_fn(|v| S::load(w.add(v * S::LANES)));
+                    w = w.add(NV * S::LANES);
+                    for r in 0..MR {
+                        let x = S::splat(*window[r].add(i));
+                        for v in 0..NV {
+                            sums[r][v] = S::fma(x, weights[v], sums[r][v]);
+                        }
                     }
                 }
             }
-        } else {
             // Two registers of the widest set.
             let mut row = [0.0f32; 32];
-            for (r, sums) in sums.iter().enumerate() {
-                if r < t.rows {
-                    for (v, sum) in sums.iter().enumerate() {
-                        S::store(row.as_mut_ptr().add(v * S::LANES), *sum);
+            for r in 0..MR {
+                if r < rows {
+                    let to = t.out.add(*t.to.add(pixel[r]) as usize);
+                    let whole = t.cols == NV * S::LANES;
+                    let at = if whole { to } else { row.as_mut_ptr() };
+                    for v in 0..NV {
+                        S::store(at.add(v * S::LANES), sums[r][v]);
                     }
-                    std::ptr::copy_nonoverlapping(row.as_ptr(), t.out.add(*t.to.add(r) as usize), t.cols);
+                    if !whole {
+                        std::ptr::copy_nonoverlapping(row.as_ptr(), to, t.cols);
+                    }
                 }
             }
+            first += MR;
         }
     }
 }

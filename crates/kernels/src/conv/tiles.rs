@@ -8,34 +8,11 @@ use rayon::prelude::*;
 use super::Shape;
 use crate::{
     isa::Isa,
-    tile::{Tile, WeightTile},
+    tile::{Column, WeightTile},
 };
 
 /// Sources whose weights are packed at a time.
 const FEW: usize = 16;
-
-/// Values of a cache line.
-const LINE: usize = 16;
-
-/// Tiles from the one that is computed to the one whose output is asked for.
-const AHEAD: usize = 2;
-
-/// Asks for a cache line that will soon be read, or written, where the processor cannot guess it.
-fn fetch<T, const WRITE: bool>(value: &T) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: every processor of this kind has the instruction; it changes nothing but the caches.
-    unsafe {
-        use std::arch::x86_64::{_MM_HINT_ET0, _MM_HINT_T0, _mm_prefetch};
-        let line = std::ptr::from_ref(value).cast();
-        if WRITE {
-            _mm_prefetch::<_MM_HINT_ET0>(line)
-        } else {
-            _mm_prefetch::<_MM_HINT_T0>(line)
-        };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = value;
-}
 
 /// Blocks of channels: first channel, registers, channels that are real.
 pub(super) fn blocks(isa: &Isa, channels: usize) -> impl Iterator<Item = (usize, usize, usize)> + use<> {
@@ -143,44 +120,23 @@ impl Pixels<'_> {
         assert!(*most_to as usize + channels <= out.len() && base.len() == to.len(), "pixels lie in the destination");
         for ((first, registers, cols), block) in blocks(isa, channels).zip(weights) {
             assert!(block.len() == taps.len() * run * registers * isa.lanes, "a block of weights has its shape");
-            for from in (0..base.len()).step_by(isa.pixels) {
-                let rows = (base.len() - from).min(isa.pixels);
-                if far {
-                    // The lines of a tile's output lie far apart, and so do the rows that it is the first to read.
-                    let ahead = to.iter().skip(from + AHEAD * isa.pixels).take(isa.pixels);
-                    ahead.for_each(|to| fetch::<_, true>(&out[*to as usize + first]));
-                    if first == 0 && taps.len() == 1 {
-                        let ahead = base.iter().skip(from + isa.pixels).take(isa.pixels);
-                        ahead.for_each(|base| {
-                            source[*base as usize..][..run].iter().step_by(LINE).for_each(fetch::<_, false>)
-                        });
-                    }
-                }
-                // A tile is always full: what is missing repeats the last pixel.
-                let (mut few_base, mut few_to) = ([base[base.len() - 1]; 16], [0; 16]);
-                let (tile_base, tile_to) = if rows == isa.pixels {
-                    (&base[from..], &to[from..])
-                } else {
-                    few_base[..rows].copy_from_slice(&base[from..]);
-                    few_to[..rows].copy_from_slice(&to[from..]);
-                    (&few_base[..], &few_to[..])
-                };
-                let tile = Tile {
-                    x: source.as_ptr(),
-                    base: tile_base.as_ptr(),
-                    taps: taps.as_ptr(),
-                    n_taps: taps.len(),
-                    run,
-                    w: block.as_ptr(),
-                    out: out[first..].as_mut_ptr().cast(),
-                    to: tile_to.as_ptr(),
-                    rows,
-                    cols,
-                };
-                // SAFETY: the assertions above bound windows, pixels (`first + cols` is at most the channels) and the block; an instruction
-                // set in the table is one of this processor.
-                unsafe { (isa.tile[registers - 1])(&tile) };
-            }
+            let column = Column {
+                x: source.as_ptr(),
+                base: base.as_ptr(),
+                taps: taps.as_ptr(),
+                n_taps: taps.len(),
+                run,
+                w: block.as_ptr(),
+                out: out[first..].as_mut_ptr().cast(),
+                to: to.as_ptr(),
+                n: base.len(),
+                cols,
+                // The first block brings what it reads into the cache for all others.
+                ahead: [far, far && first == 0 && taps.len() == 1],
+            };
+            // SAFETY: the assertions above bound windows, pixels (`first + cols` is at most the channels) and the block, and there is
+            // a pixel; an instruction set in the table is one of this processor.
+            unsafe { (isa.column[registers - 1])(&column) };
         }
     }
 }

@@ -8,7 +8,7 @@ use std::{fmt, mem::MaybeUninit, sync::OnceLock};
 
 use crate::{
     norm, pool,
-    tile::{Tile, WeightTile},
+    tile::{Column, WeightTile},
     transform::Compiled,
 };
 
@@ -73,8 +73,8 @@ pub struct Isa {
     pub(crate) pixels: usize,
     /// Rows a tile of the weight gradient.
     pub(crate) rows: usize,
-    /// A tile of one and of two registers of channels.
-    pub(crate) tile: [unsafe fn(&Tile); 2],
+    /// A column of one and of two registers of channels.
+    pub(crate) column: [unsafe fn(&Column); 2],
     /// The same for the weight gradient.
     pub(crate) weight_tile: [unsafe fn(&WeightTile); 2],
     /// Lays panels as the weight gradient reads them: of windows, and of one and of two registers of channels.
@@ -170,14 +170,14 @@ macro_rules! isa {
         use crate::{
             isa::{Isa, Simd},
             norm, pool,
-            tile::{self, Tile, WeightTile},
+            tile::{self, Column, WeightTile},
             transform::{self, Compiled, Map, Transform},
         };
 
         $(#[$feature])?
-        unsafe fn tile<const NV: usize>(t: &Tile) {
+        unsafe fn column<const NV: usize>(t: &Column) {
             // SAFETY: the caller's.
-            unsafe { tile::tile::<$simd, $pixels, NV>(t) }
+            unsafe { tile::column::<$simd, $pixels, NV>(t) }
         }
 
         $(#[$feature])?
@@ -254,7 +254,7 @@ macro_rules! isa {
             lanes: <$simd as Simd>::LANES,
             pixels: $pixels,
             rows: $rows,
-            tile: [tile::<1>, tile::<2>],
+            column: [column::<1>, column::<2>],
             weight_tile: [weight_tile::<1>, weight_tile::<2>],
             lay,
             lay_lines: [lay_lines::<1>, lay_lines::<2>],
