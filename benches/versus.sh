@@ -4,8 +4,9 @@
 #   benches/versus.sh PYTHON [ROW…]
 #
 # PYTHON: an interpreter with torch, torchvision, lightly and onnxruntime. The programs torch_*.py are looked for in $PEERS (default: ../shared/peers).
-# ROW: some of cifar18 resnet50 resnet18 narrow features views224 views32 (default: all of them).
-# Environment: ROUNDS (3), THREADS (2), STEPS (3), PHOTOS and CIFAR (folders of JPEG files for the views), BYOL (the program to measure).
+# ROW: some of cifar18 resnet50 resnet18 narrow features views224 views32 pretrain (default: all of them).
+# Environment: ROUNDS (3), THREADS (2), STEPS (3), EPOCHS (20, of pretrain), PHOTOS and CIFAR (folders of JPEG files for the views; pretrain takes
+# CIFAR's folder train/CLASS/*.jpg and test/CLASS/*.jpg), BYOL (the program to measure).
 #
 # It refuses a busy machine: PyTorch's threads spin at the end of every loop, and lose far more than their share to a neighbour.
 set -euo pipefail
@@ -43,6 +44,15 @@ ours() { "$byol" "$@" --json 2>/dev/null | tail -n1; }
 theirs() { "$python" "$@" --json 2>/dev/null | tail -n1; }
 record() { printf '%s\t%s\t%s\n' "$1" "$2" "$3" >>"$results"; } # row, who, JSON
 
+whole() { # images, command: the wall clock of all of it
+    local images=$1 began ended
+    shift
+    began=$(date +%s.%N)
+    "$@" >/dev/null 2>&1
+    ended=$(date +%s.%N)
+    "$python" -c "print('{\"images_per_s\": %f}' % ($images / ($ended - $began)))"
+}
+
 step() { # row, byol's options, PyTorch's options
     record "$1" byol "$(ours bench --threads "$threads" --steps "$steps" $2)"
     record "$1" torch "$(theirs "$peers/torch_step.py" --threads "$threads" --steps "$steps" --warmup 2 $3)"
@@ -67,16 +77,24 @@ row() {
             record views32 byol "$(ours bench views "$CIFAR" --size 32 --limit 5000)"
             record views32 batched "$(theirs "$peers/torch_views.py" "$CIFAR" --size 32 --impl batched --limit 5000 --repeat 1)"
             ;;
+        pretrain)
+            local epochs=${EPOCHS:-20} out
+            out=$(mktemp -d)
+            local same="--limit 10000 --width 0.25 --hidden 1024 --batch 128 --epochs $epochs --warmup-epochs 2 --threads $threads"
+            record pretrain byol "$(whole $((10000 * epochs)) "$byol" pretrain "$CIFAR" --out "$out/run" --recipe cifar10 --encoder resnet18 --device cpu $same)"
+            record pretrain torch "$(whole $((10000 * epochs)) "$python" "$peers/torch_train.py" --data "$CIFAR" $same)"
+            rm -r "$out"
+            ;;
         *) usage ;;
     esac
 }
 
 rows=("$@")
-[ ${#rows[@]} -gt 0 ] || rows=(cifar18 resnet50 resnet18 narrow features views224 views32)
+[ ${#rows[@]} -gt 0 ] || rows=(cifar18 resnet50 resnet18 narrow features views224 views32 pretrain)
 for r in "${rows[@]}"; do
     case $r in
         features | views224) : "${PHOTOS:?set PHOTOS to a folder of JPEG photos}" ;;
-        views32) : "${CIFAR:?set CIFAR to a folder of 32 px JPEG files}" ;;
+        views32 | pretrain) : "${CIFAR:?set CIFAR to a folder of 32 px JPEG files}" ;;
     esac
 done
 for ((i = 1; i <= rounds; i++)); do

@@ -186,6 +186,9 @@ fn the_benchmarks_measure() {
     for key in ["images_per_second", "gflop_per_second", "peak_gflop_per_second", "share_of_peak"] {
         assert!(of_step[key].as_f64().unwrap() > 0.0, "{key}: {of_step}");
     }
+    let large = ["bench", "--width", "0.25", "--batch", "32", "--hidden", "512", "--steps", "2", "--threads", "1"];
+    let large = json(&ok(&[&large[..], &["--device", "cpu", "--json"]].concat()));
+    assert_eq!(large["fresh_blocks"], 0, "a step finds all the memory that the last one used");
     let forward = json(&ok(&[&step[..], &["--forward-only"]].concat()));
     assert!(forward["split_ms"].is_null() && forward["images_per_second"].as_f64().unwrap() > 0.0);
 

@@ -191,7 +191,11 @@ fn step(args: &Step) -> Result<()> {
 
     let (mut whole, mut parts) = (Vec::new(), [Vec::new(), Vec::new(), Vec::new()]);
     let encoder = Encoder::new(plan.encoder.clone(), byol.online.clone());
+    let mut kept = 0;
     for i in 0..args.steps + 2 {
+        if i == 2 {
+            kept = crate::MEMORY.fresh();
+        }
         let began = Instant::now();
         let mut last = 0.0;
         let mut split = [0.0; 3];
@@ -221,6 +225,7 @@ fn step(args: &Step) -> Result<()> {
             parts.iter_mut().zip(split).for_each(|(all, s)| all.push(s));
         }
     }
+    let fresh = crate::MEMORY.fresh() - kept;
     let best = whole.iter().copied().fold(f64::INFINITY, f64::min);
     let seconds = median(whole);
     let gflop = if args.forward_only { 2.0 * images * convs } else { forward + backward } / 1e9;
@@ -238,6 +243,7 @@ fn step(args: &Step) -> Result<()> {
             "isa": machine.isa, "images_per_second": images / seconds, "images_per_second_best": images / best,
             "step_ms": seconds * 1e3, "gflop_per_second": gflop / seconds, "peak_gflop_per_second": peak.map(|p| p.gflops),
             "share_of_peak": share, "bandwidth_gb_per_second": peak.map(|p| p.gigabytes), "peak_mb": peak_mb(),
+            "fresh_blocks": fresh,
         });
         if !args.forward_only {
             result["split_ms"] = split_ms.into();
@@ -277,7 +283,7 @@ fn step(args: &Step) -> Result<()> {
         }
     }
     if let Some(mb) = peak_mb() {
-        out!("{mb:.0} MiB of memory at most");
+        out!("{mb:.0} MiB of memory at most; {fresh} large blocks new to these steps");
     }
     Ok(())
 }

@@ -1,0 +1,10 @@
+//! IDX files, unpacked. The values are as many as the dimensions say.
+#![no_main]
+
+use byol::data::idx;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    if let Ok((dimensions, values)) = idx::parse(bytes) {
+        assert_eq!(values.len(), dimensions.iter().product::<usize>());
+    }
+});
