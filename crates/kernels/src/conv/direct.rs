@@ -422,15 +422,13 @@ impl<'a> Sum<'a> {
                     let at = FEW * i * isa.rows..(FEW * i + few.len()) * isa.rows;
                     for (panel, to) in of_tap.chunks_exact_mut(n * isa.rows).enumerate() {
                         let (from, to) = (*tap as usize + panel * isa.rows, &mut to[at.clone()]);
-                        match self.run.checked_sub((panel + 1) * isa.rows) {
+                        let real = isa.rows.min(self.run - panel * isa.rows);
+                        if real == isa.rows {
                             // SAFETY: the processor has this instruction set, or it would not be in the table.
-                            Some(_) => unsafe { (isa.lay)(window.values, few, from, to) },
-                            None => lay_padded(
-                                few.iter().map(|b| &window.values[*b as usize + from..]),
-                                self.run - panel * isa.rows,
-                                isa.rows,
-                                to,
-                            ),
+                            unsafe { (isa.lay)(window.values, few, from, to) };
+                        } else {
+                            let values = few.iter().map(|base| &window.values[*base as usize + from..]);
+                            lay_padded(values, real, isa.rows, to);
                         }
                     }
                 }
@@ -503,7 +501,7 @@ impl<'a> Sum<'a> {
         let isa = self.isa;
         let mut dw = vec![0.0f32; length];
         let most = tasks.iter().map(|task| self.n(task)).max().unwrap_or(0) * self.pixel().iter().sum::<usize>();
-        let together = (GROUP_VALUES / most.max(1)).max(1).min(tasks.len());
+        let together = (GROUP_VALUES / most.max(1)).clamp(1, tasks.len().max(1));
         let mut room = vec![0.0f32; together * most];
         for tasks in tasks.chunks(together) {
             let panels: Vec<Panels> =
