@@ -35,7 +35,7 @@ use super::pass::Running;
 /// The passes on one backend. Statistics are those of the batch; γ, β, mean and variance of a convolution are of the norm that it reads
 /// through, and count where `pending`.
 #[backend_extension(Autodiff, Flex)]
-pub trait ConvNormAct: Backend {
+pub trait Kernels: Backend {
     /// y = conv(relu(norm(x)), w), or without `pending` conv(x, w): (y, its mean, its variance).
     fn conv_forward(
         x: FloatTensor<Self>,
@@ -156,7 +156,7 @@ fn normalisation([gamma, beta, mean, variance]: [&FlexTensor; 4], eps: f64) -> N
     Norm::new(values(gamma), values(beta), values(mean), &inverse)
 }
 
-impl ConvNormAct for Flex {
+impl Kernels for Flex {
     fn conv_forward(
         x: FlexTensor,
         w: FlexTensor,
@@ -315,7 +315,7 @@ impl ConvNormAct for Flex {
     }
 }
 
-impl<B: Backend + ConvNormAct, C: CheckpointStrategy> ConvNormAct for Autodiff<B, C> {
+impl<B: Backend + Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
     fn conv_forward(
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
@@ -341,7 +341,7 @@ impl<B: Backend + ConvNormAct, C: CheckpointStrategy> ConvNormAct for Autodiff<B
             pending: bool,
         }
 
-        impl<B: Backend + ConvNormAct> Backward<B, 4> for Conv {
+        impl<B: Backend + Kernels> Backward<B, 4> for Conv {
             type State = Kept<B::FloatTensorPrimitive>;
 
             fn backward(self, ops: Ops<Self::State, 4>, grads: &mut Gradients, _: &mut Checkpointer) {
@@ -402,7 +402,7 @@ impl<B: Backend + ConvNormAct, C: CheckpointStrategy> ConvNormAct for Autodiff<B
             relu: bool,
         }
 
-        impl<B: Backend + ConvNormAct> Backward<B, 4> for NormAct {
+        impl<B: Backend + Kernels> Backward<B, 4> for NormAct {
             type State = Kept<B::FloatTensorPrimitive>;
 
             fn backward(self, ops: Ops<Self::State, 4>, grads: &mut Gradients, _: &mut Checkpointer) {
@@ -457,7 +457,7 @@ impl<B: Backend + ConvNormAct, C: CheckpointStrategy> ConvNormAct for Autodiff<B
             padding: usize,
         }
 
-        impl<B: Backend + ConvNormAct> Backward<B, 1> for MaxPool {
+        impl<B: Backend + Kernels> Backward<B, 1> for MaxPool {
             type State = Kept<B::FloatTensorPrimitive>;
 
             fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
@@ -484,7 +484,7 @@ impl<B: Backend + ConvNormAct, C: CheckpointStrategy> ConvNormAct for Autodiff<B
         #[derive(Debug)]
         struct Mean;
 
-        impl<B: Backend + ConvNormAct> Backward<B, 1> for Mean {
+        impl<B: Backend + Kernels> Backward<B, 1> for Mean {
             type State = [usize; 2];
 
             fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
