@@ -9,7 +9,7 @@ use burn::tensor::{Device, Tensor};
 
 use crate::{
     nn::{Mode, Network, Pass, Tree, Weights},
-    optim::{Optimizer, Schedule, target},
+    optim::{Optimizer, Schedule},
 };
 
 /// The two networks, the optimiser with its momenta, and the step counter: all that a run is.
@@ -101,8 +101,8 @@ impl Byol {
     /// θ ← optimizer(θ, ∇θ L, η), then ξ ← τ ξ + (1 − τ) θ, then k ← k + 1.
     pub fn update(&mut self, gradient: &Gradient) -> Report {
         let (eta, tau) = (self.schedule.eta(self.k), self.schedule.tau(self.k));
-        self.online.params = self.optimizer.step(&self.online.params, &gradient.grads, eta);
-        self.target.params = target::towards(&self.target.params, &self.online.params, tau);
+        let (theta, xi) = (&self.online.params, &self.target.params);
+        (self.online.params, self.target.params) = self.optimizer.step(theta, xi, &gradient.grads, eta, tau);
         self.k += 1;
         Report { loss: gradient.loss, eta, tau }
     }

@@ -11,7 +11,7 @@ use byol::{
         resnet::{Architecture, Block, ResNet, Stem},
         tree::host,
     },
-    optim::{AdamW, Lars, Optimizer, Rule, Schedule, Sgd, target},
+    optim::{AdamW, Lars, Optimizer, Rule, Schedule, Sgd},
 };
 use common::{Case, case, cases, close};
 
@@ -70,7 +70,7 @@ fn check_optimizer(case: &Case, rule: Rule, steps: usize, eta: impl Fn(usize) ->
     let mut params = read("p0.");
     let mut optimizer = Optimizer::new(rule, &params);
     for step in 0..steps {
-        params = optimizer.step(&params, &read(&format!("g{step}.")), eta(step));
+        (params, _) = optimizer.step(&params, &Tree::new(), &read(&format!("g{step}.")), eta(step), 1.0);
         for (name, leaf) in params.iter() {
             let key = format!("p{}.{name}", step + 1);
             if case.has(&key) {
@@ -135,7 +135,10 @@ fn moving_average() {
             tree.insert("w", Leaf::new(case.f32(key), case.shape(key), &device()));
             tree
         };
-        let xi = target::towards(&read("target"), &read("online"), case.number("tau"));
+        // A step of 0: θ stays, and ξ moves towards it.
+        let (theta, still) = (read("online"), Sgd { momentum: 0.0, weight_decay: 0.0, nesterov: false });
+        let mut optimizer = Optimizer::new(Rule::Sgd(still), &theta);
+        let (_, xi) = optimizer.step(&theta, &read("target"), &theta, 0.0, case.number("tau"));
         case.check("new_target", &xi.leaf("w").unwrap().to_vec());
     }
 }

@@ -10,6 +10,7 @@ use crate::{
     norm, pool,
     tile::{Column, WeightTile},
     transform::Compiled,
+    update::{Adam, Momentum, Part},
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -98,6 +99,10 @@ pub struct Isa {
     /// [`pool`]'s loops.
     pub(crate) max_row: MaxRow,
     pub(crate) max_backward: MaxBackward,
+    /// [`crate::update`]'s loops.
+    pub(crate) squares: unsafe fn(&[f32], &[f32], f32) -> [f32; 2],
+    pub(crate) momentum: unsafe fn(Part, Momentum),
+    pub(crate) adam: unsafe fn(Part, Adam),
 }
 
 impl fmt::Debug for Isa {
@@ -172,6 +177,7 @@ macro_rules! isa {
             norm, pool,
             tile::{self, Column, WeightTile},
             transform::{self, Compiled, Map, Transform},
+            update::{self, Adam, Momentum, Part},
         };
 
         $(#[$feature])?
@@ -248,6 +254,21 @@ macro_rules! isa {
             pool::max_backward_loop(s, x, out, dx);
         }
 
+        $(#[$feature])?
+        unsafe fn squares(w: &[f32], g: &[f32], decay: f32) -> [f32; 2] {
+            update::squares_loop(w, g, decay)
+        }
+
+        $(#[$feature])?
+        unsafe fn momentum(p: Part, by: Momentum) {
+            update::momentum_loop(p, by);
+        }
+
+        $(#[$feature])?
+        unsafe fn adam(p: Part, by: Adam) {
+            update::adam_loop(p, by);
+        }
+
         /// The table.
         pub static ISA: Isa = Isa {
             name: $name,
@@ -272,6 +293,9 @@ macro_rules! isa {
             by_y_in_place,
             max_row,
             max_backward,
+            squares,
+            momentum,
+            adam,
         };
     };
 }
