@@ -6,13 +6,14 @@
 # PYTHON: an interpreter with torch, torchvision, lightly and onnxruntime. The programs torch_*.py are looked for in $PEERS (default: ../shared/peers).
 # ROW: some of cifar18 resnet50 resnet18 narrow features views224 views32 pretrain (default: all of them).
 # Environment: ROUNDS (3), THREADS (2), STEPS (3), EPOCHS (20, of pretrain), PHOTOS and CIFAR (folders of JPEG files for the views; pretrain takes
-# CIFAR's folder train/CLASS/*.jpg and test/CLASS/*.jpg), BYOL (the program to measure).
+# CIFAR's folder train/CLASS/*.jpg and test/CLASS/*.jpg), COMPILE (1; 0: leave out torch.compile, which needs a C++ compiler), BYOL (the program to
+# measure).
 #
 # It refuses a busy machine: PyTorch's threads spin at the end of every loop, and lose far more than their share to a neighbour.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-usage() { sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+usage() { sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 [ $# -ge 1 ] || usage
 python=$1
 shift
@@ -56,6 +57,7 @@ whole() { # images, command: the wall clock of all of it
 step() { # row, byol's options, PyTorch's options
     record "$1" byol "$(ours bench --threads "$threads" --steps "$steps" $2)"
     record "$1" torch "$(theirs "$peers/torch_step.py" --threads "$threads" --steps "$steps" --warmup 2 $3)"
+    [ "${COMPILE:-1}" = 0 ] || record "$1" torch-compile "$(theirs "$peers/torch_step.py" --threads "$threads" --steps "$steps" --warmup 2 --compile $3)"
 }
 
 row() {

@@ -42,6 +42,9 @@ impl Facts {
     }
 }
 
+/// Images that a core takes through training in about an hour: ResNet-18 of width 0.25, views of 24 px, AVX-512 (docs/results.md).
+const HOUR: f64 = 1.05e6;
+
 /// A recipe for these facts and the reasons, a sentence each.
 pub fn choose(facts: &Facts, draft: &Draft) -> (Recipe, Vec<String>) {
     let mut r = Recipe::default();
@@ -55,24 +58,32 @@ pub fn choose(facts: &Facts, draft: &Draft) -> (Recipe, Vec<String>) {
     r.views.size =
         [32, 48, 64, 96, 128, 160, 224].into_iter().rfind(|s| *s <= facts.shorter_side.min(most)).unwrap_or(32);
     r.views.size = said_count("views.size").unwrap_or(r.views.size);
+    let small = facts.shorter_side <= 64;
+    let slow = if cpu && facts.shorter_side > most {
+        format!(", and more than {most} px is slow on a processor")
+    } else {
+        String::new()
+    };
     why.push(format!(
-        "views of {} px: the images' shorter side is about {} px{}",
-        r.views.size,
-        facts.shorter_side,
-        if cpu && facts.shorter_side > most {
-            format!(", and more than {most} px is slow on a processor")
-        } else {
-            String::new()
-        }
+        "views of {} px: the images' shorter side is about {} px{slow}",
+        r.views.size, facts.shorter_side
     ));
+    if cpu && small && said("views.size").is_none() {
+        r.views.eval_size = r.views.size;
+        r.views.size = r.views.size * 3 / 4;
+        why.push(format!(
+            "training at {} px, evaluation at {}: crops enlarge what they show, and three quarters of the side are two thirds of the time",
+            r.views.size, r.views.eval_size
+        ));
+    }
 
     if cpu {
         r.encoder.architecture = Architecture::Resnet18;
-        r.encoder.width = if facts.images < 20_000 { 0.25 } else { 0.5 };
+        r.encoder.width = 0.25;
         r.heads.hidden = 1024;
         why.push(format!(
-            "resnet18 of width {} with heads of 1024: what {} cores train on {} images in reasonable time",
-            r.encoder.width, facts.cores, facts.images
+            "resnet18 of width {} with heads of 1024: what {} cores train in reasonable time",
+            r.encoder.width, facts.cores
         ));
     } else {
         let large = facts.images >= 100_000 && r.views.size > 64;
@@ -89,16 +100,22 @@ pub fn choose(facts: &Facts, draft: &Draft) -> (Recipe, Vec<String>) {
     why.push(format!("batch {}: at least eight updates an epoch, at most {most}", r.train.batch));
 
     // A budget of images seen, so that a small folder gets many epochs and a large one few.
-    let budget = if cpu { 400_000.0 } else { 40_000_000.0 };
+    let width = said("encoder.width").and_then(|v| v.as_float().or(v.as_integer().map(|i| i as f64)));
+    let budget = if cpu {
+        HOUR * facts.cores as f64 * (24.0 / r.views.size as f64).powi(2) * (0.25 / width.unwrap_or(0.25)).powf(1.4)
+    } else {
+        40_000_000.0
+    };
     let epochs = (budget / facts.images.max(1) as f64).round() as u64;
     r.train.epochs = epochs.clamp(if cpu { 5 } else { 30 }, 400);
     r.train.epochs = said_count("train.epochs").map_or(r.train.epochs, |e| e as u64);
-    r.train.warmup_epochs = (r.train.epochs / 10).clamp(0, 10);
+    r.train.warmup_epochs = (r.train.epochs / if cpu { 20 } else { 10 }).min(10);
     why.push(format!(
-        "{} epochs, {} of them warm-up: about {:.1} million images seen",
+        "{} epochs, {} of them warm-up: about {:.1} million images seen{}",
         r.train.epochs,
         r.train.warmup_epochs,
-        r.train.epochs as f64 * facts.images as f64 / 1e6
+        r.train.epochs as f64 * facts.images as f64 / 1e6,
+        if cpu && said("train.epochs").is_none() { ", an hour or so" } else { "" }
     ));
 
     // The reference: 0.996 for 313 thousand steps, 0.99 for 31 to 94 thousand. Lower ones collapsed in short runs (docs/results.md).
@@ -109,24 +126,34 @@ pub fn choose(facts: &Facts, draft: &Draft) -> (Recipe, Vec<String>) {
         r.target.tau
     ));
 
-    r.optimizer.kind = OptimizerKind::Lars;
-    r.optimizer.lr = 1.0;
-    r.optimizer.weight_decay = 1e-5;
-    r.optimizer.trust = 0.02;
-    r.optimizer.clip_lr = true;
+    if cpu {
+        r.optimizer.kind = OptimizerKind::Sgd;
+        r.optimizer.lr = 0.12;
+        r.optimizer.weight_decay = 5e-4;
+        why.push("SGD with rate 0.12 per 256 images, decay 5e-4: in short runs ahead of LARS (docs/results.md)".into());
+    } else {
+        r.optimizer.kind = OptimizerKind::Lars;
+        r.optimizer.lr = 1.0;
+        r.optimizer.weight_decay = 1e-5;
+        r.optimizer.trust = 0.02;
+        r.optimizer.clip_lr = true;
+        why.push(
+            "LARS with rate 1.0 per 256 images, trust 0.02, clipped: the settings of the best public recipe for small data"
+                .into(),
+        );
+    }
     r.target.init = TargetInit::Copy;
-    why.push(
-        "LARS with rate 1.0 per 256 images, trust 0.02, clipped: the settings of the best public recipe for small data"
-            .into(),
-    );
-    if facts.shorter_side <= 64 {
+    if small {
         r.views.center = 1.0;
         why.push("evaluation looks at whole images: they have no border to spare".into());
     }
     if r.views.size <= 64 {
-        r.views.first.blur = 0.0;
-        r.views.second.blur = 0.0;
-        why.push("no blur: a view of 64 px or less has no fine detail to take away".into());
+        for policy in [&mut r.views.first, &mut r.views.second] {
+            (policy.brightness, policy.contrast, policy.saturation, policy.blur) = (0.2, 0.5, 0.6, 0.0);
+        }
+        why.push(
+            "no blur: a view of 64 px or less has no fine detail to take away; jitter as in the recipe cifar10".into(),
+        );
     }
     (r, why)
 }
@@ -160,5 +187,17 @@ mod tests {
         draft.set("views.size=64").unwrap();
         let (recipe, _) = choose(&facts(50_000, 500, Kind::Cpu), &draft);
         assert_eq!((recipe.train.epochs, recipe.train.warmup_epochs, recipe.views.first.blur), (3, 0, 0.0));
+        assert_eq!((recipe.views.size, recipe.views.eval_size), (64, 0), "a size that was said is for both");
+    }
+
+    #[test]
+    fn an_hour_is_fewer_images_for_larger_networks_and_views() {
+        let epochs = |width: f64, side: usize| {
+            let mut draft = Draft::from_recipe("auto").unwrap();
+            draft.set(&format!("encoder.width={width}")).unwrap();
+            choose(&facts(50_000, side, Kind::Cpu), &draft).0.train.epochs
+        };
+        assert_eq!(epochs(0.25, 32), 42);
+        assert!(epochs(1.0, 32) < 10 && epochs(0.25, 64) < 15);
     }
 }

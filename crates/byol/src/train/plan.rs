@@ -75,7 +75,7 @@ impl Plan {
                 architecture: recipe.encoder.architecture,
                 width: recipe.encoder.width,
                 stem: recipe.encoder.stem(size),
-                size,
+                size: if recipe.views.eval_size == 0 { size } else { recipe.views.eval_size },
                 center: recipe.views.center,
                 channels: CHANNELS,
                 normalization: recipe.normalize.clone(),

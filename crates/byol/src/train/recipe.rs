@@ -228,6 +228,9 @@ impl Default for TargetConfig {
 pub struct ViewsConfig {
     /// Side in pixels. 224 as in the paper.
     pub size: usize,
+    /// Side of the evaluation's view in pixels; 0: as `size`. A crop enlarges what it shows, so an encoder may know larger images
+    /// better than those of its training (Touvron et al. 2019, arXiv:1906.06423).
+    pub eval_size: usize,
     /// Evaluation takes the centre square of this share of the shorter side, in (0, 1]. 0.875 as in the reference; 1 where images are
     /// so small that their border counts.
     pub center: f64,
@@ -239,7 +242,13 @@ pub struct ViewsConfig {
 
 impl Default for ViewsConfig {
     fn default() -> Self {
-        ViewsConfig { size: 224, center: reference_center(), first: Policy::default(), second: Policy::second() }
+        ViewsConfig {
+            size: 224,
+            eval_size: 0,
+            center: reference_center(),
+            first: Policy::default(),
+            second: Policy::second(),
+        }
     }
 }
 
@@ -495,6 +504,9 @@ impl Recipe {
         at_least("heads.hidden", self.heads.hidden, 1, 1 << 16)?;
         at_least("heads.projection", self.heads.projection, 1, 1 << 16)?;
         at_least("views.size", self.views.size, 4, 2048)?;
+        if self.views.eval_size != 0 {
+            at_least("views.eval_size", self.views.eval_size, 4, 2048)?;
+        }
         at_least("health.k", self.health.k, 1, 100_000)?;
         at_least("checkpoint.keep", self.checkpoint.keep, 1, 1000)?;
         if self.train.warmup_epochs >= self.train.epochs {

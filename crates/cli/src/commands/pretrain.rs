@@ -179,12 +179,15 @@ pub fn describe(plan: &Plan, device: &str, threads: usize, out: &std::path::Path
         1 => String::new(),
         n => format!(" in {n} parts of {}", plan.micro_batch()),
     };
+    let views = match r.views.size {
+        size if size == e.size => format!("{size} px"),
+        size => format!("{size} px (evaluation {})", e.size),
+    };
     report::note(format!(
-        "plan: {} of width {}, {:?} stem, views of {} px; heads {}-{}; batch {}{parts}; {} epochs = {} steps, {} of warm-up",
+        "plan: {} of width {}, {:?} stem, views of {views}; heads {}-{}; batch {}{parts}; {} epochs = {} steps, {} of warm-up",
         e.architecture.name(),
         e.width,
         e.stem,
-        e.size,
         r.heads.hidden,
         r.heads.projection,
         r.train.batch,
