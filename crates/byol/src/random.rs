@@ -18,6 +18,10 @@ pub enum Domain {
     View = 3,
     /// Procedural images.
     Synthetic = 4,
+    /// Samples of test images.
+    Bootstrap = 5,
+    /// Which training images an evaluation takes, and in which order.
+    Split = 6,
 }
 
 /// The stream with this name. Distinct names give independent streams.
@@ -72,6 +76,15 @@ pub fn shuffle<T>(rng: &mut ChaCha8Rng, items: &mut [T]) {
     for i in (1..items.len()).rev() {
         items.swap(i, below(rng, i + 1));
     }
+}
+
+/// `(epoch, position)` without end: epoch after epoch all of 0..n, each in an order of its own.
+pub fn endless(domain: Domain, seed: u64, n: usize) -> impl Iterator<Item = (u64, usize)> {
+    (0..).flat_map(move |epoch| {
+        let mut order: Vec<usize> = (0..n).collect();
+        shuffle(&mut stream(&[domain as u64, seed, epoch]), &mut order);
+        order.into_iter().map(move |i| (epoch, i))
+    })
 }
 
 #[cfg(test)]

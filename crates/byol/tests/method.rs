@@ -224,27 +224,3 @@ fn the_fused_layer_is_the_composed_one() {
         }
     }
 }
-
-#[test]
-fn knn_and_rankme_match_the_oracle() {
-    use byol::eval::{Features, knn, spectrum};
-    let features = |case: &common::Case, key: &str| {
-        let [n, dim] = *case.shape(key) else { panic!("two axes") };
-        Features { n, dim, values: case.f32(key) }
-    };
-    for case in common::cases("knn_") {
-        let classes = case.number("classes") as usize;
-        let (bank, queries) = (features(&case, "train"), features(&case, "test"));
-        let (of_bank, of_queries) = (case.usize("train_labels"), case.usize("test_labels"));
-        let k = case.number("k") as usize;
-        let got = knn::classify(&bank, &of_bank, &queries, &of_queries, classes, k, case.number("temperature"));
-        assert_eq!(got.predicted, case.usize("prediction"), "{}", case.name);
-        case.check("accuracy", &[got.accuracy]);
-        for (row, (g, w)) in got.votes.chunks(classes).zip(case.f64("votes").chunks(classes)).enumerate() {
-            common::close(&format!("{} row {row}", case.name), g, w, case.rtol, case.atol);
-        }
-    }
-    for case in common::cases("spectrum_") {
-        case.check("rankme", &[spectrum::rankme(&features(&case, "z"))]);
-    }
-}

@@ -28,9 +28,26 @@ fn a_run_leaves_an_encoder_that_can_be_evaluated_and_is_not_changed_by_it() {
     assert_eq!(fs::read_dir(out.join("checkpoints")).unwrap().count(), 3, "the last three are kept");
 
     let before = bytes(&out);
-    let knn = json(&ok(&["eval", "knn", text(&out), text(&data), "--json", "--device", "cpu", "--k", "3"]));
-    assert!((0.0..=1.0).contains(&knn["knn"].as_f64().unwrap()));
-    assert_eq!(before, bytes(&out), "evaluation never changes an encoder");
+    let run = ["--json", "--device", "cpu", "--with-random"];
+    for (what, flags, rows) in [
+        ("knn", &["--k", "1,3"][..], 4),
+        ("linear", &["--epochs", "2", "--batch", "16"], 2),
+        ("linear", &["--fast"], 2),
+    ] {
+        let table = json(&ok(&[&["eval", what, text(&out), text(&data)], &run[..], flags].concat()));
+        let figures = table["rows"].as_array().unwrap();
+        assert_eq!(figures.len(), rows, "{what} {flags:?}: {table}");
+        for row in figures {
+            let (value, interval) = (row["value"].as_f64().unwrap(), &row["interval"]);
+            assert!((0.0..=1.0).contains(&value));
+            assert!(interval[0].as_f64().unwrap() <= value && value <= interval[1].as_f64().unwrap());
+        }
+        let name = table["evaluation"].as_str().unwrap();
+        let kept: serde_json::Value =
+            serde_json::from_slice(&fs::read(out.join(format!("eval/{name}.json"))).unwrap()).unwrap();
+        assert_eq!(kept, table, "kept in the run");
+        assert_eq!(before, bytes(&out), "evaluation never changes an encoder");
+    }
 }
 
 #[test]

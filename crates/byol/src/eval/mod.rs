@@ -1,7 +1,13 @@
 //! EVALUATION: each one file; all work on a frozen [`Encoder`] and change nothing in it.
 
+pub mod finetune;
 pub mod knn;
+pub mod linear;
+pub mod logistic;
+pub mod metrics;
+pub mod rows;
 pub mod spectrum;
+pub mod sphere;
 
 use burn::tensor::{Tensor, TensorData};
 use rayon::prelude::*;
@@ -9,7 +15,7 @@ use rayon::prelude::*;
 use crate::{
     data::{CHANNELS, Error, Images},
     nn::{Encoder, EncoderSpec},
-    views::evaluation_view,
+    views::{Policy, evaluation_view, view},
 };
 
 /// Representations of all images, row by row: `[N, F]`.
@@ -29,6 +35,12 @@ impl Features {
         &self.values[i * self.dim..(i + 1) * self.dim]
     }
 
+    /// The rows at these positions, in this order.
+    pub fn subset(&self, positions: &[usize]) -> Features {
+        let values = positions.iter().flat_map(|i| self.row(*i).iter().copied()).collect();
+        Features { n: positions.len(), dim: self.dim, values }
+    }
+
     /// The same rows scaled to unit length; a row of zeros stays.
     pub fn unit(&self) -> Features {
         let mut values = self.values.clone();
@@ -43,6 +55,30 @@ impl Features {
 /// Images a batch in evaluation: enough to fill a device, little enough for any memory.
 fn batch_for(size: usize) -> usize {
     (256 * 32 * 32 / (size * size)).clamp(8, 256)
+}
+
+/// The number of the evaluations' crop among an image's views: 0 and 1 are those of pretraining.
+const CROP: u64 = 2;
+
+/// Random crops, flipped by chance, of `(epoch, image)`: `[n, size, size, C]` in 0..1. `which` is the view's number.
+///
+/// # Errors
+/// [`Error::Image`].
+fn crops(
+    images: &Images,
+    some: &[(u64, usize)],
+    size: usize,
+    seed: u64,
+    which: u64,
+    device: &burn::tensor::Device,
+) -> Result<Tensor<4>, Error> {
+    let policy = Policy::crop_and_flip();
+    let one = |(epoch, i): &(u64, usize)| {
+        let name = [seed, *epoch, *i as u64, which];
+        Ok(view(&policy, &*images.get(*i)?, size, name).interleaved())
+    };
+    let views: Vec<Vec<f32>> = some.par_iter().map(one).collect::<Result<_, Error>>()?;
+    Ok(Tensor::from_data(TensorData::new(views.concat(), [some.len(), size, size, CHANNELS]), device))
 }
 
 /// Calls `f` with the images' evaluation views for such an encoder, batch by batch: `[n, size, size, C]` in 0..1.
@@ -72,7 +108,7 @@ pub fn for_batches(
 /// # Errors
 /// [`Error::Image`].
 pub fn embed(encoder: &Encoder, images: &Images, mut done: impl FnMut(usize)) -> Result<Features, Error> {
-    let device = encoder.weights.params.iter().next().map(|(_, l)| l.value.device()).expect("an encoder has weights");
+    let device = encoder.device();
     let mut values = Vec::with_capacity(images.len() * encoder.features());
     for_batches(images, &encoder.spec, &device, |x| {
         let [n, ..] = x.dims();

@@ -66,7 +66,7 @@ pub struct EncoderSpec {
     pub width: f64,
     /// What stands before the first group.
     pub stem: Stem,
-    /// Side of the square views it was trained on, in pixels.
+    /// Side of the square views that evaluation takes, in pixels.
     pub size: usize,
     /// Evaluation takes the centre square of this share of an image's shorter side, in (0, 1].
     #[serde(default = "reference_center")]
@@ -114,6 +114,19 @@ impl Encoder {
         Encoder { resnet: spec.resnet(), spec, weights }
     }
 
+    /// An encoder of this kind that has learned nothing: the baseline of every evaluation. `seed` names its weights.
+    pub fn random(spec: EncoderSpec, seed: u64, device: &Device) -> Self {
+        let resnet = spec.resnet();
+        let weights = Weights { params: resnet.init(seed, "online", device), statistics: resnet.statistics(device) };
+        Encoder { spec, weights, resnet }
+    }
+
+    /// Where its weights live.
+    pub fn device(&self) -> Device {
+        let first = self.weights.params.iter().next();
+        first.map(|(_, leaf)| leaf.value.device()).expect("an encoder has weights")
+    }
+
     /// Length of the representation.
     pub fn features(&self) -> usize {
         self.resnet.features()
@@ -127,8 +140,12 @@ impl Encoder {
         // The averaging of variances is over; eps is all that evaluation needs of the norm's settings.
         let norm = NormConfig::default();
         let mode = Mode::Eval(&self.weights.statistics);
-        self.resnet
-            .forward(&mut Pass { params: &self.weights.params, norm: &norm, mode }, self.spec.normalization.forward(x))
+        self.represent(&mut Pass { params: &self.weights.params, norm: &norm, mode }, x)
+    }
+
+    /// Representations by other weights of the same network, in any mode: for whoever trains it on.
+    pub fn represent(&self, pass: &mut Pass, x: Tensor<4>) -> Tensor<2> {
+        self.resnet.forward(pass, self.spec.normalization.forward(x))
     }
 }
 

@@ -77,6 +77,12 @@ impl Case {
         self.params[key].as_bool().unwrap_or_else(|| panic!("{} has no flag {key}", self.name))
     }
 
+    /// A parameter `[first, last]`.
+    pub fn range(&self, key: &str) -> [usize; 2] {
+        let of = |i: usize| self.params[key][i].as_u64().unwrap_or_else(|| panic!("{} has no range {key}", self.name));
+        [of(0), of(1)].map(|v| v as usize)
+    }
+
     pub fn has(&self, key: &str) -> bool {
         self.tensors.contains_key(key)
     }

@@ -107,14 +107,14 @@ fn neighbours(train: &Images, test: &Images, before: &Measured, after: &Measured
     const SIDE: u32 = 72;
     let labels = |images: &Images, i: usize| images.labels().map(|l| l[i]);
     let mut rows = Vec::new();
-    for q in 0..CLASSES {
+    let first: Vec<usize> = (0..CLASSES).collect();
+    let near = [before, after].map(|side| knn::nearest(&side.bank, &side.queries.subset(&first), 5));
+    for q in first {
         let mut row = vec![Tile::image(&*test.get(q)?, SIDE).framed([60, 90, 220])];
-        for side in [before, after] {
-            for (i, _) in knn::nearest(&side.bank, side.queries.row(q), 5) {
-                let same = labels(train, i) == labels(test, q);
-                let colour = if same { [40, 170, 70] } else { [210, 60, 50] };
-                row.push(Tile::image(&*train.get(i)?, SIDE).framed(colour));
-            }
+        for (i, _) in near.iter().flat_map(|side| &side[q]) {
+            let same = labels(train, *i) == labels(test, q);
+            let colour = if same { [40, 170, 70] } else { [210, 60, 50] };
+            row.push(Tile::image(&*train.get(*i)?, SIDE).framed(colour));
         }
         rows.push(row);
     }

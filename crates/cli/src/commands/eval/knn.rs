@@ -1,0 +1,50 @@
+//! `byol eval knn ENCODER DATA`
+
+use std::process::ExitCode;
+
+use byol::eval::{knn, rows::Row};
+
+use super::{Common, features, labels};
+use crate::report::Result;
+
+/// Classify each test image by its nearest training images
+///
+/// The training images vote by cosine similarity. Where the data have no `val` or `test` split, every fifth image is a query and the
+/// others vote.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    common: Common,
+    /// Neighbours that vote; several separated by commas
+    #[arg(long, value_name = "K,…", value_delimiter = ',', default_value = "20")]
+    k: Vec<usize>,
+    /// Temperature of the votes
+    #[arg(long, value_name = "T", default_value_t = 0.07)]
+    temperature: f64,
+}
+
+pub fn run(args: &Args) -> Result<ExitCode> {
+    if args.k.contains(&0) || args.temperature.is_nan() || args.temperature <= 0.0 {
+        return Err("--k must be at least 1 and --temperature above 0; the usual values are 20 and 0.07".into());
+    }
+    let common = &args.common;
+    let encoders = common.encoders()?;
+    let data = common.labelled()?;
+    let mut rows = Vec::new();
+    for (encoder, who) in &encoders {
+        let bank = features(encoder, &data.train, "embedding training images")?;
+        let queries = features(encoder, &data.test, "embedding test images")?;
+        let (of_bank, of_queries) = (labels(&data.train), labels(&data.test));
+        let outcomes =
+            knn::classify_each(&bank, of_bank, &queries, of_queries, data.classes.len(), &args.k, args.temperature);
+        for (k, outcome) in args.k.iter().zip(outcomes) {
+            let name = format!("kNN accuracy, k = {k}{who}");
+            rows.push(Row::accuracy(name, common.seed, &outcome.predicted, of_queries));
+        }
+    }
+    let settings = serde_json::json!({
+        "k": args.k, "temperature": args.temperature, "train_images": data.train.len(), "test_images": data.test.len(),
+        "classes": data.classes.len(),
+    });
+    common.finish("knn", settings, rows)
+}

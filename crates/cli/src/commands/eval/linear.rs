@@ -1,0 +1,85 @@
+//! `byol eval linear ENCODER DATA`
+
+use std::process::ExitCode;
+
+use byol::{
+    eval::{
+        linear::{self, Protocol},
+        logistic,
+        metrics::in_top,
+        rows::Row,
+    },
+    nn::Encoder,
+};
+
+use super::{Common, Labelled, features, labels};
+use crate::report::{self, Result};
+
+/// Train a linear classifier on the frozen encoder
+///
+/// As in the paper: random crop and flip, SGD with Nesterov momentum, cosine, the learning rate chosen on a tenth of the training images and
+/// never on the test images. With --fast, features are computed once and a logistic regression is fitted to them, its regularisation
+/// chosen in the same way.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    common: Common,
+    /// Compute the features once and fit a logistic regression by L-BFGS
+    #[arg(long, conflicts_with_all = ["epochs", "batch", "rates"])]
+    fast: bool,
+    /// Passes over the training images
+    #[arg(long, value_name = "N", default_value_t = 80)]
+    epochs: usize,
+    /// Images an update
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    batch: usize,
+    /// Learning rates for batch 256 to choose from
+    #[arg(long, value_name = "BASE,…", value_delimiter = ',', default_values_t = linear::RATES)]
+    rates: Vec<f64>,
+}
+
+pub fn run(args: &Args) -> Result<ExitCode> {
+    if args.epochs == 0 || args.batch == 0 || !args.rates.iter().all(|r| r.is_finite() && *r > 0.0) {
+        return Err("--epochs and --batch must be at least 1 and every one of --rates above 0".into());
+    }
+    let common = &args.common;
+    let encoders = common.encoders()?;
+    let data = common.labelled()?;
+    let mut rows = Vec::new();
+    let mut chosen = Vec::new();
+    for (encoder, who) in &encoders {
+        let (classifier, setting) = if args.fast { fast(args, encoder, &data)? } else { paper(args, encoder, &data)? };
+        chosen.push(setting);
+        let test = features(encoder, &data.test, "embedding test images")?;
+        let scores = classifier.scores(&test);
+        for (k, name) in [(1, "linear top-1"), (5, "linear top-5")] {
+            if k == 1 || data.classes.len() > 5 {
+                let hits = in_top(&scores, labels(&data.test), data.classes.len(), k);
+                rows.push(Row::rate(format!("{name}{who}"), common.seed, &hits));
+            }
+        }
+    }
+    let settings = serde_json::json!({
+        "fast": args.fast, "chosen": chosen, "train_images": data.train.len(), "test_images": data.test.len(),
+        "classes": data.classes.len(),
+    });
+    common.finish(if args.fast { "linear-fast" } else { "linear" }, settings, rows)
+}
+
+/// By gradient descent on crops.
+fn paper(args: &Args, encoder: &Encoder, data: &Labelled) -> Result<(logistic::Classifier, serde_json::Value)> {
+    let Args { epochs, batch, rates, .. } = args;
+    let protocol = Protocol { epochs: *epochs, batch: *batch, rates: rates.clone(), seed: args.common.seed };
+    let bar = report::counter("training the classifier", linear::images_seen(data.train.len(), &protocol) as u64);
+    let found = linear::train(encoder, &data.train, data.classes.len(), &protocol, |n| bar.inc(n as u64))?;
+    bar.finish_and_clear();
+    Ok((found.classifier, serde_json::json!({ "rate": found.rate, "held_out": found.held_out })))
+}
+
+/// By L-BFGS on features.
+fn fast(args: &Args, encoder: &Encoder, data: &Labelled) -> Result<(logistic::Classifier, serde_json::Value)> {
+    let x = features(encoder, &data.train, "embedding training images")?;
+    let out = linear::held_out(x.n, args.common.seed);
+    let found = logistic::fit_best(&x, labels(&data.train), data.classes.len(), &logistic::strengths(), &out);
+    Ok((found.classifier, serde_json::json!({ "l2": found.l2, "held_out": found.held_out })))
+}

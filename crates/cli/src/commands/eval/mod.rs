@@ -1,0 +1,179 @@
+//! `byol eval …`: one file an evaluation. What they share is here: opening, splitting, embedding, printing, keeping.
+
+mod finetune;
+mod knn;
+mod linear;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use byol::{
+    data::{self, Dataset, Images},
+    device::{self, Choice},
+    eval::{
+        Features, embed,
+        rows::{Row, Table},
+    },
+    nn::{Encoder, weights},
+    train::run::keep_bytes,
+};
+use clap::Subcommand;
+use console::{Alignment, measure_text_width, pad_str};
+
+use crate::report::{self, Result, out};
+
+/// Measure what an encoder has learned
+///
+/// Every evaluation leaves the encoder as it is, prints its figures with 95 % intervals (bootstrap over the test images), and keeps them in
+/// RUN/eval/ where the encoder is that of a run.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Classify each test image by its nearest training images
+    Knn(knn::Args),
+    /// Train a linear classifier on the frozen encoder
+    Linear(linear::Args),
+    /// Fine-tune the encoder with a classifier on a part of the labels
+    Finetune(finetune::Args),
+}
+
+pub fn run(args: &Args) -> Result<ExitCode> {
+    match &args.what {
+        What::Knn(args) => knn::run(args),
+        What::Linear(args) => linear::run(args),
+        What::Finetune(args) => finetune::run(args),
+    }
+}
+
+/// The flags of every evaluation.
+#[derive(Debug, clap::Args)]
+struct Common {
+    /// An encoder.safetensors, or the folder of a run
+    encoder: PathBuf,
+    /// Labelled data: class subfolders, CIFAR or IDX files
+    data: PathBuf,
+    /// Measure an encoder with random weights too
+    #[arg(long)]
+    with_random: bool,
+    /// Take N training images, evenly spread (0: all)
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    limit: usize,
+    /// Names every random draw
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Threads [default: one a core]
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    threads: usize,
+    /// auto, cpu, vulkan, metal, wgpu, cuda or rocm
+    #[arg(long, default_value = "auto")]
+    device: Choice,
+    /// Print one JSON object with the results
+    #[arg(long)]
+    json: bool,
+}
+
+/// Labelled images, parted.
+struct Labelled {
+    train: Images,
+    test: Images,
+    classes: Vec<String>,
+}
+
+impl Common {
+    /// The encoder, and the random one where it was asked for, each with what its rows are called after.
+    fn encoders(&self) -> Result<Vec<(Encoder, &'static str)>> {
+        super::set_threads(self.threads)?;
+        let opened = super::open(self.device)?;
+        let encoder = weights::load(&self.encoder, &opened.device)?;
+        let random = self
+            .with_random
+            .then(|| (Encoder::random(encoder.spec.clone(), self.seed, &opened.device), ", random encoder"));
+        Ok(std::iter::once((encoder, "")).chain(random).collect())
+    }
+
+    /// Training and test images, each decoded once.
+    fn labelled(&self) -> Result<Labelled> {
+        labelled(Dataset::open(&self.data)?, self.limit)
+    }
+
+    /// Prints the figures, and keeps them in the run.
+    fn finish(&self, evaluation: &str, settings: serde_json::Value, rows: Vec<Row>) -> Result<ExitCode> {
+        let table = Table {
+            evaluation: evaluation.into(),
+            encoder: self.encoder.display().to_string(),
+            data: self.data.display().to_string(),
+            seed: self.seed,
+            settings,
+            rows,
+        };
+        if self.encoder.join("plan.toml").is_file() {
+            let path = self.encoder.join("eval");
+            let kept = table.save(&self.encoder).map_err(|e| {
+                format!(
+                    "cannot write the figures into {}: {e}; free some space or check that you may write there",
+                    path.display()
+                )
+            });
+            report::note(format!("kept in {}", kept?.display()));
+        }
+        if self.json {
+            out!("{}", serde_json::to_string(&table).expect("a table is plain data"));
+        } else {
+            print(&table.rows);
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// Parts labelled data: its own test split, else every fifth image.
+fn labelled(dataset: Dataset, limit: usize) -> Result<Labelled> {
+    let unlabelled = data::Error::Unlabelled(dataset.root.clone());
+    let bar = report::counter("checking images", 0);
+    let dataset = Dataset { held_out: None, ..dataset }.limit(limit);
+    bar.set_length(dataset.n_images() as u64);
+    let dataset = dataset.check(keep_bytes(device::machine().free_mb), &|| bar.inc(1))?;
+    bar.finish_and_clear();
+    if let Some(first) = dataset.skipped.first() {
+        let n = dataset.skipped.len();
+        report::warning(format!("{n} images cannot be used and are skipped; the first: {}: {}", first.what, first.why));
+    }
+    let (train, test) = match dataset.test {
+        Some(test) => (dataset.train, test),
+        None => dataset.train.hold_out(dataset.train.len().div_ceil(5)),
+    };
+    if train.labels().is_none() || test.labels().is_none() || train.is_empty() || test.is_empty() {
+        return Err(unlabelled.into());
+    }
+    Ok(Labelled { train, test, classes: dataset.classes })
+}
+
+/// Representations with a progress bar.
+fn features(encoder: &Encoder, images: &Images, what: &str) -> Result<Features> {
+    let bar = report::counter(what, images.len() as u64);
+    let features = embed(encoder, images, |n| bar.inc(n as u64))?;
+    bar.finish_and_clear();
+    Ok(features)
+}
+
+/// The labels of images that were checked to have some.
+fn labels(images: &Images) -> &[usize] {
+    images.labels().expect("labelled images were asked for")
+}
+
+/// A table of name, value, interval.
+fn print(rows: &[Row]) {
+    let width = |text: fn(&Row) -> String| rows.iter().map(|row| measure_text_width(&text(row))).max().unwrap_or(0);
+    let (name, value) = (width(|row| row.name.clone()), width(Row::shown));
+    for row in rows {
+        let interval = match row.shown_interval() {
+            none if none.is_empty() => none,
+            some => format!("  ({some})"),
+        };
+        let cell = |text: &str, width, side| pad_str(text, width, side, None).into_owned();
+        out!("{}  {}{interval}", cell(&row.name, name, Alignment::Left), cell(&row.shown(), value, Alignment::Right));
+    }
+}
