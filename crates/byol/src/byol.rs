@@ -5,7 +5,8 @@
 //! Order of a step: loss and gradient at (θ, ξ), then θ by the optimiser, then ξ towards the new θ.
 //! Both networks run in training mode, each view in a pass of its own, so each is normalised by its own batch.
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Bool, Device, Tensor, activation::log_softmax};
+use serde::{Deserialize, Serialize};
 
 use crate::{
     nn::{Mode, Network, Pass, Tree, Weights},
@@ -17,6 +18,8 @@ use crate::{
 pub struct Byol {
     /// f, g, q.
     pub network: Network,
+    /// What is minimised.
+    pub objective: Objective,
     /// θ
     pub online: Weights,
     /// ξ
@@ -27,6 +30,26 @@ pub struct Byol {
     pub schedule: Schedule,
     /// Steps done: the index of the next step, from 0.
     pub k: u64,
+}
+
+/// What is minimised. The default is BYOL; the rest are the paper's ablations of it (§5, appendix F.4).
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Objective {
+    /// Predict with q; without it the prediction is the projection itself. true.
+    pub predictor: bool,
+    /// Predict ξ's projections, which no gradient enters. Without it they are θ's own, and the gradient goes through both sides. true.
+    pub stop_gradient: bool,
+    /// β: weight of the other images of the batch as negatives. 0 is BYOL; 1 with neither predictor nor stop_gradient is SimCLR. 0.
+    pub beta: f64,
+    /// α: temperature of the negatives, above 0. 0.1.
+    pub alpha: f64,
+}
+
+impl Default for Objective {
+    fn default() -> Self {
+        Objective { predictor: true, stop_gradient: true, beta: 0.0, alpha: 0.1 }
+    }
 }
 
 /// What a step reports.
@@ -65,10 +88,24 @@ pub struct Gradient {
 /// ‖q̄ − z̄′‖² by row, q̄ and z̄′ of unit length: 2 − 2 cos, in [0, 4] (eq. 2).
 ///
 /// # Shapes
-/// `q`, `z`: `[N, D]`; returns `[N]`. `z` is a constant: no gradient reaches it.
+/// `q`, `z`: `[N, D]`; returns `[N]`.
 pub fn distance(q: Tensor<2>, z: Tensor<2>) -> Tensor<1> {
-    let z = if q.is_autodiff() { z.without_autodiff().autodiff() } else { z };
     (unit(q) - unit(z)).square().sum_dim(1).squeeze_dim(1)
+}
+
+/// 2α ln( Σ_{j≠i} exp(cos(qᵢ, zⱼ) / α) + Σⱼ exp(cos(qᵢ, z′ⱼ) / α) ) by row i: what β adds to the distance of q from z′ (appendix F.4).
+///
+/// # Shapes
+/// `q`, and the projections of the same view `z` and of the other `z2`: `[N, D]`; returns `[N]`.
+pub fn negatives(q: Tensor<2>, z: Tensor<2>, z2: Tensor<2>, alpha: f64) -> Tensor<1> {
+    let (n, q) = (q.dims()[0], unit(q));
+    let own = Tensor::<2, Bool>::diag_mask([n, n], 0, &q.device()).bool_not();
+    let same = q.clone().matmul(unit(z).transpose()).div_scalar(alpha).mask_fill(own, f32::MIN / 4.0);
+    let all = Tensor::cat(vec![same, q.matmul(unit(z2).transpose()).div_scalar(alpha)], 1);
+    // ln Σ exp = x − ln softmax(x), of any x: the last is never masked.
+    let last = all.clone().narrow(1, 2 * n - 1, 1);
+    let share = log_softmax(all, 1).narrow(1, 2 * n - 1, 1);
+    (last - share).squeeze_dim::<1>(1).mul_scalar(2.0 * alpha)
 }
 
 /// x / √max(‖x‖², 1e-12) by row.
@@ -79,18 +116,26 @@ pub fn unit(x: Tensor<2>) -> Tensor<2> {
 impl Byol {
     /// L = ‖q̄ − z̄′‖² + the same with the views swapped, and ∇θ L. `v`, `v2`: `[N, H, W, C]` in 0..1. Running statistics move.
     pub fn gradient(&mut self, v: Tensor<4>, v2: Tensor<4>, mut done: impl FnMut(Phase)) -> Gradient {
-        let net = &self.network;
-        let (norm, statistics) = (&net.norm, &mut self.target.statistics);
-        let mut xi = Pass { params: &self.target.params, norm, mode: Mode::Train(statistics) };
-        let z = net.project(&mut xi, v.clone()); //                                         z ξ
-        let z2 = net.project(&mut xi, v2.clone()); //                                       z′ξ
+        let (net, o) = (&self.network, self.objective);
+        let norm = &net.norm;
+
+        let targets = o.stop_gradient.then(|| {
+            let mode = Mode::Train(&mut self.target.statistics);
+            let mut xi = Pass { params: &self.target.params, norm, mode };
+            [net.project(&mut xi, v.clone()), net.project(&mut xi, v2.clone())] //          zξ, z′ξ
+        });
 
         let theta = self.online.params.tracked();
         let mut online = Pass { params: &theta, norm, mode: Mode::Train(&mut self.online.statistics) };
-        let q = net.predict(&mut online, v.autodiff()); //                                  qθ(zθ)
-        let q2 = net.predict(&mut online, v2.autodiff()); //                                qθ(z′θ)
+        let z = [v, v2].map(|v| net.project(&mut online, v.autodiff())); //                 zθ, z′θ
+        let [q, q2] = if o.predictor { z.clone().map(|z| net.predict(&mut online, z)) } else { z.clone() }; // qθ(zθ)
+        let [z, z2] = targets.map_or(z, |targets| targets.map(Tensor::autodiff)); //        sg(zξ)
 
-        let l = (distance(q, z2) + distance(q2, z)).mean(); //                              L + L̃
+        let mut l = (distance(q.clone(), z2.clone()) + distance(q2.clone(), z.clone())).mean(); // L + L̃
+        if o.beta != 0.0 {
+            let both = negatives(q, z.clone(), z2.clone(), o.alpha) + negatives(q2, z2, z, o.alpha);
+            l = l + both.mean().mul_scalar(o.beta);
+        }
         let loss = f64::from(l.clone().without_autodiff().into_scalar::<f32>());
         done(Phase::Forward);
         let grads = theta.gradients(&mut l.backward()); //                                  ∇θ

@@ -5,7 +5,7 @@ mod common;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use byol::{
-    byol::{Byol, distance},
+    byol::{Byol, Objective, distance, negatives},
     nn::{
         Init, Leaf, Mlp, Mode, Network, NormConfig, Normalization, Pass, Running, Statistics, Tree, Weights,
         resnet::{Architecture, Block, ResNet, Stem},
@@ -48,6 +48,7 @@ fn schedules() {
             warmup: case.number("warmup_steps") as u64,
             total: case.number("total_steps") as u64,
             tau_base: case.number("base_tau"),
+            tau_stays: false,
         };
         let steps = case.f64("step");
         case.check("lr", &steps.iter().map(|k| s.eta(*k as u64)).collect::<Vec<_>>());
@@ -148,7 +149,7 @@ fn loss_and_its_gradient() {
     for case in cases("regression_") {
         let device = device();
         let q = case.tensor::<2>("prediction", &device).autodiff().require_grad();
-        let loss = distance(q.clone(), case.tensor("target", &device));
+        let loss = distance(q.clone(), case.tensor::<2>("target", &device).autodiff());
         case.check("loss", &host(loss.clone()));
         let mut grads = (loss * case.tensor::<1>("upstream", &device).autodiff()).sum().backward();
         let got = host(q.grad_remove(&mut grads).unwrap());
@@ -160,14 +161,49 @@ fn loss_and_its_gradient() {
     }
     let case = case("byol_symmetric");
     let device = device();
-    let tracked = |key: &str| case.tensor::<2>(key, &device).autodiff().require_grad();
-    let (q, q2, z, z2) = (tracked("p1"), tracked("p2"), tracked("z1"), tracked("z2"));
+    let constant = |key: &str| case.tensor::<2>(key, &device).autodiff();
+    let tracked = |key: &str| constant(key).require_grad();
+    let (q, q2, z, z2) = (tracked("p1"), tracked("p2"), constant("z1"), constant("z2"));
     let loss = (distance(q.clone(), z2.clone()) + distance(q2.clone(), z.clone())).mean();
     case.check("loss", &host(loss.clone()));
     let mut grads = loss.backward();
     case.check("grad_p1", &host(q.grad_remove(&mut grads).unwrap()));
     case.check("grad_p2", &host(q2.grad_remove(&mut grads).unwrap()));
-    assert!(z.grad(&grads).is_none() && z2.grad(&grads).is_none(), "the targets get no gradient");
+}
+
+/// The two-parameter loss: as in the paper's appendix; and with nothing but the projections on both sides, SimCLR's.
+#[test]
+fn negatives_of_the_batch() {
+    let device = device();
+    for case in cases("info_nce_") {
+        let read = |key: &str| case.tensor::<2>(key, &device);
+        let [q, q2, z, z2] = ["phi_v", "phi_w", "psi_v", "psi_w"].map(read);
+        let mean = |t: Tensor<1>| f64::from(t.mean().into_scalar::<f32>());
+        let side = |q: &Tensor<2>, z: &Tensor<2>, z2: &Tensor<2>| {
+            let more = mean(negatives(q.clone(), z.clone(), z2.clone(), case.number("alpha")));
+            // The objective, to be maximised: 2 cos − β · …, and the distance is 2 − 2 cos.
+            2.0 - mean(distance(q.clone(), z2.clone())) - case.number("beta") * more
+        };
+        let (forward, backward) = (side(&q, &z, &z2), side(&q2, &z2, &z));
+        case.check("forward", &[forward]);
+        case.check("backward", &[backward]);
+        case.check("symmetric", &[0.5 * (forward + backward)]);
+    }
+    for case in cases("nt_xent_") {
+        let alpha = case.number("temperature");
+        let read = |key: &str| case.tensor::<2>(key, &device).autodiff().require_grad();
+        let (z, z2) = (read("z1"), read("z2"));
+        let side = |a: &Tensor<2>, b: &Tensor<2>| {
+            distance(a.clone(), b.clone()) + negatives(a.clone(), a.clone(), b.clone(), alpha)
+        };
+        let l = (side(&z, &z2) + side(&z2, &z)).mean();
+        // Each side is 2 + 2α times NT-Xent of its anchors.
+        let scaled = (l - 4.0).div_scalar(4.0 * alpha);
+        case.check("loss", &host(scaled.clone()));
+        let mut grads = scaled.backward();
+        case.check("grad_z1", &host(z.grad_remove(&mut grads).unwrap()));
+        case.check("grad_z2", &host(z2.grad_remove(&mut grads).unwrap()));
+    }
 }
 
 #[test]
@@ -319,9 +355,10 @@ fn six_steps_of_training() {
         warmup: case.number("warmup") as u64,
         total: case.number("steps") as u64,
         tau_base: case.number("base_tau"),
+        tau_stays: false,
     };
     let optimizer = Optimizer::new(Rule::Lars(rule), &online.params);
-    let mut byol = Byol { network, online, target, optimizer, schedule, k: 0 };
+    let mut byol = Byol { network, objective: Objective::default(), online, target, optimizer, schedule, k: 0 };
 
     let [steps, _, n, h, w, c] = *case.shape("views") else { panic!("six axes") };
     let views: Vec<f32> = case.f32("views").iter().map(|v| v / 255.0).collect();

@@ -142,9 +142,14 @@ impl Progress {
                 }
                 self.line(line);
                 if let Some(why) = collapse {
-                    let head = style("COLLAPSED:").red().bold().for_stderr();
-                    self.line(format!("{head} {why}. A lower --lr, more --warmup-epochs or a higher --tau may help."));
+                    let head = style("FAILED:").red().bold().for_stderr();
+                    self.line(format!("{head} {why}"));
                 }
+            }
+            Event::Rollback { from, to, peak, .. } => {
+                self.line(format!("back from step {from} to {to}, on with half the learning rate (peak {peak:.4})"));
+                self.bar.set_position(*to);
+                (self.began, self.seen) = (None, 0);
             }
             Event::Checkpoint(_) => {}
         }

@@ -14,7 +14,8 @@ fn a_run_leaves_an_encoder_that_can_be_evaluated_and_is_not_changed_by_it() {
     let result = json(&ok(&pretrain(&data, &out, &["--json", "--tensorboard"])));
     assert_eq!(result["finished"], true);
     assert_eq!(result["steps"], result["total_steps"]);
-    for name in ["plan.toml", "metrics.jsonl", "encoder.safetensors", "checkpoints", "tensorboard"] {
+    for name in ["plan.toml", "metrics.jsonl", "encoder.safetensors", "best.safetensors", "checkpoints", "tensorboard"]
+    {
         assert!(out.join(name).exists(), "{name}");
     }
     let lines = fs::read_to_string(out.join("metrics.jsonl")).unwrap();
@@ -28,19 +29,22 @@ fn a_run_leaves_an_encoder_that_can_be_evaluated_and_is_not_changed_by_it() {
     assert_eq!(fs::read_dir(out.join("checkpoints")).unwrap().count(), 3, "the last three are kept");
 
     let before = bytes(&out);
-    let run = ["--json", "--device", "cpu", "--with-random"];
+    let run = ["--json", "--device", "cpu"];
     for (what, flags, rows) in [
-        ("knn", &["--k", "1,3"][..], 4),
-        ("linear", &["--epochs", "2", "--batch", "16"], 2),
-        ("linear", &["--fast"], 2),
+        ("knn", &["--k", "1,3", "--with-random"][..], 4),
+        ("linear", &["--epochs", "2", "--batch", "16", "--with-random"], 2),
+        ("linear", &["--fast"], 1),
+        ("finetune", &["--labels", "50%", "--epochs", "1", "--rates", "0.05,0.1", "--frozen", "--from-scratch"], 3),
+        ("report", &["--limit", "20", "--baseline", text(&out)], 24),
     ] {
         let table = json(&ok(&[&["eval", what, text(&out), text(&data)], &run[..], flags].concat()));
         let figures = table["rows"].as_array().unwrap();
         assert_eq!(figures.len(), rows, "{what} {flags:?}: {table}");
         for row in figures {
             let (value, interval) = (row["value"].as_f64().unwrap(), &row["interval"]);
-            assert!((0.0..=1.0).contains(&value));
-            assert!(interval[0].as_f64().unwrap() <= value && value <= interval[1].as_f64().unwrap());
+            if let Some([low, high]) = interval.as_array().map(|i| [0, 1].map(|k| i[k].as_f64().unwrap())) {
+                assert!((0.0..=1.0).contains(&value) && low <= value && value <= high);
+            }
         }
         let name = table["evaluation"].as_str().unwrap();
         let kept: serde_json::Value =
@@ -216,4 +220,62 @@ fn the_benchmarks_measure() {
 
     let kernels = json(&ok(&["bench", "kernels", "--width", "0.125", "--batch", "1", "--json"]));
     assert!(kernels["shapes"].as_array().unwrap().len() > 5);
+}
+
+#[test]
+fn a_study_is_resumable_and_ends_with_a_table_and_a_plot() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, out) = (folder.path().join("data"), folder.path().join("study"));
+    pictures(&data, 40);
+    let study = [
+        "ablate",
+        text(&data),
+        "--study",
+        "target",
+        "--out",
+        text(&out),
+        "--epochs",
+        "2",
+        "--device",
+        "cpu",
+        "--json",
+        "--set",
+        "encoder.width=0.125",
+        "--set",
+        "heads.hidden=16",
+        "--set",
+        "heads.projection=8",
+        "--set",
+        "train.batch=8",
+    ];
+    let table = json(&ok(&study));
+    // Six runs, two figures each.
+    assert_eq!(table["rows"].as_array().unwrap().len(), 12);
+    assert!(fs::read_to_string(out.join("target.svg")).unwrap().contains("<circle"));
+    let encoder = fs::read(out.join("byol-0.9/encoder.safetensors")).unwrap();
+    assert_eq!(json(&ok(&study)), table, "what is done is not done again");
+    assert_eq!(fs::read(out.join("byol-0.9/encoder.safetensors")).unwrap(), encoder);
+    let other = [&study[..], &["--epochs", "3"]].concat();
+    refused(&other, &["holds a run with other settings", "--out"]);
+}
+
+#[test]
+fn a_run_that_fails_stops_or_goes_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    pictures(&data, 40);
+    // Weights of any size give numbers that break at once.
+    let broken = ["--lr", "1e30", "--optimizer", "sgd", "--epochs", "4", "--warmup-epochs", "1"];
+    let stopped = folder.path().join("stopped");
+    let text = refused(&pretrain(&data, &stopped, &broken), &["diverged", "--on-collapse rollback"]);
+    assert!(text.contains("step"), "{text}");
+    let back = folder.path().join("back");
+    refused(&pretrain(&data, &back, &[&broken[..], &["--on-collapse", "rollback"]].concat()), &["divergence"]);
+    let lines = fs::read_to_string(back.join("metrics.jsonl")).unwrap();
+    let lines: Vec<serde_json::Value> = lines.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let rollbacks: Vec<_> = lines.iter().filter(|l| l["kind"] == "rollback").collect();
+    assert_eq!(rollbacks.len(), 5, "after five it gives up");
+    let peaks: Vec<f64> = rollbacks.iter().map(|l| l["peak"].as_f64().unwrap()).collect();
+    assert!(peaks.windows(2).all(|p| (p[0] / p[1] - 2.0).abs() < 1e-9), "{peaks:?}");
+    assert!(rollbacks.iter().all(|l| l["why"].as_str().unwrap().contains("divergence")));
 }

@@ -1,3 +1,4 @@
 //! USE: what one does with an encoder or a recipe besides training.
 
+pub mod chart;
 pub mod sheet;

@@ -1,5 +1,6 @@
 //! EVALUATION: each one file; all work on a frozen [`Encoder`] and change nothing in it.
 
+pub mod card;
 pub mod finetune;
 pub mod knn;
 pub mod linear;

@@ -60,9 +60,10 @@ pub fn alpha_req(features: &Features, first: usize, last: usize) -> Option<f64> 
 /// If there are fewer than two objects or two views.
 pub fn lidar(views: &Features, q: usize) -> f64 {
     const DELTA: f64 = 1e-4;
-    let (n, d) = (views.n / q, views.dim);
+    let n = views.n / q;
     assert!(n > 1 && q > 1, "LiDAR compares objects and views: {n} objects of {q} views are too few");
-    let x = matrix(views);
+    let x = coordinates(matrix(views));
+    let d = x.ncols();
     let mut means = DMatrix::zeros(n, d);
     let mut apart = DMatrix::zeros(n * q, d);
     for object in 0..n {
@@ -82,6 +83,17 @@ pub fn lidar(views: &Features, q: usize) -> f64 {
     effective_rank(&values, 1e-8)
 }
 
+/// The same rows in as many coordinates as there are rows, where that is fewer: distances and angles stay, and so do the eigenvalues of what
+/// they span; an eigenvalue problem of 2048 features would take minutes.
+fn coordinates(x: DMatrix<f64>) -> DMatrix<f64> {
+    if x.ncols() <= x.nrows() {
+        return x;
+    }
+    let gram = (&x * x.transpose()).symmetric_eigen();
+    let lengths = gram.eigenvalues.map(|e| e.max(0.0).sqrt());
+    gram.eigenvectors * DMatrix::from_diagonal(&lengths)
+}
+
 fn matrix(features: &Features) -> DMatrix<f64> {
     DMatrix::from_row_iterator(features.n, features.dim, features.values.iter().map(|v| f64::from(*v)))
 }
@@ -96,4 +108,23 @@ fn centred(mut x: DMatrix<f64>) -> DMatrix<f64> {
 fn descending(mut values: Vec<f64>) -> Vec<f64> {
     values.sort_by(|a, b| b.total_cmp(a));
     values
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lidar_of_many_features_is_that_of_their_span() {
+        // 8 objects of 3 views with 5 features, and the same turned into 40.
+        let value = |i: usize| ((i.wrapping_mul(2_654_435_761) >> 11) % 1000) as f32 / 500.0 - 1.0;
+        let few = Features { n: 24, dim: 5, values: (0..120).map(|i| value(i) + (i / 15) as f32).collect() };
+        // Columns of a Hadamard matrix of order 8, five times: orthogonal, and of length √40.
+        let sign = |i: usize, j: usize| if (i & j).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 };
+        let turned = |row: &[f32]| -> Vec<f32> {
+            (0..40).map(|i| (0..5).map(|j| row[j] * sign(i % 8, j + 1)).sum::<f32>() / 40f32.sqrt()).collect()
+        };
+        let many = Features { n: 24, dim: 40, values: (0..24).flat_map(|i| turned(few.row(i))).collect() };
+        assert!((lidar(&few, 3) / lidar(&many, 3) - 1.0).abs() < 1e-3, "{} and {}", lidar(&few, 3), lidar(&many, 3));
+    }
 }

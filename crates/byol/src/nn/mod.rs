@@ -190,9 +190,8 @@ impl Network {
         self.projector.forward(pass, y)
     }
 
-    /// q(z) = q(g(f(v))).
-    pub fn predict(&self, pass: &mut Pass, v: Tensor<4>) -> Tensor<2> {
-        let z = self.project(pass, v);
+    /// q(z).
+    pub fn predict(&self, pass: &mut Pass, z: Tensor<2>) -> Tensor<2> {
         self.predictor.forward(pass, z)
     }
 }

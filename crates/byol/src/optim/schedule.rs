@@ -14,8 +14,11 @@ pub struct Schedule {
     pub warmup: u64,
     /// K: all steps.
     pub total: u64,
-    /// τ at step 0; it rises to 1 on half a cosine.
+    /// τ at step 0.
     pub tau_base: f64,
+    /// Whether τ stays there; else it rises to 1 on half a cosine.
+    #[serde(default)]
+    pub tau_stays: bool,
 }
 
 impl Schedule {
@@ -28,8 +31,11 @@ impl Schedule {
         }
     }
 
-    /// Target decay: 1 − (1 − τ_base)·(1 + cos(π k / K)) / 2.
+    /// Target decay: 1 − (1 − τ_base)·(1 + cos(π k / K)) / 2, or τ_base throughout.
     pub fn tau(&self, k: u64) -> f64 {
+        if self.tau_stays {
+            return self.tau_base;
+        }
         1.0 - (1.0 - self.tau_base) * half_cosine(k, self.total)
     }
 }
@@ -45,7 +51,7 @@ mod tests {
 
     #[test]
     fn warmup_of_all_steps_divides_by_nothing() {
-        let s = Schedule { peak: 1.0, warmup: 10, total: 10, tau_base: 0.9 };
+        let s = Schedule { peak: 1.0, warmup: 10, total: 10, tau_base: 0.9, tau_stays: false };
         assert!((0..20).all(|k| s.eta(k).is_finite() && s.tau(k).is_finite()));
     }
 }

@@ -43,7 +43,7 @@ impl Facts {
 }
 
 /// Images that a core takes through training in about an hour: ResNet-18 of width 0.25, views of 32 px, AVX-512 (docs/results.md).
-const HOUR: f64 = 7.5e5;
+const HOUR: f64 = 6.25e5;
 
 /// A recipe for these facts and the reasons, a sentence each.
 pub fn choose(facts: &Facts, draft: &Draft) -> (Recipe, Vec<String>) {
@@ -188,7 +188,7 @@ mod tests {
             draft.set(&format!("encoder.width={width}")).unwrap();
             choose(&facts(50_000, side, Kind::Cpu), &draft).0.train.epochs
         };
-        assert_eq!(epochs(0.25, 32), 30);
+        assert_eq!(epochs(0.25, 32), 25);
         assert!(epochs(1.0, 32) < 10 && epochs(0.25, 64) < 10);
     }
 }

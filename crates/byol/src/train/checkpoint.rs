@@ -98,6 +98,9 @@ pub struct State {
     pub loss_sum: f64,
     /// See `loss_sum`.
     pub loss_count: u64,
+    /// How often the learning rate has been halved by going back.
+    #[serde(default)]
+    pub halvings: u32,
     /// SHA-256 of the plan.
     pub plan: String,
     /// SHA-256 of `state.safetensors`.
@@ -113,6 +116,8 @@ pub struct Counters {
     pub loss_sum: f64,
     /// As in [`State`].
     pub loss_count: u64,
+    /// As in [`State`].
+    pub halvings: u32,
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -158,6 +163,7 @@ pub fn save(folder: &Path, byol: &Byol, counters: Counters, plan: &Plan, keep: u
         metrics_bytes: counters.metrics_bytes,
         loss_sum: counters.loss_sum,
         loss_count: counters.loss_count,
+        halvings: counters.halvings,
         plan: plan_hash(plan),
         sha256: hex(&Sha256::digest(&bytes)),
     };
@@ -180,6 +186,21 @@ pub fn save(folder: &Path, byol: &Byol, counters: Counters, plan: &Plan, keep: u
         remove_if_there(old).map_err(write)?;
     }
     Ok(path)
+}
+
+/// Removes the checkpoints of later steps than `step`, where one of it or before is left.
+///
+/// # Errors
+/// [`Error::Write`].
+pub fn remove_after(folder: &Path, step: u64) -> Result<(), Error> {
+    let all = list(folder);
+    let of = |path: &PathBuf| path.file_name().and_then(|n| n.to_str()?.strip_prefix("step-")?.parse::<u64>().ok());
+    if all.first().and_then(of).is_some_and(|first| first <= step) {
+        for path in all.iter().filter(|path| of(path).is_some_and(|s| s > step)) {
+            remove_if_there(path).map_err(|source| Error::Write { path: path.clone(), source })?;
+        }
+    }
+    Ok(())
 }
 
 fn remove_if_there(path: &Path) -> io::Result<()> {
@@ -249,8 +270,8 @@ pub fn load_newest(folder: &Path, byol: &mut Byol, plan: &Plan, device: &Device)
     byol.optimizer.state = states.collect::<Result<_, _>>()?;
     byol.optimizer.t = state.updates;
     byol.k = state.step;
-    let State { metrics_bytes, loss_sum, loss_count, .. } = state;
-    Ok((newest.clone(), Counters { metrics_bytes, loss_sum, loss_count }))
+    let State { metrics_bytes, loss_sum, loss_count, halvings, .. } = state;
+    Ok((newest.clone(), Counters { metrics_bytes, loss_sum, loss_count, halvings }))
 }
 
 /// State and tensors of a checkpoint, checked against its checksum and the plan. `good` finds the one to offer instead.

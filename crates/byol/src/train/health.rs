@@ -2,14 +2,21 @@
 //!
 //! They use the online network in evaluation mode and change nothing in it.
 
+use std::fmt;
+
 use burn::tensor::{Device, Tensor};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{
     byol::{Byol, unit},
     data::{Error, Images},
-    eval::{self, Features, knn, spectrum},
-    nn::{EncoderSpec, Mode, Pass, tree::host},
+    eval::{
+        self, Features,
+        card::{self, Card},
+        knn, spectrum,
+    },
+    nn::{Encoder, EncoderSpec, Mode, Pass, tree::host},
+    views::Policy,
 };
 
 use super::recipe::HealthConfig;
@@ -25,12 +32,20 @@ pub struct Watch {
     pub classes: usize,
     /// k and T.
     pub config: HealthConfig,
+    /// T and T′.
+    pub policies: [Policy; 2],
+    /// Side of the views in training.
+    pub size: usize,
+    /// Names the views of the report card.
+    pub seed: u64,
+    /// Images of the report card: so few that it costs less than a hundredth of an epoch.
+    pub card: usize,
     /// What the evaluation views are for.
     pub spec: EncoderSpec,
 }
 
 /// Figures of one moment.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Health {
     /// Mean over channels of the deviation of the L2-normalised projections. Near 1/√D: spread out; near 0: constant.
     pub projection_std: f64,
@@ -40,28 +55,97 @@ pub struct Health {
     pub projection_cosine: f64,
     /// RankMe of the representations, from 1 to min(N, F).
     pub rankme: f64,
+    /// The report card, of some of the images.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub card: Option<Card>,
     /// Weighted kNN accuracy in [0, 1], where there are labels.
     pub knn: Option<f64>,
 }
 
+/// What can go wrong in learning.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// All images get the same projection: the trivial solution that the paper speaks of (§3.2).
+    Constant,
+    /// The representations fill few dimensions.
+    Dimensional,
+    /// The loss is above chance or no number.
+    Diverged,
+    /// The predictions agree with their targets hardly better than chance: the predictor does not follow.
+    PredictorLag,
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(match self {
+            Kind::Constant => "constant collapse",
+            Kind::Dimensional => "dimensional collapse",
+            Kind::Diverged => "divergence",
+            Kind::PredictorLag => "predictor lag",
+        })
+    }
+}
+
+/// A failure, named, with its reason.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Failure {
+    /// Which.
+    pub kind: Kind,
+    /// The figures that say so, in words.
+    pub why: String,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "{}: {}", self.kind, self.why)
+    }
+}
+
+/// Steps before which figures are still those of the start: networks with random weights give all images nearly the same projection.
+const SETTLING: u64 = 200;
+
+/// Steps after which a predictor should have begun to predict.
+const FOLLOWING: u64 = 500;
+
+/// The loss of unrelated directions.
+const CHANCE: f64 = 4.0;
+
 impl Health {
-    /// Why this looks like a collapse, in words; none if it does not. The first two are the constant representation that the paper
-    /// speaks of (§3.2), the third its dimensional form.
-    pub fn collapse(&self) -> Option<String> {
+    /// What has gone wrong by `step`, if anything. `start` are the figures before the first step; `loss` is BYOL's mean loss of the epoch, none
+    /// where another one is minimised.
+    pub fn failure(&self, start: Option<&Health>, loss: Option<f64>, step: u64) -> Option<Failure> {
+        let failure = |kind, why: String| Some(Failure { kind, why });
         if !(self.projection_std.is_finite() && self.rankme.is_finite()) {
-            return Some("the projections are not numbers any more".into());
+            return failure(Kind::Diverged, "the projections are not numbers any more".into());
+        }
+        if step < SETTLING {
+            return None;
+        }
+        if let Some(loss) = loss.filter(|loss| *loss > 1.1 * CHANCE) {
+            return failure(Kind::Diverged, format!("the loss is {loss:.2}, and unrelated directions have {CHANCE}"));
         }
         if self.projection_std < 0.1 * self.projection_std_ideal {
-            return Some(format!(
-                "all images get nearly the same projection (deviation {:.4}, spread out would be {:.4})",
-                self.projection_std, self.projection_std_ideal
-            ));
+            let (std, ideal) = (self.projection_std, self.projection_std_ideal);
+            let why = format!(
+                "all images get nearly the same projection (deviation {std:.4}, spread out would be {ideal:.4})"
+            );
+            return failure(Kind::Constant, why);
         }
         if self.projection_cosine > 0.98 {
-            return Some(format!("projections of different images have cosine {:.3}", self.projection_cosine));
+            let why = format!("projections of different images have cosine {:.3}", self.projection_cosine);
+            return failure(Kind::Constant, why);
         }
-        if self.rankme < 2.0 {
-            return Some(format!("the representations fill {:.1} dimensions", self.rankme));
+        let least = start.map_or(2.0, |start| (start.rankme / 4.0).max(2.0));
+        if self.rankme < least {
+            let why = format!(
+                "the representations fill {:.1} dimensions, a quarter of the start's or fewer than 2",
+                self.rankme
+            );
+            return failure(Kind::Dimensional, why);
+        }
+        if let Some(loss) = loss.filter(|loss| step > FOLLOWING && *loss > 0.8 * CHANCE) {
+            let why = format!("after {step} steps the loss is {loss:.2}, and unrelated directions have {CHANCE}");
+            return failure(Kind::PredictorLag, why);
         }
         None
     }
@@ -82,7 +166,20 @@ pub fn measure(byol: &Byol, watch: &Watch, device: &Device) -> Result<Health, Er
         }
         _ => None,
     };
-    Ok(figures(&representations, &projections, knn))
+    Ok(Health { card: card(byol, watch, &representations)?, ..figures(&representations, &projections, knn) })
+}
+
+/// The report card of evenly spread ones of the watched images.
+fn card(byol: &Byol, watch: &Watch, representations: &Features) -> Result<Option<Card>, Error> {
+    let (all, n) = (watch.held_out.len(), watch.card.min(watch.held_out.len()));
+    if n < 2 {
+        return Ok(None);
+    }
+    let at: Vec<usize> = (0..n).map(|i| i * all / n).collect();
+    // θ's tensors are shared, not copied.
+    let encoder = Encoder::new(watch.spec.clone(), byol.online.clone());
+    let how = card::Views { policies: [&watch.policies[0], &watch.policies[1]], size: watch.size, seed: watch.seed };
+    card::measure(&encoder, &watch.held_out.subset(&at), &representations.subset(&at), how).map(Some)
 }
 
 /// The figures of representations and L2-normalised projections.
@@ -106,6 +203,7 @@ pub fn figures(representations: &Features, projections: &Features, knn: Option<f
         projection_std_ideal: 1.0 / (d as f64).sqrt(),
         projection_cosine: if n > 1.0 { (all - own) / (n * (n - 1.0)) } else { 0.0 },
         rankme: spectrum::rankme(representations),
+        card: None,
         knn,
     }
 }
@@ -139,10 +237,20 @@ mod tests {
         let spread = rows(&[[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]);
         let bad = figures(&constant, &constant, None);
         assert!((bad.projection_cosine - 1.0).abs() < 1e-9 && bad.projection_std < 1e-9);
-        assert!(bad.collapse().is_some());
+        assert_eq!(bad.failure(None, None, 1000).map(|f| f.kind), Some(Kind::Constant));
+        assert_eq!(bad.failure(None, None, 10), None, "so does a network that has learned nothing yet");
         let good = figures(&spread, &spread, None);
         assert!((good.projection_std - good.projection_std_ideal).abs() < 1e-9);
         assert!((good.rankme - 2.0).abs() < 1e-3);
         assert!(good.projection_cosine < 0.0);
+        let good = Health { rankme: 4.0, ..good };
+        let kind = |loss: f64, start: Option<&Health>| good.failure(start, Some(loss), 1000).map(|f| f.kind);
+        assert_eq!(kind(1.0, None), None);
+        assert_eq!(kind(3.5, None), Some(Kind::PredictorLag));
+        assert_eq!(kind(4.5, None), Some(Kind::Diverged));
+        let wide = Health { rankme: 20.0, ..good.clone() };
+        assert_eq!(kind(1.0, Some(&wide)), Some(Kind::Dimensional));
+        let broken = Health { rankme: f64::NAN, ..good.clone() };
+        assert_eq!(broken.failure(None, None, 1).map(|f| f.kind), Some(Kind::Diverged));
     }
 }

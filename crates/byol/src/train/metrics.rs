@@ -68,6 +68,33 @@ pub enum Line {
         /// Since the program started.
         elapsed_s: f64,
     },
+    /// The run went back.
+    Rollback {
+        /// From after this step.
+        from: u64,
+        /// To after this one.
+        to: u64,
+        /// The peak of the learning rate from now on.
+        peak: f64,
+        /// What had gone wrong.
+        why: String,
+    },
+}
+
+/// The figures at the ends of the epochs so far that have not failed, from epoch 0 on, of a file that may not be there yet.
+pub fn figures(path: &Path) -> Vec<Health> {
+    /// As [`Line::Epoch`] writes it.
+    #[derive(serde::Deserialize)]
+    struct Epoch {
+        #[serde(flatten)]
+        health: Health,
+        /// Of a failing network no figure counts.
+        collapse: Option<String>,
+    }
+    let Ok(file) = File::open(path) else { return Vec::new() };
+    let lines = io::BufRead::lines(io::BufReader::new(file)).map_while(Result::ok);
+    let epochs = lines.filter_map(|line| serde_json::from_str::<Epoch>(&line).ok());
+    epochs.filter(|epoch| epoch.collapse.is_none()).map(|epoch| epoch.health).collect()
 }
 
 /// The open file.

@@ -7,6 +7,7 @@ pub mod metrics;
 pub mod plan;
 pub mod recipe;
 pub mod run;
+pub mod studies;
 pub mod tensorboard;
 
 pub use plan::Plan;
@@ -83,9 +84,21 @@ pub enum Error {
         /// What differs.
         reason: String,
     },
+    /// Learning has failed.
+    #[error(
+        "stopped at step {step}, {failure}; {kept}; try a lower --lr, more --warmup-epochs or a higher --tau, or --on-collapse rollback"
+    )]
+    Collapsed {
+        /// The step, from 1.
+        step: u64,
+        /// What is wrong.
+        failure: health::Failure,
+        /// Where to go back to.
+        kept: String,
+    },
     /// NaN or infinity.
     #[error(
-        "the loss is {loss} at step {step}: the run has diverged; {kept}; try a lower --lr or more --warmup-epochs"
+        "the loss is {loss} at step {step}: the run has diverged; {kept}; try a lower --lr or more --warmup-epochs, or --on-collapse rollback"
     )]
     Diverged {
         /// The step, from 1.

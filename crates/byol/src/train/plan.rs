@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Error, Prepared,
-    recipe::{Recipe, TargetInit},
+    recipe::{Recipe, TargetInit, TauSchedule},
 };
 use crate::{
     byol::Byol,
@@ -70,6 +70,7 @@ impl Plan {
                 warmup: steps(recipe.train.warmup_epochs),
                 total: steps(recipe.train.epochs),
                 tau_base: recipe.target.tau,
+                tau_stays: recipe.target.schedule == TauSchedule::Constant,
             },
             encoder: EncoderSpec {
                 architecture: recipe.encoder.architecture,
@@ -119,7 +120,7 @@ impl Plan {
     /// The networks before the first step.
     pub fn start(&self, device: &Device) -> Byol {
         let (network, seed) = (self.network(), self.recipe.seed);
-        let online = network.init(seed, "online", true, device);
+        let online = network.init(seed, "online", self.recipe.method.predictor, device);
         let own = network.init(seed, "target", false, device);
         let target = match self.recipe.target.init {
             TargetInit::Independent => own,
@@ -128,7 +129,8 @@ impl Plan {
             }
         };
         let optimizer = Optimizer::new(self.recipe.optimizer.rule(), &online.params);
-        Byol { network, online, target, optimizer, schedule: self.schedule.clone(), k: 0 }
+        let objective = self.recipe.method;
+        Byol { network, objective, online, target, optimizer, schedule: self.schedule.clone(), k: 0 }
     }
 
     /// As TOML.

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 use crate::{
+    byol::Objective,
     nn::{Architecture, Init, NormConfig, Normalization, Stem, reference_center},
     optim::{AdamW, Lars, Rule, Sgd},
     views::Policy,
@@ -28,6 +29,8 @@ pub struct Recipe {
     pub optimizer: OptimizerConfig,
     /// How ξ moves.
     pub target: TargetConfig,
+    /// What is minimised: BYOL, or an ablation of it.
+    pub method: Objective,
     /// Batch norm of all networks.
     pub norm: NormConfig,
     /// Of the input.
@@ -200,8 +203,10 @@ impl OptimizerConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TargetConfig {
-    /// Target decay at the start, in [0, 1]; it rises to 1 on a cosine. 0.996 for 1000 epochs as in the paper.
+    /// Target decay at the start, in [0, 1]. 0.996 for 1000 epochs as in the paper. 0: the target is the online network; 1: it never moves.
     pub tau: f64,
+    /// cosine: τ rises to 1 at the end; constant: it stays, as in the paper's ablation.
+    pub schedule: TauSchedule,
     /// independent: ξ starts from a draw of its own, as in the reference; copy: from θ, as solo-learn has it.
     pub init: TargetInit,
 }
@@ -216,9 +221,19 @@ pub enum TargetInit {
     Copy,
 }
 
+/// How τ goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TauSchedule {
+    /// Up to 1 on half a cosine.
+    Cosine,
+    /// Not at all.
+    Constant,
+}
+
 impl Default for TargetConfig {
     fn default() -> Self {
-        TargetConfig { tau: 0.996, init: TargetInit::Independent }
+        TargetConfig { tau: 0.996, schedule: TauSchedule::Cosine, init: TargetInit::Independent }
     }
 }
 
@@ -265,11 +280,25 @@ pub struct HealthConfig {
     pub k: usize,
     /// kNN: temperature of the votes. 0.07.
     pub temperature: f64,
+    /// What to do when learning has failed: stop; rollback: go back to the last healthy checkpoint with half the learning rate; or go-on.
+    pub on_collapse: OnCollapse,
+}
+
+/// What to do when learning has failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnCollapse {
+    /// With an error; the last healthy checkpoint is kept.
+    Stop,
+    /// To the last healthy checkpoint, with half the learning rate.
+    Rollback,
+    /// With a warning.
+    GoOn,
 }
 
 impl Default for HealthConfig {
     fn default() -> Self {
-        HealthConfig { images: 512, bank: 4096, k: 20, temperature: 0.07 }
+        HealthConfig { images: 512, bank: 4096, k: 20, temperature: 0.07, on_collapse: OnCollapse::Stop }
     }
 }
 
@@ -547,6 +576,8 @@ impl Recipe {
         }
         in_range("norm.eps", self.norm.eps, self.norm.eps > 0.0, "above 0")?;
         in_range("target.tau", self.target.tau, (0.0..=1.0).contains(&self.target.tau), "from 0 to 1")?;
+        in_range("method.beta", self.method.beta, self.method.beta >= 0.0, "at least 0")?;
+        in_range("method.alpha", self.method.alpha, self.method.alpha > 0.0, "above 0")?;
         in_range("health.temperature", self.health.temperature, self.health.temperature > 0.0, "above 0")?;
         in_range(
             "checkpoint.every_minutes",

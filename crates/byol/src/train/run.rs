@@ -1,6 +1,6 @@
 //! The loop: step after step, with metrics, health and checkpoints, until the plan is done or somebody says stop.
 //!
-//! A run's folder: `plan.toml`, `metrics.jsonl`, `skipped.txt`, `checkpoints/`, `encoder.safetensors`.
+//! A run's folder: `plan.toml`, `metrics.jsonl`, `skipped.txt`, `checkpoints/`, `encoder.safetensors`, `best.safetensors`.
 
 use std::{
     fs,
@@ -14,9 +14,9 @@ use burn::tensor::{Device, Tensor, TensorData};
 use super::{
     Error, Plan,
     checkpoint::{self, Counters},
-    health::{self, Health, Watch},
-    metrics::{Line, Metrics, Split},
-    recipe::HealthConfig,
+    health::{self, Failure, Health, Kind, Watch},
+    metrics::{self, Line, Metrics, Split},
+    recipe::{HealthConfig, OnCollapse},
     tensorboard::EventFile,
 };
 use crate::{
@@ -81,7 +81,19 @@ impl Prepared {
         let config = plan.recipe.health.clone();
         let labelled = held_out.labels().is_some() && self.train.labels().is_some();
         let bank = labelled.then(|| self.train.spread(config.bank));
-        Some(Watch { held_out, bank, classes: self.classes.len(), config, spec: plan.encoder.clone() })
+        let views = &plan.recipe.views;
+        Some(Watch {
+            bank,
+            classes: self.classes.len(),
+            config,
+            spec: plan.encoder.clone(),
+            policies: [views.first.clone(), views.second.clone()],
+            size: views.size,
+            seed: plan.recipe.seed,
+            // A training image goes forward four times and backward twice; a watched one forward four times.
+            card: (self.train.len() / 64).clamp(8, 128).min(held_out.len()),
+            held_out,
+        })
     }
 }
 
@@ -117,6 +129,17 @@ pub enum Event<'a> {
     },
     /// A checkpoint is on disk.
     Checkpoint(&'a Path),
+    /// The run went back, to learn on with half the learning rate.
+    Rollback {
+        /// From after this step.
+        from: u64,
+        /// To after this one.
+        to: u64,
+        /// The peak of the learning rate from now on.
+        peak: f64,
+        /// What had gone wrong.
+        why: &'a Failure,
+    },
 }
 
 /// How a run ended.
@@ -144,8 +167,30 @@ pub struct Run {
     events: Option<EventFile>,
     loss_sum: f64,
     loss_count: u64,
+    /// How often the learning rate has been halved.
+    halvings: u32,
+    /// The figures before the first step.
+    start: Option<Health>,
+    /// The last step known to be healthy.
+    healthy: u64,
+    /// The best score without labels so far.
+    best: Option<f64>,
     threads: usize,
     started: Instant,
+}
+
+/// How often a run goes back before it gives up.
+const ROLLBACKS: u32 = 5;
+
+/// How a stretch of a run ended.
+enum Way {
+    Ended(Outcome),
+    Failed(Failure),
+}
+
+/// The learning rate's peak after so many halvings.
+fn halved(peak: f64, times: u32) -> f64 {
+    peak * 0.5f64.powi(times as i32)
 }
 
 /// The file names of a run.
@@ -223,6 +268,7 @@ impl Run {
         }
         let mut byol = plan.start(&device);
         let (_, counters) = checkpoint::load_newest(&checkpoints(folder), &mut byol, &plan, &device)?;
+        byol.schedule.peak = halved(plan.schedule.peak, counters.halvings);
         let tensorboard = folder.join("tensorboard").is_dir();
         Run::assemble(folder, plan, byol, data, device, threads, counters, tensorboard)
     }
@@ -243,8 +289,15 @@ impl Run {
         let metrics = Metrics::open(&path, counters.metrics_bytes).map_err(write(path.clone()))?;
         let board = folder.join("tensorboard");
         let events = tensorboard.then(|| EventFile::create(&board)).transpose().map_err(write(board))?;
+        let figures = metrics::figures(&path);
+        let start = figures.first().cloned();
+        let best = figures.iter().skip(1).filter_map(|h| h.card).map(|card| card.score()).reduce(f64::max);
         Ok(Run {
             folder: folder.to_owned(),
+            halvings: counters.halvings,
+            start,
+            best,
+            healthy: byol.k,
             watch: data.watch(&plan),
             images: data.train.clone(),
             loss_sum: counters.loss_sum,
@@ -262,31 +315,47 @@ impl Run {
     /// The loop. `stop` is looked at after every step.
     ///
     /// # Errors
-    /// [`Error::Diverged`], [`Error::Data`], [`Error::Write`], [`Error::Checkpoint`]; the last checkpoint is whole after each.
+    /// [`Error::Collapsed`], [`Error::Diverged`], [`Error::Data`], [`Error::Write`], [`Error::Checkpoint`]; the last checkpoint is whole
+    /// after each.
     pub fn go(&mut self, stop: &AtomicBool, mut tell: impl FnMut(Event)) -> Result<Outcome, Error> {
-        let total = self.plan.schedule.total;
         if self.byol.k == 0 && self.metrics.bytes() == 0 {
             self.end_of_epoch(0, &mut tell)?;
         }
-        let accumulate = self.plan.recipe.train.accumulate as u64;
-        let loader = Loader::start(Request {
-            images: self.images.clone(),
-            policies: [self.plan.recipe.views.first.clone(), self.plan.recipe.views.second.clone()],
-            size: self.plan.recipe.views.size,
-            n: self.plan.micro_batch(),
-            seed: self.plan.recipe.seed,
-            first: self.byol.k * accumulate,
-            last: total * accumulate,
-            threads: self.threads,
-        });
+        loop {
+            match self.go_on(stop, &mut tell)? {
+                Way::Ended(outcome) => return Ok(outcome),
+                Way::Failed(failure) => self.roll_back(&failure, &mut tell)?,
+            }
+        }
+    }
+
+    /// To the end, or to a failure that is to be undone.
+    fn go_on(&mut self, stop: &AtomicBool, tell: &mut impl FnMut(Event)) -> Result<Way, Error> {
+        let total = self.plan.schedule.total;
+        let on_collapse = self.plan.recipe.health.on_collapse;
+        let loader = self.loader();
         let mut saved = Instant::now();
         while self.byol.k < total {
-            self.step(&loader, &mut tell)?;
+            match self.step(&loader, tell) {
+                Err(Error::Diverged { loss, step, .. }) if on_collapse == OnCollapse::Rollback => {
+                    let why = format!("the loss is {loss} at step {step}");
+                    return Ok(Way::Failed(Failure { kind: Kind::Diverged, why }));
+                }
+                other => other?,
+            }
             let k = self.byol.k;
             let before = self.plan.epochs_done(k - 1);
             let epochs = self.plan.epochs_done(k);
             for epoch in before + 1..=epochs {
-                self.end_of_epoch(epoch, &mut tell)?;
+                let Some(failure) = self.end_of_epoch(epoch, tell)? else {
+                    self.healthy = k;
+                    continue;
+                };
+                match on_collapse {
+                    OnCollapse::GoOn => {}
+                    OnCollapse::Rollback => return Ok(Way::Failed(failure)),
+                    OnCollapse::Stop => return Err(Error::Collapsed { step: k, failure, kept: self.last_good() }),
+                }
             }
             let stopping = stop.load(Ordering::Relaxed) && k < total;
             let config = &self.plan.recipe.checkpoint;
@@ -300,12 +369,47 @@ impl Run {
                 saved = Instant::now();
                 tell(Event::Checkpoint(&path));
                 if stopping {
-                    return Ok(Outcome::Stopped(path));
+                    return Ok(Way::Ended(Outcome::Stopped(path)));
                 }
             }
         }
         self.save_encoder()?;
-        Ok(Outcome::Finished)
+        Ok(Way::Ended(Outcome::Finished))
+    }
+
+    /// Views from the next step on.
+    fn loader(&self) -> Loader {
+        let accumulate = self.plan.recipe.train.accumulate as u64;
+        Loader::start(Request {
+            images: self.images.clone(),
+            policies: [self.plan.recipe.views.first.clone(), self.plan.recipe.views.second.clone()],
+            size: self.plan.recipe.views.size,
+            n: self.plan.micro_batch(),
+            seed: self.plan.recipe.seed,
+            first: self.byol.k * accumulate,
+            last: self.plan.schedule.total * accumulate,
+            threads: self.threads,
+        })
+    }
+
+    /// Back to the last healthy checkpoint, with half the learning rate. The lines of `metrics.jsonl` stay, with one more that says why.
+    fn roll_back(&mut self, why: &Failure, tell: &mut impl FnMut(Event)) -> Result<(), Error> {
+        let from = self.byol.k;
+        if self.halvings == ROLLBACKS {
+            return Err(Error::Collapsed { step: from, failure: why.clone(), kept: self.last_good() });
+        }
+        let folder = checkpoints(&self.folder);
+        // Checkpoints between two ends of epochs may already be of a failing network.
+        checkpoint::remove_after(&folder, self.healthy)?;
+        let (_, counters) = checkpoint::load_newest(&folder, &mut self.byol, &self.plan, &self.device)?;
+        (self.loss_sum, self.loss_count) = (counters.loss_sum, counters.loss_count);
+        self.halvings += 1;
+        self.byol.schedule.peak = halved(self.plan.schedule.peak, self.halvings);
+        let (to, peak) = (self.byol.k, self.byol.schedule.peak);
+        self.write(&Line::Rollback { from, to, peak, why: why.to_string() })?;
+        self.checkpoint()?;
+        tell(Event::Rollback { from, to, peak, why });
+        Ok(())
     }
 
     fn step(&mut self, loader: &Loader, tell: &mut impl FnMut(Event)) -> Result<(), Error> {
@@ -343,15 +447,21 @@ impl Run {
         Ok(())
     }
 
-    fn end_of_epoch(&mut self, epoch: u64, tell: &mut impl FnMut(Event)) -> Result<(), Error> {
+    /// Measures, writes, tells; what has gone wrong, if anything.
+    fn end_of_epoch(&mut self, epoch: u64, tell: &mut impl FnMut(Event)) -> Result<Option<Failure>, Error> {
         let loss = (self.loss_count > 0).then(|| self.loss_sum / self.loss_count as f64);
         (self.loss_sum, self.loss_count) = (0.0, 0);
         let measure = |watch: &Watch| health::measure(&self.byol, watch, &self.device);
         let health = self.watch.as_ref().map(measure).transpose()?;
-        // Before the first step nothing has had time to collapse.
-        let collapse = health.as_ref().filter(|_| epoch > 0).and_then(Health::collapse);
-        let elapsed_s = self.started.elapsed().as_secs_f64();
         let step = self.byol.k;
+        if epoch == 0 {
+            self.start.clone_from(&health);
+        }
+        // What chance gives is known for BYOL's loss alone.
+        let of_byol = loss.filter(|_| self.plan.recipe.method.beta == 0.0);
+        let failure = health.as_ref().and_then(|h| h.failure(self.start.as_ref(), of_byol, step));
+        let collapse = failure.as_ref().map(Failure::to_string);
+        let elapsed_s = self.started.elapsed().as_secs_f64();
         self.write(&Line::Epoch { epoch, step, loss, health: health.clone(), collapse: collapse.clone(), elapsed_s })?;
         if let Some(h) = &health {
             let mut values = vec![
@@ -362,16 +472,22 @@ impl Run {
             values.extend(h.knn.map(|knn| ("health/kNN accuracy", knn)));
             self.scalars(&values)?;
         }
+        // The encoder that scores best without labels; of a failing network no figure counts.
+        let score = health.as_ref().and_then(|h| h.card).map(|card| card.score()).filter(|_| failure.is_none());
+        if let Some(score) = score.filter(|score| epoch > 0 && self.best.is_none_or(|best| *score > best)) {
+            self.best = Some(score);
+            self.save_as("best.safetensors")?;
+        }
         tell(Event::Epoch { epoch, loss, health: health.as_ref(), collapse: collapse.as_deref() });
-        Ok(())
+        Ok(failure)
     }
 
     /// Writes a checkpoint, and the encoder as it is now.
     fn checkpoint(&mut self) -> Result<PathBuf, Error> {
         let path = self.folder.join("metrics.jsonl");
         self.metrics.sync().map_err(|source| Error::Write { path, source })?;
-        let counters =
-            Counters { metrics_bytes: self.metrics.bytes(), loss_sum: self.loss_sum, loss_count: self.loss_count };
+        let (metrics_bytes, halvings) = (self.metrics.bytes(), self.halvings);
+        let counters = Counters { metrics_bytes, loss_sum: self.loss_sum, loss_count: self.loss_count, halvings };
         let keep = self.plan.recipe.checkpoint.keep;
         let path = checkpoint::save(&checkpoints(&self.folder), &self.byol, counters, &self.plan, keep)?;
         self.save_encoder()?;
@@ -379,8 +495,11 @@ impl Run {
     }
 
     fn save_encoder(&self) -> Result<(), Error> {
-        let path = self.folder.join("encoder.safetensors");
-        Ok(weights::save(&path, &self.plan.encoder, &self.byol.online)?)
+        self.save_as("encoder.safetensors")
+    }
+
+    fn save_as(&self, name: &str) -> Result<(), Error> {
+        Ok(weights::save(&self.folder.join(name), &self.plan.encoder, &self.byol.online)?)
     }
 
     fn write(&mut self, line: &Line) -> Result<(), Error> {

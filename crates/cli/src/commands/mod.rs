@@ -1,5 +1,6 @@
 //! One file a command. A new command is a file, a variant here and a line in `run`.
 
+mod ablate;
 mod bench;
 mod demo;
 mod devices;
@@ -39,6 +40,8 @@ enum Command {
     Resume(resume::Args),
     /// Measure what an encoder has learned
     Eval(eval::Args),
+    /// Repeat an ablation of the paper on your own images
+    Ablate(Box<ablate::Args>),
     /// Draw images beside their two augmented views
     Views(views::Args),
     /// Pretrain on small synthetic images and show what was learned, in a few minutes
@@ -56,6 +59,7 @@ impl Cli {
             Command::Pretrain(args) => pretrain::run(&args),
             Command::Resume(args) => resume::run(&args),
             Command::Eval(args) => eval::run(&args),
+            Command::Ablate(args) => ablate::run(&args),
             Command::Views(args) => views::run(&args),
             Command::Demo(args) => demo::run(&args),
             Command::Bench(args) => bench::run(&args),

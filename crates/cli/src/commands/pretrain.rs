@@ -81,6 +81,9 @@ pub struct Args {
     /// Names every random draw
     #[arg(long, value_name = "N")]
     seed: Option<i64>,
+    /// When learning has failed: stop, rollback (to the last healthy checkpoint, with half the learning rate) or go-on
+    #[arg(long, value_name = "WHAT", value_parser = ["stop", "rollback", "go-on"])]
+    on_collapse: Option<String>,
     /// Threads [default: one a core]
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     threads: usize,
@@ -123,9 +126,12 @@ impl Args {
         for (key, value, flag) in numbers {
             value.map(|v| draft.say(key, v, flag)).transpose()?;
         }
-        for (key, value, flag) in
-            [("encoder.architecture", &self.encoder, "--encoder"), ("optimizer.kind", &self.optimizer, "--optimizer")]
-        {
+        let names = [
+            ("encoder.architecture", &self.encoder, "--encoder"),
+            ("optimizer.kind", &self.optimizer, "--optimizer"),
+            ("health.on_collapse", &self.on_collapse, "--on-collapse"),
+        ];
+        for (key, value, flag) in names {
             value.as_ref().map(|v| draft.say(key, v.as_str(), flag)).transpose()?;
         }
         for text in &self.set {

@@ -12,7 +12,7 @@ use byol::{
     nn::Encoder,
 };
 
-use super::{Common, Labelled, features, labels};
+use super::{Common, Labelled, Limit, features, labels};
 use crate::report::{self, Result};
 
 /// Fine-tune the encoder with a classifier on a part of the labels
@@ -23,6 +23,8 @@ use crate::report::{self, Result};
 pub struct Args {
     #[command(flatten)]
     common: Common,
+    #[command(flatten)]
+    limit: Limit,
     /// Part of the labels: 1%, 10%, 100%
     #[arg(long, value_name = "SHARE", default_value = "1%", value_parser = share)]
     labels: f64,
@@ -59,13 +61,12 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         return Err("--epochs must be at least 1, --batch at least 2 and every one of --rates above 0".into());
     }
     let common = &args.common;
-    let encoders = common.encoders()?;
-    let mut data = common.labelled()?;
+    let encoder = common.encoder()?;
+    let mut data = common.labelled(&args.limit)?;
     let classes = data.classes.len();
     let part = finetune::part(labels(&data.train), classes, args.labels, common.seed);
     data.train = data.train.subset(&part);
     report::note(format!("{} labelled images of {classes} classes", data.train.len()));
-    let (encoder, _) = &encoders[0];
     let mut rows = Vec::new();
     let mut chosen = Vec::new();
     let mut add = |name: &str, scores: Vec<f64>, setting: serde_json::Value| {
@@ -77,15 +78,14 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         }
         chosen.push(serde_json::json!({ "what": name, "setting": setting }));
     };
-    let (scores, setting) = tuned(args, encoder, &data, "fine-tuning")?;
+    let (scores, setting) = tuned(args, &encoder, &data, "fine-tuning")?;
     add("fine-tuned", scores, setting);
-    if args.from_scratch || common.with_random {
-        let random = Encoder::random(encoder.spec.clone(), common.seed, &encoder.device());
-        let (scores, setting) = tuned(args, &random, &data, "training from scratch")?;
+    if args.from_scratch {
+        let (scores, setting) = tuned(args, &common.random(&encoder), &data, "training from scratch")?;
         add("from scratch", scores, setting);
     }
     if args.frozen {
-        let (scores, setting) = frozen(args, encoder, &data)?;
+        let (scores, setting) = frozen(args, &encoder, &data)?;
         add("frozen", scores, setting);
     }
     let settings = serde_json::json!({

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use byol::eval::{knn, rows::Row};
 
-use super::{Common, features, labels};
+use super::{Common, Limit, features, labels};
 use crate::report::Result;
 
 /// Classify each test image by its nearest training images
@@ -15,6 +15,11 @@ use crate::report::Result;
 pub struct Args {
     #[command(flatten)]
     common: Common,
+    #[command(flatten)]
+    limit: Limit,
+    /// Measure an encoder with random weights too
+    #[arg(long)]
+    with_random: bool,
     /// Neighbours that vote; several separated by commas
     #[arg(long, value_name = "K,…", value_delimiter = ',', default_value = "20")]
     k: Vec<usize>,
@@ -28,8 +33,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         return Err("--k must be at least 1 and --temperature above 0; the usual values are 20 and 0.07".into());
     }
     let common = &args.common;
-    let encoders = common.encoders()?;
-    let data = common.labelled()?;
+    let encoders = common.encoders(args.with_random)?;
+    let data = common.labelled(&args.limit)?;
     let mut rows = Vec::new();
     for (encoder, who) in &encoders {
         let bank = features(encoder, &data.train, "embedding training images")?;

@@ -12,7 +12,7 @@ use byol::{
     nn::Encoder,
 };
 
-use super::{Common, Labelled, features, labels};
+use super::{Common, Labelled, Limit, features, labels};
 use crate::report::{self, Result};
 
 /// Train a linear classifier on the frozen encoder
@@ -24,6 +24,11 @@ use crate::report::{self, Result};
 pub struct Args {
     #[command(flatten)]
     common: Common,
+    #[command(flatten)]
+    limit: Limit,
+    /// Measure an encoder with random weights too
+    #[arg(long)]
+    with_random: bool,
     /// Compute the features once and fit a logistic regression by L-BFGS
     #[arg(long, conflicts_with_all = ["epochs", "batch", "rates"])]
     fast: bool,
@@ -43,8 +48,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         return Err("--epochs and --batch must be at least 1 and every one of --rates above 0".into());
     }
     let common = &args.common;
-    let encoders = common.encoders()?;
-    let data = common.labelled()?;
+    let encoders = common.encoders(args.with_random)?;
+    let data = common.labelled(&args.limit)?;
     let mut rows = Vec::new();
     let mut chosen = Vec::new();
     for (encoder, who) in &encoders {

@@ -3,6 +3,7 @@
 mod finetune;
 mod knn;
 mod linear;
+mod report_card;
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -39,6 +40,8 @@ enum What {
     Linear(linear::Args),
     /// Fine-tune the encoder with a classifier on a part of the labels
     Finetune(finetune::Args),
+    /// Say without labels whether the encoder has learned anything
+    Report(report_card::Args),
 }
 
 pub fn run(args: &Args) -> Result<ExitCode> {
@@ -46,6 +49,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         What::Knn(args) => knn::run(args),
         What::Linear(args) => linear::run(args),
         What::Finetune(args) => finetune::run(args),
+        What::Report(args) => report_card::run(args),
     }
 }
 
@@ -56,12 +60,6 @@ struct Common {
     encoder: PathBuf,
     /// Labelled data: class subfolders, CIFAR or IDX files
     data: PathBuf,
-    /// Measure an encoder with random weights too
-    #[arg(long)]
-    with_random: bool,
-    /// Take N training images, evenly spread (0: all)
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    limit: usize,
     /// Names every random draw
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -76,32 +74,56 @@ struct Common {
     json: bool,
 }
 
+/// How many training images.
+#[derive(Debug, clap::Args)]
+struct Limit {
+    /// Take N training images, evenly spread (0: all)
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    limit: usize,
+}
+
 /// Labelled images, parted.
-struct Labelled {
-    train: Images,
-    test: Images,
-    classes: Vec<String>,
+pub struct Labelled {
+    pub train: Images,
+    pub test: Images,
+    pub classes: Vec<String>,
 }
 
 impl Common {
-    /// The encoder, and the random one where it was asked for, each with what its rows are called after.
-    fn encoders(&self) -> Result<Vec<(Encoder, &'static str)>> {
+    /// Sets the threads and opens the encoder, on its device.
+    fn encoder(&self) -> Result<Encoder> {
         super::set_threads(self.threads)?;
         let opened = super::open(self.device)?;
-        let encoder = weights::load(&self.encoder, &opened.device)?;
-        let random = self
-            .with_random
-            .then(|| (Encoder::random(encoder.spec.clone(), self.seed, &opened.device), ", random encoder"));
+        Ok(weights::load(&self.encoder, &opened.device)?)
+    }
+
+    /// The encoder, and a random one of its kind where it is wanted, each with what its rows are called after.
+    fn encoders(&self, with_random: bool) -> Result<Vec<(Encoder, &'static str)>> {
+        let encoder = self.encoder()?;
+        let random = with_random.then(|| (self.random(&encoder), ", random encoder"));
         Ok(std::iter::once((encoder, "")).chain(random).collect())
     }
 
+    /// One of the same kind that has learned nothing.
+    fn random(&self, like: &Encoder) -> Encoder {
+        Encoder::random(like.spec.clone(), self.seed, &like.device())
+    }
+
     /// Training and test images, each decoded once.
-    fn labelled(&self) -> Result<Labelled> {
-        labelled(Dataset::open(&self.data)?, self.limit)
+    fn labelled(&self, limit: &Limit) -> Result<Labelled> {
+        labelled(Dataset::open(&self.data)?, limit.limit)
     }
 
     /// Prints the figures, and keeps them in the run.
     fn finish(&self, evaluation: &str, settings: serde_json::Value, rows: Vec<Row>) -> Result<ExitCode> {
+        if !self.json {
+            print(&rows);
+        }
+        self.keep(evaluation, settings, rows)
+    }
+
+    /// Keeps the figures in the run; prints them as JSON where that was asked for.
+    fn keep(&self, evaluation: &str, settings: serde_json::Value, rows: Vec<Row>) -> Result<ExitCode> {
         let table = Table {
             evaluation: evaluation.into(),
             encoder: self.encoder.display().to_string(),
@@ -122,15 +144,13 @@ impl Common {
         }
         if self.json {
             out!("{}", serde_json::to_string(&table).expect("a table is plain data"));
-        } else {
-            print(&table.rows);
         }
         Ok(ExitCode::SUCCESS)
     }
 }
 
 /// Parts labelled data: its own test split, else every fifth image.
-fn labelled(dataset: Dataset, limit: usize) -> Result<Labelled> {
+pub fn labelled(dataset: Dataset, limit: usize) -> Result<Labelled> {
     let unlabelled = data::Error::Unlabelled(dataset.root.clone());
     let bar = report::counter("checking images", 0);
     let dataset = Dataset { held_out: None, ..dataset }.limit(limit);
@@ -152,7 +172,7 @@ fn labelled(dataset: Dataset, limit: usize) -> Result<Labelled> {
 }
 
 /// Representations with a progress bar.
-fn features(encoder: &Encoder, images: &Images, what: &str) -> Result<Features> {
+pub fn features(encoder: &Encoder, images: &Images, what: &str) -> Result<Features> {
     let bar = report::counter(what, images.len() as u64);
     let features = embed(encoder, images, |n| bar.inc(n as u64))?;
     bar.finish_and_clear();
@@ -160,12 +180,12 @@ fn features(encoder: &Encoder, images: &Images, what: &str) -> Result<Features> 
 }
 
 /// The labels of images that were checked to have some.
-fn labels(images: &Images) -> &[usize] {
+pub fn labels(images: &Images) -> &[usize] {
     images.labels().expect("labelled images were asked for")
 }
 
 /// A table of name, value, interval.
-fn print(rows: &[Row]) {
+pub fn print(rows: &[Row]) {
     let width = |text: fn(&Row) -> String| rows.iter().map(|row| measure_text_width(&text(row))).max().unwrap_or(0);
     let (name, value) = (width(|row| row.name.clone()), width(Row::shown));
     for row in rows {

@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# What an hour on this machine teaches: byol's own choice for CIFAR-10 beside torch_train.py, one after the other, by kNN over time.
+#
+#   benches/hour.sh PYTHON [byol] [torch] [plot]
+#
+# PYTHON: an interpreter with torch. Without parts: all three. `byol` and `torch` train and evaluate, `plot` draws what there is.
+# Environment: CIFAR (folder with train/CLASS/*.jpg and test/CLASS/*.jpg), OUT (folder for runs and results; hour), EVERY (epochs between two
+# evaluations; 3), TORCH (options of torch_train.py), PEERS (folder of torch_train.py; ../shared/peers), BYOL (the program to measure).
+#
+# Time is that of training; evaluations are not counted. kNN: 10,000 test images among 50,000, k = 20, T = 0.07, for both.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+usage() { sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+[ $# -ge 1 ] || usage
+python=$1
+shift
+parts=("$@")
+[ ${#parts[@]} -gt 0 ] || parts=(byol torch plot)
+: "${CIFAR:?set CIFAR to a folder with train/CLASS/*.jpg and test/CLASS/*.jpg}"
+out=${OUT:-hour} every=${EVERY:-3} byol=${BYOL:-target/release/byol} peers=${PEERS:-../shared/peers}
+torch=${TORCH:---width 0.25 --hidden 1024 --batch 128 --epochs 28 --warmup-epochs 3 --threads 2 --precision bf16 --compile}
+mkdir -p "$out"
+
+train_byol() {
+    "$byol" pretrain "$CIFAR" --out "$out/byol" --device cpu --threads 2 >"$out/byol.log" 2>&1 &
+    local pid=$! seen=-1 epoch
+    # An epoch's encoder is written after its line; it stays until the next epoch's.
+    while :; do
+        epoch=$(grep -c '"kind":"epoch"' "$out/byol/metrics.jsonl" 2>/dev/null || true)
+        epoch=$((${epoch:-0} - 1))
+        if [ "$epoch" -gt "$seen" ]; then
+            seen=$epoch
+            sleep 3
+            [ $((epoch % every)) -ne 0 ] || cp "$out/byol/encoder.safetensors" "$out/byol-$epoch.safetensors" 2>/dev/null || true
+        fi
+        kill -0 $pid 2>/dev/null || break
+        sleep 2
+    done
+    wait $pid
+    cp "$out/byol/encoder.safetensors" "$out/byol-$seen.safetensors"
+    : >"$out/byol.csv"
+    for file in $(ls "$out"/byol-*.safetensors | sort -V); do
+        epoch=${file##*-}
+        epoch=${epoch%.safetensors}
+        "$byol" eval knn "$file" "$CIFAR" --device cpu --json 2>/dev/null | "$python" -c "
+import json, sys
+lines = [json.loads(l) for l in open('$out/byol/metrics.jsonl')]
+seconds = next(l['elapsed_s'] for l in lines if l['kind'] == 'epoch' and l['epoch'] == $epoch)
+print(f\"byol,{seconds / 60:.2f},{100 * json.load(sys.stdin)['rows'][0]['value']:.2f}\")" >>"$out/byol.csv"
+    done
+}
+
+train_torch() {
+    "$python" "$peers/torch_train.py" --data "$CIFAR" --eval-every "$every" $torch --json "$out/torch.json" >"$out/torch.log" 2>&1
+    "$python" - "$out" <<'PYTHON'
+import json, sys
+
+out = sys.argv[1]
+r = json.load(open(f"{out}/torch.json"))
+images = r["steps"] * r["args"]["batch"] / len(r["history"])
+seconds = [0.0]
+for epoch in r["history"]:
+    seconds.append(seconds[-1] + images / epoch["images_per_s"])
+with open(f"{out}/torch.csv", "w") as f:
+    for point in r["knn"]:
+        print(f"PyTorch,{seconds[point['epoch']] / 60:.2f},{point['knn']:.2f}", file=f)
+PYTHON
+}
+
+plot() {
+    cat "$out"/byol.csv "$out"/torch.csv 2>/dev/null | "$python" benches/curve.py "minutes of training" "kNN accuracy, %" >"$out/hour.svg"
+    echo "$out/hour.svg"
+}
+
+for part in "${parts[@]}"; do
+    case $part in
+        byol) train_byol ;;
+        torch) train_torch ;;
+        plot) plot ;;
+        *) usage ;;
+    esac
+done

@@ -1,0 +1,217 @@
+//! The report card: what can be said of an encoder without labels.
+//!
+//! The same figures of a network with random weights are the measure: some of them are high for it as well.
+
+use burn::tensor::{Tensor, TensorData};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    Features, batch_for, knn,
+    metrics::mean,
+    spectrum,
+    sphere::{alignment, finds_its_own, uniformity},
+};
+use crate::{
+    data::{CHANNELS, Error, Images},
+    nn::{Encoder, tree::host},
+    views::{Policy, view},
+};
+
+/// Figures of one encoder on some images.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Card {
+    /// RankMe of the representations, from 1 to min(N, F): how many directions they fill.
+    pub rankme: f64,
+    /// LiDAR, from 1: in how many directions images differ more than the views of one image do.
+    pub lidar: f64,
+    /// α-ReQ: how fast the spectrum falls; about 1 is best, much above means few directions. None of a spectrum of one value.
+    pub alpha_req: Option<f64>,
+    /// ln of the mean of exp(−2 d²) over pairs, at most 0: lower is more evenly spread.
+    pub uniformity: f64,
+    /// Mean squared distance of two views of an image, in [0, 4].
+    pub alignment: f64,
+    /// Share of views that find their own image among N.
+    pub retrieval: f64,
+    /// Share of an image's ten nearest neighbours that its view has too.
+    pub consistency: f64,
+    /// Mean cosine of different images.
+    pub cosine: f64,
+}
+
+/// How views are made.
+#[derive(Debug, Clone, Copy)]
+pub struct Views<'a> {
+    /// T and T′.
+    pub policies: [&'a Policy; 2],
+    /// Side in pixels.
+    pub size: usize,
+    /// Names the draws.
+    pub seed: u64,
+}
+
+/// Views of an image.
+const VIEWS: usize = 4;
+
+/// Neighbours that are compared.
+const NEIGHBOURS: usize = 10;
+
+/// Numbers of the card's views among an image's: above those of pretraining and of the other evaluations.
+const FIRST_VIEW: u64 = 16;
+
+/// Takes the figures. `still` are the representations of the images' evaluation views ([`super::embed`]).
+///
+/// # Errors
+/// [`Error::Image`] for an image that cannot be decoded any more.
+pub fn measure(encoder: &Encoder, images: &Images, still: &Features, how: Views) -> Result<Card, Error> {
+    let moved = views(encoder, images, how)?;
+    let of_view = |k: usize| moved.subset(&(0..images.len()).map(|i| i * VIEWS + k).collect::<Vec<_>>());
+    let (first, second) = (of_view(0), of_view(1));
+    Ok(Card {
+        rankme: spectrum::rankme(still),
+        lidar: if images.len() > 1 { spectrum::lidar(&moved, VIEWS) } else { 1.0 },
+        alpha_req: spectrum::alpha_req(still, 1, still.n.min(still.dim)),
+        uniformity: uniformity(still),
+        alignment: alignment(&first, &second),
+        retrieval: mean(finds_its_own(&first, still).into_iter().map(|found| f64::from(u8::from(found)))),
+        consistency: consistency(&first, still),
+        cosine: mean_cosine(still),
+    })
+}
+
+/// Representations of [`VIEWS`] views of each image, side by side, T and T′ in turn.
+fn views(encoder: &Encoder, images: &Images, how: Views) -> Result<Features, Error> {
+    let (size, device) = (how.size, encoder.device());
+    let all: Vec<(usize, usize)> = (0..images.len()).flat_map(|i| (0..VIEWS).map(move |k| (i, k))).collect();
+    let mut values = Vec::with_capacity(all.len() * encoder.features());
+    for some in all.chunks(batch_for(size)) {
+        let one = |(i, k): &(usize, usize)| {
+            let name = [how.seed, 0, *i as u64, FIRST_VIEW + *k as u64];
+            Ok(view(how.policies[k % 2], &*images.get(*i)?, size, name).interleaved())
+        };
+        let pixels: Vec<Vec<f32>> = some.par_iter().map(one).collect::<Result<_, Error>>()?;
+        let shape = [some.len(), size, size, CHANNELS];
+        values.extend(host(encoder.embed(Tensor::from_data(TensorData::new(pixels.concat(), shape), &device))));
+    }
+    Ok(Features { n: all.len(), dim: encoder.features(), values })
+}
+
+/// Mean share of the neighbours of each row of `still` that its row of `moved` has too; neither counts the image itself.
+fn consistency(moved: &Features, still: &Features) -> f64 {
+    let (moved, still) = (moved.unit(), still.unit());
+    let neighbours = |of: &Features| -> Vec<Vec<usize>> {
+        let near = knn::nearest(&still, of, NEIGHBOURS + 1);
+        let others = |(i, near): (usize, Vec<(usize, f32)>)| {
+            near.into_iter().map(|(j, _)| j).filter(|j| *j != i).take(NEIGHBOURS).collect()
+        };
+        near.into_iter().enumerate().map(others).collect()
+    };
+    let shared =
+        |(a, b): (Vec<usize>, Vec<usize>)| a.iter().filter(|j| b.contains(j)).count() as f64 / a.len().max(1) as f64;
+    mean(neighbours(&still).into_iter().zip(neighbours(&moved)).map(shared))
+}
+
+/// Mean cosine of different rows.
+pub fn mean_cosine(x: &Features) -> f64 {
+    let (x, mut sum) = (x.unit(), vec![0.0f64; x.dim]);
+    let mut own = 0.0;
+    for i in 0..x.n {
+        for (s, v) in sum.iter_mut().zip(x.row(i)) {
+            *s += f64::from(*v);
+            own += f64::from(*v).powi(2);
+        }
+    }
+    // Σ over all pairs i ≠ j of xᵢ·xⱼ is |Σ xᵢ|² − Σ |xᵢ|².
+    let all: f64 = sum.iter().map(|s| s * s).sum();
+    let n = x.n as f64;
+    if x.n > 1 { (all - own) / (n * (n - 1.0)) } else { 0.0 }
+}
+
+/// Figures whose difference is no matter of chance: by this share of what is still to be won.
+const CLEARLY: f64 = 0.1;
+
+impl Card {
+    /// The figures with their names, and which of them are shares.
+    pub fn figures(&self) -> [(&'static str, f64, bool); 8] {
+        [
+            ("finds its own image", self.retrieval, true),
+            ("keeps its neighbours", self.consistency, true),
+            ("LiDAR", self.lidar, false),
+            ("RankMe", self.rankme, false),
+            ("α-ReQ", self.alpha_req.unwrap_or(f64::NAN), false),
+            ("alignment", self.alignment, false),
+            ("uniformity", self.uniformity, false),
+            ("cosine of different images", self.cosine, false),
+        ]
+    }
+
+    /// One number to compare encoders by, higher is better: LiDAR, which rises with the directions in which images differ beyond their
+    /// views. docs/results.md says how well it agrees with labels.
+    pub fn score(&self) -> f64 {
+        self.lidar
+    }
+
+    /// What the figures say beside those of another encoder, in plain words; `other` names it.
+    pub fn verdict(&self, than: &Card, other: &str) -> String {
+        if self.cosine > 0.98 || self.rankme < 2.0 {
+            return format!(
+                "collapsed: all images look alike to it (mean cosine {:.3}, {:.1} dimensions)",
+                self.cosine, self.rankme
+            );
+        }
+        // Of what is left between the other's share and all.
+        let gained = |own: f64, old: f64| (own - old) / (1.0 - old).max(1e-9);
+        let (retrieval, consistency) =
+            (gained(self.retrieval, than.retrieval), gained(self.consistency, than.consistency));
+        let lidar = self.lidar / than.lidar - 1.0;
+        let signs = [retrieval, consistency, lidar];
+        let better = signs.iter().filter(|s| **s > CLEARLY).count();
+        let worse = signs.iter().filter(|s| **s < -CLEARLY).count();
+        let figures = format!(
+            "finds its own image {:.0} % of the time against {:.0} %, keeps {:.0} % of its neighbours against {:.0} %, LiDAR {:.1} against {:.1}",
+            100.0 * self.retrieval,
+            100.0 * than.retrieval,
+            100.0 * self.consistency,
+            100.0 * than.consistency,
+            self.lidar,
+            than.lidar
+        );
+        match (better, worse) {
+            (0, 0) => format!("no better than {other}: {figures}"),
+            (_, 0) => format!("better than {other}: {figures}"),
+            (0, _) => format!("worse than {other}: {figures}"),
+            _ => format!("better than {other} in some ways and worse in others: {figures}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn card(retrieval: f64, lidar: f64) -> Card {
+        let (rankme, alpha_req, uniformity, alignment) = (20.0, Some(1.0), -2.0, 0.5);
+        Card { rankme, lidar, alpha_req, uniformity, alignment, retrieval, consistency: 0.3, cosine: 0.2 }
+    }
+
+    #[test]
+    fn a_verdict_can_say_all_of_it() {
+        let than = card(0.2, 10.0);
+        let starts = |card: Card, words: &str| {
+            let verdict = card.verdict(&than, "random weights");
+            assert!(verdict.starts_with(words), "{verdict}");
+        };
+        starts(card(0.2, 10.5), "no better than random weights");
+        starts(card(0.6, 20.0), "better than random weights");
+        starts(card(0.1, 5.0), "worse than random weights");
+        starts(card(0.6, 5.0), "better than random weights in some ways");
+        starts(Card { cosine: 0.99, ..card(0.9, 20.0) }, "collapsed");
+    }
+
+    #[test]
+    fn cosines_and_neighbours() {
+        let cross = Features { n: 4, dim: 2, values: vec![1.0, 0.0, 0.0, 1.0, -1.0, 0.0, 0.0, -1.0] };
+        assert!((mean_cosine(&cross) + 1.0 / 3.0).abs() < 1e-6);
+        assert_eq!(consistency(&cross, &cross), 1.0);
+    }
+}
