@@ -164,11 +164,19 @@ fn the_fused_layer_is_the_composed_one() {
         let mut rng = byol::random::stream(&[seed]);
         (0..n).map(|_| byol::random::normal(&mut rng) as f32).collect::<Vec<_>>()
     };
-    let shapes: [(usize, usize, usize, usize, bool); 4] =
-        [(3, 1, 5, 7, true), (3, 2, 9, 8, false), (1, 2, 6, 5, false), (7, 2, 15, 13, false)];
-    for (kernel, stride, h, w, with_skip) in shapes {
-        let first = ConvNorm { conv: "conv0".into(), norm: "bn0".into(), c_in: 5, c_out: 5, kernel: 3, stride: 1 };
-        let layer = ConvNorm { conv: "conv1".into(), norm: "bn1".into(), c_in: 5, c_out: 6, kernel, stride };
+    // Kernel, stride, dilation, height, width, whether a skip follows.
+    let shapes: [(usize, usize, usize, usize, usize, bool); 6] = [
+        (3, 1, 1, 5, 7, true),
+        (3, 2, 1, 9, 8, false),
+        (1, 2, 1, 6, 5, false),
+        (7, 2, 1, 15, 13, false),
+        (3, 1, 2, 7, 5, true),
+        (3, 1, 6, 9, 8, false),
+    ];
+    for (kernel, stride, dilation, h, w, with_skip) in shapes {
+        let first =
+            ConvNorm { conv: "conv0".into(), norm: "bn0".into(), c_in: 5, c_out: 5, kernel: 3, stride: 1, dilation: 1 };
+        let layer = ConvNorm { conv: "conv1".into(), norm: "bn1".into(), c_in: 5, c_out: 6, kernel, stride, dilation };
         let (h_out, w_out) = (h.div_ceil(stride), w.div_ceil(stride));
         let mut params = Tree::new();
         params.insert("conv0.weight", Leaf::new(noise(25 * 9, 7), &[5, 5, 3, 3], &device));

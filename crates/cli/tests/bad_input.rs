@@ -186,3 +186,59 @@ fn views_and_devices() {
     assert_eq!(devices["devices"][0]["choice"], "cpu");
     assert_ne!(devices["auto"], serde_json::Value::Null);
 }
+
+#[test]
+fn masks_that_do_not_go_with_their_images() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, out, scenes) = (folder.path().join("data"), folder.path().join("run"), folder.path().join("scenes"));
+    pictures(&data, 20);
+    common::ok(&pretrain(&data, &out, &["--epochs", "2"]));
+    let segment = ["eval", "segment", text(&out), text(&scenes), "--device", "cpu", "--steps", "1"];
+    refused(&segment, &["there is no", "scenes"]);
+    fs::create_dir_all(scenes.join("images")).unwrap();
+    refused(&segment, &["no folder `masks`"]);
+    common::masked(&scenes, 6);
+    fs::remove_file(scenes.join("masks/03.png")).unwrap();
+    refused(&segment, &["03.png has no mask"]);
+    image::GrayImage::new(5, 5).save(scenes.join("masks/03.png")).unwrap();
+    refused(&segment, &["is 48 x 40, its partner 5 x 5"]);
+    image::RgbImage::new(48, 40).save(scenes.join("masks/03.png")).unwrap();
+    refused(&segment, &["a mask is 8-bit grey"]);
+    image::GrayImage::from_pixel(48, 40, image::Luma([7])).save(scenes.join("masks/03.png")).unwrap();
+    refused(&segment, &["names 3 classes, but a mask has class 7"]);
+    fs::remove_file(scenes.join("images/03.png")).unwrap();
+    refused(&segment, &["03.png has no image"]);
+}
+
+#[test]
+fn labels_that_cannot_be_learned_from() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, out) = (folder.path().join("data"), folder.path().join("run"));
+    pictures(&data, 24);
+    common::ok(&pretrain(&data, &out, &["--epochs", "2"]));
+    let knn = |data: &Path| {
+        let data = text(data).to_owned();
+        ["eval", "knn", text(&out), &data, "--device", "cpu"].map(str::to_owned)
+    };
+    let refuse = |data: &Path, words: &[&str]| {
+        let args = knn(data);
+        refused(&args.iter().map(String::as_str).collect::<Vec<_>>(), words);
+    };
+    // One class only.
+    refuse(&data.join("even"), &["has no labels"]);
+    // A class that only the test images have.
+    let split = folder.path().join("split");
+    pictures(&split.join("train"), 8);
+    pictures(&split.join("test"), 8);
+    fs::create_dir(split.join("test/rare")).unwrap();
+    fs::copy(split.join("test/odd/001.png"), split.join("test/rare/1.png")).unwrap();
+    refuse(&split, &["has no labels"]);
+    fs::write(
+        split.join("labels.csv"),
+        "path,label,split\ntrain/odd/001.png,a,train\ntrain/even/002.png,b,train\ntest/rare/1.png,rare,test\n",
+    )
+    .unwrap();
+    refuse(&split, &["class `rare`", "no training image"]);
+    fs::write(split.join("labels.csv"), "path,label\ntrain/none.png,a\n").unwrap();
+    refuse(&split, &["labels.csv", "line 2 names", "none.png"]);
+}

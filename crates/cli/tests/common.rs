@@ -99,6 +99,25 @@ pub fn newest_state(run: &Path) -> Vec<u8> {
     std::fs::read(all.last().expect("a checkpoint").join("state.safetensors")).unwrap()
 }
 
+/// `n` scenes of a green field below a blue sky, with masks of their classes and a void pixel each.
+pub fn masked(folder: &Path, n: u32) {
+    use image::{GrayImage, Luma};
+    for sub in ["images", "masks"] {
+        std::fs::create_dir_all(folder.join(sub)).unwrap();
+    }
+    for i in 0..n {
+        let border = 10 + i % 20;
+        let noise = |x: u32, y: u32| ((x * 7 + y * 13 + i * 5) % 40) as u8;
+        let scene = RgbImage::from_fn(48, 40, |x, y| {
+            if y < border { Rgb([60, 90, 200 + noise(x, y)]) } else { Rgb([40 + noise(x, y), 180, 40]) }
+        });
+        let mask = GrayImage::from_fn(48, 40, |x, y| Luma([if x == 0 && y == 0 { 2 } else { u8::from(y >= border) }]));
+        scene.save(folder.join(format!("images/{i:02}.png"))).unwrap();
+        mask.save(folder.join(format!("masks/{i:02}.png"))).unwrap();
+    }
+    std::fs::write(folder.join("classes.txt"), "sky\nfield\nVoid\n").unwrap();
+}
+
 /// `byol pretrain DATA --out OUT` with the small flags and more.
 pub fn pretrain<'a>(data: &'a Path, out: &'a Path, more: &[&'a str]) -> Vec<&'a str> {
     [&["pretrain", text(data), "--out", text(out)], &SMALL[..], more].concat()

@@ -3,8 +3,10 @@
 
 pub mod cifar;
 pub mod decode;
+pub mod dense;
 pub mod folder;
 pub mod idx;
+pub mod labelled;
 pub mod order;
 pub mod prefetch;
 pub mod synthetic;
@@ -88,6 +90,22 @@ pub enum Error {
         /// The first bad one, with the reason.
         first: String,
     },
+    /// Images and masks that do not go together.
+    #[error("{} is no set of images with masks or depth: {reason}; give a folder with `images` and `masks` (or `depth`), the same names in both", root.display())]
+    Dense {
+        /// The data.
+        root: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A `labels.csv` that cannot be used.
+    #[error("{} cannot be used: {reason}; it has the columns path, label and, where there are splits, split", path.display())]
+    Labels {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
     /// A label where the read-out needs one.
     #[error("{} has no labels; put the images of each class into a subfolder named after it", .0.display())]
     Unlabelled(PathBuf),
@@ -110,6 +128,8 @@ pub struct Images {
     chosen: Vec<usize>,
     /// One class a chosen image.
     labels: Option<Vec<usize>>,
+    /// Several classes a chosen image.
+    tags: Option<Vec<Vec<usize>>>,
     /// Decoded images, parallel to `chosen`, where they fit into memory.
     kept: Option<Vec<Arc<Image>>>,
 }
@@ -144,13 +164,35 @@ pub struct Dataset {
 
 impl Images {
     fn files(paths: Vec<PathBuf>, labels: Option<Vec<usize>>) -> Self {
-        Images { chosen: (0..paths.len()).collect(), source: Source::Files(Arc::new(paths)), labels, kept: None }
+        Images {
+            chosen: (0..paths.len()).collect(),
+            source: Source::Files(Arc::new(paths)),
+            labels,
+            tags: None,
+            kept: None,
+        }
     }
 
     /// Images that are already decoded.
     pub fn memory(images: Vec<Image>, labels: Option<Vec<usize>>) -> Self {
         let images: Vec<_> = images.into_iter().map(Arc::new).collect();
-        Images { chosen: (0..images.len()).collect(), source: Source::Memory(Arc::new(images)), labels, kept: None }
+        Images {
+            chosen: (0..images.len()).collect(),
+            source: Source::Memory(Arc::new(images)),
+            labels,
+            tags: None,
+            kept: None,
+        }
+    }
+
+    /// The same images, each with classes of its own.
+    fn tagged(self, tags: Vec<Vec<usize>>) -> Self {
+        Images { tags: Some(tags), ..self }
+    }
+
+    /// The classes of each image, where an image may be of several.
+    pub fn tags(&self) -> Option<&[Vec<usize>]> {
+        self.tags.as_deref()
     }
 
     /// How many.
@@ -199,6 +241,7 @@ impl Images {
             source: self.source.clone(),
             chosen: positions.iter().map(|p| self.chosen[*p]).collect(),
             labels: self.labels.as_ref().map(|l| positions.iter().map(|p| l[*p]).collect()),
+            tags: self.tags.as_ref().map(|t| positions.iter().map(|p| t[*p].clone()).collect()),
             kept: self.kept.as_ref().map(|k| positions.iter().map(|p| k[*p].clone()).collect()),
         }
     }
@@ -280,6 +323,9 @@ impl Dataset {
         // A folder that cannot be listed is said as such, not as empty.
         if root.is_dir() {
             std::fs::read_dir(root).map_err(|source| Error::Read { path: root.to_owned(), source })?;
+        }
+        if let Some(found) = labelled::open(root)? {
+            return Ok(found);
         }
         if let Some(found) = cifar::open(root)? {
             return Ok(found);

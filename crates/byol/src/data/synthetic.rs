@@ -87,6 +87,64 @@ fn draw(rng: &mut ChaCha8Rng, pattern: &str) -> Image {
     Image { height: SIDE, width: SIDE, channels: CHANNELS, pixels }
 }
 
+/// Keeps the draws of scenes apart from those of the two splits of patterns.
+const SCENES: u64 = 2;
+
+/// A room seen from inside, with balls in it, and the distance of every pixel along the line of sight's depth axis, in metres: an image
+/// whose depth is known. `[height, width]` values, row by row.
+pub fn scene(seed: u64, index: u64, height: usize, width: usize) -> (Image, Vec<f32>) {
+    let mut rng = random::stream(&[Domain::Synthetic as u64, seed, SCENES, index]);
+    let mut draw = |low: f64, high: f64| random::uniform_in(&mut rng, low, high);
+    let (floor, ceiling, back, side) = (draw(-1.8, -1.2), draw(1.2, 2.0), draw(5.0, 9.0), draw(2.0, 3.5));
+    let light = [draw(-0.6, 0.6), 0.8, draw(-0.8, -0.2)];
+    let balls: Vec<([f64; 3], f64, [f64; 3])> = (0..6)
+        .map(|_| {
+            let radius = draw(0.25, 0.8);
+            let middle = [draw(-side + radius, side - radius), draw(floor + radius, 0.8), draw(2.0, back - radius)];
+            (middle, radius, [draw(0.2, 1.0), draw(0.2, 1.0), draw(0.2, 1.0)])
+        })
+        .collect();
+    let walls: [[f64; 3]; 3] = std::array::from_fn(|_| std::array::from_fn(|_| draw(0.3, 0.9)));
+    let tile = draw(0.4, 0.9);
+    let (mut pixels, mut depth) = (Vec::with_capacity(3 * height * width), Vec::with_capacity(height * width));
+    for i in 0..height * width {
+        let (x, y) = ((i % width) as f64 + 0.5, (i / width) as f64 + 0.5);
+        // A field of view of 60 degrees across the longer side.
+        let focal = 0.866 * height.max(width) as f64;
+        let ray = [(x - width as f64 / 2.0) / focal, (height as f64 / 2.0 - y) / focal, 1.0];
+        // Each surface: how far, its normal, its colour, and the distance is the depth since the ray's third part is 1.
+        let mut nearest = (back, [0.0, 0.0, -1.0], walls[0]);
+        let mut offer = |z: f64, normal: [f64; 3], colour: [f64; 3]| {
+            if z > 0.1 && z < nearest.0 {
+                nearest = (z, normal, colour);
+            }
+        };
+        let floor_z = floor / ray[1];
+        let checks = ((ray[0] * floor_z / tile).floor() + (floor_z / tile).floor()) as i64;
+        offer(floor_z, [0.0, 1.0, 0.0], walls[1].map(|c| if checks % 2 == 0 { c } else { 0.4 * c }));
+        offer(ceiling / ray[1], [0.0, -1.0, 0.0], [0.9; 3]);
+        offer(side / ray[0], [-1.0, 0.0, 0.0], walls[2]);
+        offer(-side / ray[0], [1.0, 0.0, 0.0], walls[2]);
+        for (middle, radius, colour) in &balls {
+            // |z ray − middle|² = radius².
+            let dot = |a: &[f64; 3], b: &[f64; 3]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+            let (a, b, c) = (dot(&ray, &ray), dot(&ray, middle), dot(middle, middle) - radius * radius);
+            let root = b * b - a * c;
+            if root > 0.0 {
+                let z = (b - root.sqrt()) / a;
+                let normal = std::array::from_fn(|k| (z * ray[k] - middle[k]) / radius);
+                offer(z, normal, *colour);
+            }
+        }
+        let (z, normal, colour) = nearest;
+        let facing: f64 = normal.iter().zip(&light).map(|(n, l)| n * l).sum();
+        let shade = (0.45 + 0.55 * facing.max(0.0)) / (1.0 + 0.06 * z);
+        pixels.extend(colour.map(|c| (255.0 * c * shade).clamp(0.0, 255.0) as u8));
+        depth.push(z as f32);
+    }
+    (Image { height, width, channels: CHANNELS, pixels }, depth)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -91,17 +91,30 @@ pub struct Chosen {
     pub classifier: Classifier,
     /// The strength, for features scaled to a mean square of 1.
     pub l2: f64,
-    /// Accuracy on the held-out part with it.
+    /// How good it was on the held-out part with it.
     pub held_out: f64,
 }
 
-/// Chooses among `strengths` by the accuracy on the rows where `held_out`, fitting to the others; then fits to all rows. Of equal
-/// accuracies the stronger regularisation wins. Features are centred and scaled by one number first, which changes the meaning of a
+/// As [`fit_best_by`], by the accuracy.
+pub fn fit_best(x: &Features, labels: &[usize], classes: usize, strengths: &[f64], held_out: &[bool]) -> Chosen {
+    let accuracy = |scores: &[f64], labels: &[usize]| metrics::accuracy(&metrics::winners(scores, classes), labels);
+    fit_best_by(x, labels, classes, strengths, held_out, accuracy)
+}
+
+/// Chooses among `strengths` by what `judge` says of the scores of the rows where `held_out` and their labels, fitting to the others; then
+/// fits to all rows. Of equal ones the stronger regularisation wins. Features are centred and scaled by one number first, which changes the meaning of a
 /// strength but no classifier.
 ///
 /// # Panics
 /// As [`fit`].
-pub fn fit_best(x: &Features, labels: &[usize], classes: usize, strengths: &[f64], held_out: &[bool]) -> Chosen {
+pub fn fit_best_by(
+    x: &Features,
+    labels: &[usize],
+    classes: usize,
+    strengths: &[f64],
+    held_out: &[bool],
+    judge: impl Fn(&[f64], &[usize]) -> f64,
+) -> Chosen {
     let (scaled, mean, scale) = scaled(x);
     let rows = |out: bool| -> Vec<usize> { (0..x.n).filter(|i| held_out[*i] == out).collect() };
     let part = |rows: &[usize]| (scaled.subset(rows), rows.iter().map(|i| labels[*i]).collect::<Vec<_>>());
@@ -112,12 +125,12 @@ pub fn fit_best(x: &Features, labels: &[usize], classes: usize, strengths: &[f64
         let problem = Problem::new(&fitted, &fitted_labels, classes, *l2);
         theta = minimise(theta, TRIAL, 1e-6, |t| problem.at(t));
         let scores = Problem { x: &test, labels: &[], classes, l2: 0.0 }.logits(&theta);
-        let accuracy = metrics::accuracy(&metrics::winners(&scores, classes), &test_labels);
-        if best.as_ref().is_none_or(|(most, ..)| accuracy > *most) {
-            best = Some((accuracy, *l2, theta.clone()));
+        let value = judge(&scores, &test_labels);
+        if best.as_ref().is_none_or(|(most, ..)| value > *most) {
+            best = Some((value, *l2, theta.clone()));
         }
     }
-    let (accuracy, l2, start) = best.expect("there is a strength to try");
+    let (held_out, l2, start) = best.expect("there is a strength to try");
     let problem = Problem::new(&scaled, labels, classes, l2);
     let theta = minimise(start, FINAL, 1e-6, |t| problem.at(t));
     let (w, b) = theta.split_at(classes * x.dim);
@@ -125,7 +138,7 @@ pub fn fit_best(x: &Features, labels: &[usize], classes: usize, strengths: &[f64
     let w: Vec<f64> = w.iter().map(|w| w / scale).collect();
     let b =
         w.chunks_exact(x.dim).zip(b).map(|(w, b)| b - w.iter().zip(&mean).map(|(w, m)| w * m).sum::<f64>()).collect();
-    Chosen { classifier: Classifier { w, b, classes }, l2, held_out: accuracy }
+    Chosen { classifier: Classifier { w, b, classes }, l2, held_out }
 }
 
 /// Centred, and divided by the root of the mean square; with the means and the divisor.

@@ -1,14 +1,18 @@
 //! EVALUATION: each one file; all work on a frozen [`Encoder`] and change nothing in it.
 
 pub mod card;
+mod dense;
+pub mod depth;
 pub mod finetune;
 pub mod knn;
 pub mod linear;
 pub mod logistic;
 pub mod metrics;
 pub mod rows;
+pub mod segment;
 pub mod spectrum;
 pub mod sphere;
+pub mod transfer;
 
 use burn::tensor::{Tensor, TensorData};
 use rayon::prelude::*;

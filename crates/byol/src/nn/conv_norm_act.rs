@@ -4,7 +4,7 @@
 use burn::tensor::{Tensor, activation::relu, module::conv2d, ops::ConvOptions};
 
 use super::{
-    fused,
+    fused::{self, Step},
     pass::{Mode, Pass},
 };
 use crate::device::has_kernels;
@@ -20,10 +20,12 @@ pub struct ConvNorm {
     pub c_in: usize,
     /// Output channels.
     pub c_out: usize,
-    /// Side of the kernel; the padding is `kernel / 2` on each side, as torchvision pads.
+    /// Side of the kernel; the padding is `dilation · (kernel / 2)` on each side, as torchvision pads.
     pub kernel: usize,
     /// Step of the kernel in both directions.
     pub stride: usize,
+    /// Distance of its taps in both directions. 1 but in dense prediction.
+    pub dilation: usize,
 }
 
 /// What follows the norm.
@@ -65,6 +67,7 @@ impl Map {
 pub fn conv_norm_act(pass: &mut Pass, layer: &ConvNorm, x: impl Into<Map>, then: Then) -> Map {
     let Map(x) = x.into();
     let w = pass.params.get::<4>(&format!("{}.weight", layer.conv));
+    let step = Step { stride: layer.stride, dilation: layer.dilation };
     if !has_kernels(&w.device()) {
         return composed(pass, layer, Map(x).done(), then).into();
     }
@@ -82,9 +85,9 @@ pub fn conv_norm_act(pass: &mut Pass, layer: &ConvNorm, x: impl Into<Map>, then:
             Then::AddRelu(skip) => (Some(skip), true),
         };
         let running = statistics.get(&layer.norm);
-        return fused::eval(x, w, gamma, beta, running, skip, layer.stride, pass.norm.eps, relu).into();
+        return fused::eval(x, w, gamma, beta, running, skip, step, pass.norm.eps, relu).into();
     }
-    let y = fused::conv(x, w, gamma, beta, layer.stride, pass.norm.eps);
+    let y = fused::conv(x, w, gamma, beta, step, pass.norm.eps);
     pass.saw(&layer.norm, y.mean.clone(), y.variance.clone());
     match then {
         Then::Nothing => fused::norm_act(y, None, false).into(),
@@ -97,8 +100,9 @@ pub fn conv_norm_act(pass: &mut Pass, layer: &ConvNorm, x: impl Into<Map>, then:
 pub fn composed(pass: &mut Pass, layer: &ConvNorm, x: Tensor<4>, then: Then) -> Tensor<4> {
     // Burn's operations want [N, C, H, W]. The permutations are views; between two layers they cancel.
     let w = pass.params.get::<4>(&format!("{}.weight", layer.conv));
-    let (s, p) = (layer.stride, layer.kernel / 2);
-    let y = conv2d(x.permute([0, 3, 1, 2]), w, None, ConvOptions::new([s, s], [p, p], [1, 1], 1));
+    let (s, d) = (layer.stride, layer.dilation);
+    let p = d * (layer.kernel / 2);
+    let y = conv2d(x.permute([0, 3, 1, 2]), w, None, ConvOptions::new([s, s], [p, p], [d, d], 1));
     let y = pass.batch_norm(&layer.norm, y);
     let y = match then {
         Then::Nothing => y,

@@ -32,6 +32,20 @@ use byol_kernels::{
 
 use super::pass::Running;
 
+/// How a convolution steps: its padding is that which keeps the side of a map at stride 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Step {
+    /// From one output pixel to the next.
+    pub stride: usize,
+    /// From one tap to the next.
+    pub dilation: usize,
+}
+
+impl Step {
+    /// Neither skips a pixel.
+    pub const ONE: Step = Step { stride: 1, dilation: 1 };
+}
+
 /// The passes on one backend. Statistics are those of the batch; γ, β, mean and variance of a convolution are of the norm that it reads
 /// through, and count where `pending`.
 #[backend_extension(Autodiff, Flex)]
@@ -44,7 +58,7 @@ pub trait Kernels: Backend {
         beta: FloatTensor<Self>,
         mean: FloatTensor<Self>,
         variance: FloatTensor<Self>,
-        stride: usize,
+        step: Step,
         eps: f64,
         pending: bool,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
@@ -58,7 +72,7 @@ pub trait Kernels: Backend {
         beta: FloatTensor<Self>,
         mean: FloatTensor<Self>,
         variance: FloatTensor<Self>,
-        stride: usize,
+        step: Step,
         eps: f64,
         pending: bool,
         by_x: bool,
@@ -97,7 +111,7 @@ pub trait Kernels: Backend {
         w: FloatTensor<Self>,
         shift: FloatTensor<Self>,
         skip: FloatTensor<Self>,
-        stride: usize,
+        step: Step,
         with_skip: bool,
         relu: bool,
     ) -> FloatTensor<Self>;
@@ -140,9 +154,11 @@ fn windows(x: &FlexTensor, kernel: usize, stride: usize, padding: usize) -> Wind
     Windows { n: x[0], h: x[1], w: x[2], c: x[3], kernel, stride, padding }
 }
 
-fn shape(x: &FlexTensor, w: &FlexTensor, stride: usize) -> Shape {
+fn shape(x: &FlexTensor, w: &FlexTensor, step: Step) -> Shape {
     let (x, w) = (x.shape(), w.shape());
-    Shape { n: x[0], h: x[1], w: x[2], c_in: x[3], c_out: w[0], kernel: w[2], stride, padding: w[2] / 2, dilation: 1 }
+    let Step { stride, dilation } = step;
+    let (kernel, padding) = (w[2], dilation * (w[2] / 2));
+    Shape { n: x[0], h: x[1], w: x[2], c_in: x[3], c_out: w[0], kernel, stride, padding, dilation }
 }
 
 /// scale and shift of a norm.
@@ -164,12 +180,12 @@ impl Kernels for Flex {
         beta: FlexTensor,
         mean: FlexTensor,
         variance: FlexTensor,
-        stride: usize,
+        step: Step,
         eps: f64,
         pending: bool,
     ) -> (FlexTensor, FlexTensor, FlexTensor) {
         let [x, w, gamma, beta] = [x, w, gamma, beta].map(|t| t.to_contiguous());
-        let (isa, s) = (isa::chosen(), shape(&x, &w, stride));
+        let (isa, s) = (isa::chosen(), shape(&x, &w, step));
         let pending = pending.then(|| {
             let (scale, shift) = affine([&gamma, &beta, &mean, &variance], eps);
             norm::Pending::new(&scale, &shift, true)
@@ -190,13 +206,13 @@ impl Kernels for Flex {
         beta: FlexTensor,
         mean: FlexTensor,
         variance: FlexTensor,
-        stride: usize,
+        step: Step,
         eps: f64,
         pending: bool,
         by_x: bool,
     ) -> (FlexTensor, FlexTensor, FlexTensor, FlexTensor) {
         let [dy, x, w, gamma, beta] = [dy, x, w, gamma, beta].map(|t| t.to_contiguous());
-        let (isa, s) = (isa::chosen(), shape(&x, &w, stride));
+        let (isa, s) = (isa::chosen(), shape(&x, &w, step));
         let of_norm = [&gamma, &beta, &mean, &variance];
         let lazy = pending.then(|| {
             let (scale, shift) = affine(of_norm, eps);
@@ -270,12 +286,12 @@ impl Kernels for Flex {
         w: FlexTensor,
         shift: FlexTensor,
         skip: FlexTensor,
-        stride: usize,
+        step: Step,
         with_skip: bool,
         relu: bool,
     ) -> FlexTensor {
         let [x, w, shift, skip] = [x, w, shift, skip].map(|t| t.to_contiguous());
-        let (isa, s) = (isa::chosen(), shape(&x, &w, stride));
+        let (isa, s) = (isa::chosen(), shape(&x, &w, step));
         let (y, _) = conv::forward_then(isa, &s, values(&x).into(), values(&w), |at, y| {
             let skip = with_skip.then(|| &values(&skip)[at..at + y.len()]);
             norm::shift_act(isa, y, values(&shift), skip, relu);
@@ -323,7 +339,7 @@ impl<B: Backend + Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         beta: FloatTensor<Self>,
         mean: FloatTensor<Self>,
         variance: FloatTensor<Self>,
-        stride: usize,
+        step: Step,
         eps: f64,
         pending: bool,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
@@ -336,7 +352,7 @@ impl<B: Backend + Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
             w: F,
             /// γ, β, mean and variance of the norm that was read through.
             norm: [F; 4],
-            stride: usize,
+            step: Step,
             eps: f64,
             pending: bool,
         }
@@ -351,7 +367,7 @@ impl<B: Backend + Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
                 let [of_gamma, of_beta, mean, variance] = k.norm;
                 let by_x = x.is_some() || k.pending;
                 let (dx, dw, dgamma, dbeta) =
-                    B::conv_backward(dy, k.x, k.w, of_gamma, of_beta, mean, variance, k.stride, k.eps, k.pending, by_x);
+                    B::conv_backward(dy, k.x, k.w, of_gamma, of_beta, mean, variance, k.step, k.eps, k.pending, by_x);
                 let (gamma, beta) = (gamma.filter(|_| k.pending), beta.filter(|_| k.pending));
                 for (node, gradient) in [(x, dx), (w, dw), (gamma, dgamma), (beta, dbeta)] {
                     if let Some(node) = node {
@@ -368,10 +384,10 @@ impl<B: Backend + Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         let norm = [gamma, beta, mean, variance];
         let [gamma, beta, mean, variance] = norm.clone();
         let (y, of_mean, of_variance) =
-            B::conv_forward(x.clone(), w.clone(), gamma, beta, mean, variance, stride, eps, pending);
+            B::conv_forward(x.clone(), w.clone(), gamma, beta, mean, variance, step, eps, pending);
         let constant = |t: FloatTensor<B>| <Self as AutodiffBackend>::from_inner(t);
         let y = match Conv.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish(Kept { x, w, norm, stride, eps, pending }, y),
+            OpsKind::Tracked(prep) => prep.finish(Kept { x, w, norm, step, eps, pending }, y),
             OpsKind::UnTracked(prep) => prep.finish(y),
         };
         (y, constant(of_mean), constant(of_variance))
@@ -527,7 +543,7 @@ impl<B: Backend + Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         _: FloatTensor<Self>,
         _: FloatTensor<Self>,
         _: FloatTensor<Self>,
-        _: usize,
+        _: Step,
         _: bool,
         _: bool,
     ) -> FloatTensor<Self> {
@@ -542,7 +558,7 @@ impl<B: Backend + Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         _: FloatTensor<Self>,
         _: FloatTensor<Self>,
         _: FloatTensor<Self>,
-        _: usize,
+        _: Step,
         _: f64,
         _: bool,
         _: bool,
@@ -593,7 +609,7 @@ pub enum Source {
 ///
 /// # Shapes
 /// `x`: `[N, H, W, C_in]`; `w`: `[C_out, C_in, K, K]`; `gamma`, `beta`: `[C_out]`.
-pub fn conv(x: Source, w: Tensor<4>, gamma: Tensor<1>, beta: Tensor<1>, stride: usize, eps: f64) -> Pending {
+pub fn conv(x: Source, w: Tensor<4>, gamma: Tensor<1>, beta: Tensor<1>, step: Step, eps: f64) -> Pending {
     let pending = matches!(x, Source::Pending(_));
     let (x, of_x, eps_of_x) = match x {
         Source::Done(x) => {
@@ -604,7 +620,7 @@ pub fn conv(x: Source, w: Tensor<4>, gamma: Tensor<1>, beta: Tensor<1>, stride: 
     };
     let [g, b, m, v] = of_x.map(Tensor::into_dispatch);
     let (y, mean, variance) =
-        Dispatch::conv_forward(x.into_dispatch(), w.into_dispatch(), g, b, m, v, stride, eps_of_x, pending);
+        Dispatch::conv_forward(x.into_dispatch(), w.into_dispatch(), g, b, m, v, step, eps_of_x, pending);
     let (mean, variance) = (Tensor::from_dispatch(mean), Tensor::from_dispatch(variance));
     Pending { y: Tensor::from_dispatch(y), gamma, beta, mean, variance, eps }
 }
@@ -613,10 +629,10 @@ pub fn conv(x: Source, w: Tensor<4>, gamma: Tensor<1>, beta: Tensor<1>, stride: 
 ///
 /// # Shapes
 /// As for [`conv`].
-pub fn conv_alone(x: Source, w: Tensor<4>, stride: usize) -> Tensor<4> {
+pub fn conv_alone(x: Source, w: Tensor<4>) -> Tensor<4> {
     let none = || Tensor::<1>::zeros([1], &w.device());
     let (gamma, beta) = (none(), none());
-    conv(x, w, gamma, beta, stride, 0.0).y
+    conv(x, w, gamma, beta, Step::ONE, 0.0).y
 }
 
 /// act(norm(y) (+ skip)).
@@ -650,7 +666,7 @@ pub fn eval(
     beta: Tensor<1>,
     running: &Running,
     skip: Option<Tensor<4>>,
-    stride: usize,
+    step: Step,
     eps: f64,
     relu: bool,
 ) -> Tensor<4> {
@@ -665,7 +681,7 @@ pub fn eval(
         w.into_dispatch(),
         shift.into_dispatch(),
         skip.into_dispatch(),
-        stride,
+        step,
         with_skip,
         relu,
     ))

@@ -143,6 +143,19 @@ impl Encoder {
         self.represent(&mut Pass { params: &self.weights.params, norm: &norm, mode }, x)
     }
 
+    /// The same weights for dense prediction: [`ResNet::dilated`].
+    pub fn dilated(self) -> Encoder {
+        Encoder { resnet: self.resnet.dilated(), ..self }
+    }
+
+    /// The map that the representation is the mean of, by these or other weights of the same network, in any mode.
+    ///
+    /// # Shapes
+    /// `x`: `[N, H, W, C]` in 0..1, not normalised; returns `[N, H', W', F]`.
+    pub fn map(&self, pass: &mut Pass, x: Tensor<4>) -> Tensor<4> {
+        self.resnet.map(pass, self.spec.normalization.forward(x))
+    }
+
     /// Representations by other weights of the same network, in any mode: for whoever trains it on.
     pub fn represent(&self, pass: &mut Pass, x: Tensor<4>) -> Tensor<2> {
         self.resnet.forward(pass, self.spec.normalization.forward(x))

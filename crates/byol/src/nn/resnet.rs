@@ -119,7 +119,7 @@ impl ResNet {
                 Some(block) => format!("{block}downsample.1"),
                 None => conv.replace("conv", "bn"),
             };
-            ConvNorm { conv, norm, c_in, c_out, kernel, stride }
+            ConvNorm { conv, norm, c_in, c_out, kernel, stride, dilation: 1 }
         };
         let (kernel, stride) = if stem == Stem::Cifar { (3, 1) } else { (7, 2) };
         let first = conv("conv1".into(), channels, planes[0], kernel, stride);
@@ -154,6 +154,17 @@ impl ResNet {
     /// How the weights are drawn, and whether each residual branch starts as zero (its last norm's scale is 0).
     pub fn with_init(self, init: Init, zero_init_residual: bool) -> ResNet {
         ResNet { init, zero_init_residual, ..self }
+    }
+
+    /// The same weights for dense prediction: the last group keeps the side of its map, and its 3x3 convolutions reach twice as far instead
+    /// (appendix E: segmentation).
+    pub fn dilated(mut self) -> ResNet {
+        for conv in
+            self.groups.last_mut().into_iter().flatten().flat_map(|b| b.convs.iter_mut().chain(&mut b.projection))
+        {
+            (conv.stride, conv.dilation) = (1, if conv.kernel == 3 { 2 } else { 1 });
+        }
+        self
     }
 
     /// Length of the representation: 512 × width (basic) or 2048 × width (bottleneck).
@@ -251,6 +262,14 @@ impl ResNet {
     /// # Shapes
     /// `x`: `[N, H, W, C]`, normalised by channel; returns `[N, F]`.
     pub fn forward(&self, pass: &mut Pass, x: Tensor<4>) -> Tensor<2> {
+        pool::mean(self.map(pass, x))
+    }
+
+    /// The map that the representation is the mean of.
+    ///
+    /// # Shapes
+    /// `x`: `[N, H, W, C]`, normalised by channel; returns `[N, H', W', F]`.
+    pub fn map(&self, pass: &mut Pass, x: Tensor<4>) -> Tensor<4> {
         let (stem, kind) = &self.stem;
         let mut x = conv_norm_act(pass, stem, x, Then::Relu).done();
         if *kind == Stem::Imagenet {
@@ -259,7 +278,7 @@ impl ResNet {
         for block in self.groups.iter().flatten() {
             x = block.forward(pass, x);
         }
-        pool::mean(x)
+        x
     }
 }
 

@@ -1,14 +1,17 @@
 //! `byol eval …`: one file an evaluation. What they share is here: opening, splitting, embedding, printing, keeping.
 
+mod depth;
 mod finetune;
 mod knn;
 mod linear;
 mod report_card;
+mod segment;
+mod transfer;
 
 use std::{path::PathBuf, process::ExitCode};
 
 use byol::{
-    data::{self, Dataset, Images},
+    data::{self, CHANNELS, Dataset, Images},
     device::{self, Choice},
     eval::{
         Features, embed,
@@ -42,6 +45,12 @@ enum What {
     Finetune(finetune::Args),
     /// Say without labels whether the encoder has learned anything
     Report(report_card::Args),
+    /// Train a segmentation head on the encoder
+    Segment(segment::Args),
+    /// Train a depth head on the encoder
+    Depth(depth::Args),
+    /// Evaluate the encoder on several labelled data sets
+    Transfer(transfer::Args),
 }
 
 pub fn run(args: &Args) -> Result<ExitCode> {
@@ -50,6 +59,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         What::Linear(args) => linear::run(args),
         What::Finetune(args) => finetune::run(args),
         What::Report(args) => report_card::run(args),
+        What::Segment(args) => segment::run(args),
+        What::Depth(args) => depth::run(args),
+        What::Transfer(args) => transfer::run(args),
     }
 }
 
@@ -94,7 +106,15 @@ impl Common {
     fn encoder(&self) -> Result<Encoder> {
         super::set_threads(self.threads)?;
         let opened = super::open(self.device)?;
-        Ok(weights::load(&self.encoder, &opened.device)?)
+        let encoder = weights::load(&self.encoder, &opened.device)?;
+        if encoder.spec.channels != CHANNELS {
+            let (path, n) = (self.encoder.display(), encoder.spec.channels);
+            return Err(format!(
+                "{path} takes images of {n} channels, and all data are read as {CHANNELS}; use another encoder"
+            )
+            .into());
+        }
+        Ok(encoder)
     }
 
     /// The encoder, and a random one of its kind where it is wanted, each with what its rows are called after.
@@ -112,6 +132,19 @@ impl Common {
     /// Training and test images, each decoded once.
     fn labelled(&self, limit: &Limit) -> Result<Labelled> {
         labelled(Dataset::open(&self.data)?, limit.limit)
+    }
+
+    /// Writes a picture where it was asked for, else into the run, if the encoder is of one.
+    fn draw(&self, asked: Option<&PathBuf>, name: &str, png: &[u8]) -> Result<()> {
+        let in_run = self.encoder.join("plan.toml").is_file().then(|| self.encoder.join("eval").join(name));
+        let Some(path) = asked.cloned().or(in_run) else { return Ok(()) };
+        if let Some(folder) = path.parent().filter(|f| !f.as_os_str().is_empty()) {
+            std::fs::create_dir_all(folder)
+                .map_err(|e| format!("cannot make {}: {e}; choose another --picture", folder.display()))?;
+        }
+        super::write_file(&path, png)?;
+        report::note(format!("image, truth, prediction, prediction on random weights: {}", path.display()));
+        Ok(())
     }
 
     /// Prints the figures, and keeps them in the run.
@@ -149,9 +182,45 @@ impl Common {
     }
 }
 
-/// Parts labelled data: its own test split, else every fifth image.
+/// Trains a head with a progress bar. Refuses one whose loss is no number.
+fn heads<T>(steps: usize, who: &str, train: impl FnOnce(&mut dyn FnMut(f64)) -> T) -> Result<T> {
+    let bar = report::counter(&format!("training the head{who}"), steps as u64);
+    let mut broken = None;
+    let trained = train(&mut |loss| {
+        bar.inc(1);
+        if !loss.is_finite() {
+            broken = broken.or(Some(bar.position()));
+        }
+    });
+    bar.finish_and_clear();
+    match broken {
+        Some(step) => Err(format!("the loss of the head is no number at update {step}; try a lower --rate").into()),
+        None => Ok(trained),
+    }
+}
+
+/// Parts data whose images have one label each.
 pub fn labelled(dataset: Dataset, limit: usize) -> Result<Labelled> {
-    let unlabelled = data::Error::Unlabelled(dataset.root.clone());
+    let root = dataset.root.clone();
+    let unlabelled = data::Error::Unlabelled(root.clone());
+    let parted = parted(dataset, limit)?;
+    if parted.train.labels().is_none() || parted.test.labels().is_none() {
+        return Err(unlabelled.into());
+    }
+    let seen = labels(&parted.train);
+    if let Some(class) = labels(&parted.test).iter().find(|class| !seen.contains(class)) {
+        let (name, root) = (&parted.classes[*class], root.display());
+        return Err(format!(
+            "class `{name}` of {root} has test images but no training image; add some, or take more by --limit"
+        )
+        .into());
+    }
+    Ok(parted)
+}
+
+/// Parts data: its own test split, else every fifth image.
+fn parted(dataset: Dataset, limit: usize) -> Result<Labelled> {
+    let root = dataset.root.clone();
     let bar = report::counter("checking images", 0);
     let dataset = Dataset { held_out: None, ..dataset }.limit(limit);
     bar.set_length(dataset.n_images() as u64);
@@ -165,8 +234,12 @@ pub fn labelled(dataset: Dataset, limit: usize) -> Result<Labelled> {
         Some(test) => (dataset.train, test),
         None => dataset.train.hold_out(dataset.train.len().div_ceil(5)),
     };
-    if train.labels().is_none() || test.labels().is_none() || train.is_empty() || test.is_empty() {
-        return Err(unlabelled.into());
+    if train.is_empty() || test.is_empty() {
+        return Err(format!(
+            "{} has too few images to train on some and test on others; give at least two",
+            root.display()
+        )
+        .into());
     }
     Ok(Labelled { train, test, classes: dataset.classes })
 }

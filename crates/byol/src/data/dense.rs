@@ -1,0 +1,328 @@
+//! Images with a value for every pixel: masks of classes, or maps of depth.
+//!
+//! `images/` and `masks/` (or `depth/`) with the same names in both, and the same splits below both (`train/`, `val/`, `test/`), or none.
+//!
+//! A mask is an 8-bit grey PNG whose pixels are class numbers; 255 is no class. `classes.txt` names the classes, a line each from class 0 on; one
+//! that is called void, unlabelled, unlabeled or ignore is left out of training and of scores. A depth map is a 16-bit grey PNG or TIFF in
+//! millimetres, or a TIFF of 32-bit floats in metres; 0 is no depth. NYUv2's own form is read too: folders of `rgb_N` beside `sync_depth_N`.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use image::{DynamicImage, ImageReader};
+use tiff::{
+    ColorType, TiffError,
+    decoder::{Decoder, DecodingResult},
+};
+
+use super::{
+    Error, Image,
+    decode::{self, DecodeError},
+    list,
+};
+
+/// The value of a pixel without a class.
+pub const NO_CLASS: u8 = 255;
+
+/// Class numbers of an image's pixels.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mask {
+    /// Rows.
+    pub height: usize,
+    /// Columns.
+    pub width: usize,
+    /// `height × width` classes, or [`NO_CLASS`].
+    pub classes: Vec<u8>,
+}
+
+/// An image with its mask.
+#[derive(Debug, Clone)]
+pub struct Pair {
+    /// The image's file.
+    pub path: PathBuf,
+    /// Decoded.
+    pub image: Image,
+    /// Of the same size.
+    pub mask: Mask,
+}
+
+/// Pairs, parted.
+#[derive(Debug, Clone)]
+pub struct Segmentation {
+    /// To train on.
+    pub train: Vec<Pair>,
+    /// To test on: `test/`, else `val/`, else every fifth.
+    pub test: Vec<Pair>,
+    /// Names of the classes.
+    pub classes: Vec<String>,
+}
+
+/// Names of classes that are none.
+const VOID: [&str; 4] = ["void", "unlabelled", "unlabeled", "ignore"];
+
+/// Distance of an image's pixels.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DepthMap {
+    /// Rows.
+    pub height: usize,
+    /// Columns.
+    pub width: usize,
+    /// `height × width` metres; 0 where it is not known.
+    pub metres: Vec<f32>,
+}
+
+/// An image with its depth.
+#[derive(Debug, Clone)]
+pub struct DepthPair {
+    /// The image's file.
+    pub path: PathBuf,
+    /// Decoded.
+    pub image: Image,
+    /// Of the same size.
+    pub depth: DepthMap,
+}
+
+/// Pairs with depth, parted.
+#[derive(Debug, Clone)]
+pub struct DepthSet {
+    /// To train on.
+    pub train: Vec<DepthPair>,
+    /// To test on: `test/`, else `val/`, else every fifth.
+    pub test: Vec<DepthPair>,
+}
+
+/// Opens a folder of images and masks and decodes all of it.
+///
+/// # Errors
+/// [`Error::Missing`], [`Error::Read`], [`Error::Image`], [`Error::Dense`].
+pub fn segmentation(root: &Path) -> Result<Segmentation, Error> {
+    let dense = |reason: String| Error::Dense { root: root.to_owned(), reason };
+    let pair = |path: PathBuf, of_mask: PathBuf| {
+        let (image, mask) = (image(&path)?, mask(&of_mask)?);
+        same_size(root, &path, &image, [mask.height, mask.width])?;
+        Ok(Pair { path, image, mask })
+    };
+    let [train, test] = parted(root, "masks", pair)?;
+    let classes = names(root, train.iter().chain(&test).map(|p| &p.mask), &dense)?;
+    let mut all = Segmentation { train, test, classes };
+    // A void class at the end is no class; one in the middle keeps its number and has no pixels.
+    let void: Vec<u8> = (0..all.classes.len()).filter(|c| is_void(&all.classes[*c])).map(|c| c as u8).collect();
+    for pair in all.train.iter_mut().chain(&mut all.test) {
+        pair.mask.classes.iter_mut().filter(|c| void.contains(c)).for_each(|c| *c = NO_CLASS);
+    }
+    while all.classes.last().is_some_and(|name| is_void(name)) {
+        all.classes.pop();
+    }
+    if all.classes.len() < 2 {
+        return Err(dense(format!("its masks have {} classes; two are needed", all.classes.len())));
+    }
+    Ok(all)
+}
+
+/// Opens a folder of images and depth maps and decodes all of it.
+///
+/// # Errors
+/// [`Error::Missing`], [`Error::Read`], [`Error::Image`], [`Error::Dense`].
+pub fn depth(root: &Path) -> Result<DepthSet, Error> {
+    let pair = |path: PathBuf, of_depth: PathBuf| {
+        let (image, depth) = (image(&path)?, depth_map(&of_depth)?);
+        same_size(root, &path, &image, [depth.height, depth.width])?;
+        Ok(DepthPair { path, image, depth })
+    };
+    let [train, test] = if root.is_dir() && !root.join("images").is_dir() {
+        // NYUv2: scenes below splits, or without.
+        let split = |name: &str| -> Result<Vec<DepthPair>, Error> {
+            let mut found = Vec::new();
+            if root.join(name).is_dir() {
+                beside(root, &root.join(name), &mut found)?;
+            }
+            found.into_iter().map(|(image, depth)| pair(image, depth)).collect()
+        };
+        let (train, test) = (split("train")?, split("test")?);
+        if train.is_empty() { every_fifth(root, split("")?)? } else { [train, test] }
+    } else {
+        parted(root, "depth", pair)?
+    };
+    if train.is_empty() || test.is_empty() {
+        return Err(too_few(root));
+    }
+    Ok(DepthSet { train, test })
+}
+
+fn too_few(root: &Path) -> Error {
+    Error::Dense {
+        root: root.to_owned(),
+        reason: "there are too few images to train on some and test on others".into(),
+    }
+}
+
+fn every_fifth<T>(root: &Path, all: Vec<T>) -> Result<[Vec<T>; 2], Error> {
+    let (mut train, mut test) = (Vec::new(), Vec::new());
+    for (i, pair) in all.into_iter().enumerate() {
+        if i % 5 == 4 { test.push(pair) } else { train.push(pair) }
+    }
+    if test.is_empty() { Err(too_few(root)) } else { Ok([train, test]) }
+}
+
+/// Training and test pairs of `images` and another folder.
+fn parted<T>(
+    root: &Path,
+    other: &str,
+    pair: impl Fn(PathBuf, PathBuf) -> Result<T, Error>,
+) -> Result<[Vec<T>; 2], Error> {
+    if !root.exists() {
+        return Err(Error::Missing(root.to_owned()));
+    }
+    for folder in ["images", other] {
+        if !root.join(folder).is_dir() {
+            return Err(Error::Dense { root: root.to_owned(), reason: format!("there is no folder `{folder}`") });
+        }
+    }
+    let all = |split: &str| -> Result<Vec<T>, Error> {
+        matched(root, other, split)?.into_iter().map(|(image, other)| pair(image, other)).collect()
+    };
+    let split = |name: &str| if root.join("images").join(name).is_dir() { all(name) } else { Ok(Vec::new()) };
+    let (train, val, test) = (split("train")?, split("val")?, split("test")?);
+    if train.is_empty() {
+        return every_fifth(root, all("")?);
+    }
+    let test = if test.is_empty() { val } else { test };
+    if test.is_empty() { every_fifth(root, train) } else { Ok([train, test]) }
+}
+
+fn is_void(name: &str) -> bool {
+    VOID.iter().any(|void| name.eq_ignore_ascii_case(void))
+}
+
+/// Of `classes.txt`, else numbers up to the highest class of the masks.
+fn names<'a>(
+    root: &Path,
+    masks: impl Iterator<Item = &'a Mask>,
+    dense: &dyn Fn(String) -> Error,
+) -> Result<Vec<String>, Error> {
+    let highest = masks.flat_map(|m| &m.classes).filter(|c| **c != NO_CLASS).max().copied();
+    let needed = highest.map_or(0, |c| usize::from(c) + 1);
+    let path = root.join("classes.txt");
+    let Ok(text) = fs::read_to_string(&path) else {
+        return Ok((0..needed).map(|c| format!("class {c}")).collect());
+    };
+    let classes: Vec<String> = text.lines().map(|l| l.trim().to_owned()).filter(|l| !l.is_empty()).collect();
+    match classes.len() < needed {
+        true => Err(dense(format!("classes.txt names {} classes, but a mask has class {}", classes.len(), needed - 1))),
+        false => Ok(classes),
+    }
+}
+
+/// The files of a split, by name; an image without its partner, or a partner without an image, is an error.
+fn matched(root: &Path, other: &str, split: &str) -> Result<Vec<(PathBuf, PathBuf)>, Error> {
+    let stems = |folder: &str| -> Result<BTreeMap<String, PathBuf>, Error> {
+        let folder = root.join(folder).join(split);
+        let files = list(&folder)?.into_iter().filter(|path| path.is_file());
+        Ok(files.filter_map(|path| Some((path.file_stem()?.to_string_lossy().into_owned(), path.clone()))).collect())
+    };
+    let dense = |reason: String| Error::Dense { root: root.to_owned(), reason };
+    let (images, mut others) = (stems("images")?, stems(other)?);
+    let mut all = Vec::with_capacity(images.len());
+    for (stem, path) in images {
+        let partner = others.remove(&stem).ok_or_else(|| dense(format!("{} has no {}", path.display(), one(other))))?;
+        all.push((path, partner));
+    }
+    match others.into_values().next() {
+        Some(path) => Err(dense(format!("{} has no image", path.display()))),
+        None => Ok(all),
+    }
+}
+
+/// What one file of a folder is.
+fn one(folder: &str) -> &'static str {
+    if folder == "masks" { "mask" } else { "depth map" }
+}
+
+/// `rgb_N` beside `sync_depth_N`, at any depth of folders.
+fn beside(root: &Path, folder: &Path, found: &mut Vec<(PathBuf, PathBuf)>) -> Result<(), Error> {
+    let entries = list(folder)?;
+    let stem = |path: &PathBuf| path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
+    for path in &entries {
+        if path.is_dir() {
+            beside(root, path, found)?;
+        } else if let Some(number) = stem(path).strip_prefix("rgb_") {
+            let name = format!("sync_depth_{number}");
+            let partner = entries.iter().find(|other| stem(other) == name);
+            let partner = partner.ok_or_else(|| Error::Dense {
+                root: root.to_owned(),
+                reason: format!("{} has no {name} beside it", path.display()),
+            })?;
+            found.push((path.clone(), partner.clone()));
+        }
+    }
+    Ok(())
+}
+
+fn same_size(root: &Path, path: &Path, image: &Image, [height, width]: [usize; 2]) -> Result<(), Error> {
+    if (height, width) == (image.height, image.width) {
+        return Ok(());
+    }
+    let reason = format!("{} is {} x {}, its partner {width} x {height}", path.display(), image.width, image.height);
+    Err(Error::Dense { root: root.to_owned(), reason })
+}
+
+fn bad(path: &Path, source: DecodeError) -> Error {
+    Error::Image { what: path.display().to_string(), source }
+}
+
+fn image(path: &Path) -> Result<Image, Error> {
+    decode::file(path).map_err(|source| bad(path, source))
+}
+
+/// A file's pixels as they are.
+fn raw(path: &Path) -> Result<DynamicImage, Error> {
+    let reader = ImageReader::open(path).and_then(ImageReader::with_guessed_format);
+    let reader = reader.map_err(|e| bad(path, e.into()))?;
+    reader.decode().map_err(|e| bad(path, DecodeError::Broken { format: "image", reason: e.to_string() }))
+}
+
+fn depth_map(path: &Path) -> Result<DepthMap, Error> {
+    let wrong = |reason: String| bad(path, DecodeError::Broken { format: "depth", reason });
+    if let Some(metres) = float_tiff(path)? {
+        if metres.metres.iter().any(|m| !m.is_finite() || *m < 0.0) {
+            return Err(wrong("a depth is negative or no number".into()));
+        }
+        return Ok(metres);
+    }
+    let DynamicImage::ImageLuma16(grey) = raw(path)? else {
+        return Err(wrong("a depth map is 16-bit grey, in millimetres, or a TIFF of floats, in metres".into()));
+    };
+    let (height, width) = (grey.height() as usize, grey.width() as usize);
+    Ok(DepthMap { height, width, metres: grey.into_raw().into_iter().map(|mm| f32::from(mm) / 1000.0).collect() })
+}
+
+/// The values of a TIFF of 32-bit floats, one a pixel; none of another file.
+fn float_tiff(path: &Path) -> Result<Option<DepthMap>, Error> {
+    if !path.extension().is_some_and(|e| e.eq_ignore_ascii_case("tif") || e.eq_ignore_ascii_case("tiff")) {
+        return Ok(None);
+    }
+    let broken = |e: TiffError| bad(path, DecodeError::Broken { format: "TIFF", reason: e.to_string() });
+    let file = fs::File::open(path).map_err(|e| bad(path, e.into()))?;
+    // The decoder's own limits refuse sizes that no memory holds.
+    let mut decoder = Decoder::new(std::io::BufReader::new(file)).map_err(broken)?;
+    let (width, height) = decoder.dimensions().map_err(broken)?;
+    if decoder.colortype().map_err(broken)? != ColorType::Gray(32) {
+        return Ok(None);
+    }
+    match decoder.read_image().map_err(broken)? {
+        DecodingResult::F32(metres) => Ok(Some(DepthMap { height: height as usize, width: width as usize, metres })),
+        _ => Ok(None),
+    }
+}
+
+fn mask(path: &Path) -> Result<Mask, Error> {
+    let DynamicImage::ImageLuma8(grey) = raw(path)? else {
+        let reason = "a mask is 8-bit grey, its values the numbers of classes".into();
+        return Err(bad(path, DecodeError::Broken { format: "image", reason }));
+    };
+    let (height, width) = (grey.height() as usize, grey.width() as usize);
+    Ok(Mask { height, width, classes: grey.into_raw() })
+}

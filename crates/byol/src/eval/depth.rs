@@ -1,0 +1,214 @@
+//! Depth from one image (appendix E; Laina et al. 2016, arXiv:1606.00373): four up-projection blocks of 512, 256, 128 and 64 channels on the
+//! encoder's map, a 3x3 convolution to one value, and the reverse Huber loss.
+//!
+//! An up-projection doubles the side with zeros between; a branch of 5x5 convolution, ReLU, 3x3 convolution and a branch of a 5x5
+//! convolution are added, with ReLU. Every convolution but the last has a norm.
+
+use burn::tensor::{Device, Tensor, TensorData};
+use rayon::prelude::*;
+
+use super::{
+    dense::{self, Head, Settings, Trained, enlarge},
+    metrics,
+};
+use crate::{
+    data::{
+        CHANNELS, Image,
+        dense::{DepthMap, DepthPair},
+    },
+    nn::{
+        Encoder, Pass,
+        conv_norm_act::{ConvNorm, Then, conv_norm_act},
+        tree::host,
+    },
+    random::{self, Domain},
+    views::{Window, flip, resize},
+};
+
+/// How to train the head.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Protocol {
+    /// Updates. The rate falls to a fifth after 40 % of them, to a fiftieth after two thirds.
+    pub steps: usize,
+    /// Crops an update.
+    pub batch: usize,
+    /// Side of the square crops, in pixels.
+    pub crop: usize,
+    /// Learning rate.
+    pub rate: f64,
+    /// Leave the encoder as it is, with its running statistics.
+    pub frozen: bool,
+    /// Names order, crops and the head's initial weights.
+    pub seed: u64,
+}
+
+/// Channels of the blocks.
+const BLOCKS: [usize; 4] = [512, 256, 128, 64];
+
+/// The name of the last layer.
+const LAST: &str = "head.depth";
+
+/// Nearer than this is predicted as this, in metres: ratios want depths above 0.
+const NEAREST: f32 = 1e-3;
+
+#[derive(Debug)]
+struct UpProjections {
+    /// First and second of the long branch, the short branch.
+    blocks: Vec<[ConvNorm; 3]>,
+    /// Mean depth of the training images: where the head begins.
+    mean: f64,
+}
+
+impl UpProjections {
+    fn new(features: usize, mean: f64) -> UpProjections {
+        let mut c_in = features;
+        let block = |(i, c_out): (usize, usize)| {
+            let conv = |name: &str, c_in: usize, kernel: usize| ConvNorm {
+                conv: format!("head.{i}.conv{name}"),
+                norm: format!("head.{i}.bn{name}"),
+                c_in,
+                c_out,
+                kernel,
+                stride: 1,
+                dilation: 1,
+            };
+            let all = [conv("1", c_in, 5), conv("2", c_out, 3), conv("3", c_in, 5)];
+            c_in = c_out;
+            all
+        };
+        UpProjections { blocks: BLOCKS.into_iter().enumerate().map(block).collect(), mean }
+    }
+}
+
+impl Head for UpProjections {
+    fn convs(&self) -> Vec<&ConvNorm> {
+        self.blocks.iter().flatten().collect()
+    }
+
+    fn last(&self) -> (&'static str, [usize; 2], usize) {
+        (LAST, [1, BLOCKS[3]], 1)
+    }
+
+    fn forward(&self, pass: &mut Pass, map: Tensor<4>) -> Tensor<4> {
+        let up = |pass: &mut Pass, x: Tensor<4>, [first, second, short]: &[ConvNorm; 3]| {
+            let x = spread(x);
+            let skip = conv_norm_act(pass, short, x.clone(), Then::Nothing).done();
+            let y = conv_norm_act(pass, first, x, Then::Relu);
+            conv_norm_act(pass, second, y, Then::AddRelu(skip)).done()
+        };
+        let y = self.blocks.iter().fold(map, |x, block| up(pass, x, block));
+        let [n, h, w, c] = y.dims();
+        let weight = pass.params.get::<4>(&format!("{LAST}.weight")).reshape([1, c]).transpose();
+        let bias = pass.params.get::<1>(&format!("{LAST}.bias")).reshape([1, 1]);
+        (y.reshape([n * h * w, c]).matmul(weight) + bias).reshape([n, h, w, 1]).add_scalar(self.mean)
+    }
+}
+
+/// Twice the side: each value is followed by zeros to the right and below.
+fn spread(x: Tensor<4>) -> Tensor<4> {
+    let [n, h, w, c] = x.dims();
+    let x = x.reshape([n * h, w, 1, c]);
+    let x = Tensor::cat(vec![x.clone(), x.zeros_like()], 2).reshape([n, h, 1, 2 * w * c]);
+    Tensor::cat(vec![x.clone(), x.zeros_like()], 2).reshape([n, 2 * h, 2 * w, c])
+}
+
+/// An encoder with a depth head.
+#[derive(Debug)]
+pub struct DepthNet(Trained<UpProjections>);
+
+impl DepthNet {
+    /// Trains a head on a copy of the encoder. `done` hears of each update's loss.
+    ///
+    /// # Panics
+    /// If there is no pair.
+    pub fn train(start: &Encoder, pairs: &[DepthPair], p: &Protocol, done: impl FnMut(f64)) -> DepthNet {
+        let device = start.device();
+        let settings = Settings {
+            steps: p.steps,
+            batch: p.batch,
+            rate: p.rate,
+            drops: [(0.4, 0.2), (2.0 / 3.0, 0.02)],
+            weight_decay: 5e-4,
+            frozen: p.frozen,
+            seed: p.seed,
+        };
+        let known = pairs.iter().flat_map(|pair| &pair.depth.metres).filter(|m| **m > 0.0).map(|m| f64::from(*m));
+        let head = UpProjections::new(start.features(), metrics::mean(known));
+        let views = |some: &[(u64, usize)]| crops(pairs, some, p, &device);
+        let loss = |depth: Tensor<4>, truth: &Vec<f32>| reverse_huber(enlarge(depth, p.crop, p.crop), truth);
+        DepthNet(dense::train(start.clone(), head, settings, pairs.len(), views, loss, done))
+    }
+
+    /// The depth of every pixel of an image, at its own size.
+    pub fn predict(&self, image: &Image) -> DepthMap {
+        let metres = host(enlarge(self.0.predict(image), image.height, image.width));
+        let metres = metres.into_iter().map(|m| m.max(NEAREST)).collect();
+        DepthMap { height: image.height, width: image.width, metres }
+    }
+}
+
+/// Mean over the pixels with a truth of |e| up to c, (e² + c²) / 2c above, with c a fifth of the largest |e|. `depth`: `[N, H, W, 1]`, tracked.
+fn reverse_huber(depth: Tensor<4>, truth: &[f32]) -> Tensor<1> {
+    let (shape, device) = (depth.dims(), depth.device());
+    let constant = |values: Vec<f32>| {
+        let t = Tensor::<4>::from_data(TensorData::new(values, shape), &device);
+        if t.is_autodiff() { t } else { t.autodiff() }
+    };
+    let known: Vec<f32> = truth.iter().map(|t| f32::from(u8::from(*t > 0.0))).collect();
+    let pixels = known.iter().sum::<f32>().max(1.0);
+    let e = ((depth - constant(truth.to_vec())) * constant(known)).abs();
+    let c = 0.2 * f64::from(e.clone().without_autodiff().max().into_scalar::<f32>()).max(1e-6);
+    let square = (e.clone().square() + c * c).div_scalar(2.0 * c);
+    let large = e.clone().greater_elem(c);
+    e.mask_where(large, square).sum().div_scalar(f64::from(pixels))
+}
+
+/// Square crops, flipped by chance: images `[n, crop, crop, C]` in 0..1, and their pixels' metres. Their scale stays, because depth goes with it;
+/// an image that is smaller than a crop is enlarged.
+fn crops(pairs: &[DepthPair], some: &[(u64, usize)], p: &Protocol, device: &Device) -> (Tensor<4>, Vec<f32>) {
+    let one = |(epoch, i): &(u64, usize)| {
+        let pair = &pairs[*i];
+        let mut rng = random::stream(&[Domain::View as u64, p.seed, *epoch, *i as u64, super::CROP]);
+        let side = p.crop.min(pair.image.height).min(pair.image.width);
+        let top = random::below(&mut rng, pair.image.height - side + 1);
+        let left = random::below(&mut rng, pair.image.width - side + 1);
+        let flips = random::uniform(&mut rng) < 0.5;
+        let window = Window { top, left, height: side, width: side };
+        let mut view = resize::crop_resize(&pair.image, window, p.crop, p.crop);
+        if flips {
+            flip::left_right(&mut view);
+        }
+        let near = |i: usize| (2 * i + 1) * side / (2 * p.crop);
+        let at = |y: usize, x: usize| {
+            let x = if flips { p.crop - 1 - x } else { x };
+            pair.depth.metres[(top + near(y)) * pair.depth.width + left + near(x)]
+        };
+        let metres: Vec<f32> = (0..p.crop * p.crop).map(|i| at(i / p.crop, i % p.crop)).collect();
+        (view.interleaved(), metres)
+    };
+    let all: Vec<(Vec<f32>, Vec<f32>)> = some.par_iter().map(one).collect();
+    let (pixels, metres): (Vec<_>, Vec<_>) = all.into_iter().unzip();
+    let shape = [some.len(), p.crop, p.crop, CHANNELS];
+    (Tensor::from_data(TensorData::new(pixels.concat(), shape), device), metres.concat())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_map_is_spread_with_zeros() {
+        let device = Device::flex();
+        let x = Tensor::<4>::from_data(TensorData::new(vec![1.0f32, 2.0], [1, 1, 2, 1]), &device);
+        assert_eq!(host(spread(x)), [1.0, 0.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn the_loss_is_linear_for_small_errors_and_square_for_large_ones() {
+        let device = Device::flex();
+        // Errors 0.1, 1 and, without a truth, none: c = 0.2; 0.1, and (1 + 0.04) / 0.4 = 2.6.
+        let depth = Tensor::<4>::from_data(TensorData::new(vec![1.1f32, 3.0, 7.0], [1, 1, 3, 1]), &device).autodiff();
+        let loss = f64::from(reverse_huber(depth, &[1.0, 2.0, 0.0]).without_autodiff().into_scalar::<f32>());
+        assert!((loss - (0.1 + 2.6) / 2.0).abs() < 1e-5, "{loss}");
+    }
+}

@@ -1,0 +1,113 @@
+//! `byol eval transfer ENCODER DATA…`
+
+use std::{path::PathBuf, process::ExitCode};
+
+use byol::{
+    data::{Dataset, Images},
+    device::Choice,
+    eval::{
+        finetune,
+        rows::Row,
+        transfer::{self, Measure, Truth},
+    },
+    nn::Encoder,
+};
+
+use super::{Common, features};
+use crate::report::{self, Result};
+
+/// Evaluate the encoder on several labelled data sets
+///
+/// As in the paper's table 3: logistic regression by L-BFGS on frozen features, and with --finetune the whole encoder. Aircraft, Pets, Caltech
+/// and Flowers, known by the folder's name, are scored by the mean over classes; images of several classes (labels.csv) by 11-point
+/// mean average precision; others by top-1.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// An encoder.safetensors, or the folder of a run
+    encoder: PathBuf,
+    /// Labelled data, each a folder
+    #[arg(required = true)]
+    data: Vec<PathBuf>,
+    /// Fine-tune the encoder too
+    #[arg(long)]
+    finetune: bool,
+    /// Passes over the images in fine-tuning
+    #[arg(long, value_name = "N", default_value_t = 30)]
+    epochs: usize,
+    /// Measure an encoder with random weights too
+    #[arg(long)]
+    with_random: bool,
+    /// Take N training images of each set, evenly spread (0: all)
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    limit: usize,
+    /// Names every random draw
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Threads [default: one a core]
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    threads: usize,
+    /// auto, cpu, vulkan, metal, wgpu, cuda or rocm
+    #[arg(long, default_value = "auto")]
+    device: Choice,
+    /// Print one JSON object with the results
+    #[arg(long)]
+    json: bool,
+}
+
+/// One class each, or several.
+fn truth(images: &Images) -> Option<Truth<'_>> {
+    images.labels().map(Truth::One).or_else(|| images.tags().map(Truth::Several))
+}
+
+pub fn run(args: &Args) -> Result<ExitCode> {
+    if args.epochs == 0 {
+        return Err("--epochs must be at least 1".into());
+    }
+    let Args { encoder, seed, threads, device, json, .. } = args;
+    let data = args.data.iter().map(|d| d.display().to_string()).collect::<Vec<_>>().join(" ").into();
+    let common =
+        Common { encoder: encoder.clone(), data, seed: *seed, threads: *threads, device: *device, json: *json };
+    let encoders = common.encoders(args.with_random)?;
+    let mut rows = Vec::new();
+    let mut sets = Vec::new();
+    for path in &args.data {
+        let name = path.file_name().map_or_else(|| path.display().to_string(), |n| n.to_string_lossy().into_owned());
+        let data = super::parted(Dataset::open(path)?, args.limit)?;
+        let (of_train, of_test) = match (truth(&data.train), truth(&data.test)) {
+            (Some(train), Some(test)) => (train, test),
+            _ => return Err(byol::data::Error::Unlabelled(path.clone()).into()),
+        };
+        let (classes, n) = (data.classes.len(), data.test.len());
+        let measure = Measure::of(&name, matches!(of_test, Truth::Several(_)));
+        sets.push(serde_json::json!({ "data": path, "measure": measure.name(), "train_images": data.train.len(), "test_images": n }));
+        let mut add = |how: &str, scores: &[f64]| {
+            let value = |at: &[usize]| transfer::value(measure, scores, of_test, classes, at);
+            rows.push(Row::share(format!("{name}, {how}, {}", measure.name()), n, args.seed, value));
+        };
+        for (encoder, who) in &encoders {
+            let (x, test) = (features(encoder, &data.train, &name)?, features(encoder, &data.test, &name)?);
+            add(&format!("linear{who}"), &transfer::scores(&x, of_train, &test, classes, args.seed));
+            match of_train {
+                Truth::One(_) if args.finetune => {
+                    add(&format!("fine-tuned{who}"), &tuned(args, encoder, &data, &name)?)
+                }
+                Truth::Several(_) if args.finetune => {
+                    report::warning(format!("{name}: images of several classes are not fine-tuned, only read out"));
+                }
+                _ => {}
+            }
+        }
+    }
+    common.finish("transfer", serde_json::json!({ "sets": sets, "finetune": args.finetune }), rows)
+}
+
+/// Scores of the test images after fine-tuning.
+fn tuned(args: &Args, encoder: &Encoder, data: &super::Labelled, name: &str) -> Result<Vec<f64>> {
+    let protocol =
+        finetune::Protocol { epochs: vec![args.epochs], batch: 256, rates: finetune::RATES.to_vec(), seed: args.seed };
+    let bar =
+        report::counter(&format!("fine-tuning, {name}"), finetune::images_seen(data.train.len(), &protocol) as u64);
+    let found = finetune::choose(encoder, &data.train, data.classes.len(), &protocol, |n| bar.inc(n as u64))?;
+    bar.finish_and_clear();
+    Ok(found.classifier.scores(&features(&found.encoder, &data.test, name)?))
+}
