@@ -53,7 +53,7 @@ pub struct Views<'a> {
 /// Views of an image.
 const VIEWS: usize = 4;
 
-/// Neighbours that are compared.
+/// Neighbours that are compared, at most; of few images a quarter.
 const NEIGHBOURS: usize = 10;
 
 /// Numbers of the card's views among an image's: above those of pretraining and of the other evaluations.
@@ -99,10 +99,11 @@ fn views(encoder: &Encoder, images: &Images, how: Views) -> Result<Features, Err
 /// Mean share of the neighbours of each row of `still` that its row of `moved` has too; neither counts the image itself.
 fn consistency(moved: &Features, still: &Features) -> f64 {
     let (moved, still) = (moved.unit(), still.unit());
+    let k = NEIGHBOURS.min((still.n / 4).max(1));
     let neighbours = |of: &Features| -> Vec<Vec<usize>> {
-        let near = knn::nearest(&still, of, NEIGHBOURS + 1);
+        let near = knn::nearest(&still, of, k + 1);
         let others = |(i, near): (usize, Vec<(usize, f32)>)| {
-            near.into_iter().map(|(j, _)| j).filter(|j| *j != i).take(NEIGHBOURS).collect()
+            near.into_iter().map(|(j, _)| j).filter(|j| *j != i).take(k).collect()
         };
         near.into_iter().enumerate().map(others).collect()
     };

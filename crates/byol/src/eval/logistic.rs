@@ -20,8 +20,11 @@ pub fn strengths() -> Vec<f64> {
 /// Pairs of steps and gradient changes that L-BFGS remembers.
 const MEMORY: usize = 10;
 
-/// Iterations for a strength that is only tried.
-const TRIAL: usize = 40;
+/// Iterations for a strength that is only tried, and the slope at which it is near enough to its minimum.
+const TRIAL: (usize, f64) = (40, 1e-4);
+
+/// After so many strengths in a row that are worse than the best one, weaker ones are not tried: they fit the training rows alone.
+const PAST: usize = 8;
 
 /// Iterations, at most, of a final fit.
 const FINAL: usize = 1000;
@@ -102,7 +105,7 @@ pub fn fit_best(x: &Features, labels: &[usize], classes: usize, strengths: &[f64
 }
 
 /// Chooses among `strengths` by what `judge` says of the scores of the rows where `held_out` and their labels, fitting to the others; then
-/// fits to all rows. Of equal ones the stronger regularisation wins. Features are centred and scaled by one number first, which changes the meaning of a
+/// fits to all rows. Of equal ones the stronger regularisation wins. `strengths` go from strong to weak. Features are centred and scaled by one number first, which changes the meaning of a
 /// strength but no classifier.
 ///
 /// # Panics
@@ -121,13 +124,21 @@ pub fn fit_best_by(
     let ((fitted, fitted_labels), (test, test_labels)) = (part(&rows(false)), part(&rows(true)));
     let mut theta = vec![0.0; classes * (x.dim + 1)];
     let mut best: Option<(f64, f64, Vec<f64>)> = None;
+    let mut past = 0;
     for l2 in strengths {
         let problem = Problem::new(&fitted, &fitted_labels, classes, *l2);
-        theta = minimise(theta, TRIAL, 1e-6, |t| problem.at(t));
+        theta = minimise(theta, TRIAL.0, TRIAL.1, |t| problem.at(t));
         let scores = Problem { x: &test, labels: &[], classes, l2: 0.0 }.logits(&theta);
         let value = judge(&scores, &test_labels);
         if best.as_ref().is_none_or(|(most, ..)| value > *most) {
             best = Some((value, *l2, theta.clone()));
+            past = 0;
+        } else {
+            past += 1;
+        }
+        // Equal ones at the strong end, where all weights are 0, are no sign of it.
+        if past >= PAST && best.as_ref().is_some_and(|(most, ..)| value < *most) {
+            break;
         }
     }
     let (held_out, l2, start) = best.expect("there is a strength to try");

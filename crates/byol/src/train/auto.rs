@@ -120,9 +120,9 @@ pub fn choose(facts: &Facts, draft: &Draft) -> (Recipe, Vec<String>) {
 
     if cpu {
         r.optimizer.kind = OptimizerKind::Sgd;
-        r.optimizer.lr = 0.12;
+        r.optimizer.lr = 0.24;
         r.optimizer.weight_decay = 5e-4;
-        why.push("SGD with rate 0.12 per 256 images, decay 5e-4: in short runs ahead of LARS (docs/results.md)".into());
+        why.push("SGD with rate 0.24 per 256 images, decay 5e-4: in short runs ahead of LARS (docs/results.md)".into());
     } else {
         r.optimizer.kind = OptimizerKind::Lars;
         r.optimizer.lr = 1.0;

@@ -107,6 +107,12 @@ const SETTLING: u64 = 200;
 /// Steps after which a predictor should have begun to predict.
 const FOLLOWING: u64 = 500;
 
+/// Share of the deviation of spread-out projections below which they are called alike. Healthy runs have 0.6 and more (docs/results.md).
+const LEAST_SPREAD: f64 = 0.25;
+
+/// Mean cosine of different images' projections above which they are called alike. Healthy runs have 0.5 and less.
+const MOST_COSINE: f64 = 0.75;
+
 /// The loss of unrelated directions.
 const CHANCE: f64 = 4.0;
 
@@ -124,14 +130,14 @@ impl Health {
         if let Some(loss) = loss.filter(|loss| *loss > 1.1 * CHANCE) {
             return failure(Kind::Diverged, format!("the loss is {loss:.2}, and unrelated directions have {CHANCE}"));
         }
-        if self.projection_std < 0.1 * self.projection_std_ideal {
+        if self.projection_std < LEAST_SPREAD * self.projection_std_ideal {
             let (std, ideal) = (self.projection_std, self.projection_std_ideal);
             let why = format!(
                 "all images get nearly the same projection (deviation {std:.4}, spread out would be {ideal:.4})"
             );
             return failure(Kind::Constant, why);
         }
-        if self.projection_cosine > 0.98 {
+        if self.projection_cosine > MOST_COSINE {
             let why = format!("projections of different images have cosine {:.3}", self.projection_cosine);
             return failure(Kind::Constant, why);
         }

@@ -76,7 +76,8 @@ impl Prepared {
         Ok(Prepared { root, kind, classes, train, held_out, skipped })
     }
 
-    fn watch(&self, plan: &Plan) -> Option<Watch> {
+    /// What a run of this plan looks at after every epoch; none where nothing is held out.
+    pub fn watch(&self, plan: &Plan) -> Option<Watch> {
         let held_out = self.held_out.clone()?;
         let config = plan.recipe.health.clone();
         let labelled = held_out.labels().is_some() && self.train.labels().is_some();
@@ -91,7 +92,7 @@ impl Prepared {
             size: views.size,
             seed: plan.recipe.seed,
             // A training image goes forward four times and backward twice; a watched one forward four times.
-            card: (self.train.len() / 64).clamp(8, 128).min(held_out.len()),
+            card: (self.train.len() / 48).clamp(16, 128).min(held_out.len()),
             held_out,
         })
     }

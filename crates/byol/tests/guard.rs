@@ -1,0 +1,108 @@
+//! The guard: runs that must fail are named, runs that are well are left alone.
+
+use std::sync::atomic::AtomicBool;
+
+use burn::tensor::Device;
+use byol::{
+    byol::Gradient,
+    data::{Loader, prefetch::Request, synthetic},
+    train::{
+        Error, Event, Plan, Prepared, Recipe, Run,
+        health::{self, Failure, Health, Kind},
+        recipe::Draft,
+        run::tensors,
+    },
+};
+
+/// A recipe that learns, small enough for a test: about 400 steps.
+const RECIPE: &str = include_str!("guard.toml");
+
+fn plan(set: &[&str]) -> (Plan, Prepared) {
+    let mut draft = Draft::from_text("guard", RECIPE).unwrap();
+    for text in set {
+        draft.set(text).unwrap();
+    }
+    let recipe = draft.over(&Recipe::default()).unwrap();
+    let data = Prepared::new(synthetic::dataset(3, 700, 120), 0, &recipe.health, 0, &|_| ()).unwrap();
+    (Plan::new("guard", recipe, &data, "cpu").unwrap(), data)
+}
+
+/// Runs until the end or a failure; what failed, and the figures at the end.
+fn outcome(set: &[&str]) -> (Option<Failure>, Option<Health>) {
+    let (plan, data) = plan(set);
+    let folder = tempfile::tempdir().unwrap();
+    let mut run = Run::create(&folder.path().join("run"), plan, &data, Device::flex(), 2, false).unwrap();
+    let mut last = None;
+    let result = run.go(&AtomicBool::new(false), |event| {
+        if let Event::Epoch { health, .. } = event {
+            last = health.cloned();
+        }
+    });
+    let failure = match result {
+        Ok(_) => None,
+        Err(Error::Collapsed { failure, .. }) => Some(failure),
+        Err(Error::Diverged { step, loss, .. }) => {
+            Some(Failure { kind: Kind::Diverged, why: format!("{loss} at step {step}") })
+        }
+        Err(other) => panic!("{set:?}: {other}"),
+    };
+    println!("{set:?}: {failure:?} {last:?}");
+    (failure, last)
+}
+
+#[test]
+fn five_healthy_runs_are_left_alone() {
+    for seed in 0..5 {
+        let (failure, _) = outcome(&[&format!("seed={seed}")]);
+        assert_eq!(failure, None, "seed {seed}");
+    }
+}
+
+#[test]
+fn induced_failures_are_named() {
+    let mut unnamed = Vec::new();
+    for set in [
+        &["optimizer.lr=4.8"][..],
+        &["method.predictor=false"],
+        &["target.tau=0.0", "target.schedule=constant"],
+        &["method.stop_gradient=false"],
+    ] {
+        let (failure, last) = outcome(set);
+        if failure.is_none() {
+            unnamed.push((set, last));
+        }
+    }
+    assert!(unnamed.is_empty(), "{unnamed:?}");
+}
+
+#[test]
+fn a_flipped_sign_of_the_loss_is_divergence() {
+    let (plan, data) = plan(&[]);
+    let device = Device::flex();
+    let mut byol = plan.start(&device);
+    let watch = data.watch(&plan).unwrap();
+    let start = health::measure(&byol, &watch, &device).unwrap();
+    let views = &plan.recipe.views;
+    let loader = Loader::start(Request {
+        images: data.train.clone(),
+        policies: [views.first.clone(), views.second.clone()],
+        size: views.size,
+        n: plan.recipe.train.batch,
+        seed: 0,
+        first: 0,
+        last: plan.schedule.total,
+        threads: 2,
+    });
+    let mut losses = Vec::new();
+    while byol.k < plan.schedule.total {
+        let (v, v2) = tensors(loader.next_batch().unwrap(), &device);
+        let Gradient { loss, grads } = byol.gradient(v, v2, |_| ());
+        losses.push(loss);
+        byol.update(&Gradient { loss, grads: grads.map(|_, g| g.neg()) });
+    }
+    let last = &losses[losses.len() - 20..];
+    let mean = last.iter().sum::<f64>() / last.len() as f64;
+    let health = health::measure(&byol, &watch, &device).unwrap();
+    let failure = health.failure(Some(&start), Some(mean), byol.k);
+    assert_eq!(failure.map(|f| f.kind), Some(Kind::Diverged), "mean loss {mean}, {health:?}");
+}
