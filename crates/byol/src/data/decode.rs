@@ -77,7 +77,7 @@ pub fn looks_like_an_image(head: &[u8]) -> bool {
     matches!(image::guess_format(head), Ok(Jpeg | Png | WebP | Bmp | Gif | Tiff))
 }
 
-fn check_size(width: usize, height: usize) -> Result<(), DecodeError> {
+pub(super) fn check_size(width: usize, height: usize) -> Result<(), DecodeError> {
     match width.checked_mul(height) {
         Some(pixels) if pixels <= MOST_PIXELS => Ok(()),
         _ => Err(DecodeError::TooLarge { width, height }),

@@ -9,10 +9,11 @@
 use std::{
     collections::BTreeMap,
     fs,
+    io::Cursor,
     path::{Path, PathBuf},
 };
 
-use image::{DynamicImage, ImageReader};
+use image::{DynamicImage, ImageFormat, ImageReader};
 use tiff::{
     ColorType, TiffError,
     decoder::{Decoder, DecodingResult},
@@ -277,52 +278,115 @@ fn image(path: &Path) -> Result<Image, Error> {
     decode::file(path).map_err(|source| bad(path, source))
 }
 
-/// A file's pixels as they are.
-fn raw(path: &Path) -> Result<DynamicImage, Error> {
-    let reader = ImageReader::open(path).and_then(ImageReader::with_guessed_format);
-    let reader = reader.map_err(|e| bad(path, e.into()))?;
-    reader.decode().map_err(|e| bad(path, DecodeError::Broken { format: "image", reason: e.to_string() }))
+/// The bytes of a file through a parser.
+fn parsed<T>(path: &Path, parse: impl Fn(&[u8]) -> Result<T, DecodeError>) -> Result<T, Error> {
+    let bytes = fs::read(path).map_err(|e| bad(path, e.into()))?;
+    parse(&bytes).map_err(|source| bad(path, source))
 }
 
 fn depth_map(path: &Path) -> Result<DepthMap, Error> {
-    let wrong = |reason: String| bad(path, DecodeError::Broken { format: "depth", reason });
-    if let Some(metres) = float_tiff(path)? {
-        if metres.metres.iter().any(|m| !m.is_finite() || *m < 0.0) {
-            return Err(wrong("a depth is negative or no number".into()));
-        }
-        return Ok(metres);
+    parsed(path, depth_of)
+}
+
+fn mask(path: &Path) -> Result<Mask, Error> {
+    parsed(path, mask_of)
+}
+
+fn broken(format: &'static str, reason: impl ToString) -> DecodeError {
+    DecodeError::Broken { format, reason: reason.to_string() }
+}
+
+/// Pixels as they are, of no more than any image may have.
+fn raw(bytes: &[u8]) -> Result<DynamicImage, DecodeError> {
+    let reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
+    let (width, height) = reader.into_dimensions().map_err(|e| broken("image", e))?;
+    decode::check_size(width as usize, height as usize)?;
+    let reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
+    reader.decode().map_err(|e| broken("image", e))
+}
+
+/// The mask in a file's bytes.
+///
+/// # Errors
+/// Any [`DecodeError`].
+pub fn mask_of(bytes: &[u8]) -> Result<Mask, DecodeError> {
+    let DynamicImage::ImageLuma8(grey) = raw(bytes)? else {
+        return Err(broken("image", "a mask is 8-bit grey, its values the numbers of classes"));
+    };
+    let (height, width) = (grey.height() as usize, grey.width() as usize);
+    Ok(Mask { height, width, classes: grey.into_raw() })
+}
+
+/// The depth map in a file's bytes.
+///
+/// # Errors
+/// Any [`DecodeError`].
+pub fn depth_of(bytes: &[u8]) -> Result<DepthMap, DecodeError> {
+    if let Some(depth) = float_tiff(bytes)? {
+        return match depth.metres.iter().any(|m| !m.is_finite() || *m < 0.0) {
+            true => Err(broken("depth", "a value is negative or no number")),
+            false => Ok(depth),
+        };
     }
-    let DynamicImage::ImageLuma16(grey) = raw(path)? else {
-        return Err(wrong("a depth map is 16-bit grey, in millimetres, or a TIFF of floats, in metres".into()));
+    let DynamicImage::ImageLuma16(grey) = raw(bytes)? else {
+        return Err(broken("depth", "it is neither 16-bit grey, in millimetres, nor a TIFF of floats, in metres"));
     };
     let (height, width) = (grey.height() as usize, grey.width() as usize);
     Ok(DepthMap { height, width, metres: grey.into_raw().into_iter().map(|mm| f32::from(mm) / 1000.0).collect() })
 }
 
 /// The values of a TIFF of 32-bit floats, one a pixel; none of another file.
-fn float_tiff(path: &Path) -> Result<Option<DepthMap>, Error> {
-    if !path.extension().is_some_and(|e| e.eq_ignore_ascii_case("tif") || e.eq_ignore_ascii_case("tiff")) {
+fn float_tiff(bytes: &[u8]) -> Result<Option<DepthMap>, DecodeError> {
+    if image::guess_format(bytes).ok() != Some(ImageFormat::Tiff) {
         return Ok(None);
     }
-    let broken = |e: TiffError| bad(path, DecodeError::Broken { format: "TIFF", reason: e.to_string() });
-    let file = fs::File::open(path).map_err(|e| bad(path, e.into()))?;
-    // The decoder's own limits refuse sizes that no memory holds.
-    let mut decoder = Decoder::new(std::io::BufReader::new(file)).map_err(broken)?;
-    let (width, height) = decoder.dimensions().map_err(broken)?;
-    if decoder.colortype().map_err(broken)? != ColorType::Gray(32) {
+    let wrong = |e: TiffError| broken("TIFF", e);
+    let mut decoder = Decoder::new(Cursor::new(bytes)).map_err(wrong)?;
+    let (width, height) = decoder.dimensions().map_err(wrong)?;
+    decode::check_size(width as usize, height as usize)?;
+    if decoder.colortype().map_err(wrong)? != ColorType::Gray(32) {
         return Ok(None);
     }
-    match decoder.read_image().map_err(broken)? {
-        DecodingResult::F32(metres) => Ok(Some(DepthMap { height: height as usize, width: width as usize, metres })),
+    match decoder.read_image().map_err(wrong)? {
+        DecodingResult::F32(metres) if metres.len() == width as usize * height as usize => {
+            Ok(Some(DepthMap { height: height as usize, width: width as usize, metres }))
+        }
         _ => Ok(None),
     }
 }
 
-fn mask(path: &Path) -> Result<Mask, Error> {
-    let DynamicImage::ImageLuma8(grey) = raw(path)? else {
-        let reason = "a mask is 8-bit grey, its values the numbers of classes".into();
-        return Err(bad(path, DecodeError::Broken { format: "image", reason }));
-    };
-    let (height, width) = (grey.height() as usize, grey.width() as usize);
-    Ok(Mask { height, width, classes: grey.into_raw() })
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn depth_is_read_from_millimetres_and_from_floats() {
+        let mut bytes = Cursor::new(Vec::new());
+        let grey = image::ImageBuffer::<image::Luma<u16>, _>::from_raw(2, 1, vec![1500u16, 0]).unwrap();
+        DynamicImage::from(grey).write_to(&mut bytes, ImageFormat::Png).unwrap();
+        let want = DepthMap { height: 1, width: 2, metres: vec![1.5, 0.0] };
+        assert_eq!(depth_of(bytes.get_ref()).unwrap(), want);
+        let tiff = |values: &[f32]| {
+            let mut bytes = Cursor::new(Vec::new());
+            let mut encoder = tiff::encoder::TiffEncoder::new(&mut bytes).unwrap();
+            encoder.write_image::<tiff::encoder::colortype::Gray32Float>(2, 1, values).unwrap();
+            bytes.into_inner()
+        };
+        assert_eq!(depth_of(&tiff(&[1.5, 0.0])).unwrap(), want);
+        assert!(depth_of(&tiff(&[-1.0, 0.0])).unwrap_err().to_string().contains("negative"));
+        let whole = tiff(&[1.5, 0.0]);
+        assert!(depth_of(&whole[..whole.len() - 3]).is_err() && depth_of(b"").is_err());
+    }
+
+    #[test]
+    fn a_mask_is_grey() {
+        let png = |image: DynamicImage| {
+            let mut bytes = Cursor::new(Vec::new());
+            image.write_to(&mut bytes, ImageFormat::Png).unwrap();
+            bytes.into_inner()
+        };
+        let grey = image::GrayImage::from_raw(2, 1, vec![3, 255]).unwrap();
+        assert_eq!(mask_of(&png(grey.into())).unwrap(), Mask { height: 1, width: 2, classes: vec![3, NO_CLASS] });
+        assert!(mask_of(&png(DynamicImage::new_rgb8(2, 1))).is_err());
+    }
 }

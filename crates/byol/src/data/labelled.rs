@@ -3,6 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fs,
     path::{Path, PathBuf},
 };
 
@@ -27,20 +28,28 @@ pub fn open(root: &Path) -> Result<Option<Dataset>, Error> {
     if !file.is_file() || !file.extension().is_some_and(|e| e.eq_ignore_ascii_case("csv")) {
         return Ok(None);
     }
-    let wrong = |reason: String| Error::Labels { path: file.clone(), reason };
-    let mut reader =
-        csv::ReaderBuilder::new().trim(csv::Trim::All).from_path(&file).map_err(|e| wrong(e.to_string()))?;
+    let bytes = fs::read(&file).map_err(|source| Error::Read { path: file.clone(), source })?;
+    let folder = file.parent().unwrap_or(Path::new("."));
+    parse(root, &file, &bytes, |path| folder.join(path)).map(Some)
+}
+
+/// What the bytes of a `file` say; `place` gives the place of a path in it.
+///
+/// # Errors
+/// As [`open`].
+pub fn parse(root: &Path, file: &Path, bytes: &[u8], place: impl Fn(&str) -> PathBuf) -> Result<Dataset, Error> {
+    let wrong = |reason: String| Error::Labels { path: file.to_owned(), reason };
+    let mut reader = csv::ReaderBuilder::new().trim(csv::Trim::All).from_reader(bytes);
     let header = reader.headers().map_err(|e| wrong(e.to_string()))?.clone();
     let column = |name: &str| header.iter().position(|h| h.eq_ignore_ascii_case(name));
     let needed = |name: &str| column(name).ok_or_else(|| wrong(format!("its first line has no column `{name}`")));
     let (of_path, of_label, of_split) = (needed("path")?, needed("label")?, column("split"));
-    let folder = file.parent().unwrap_or(Path::new("."));
     let mut said: BTreeMap<PathBuf, Said> = BTreeMap::new();
     for record in reader.records() {
         let record = record.map_err(|e| wrong(e.to_string()))?;
         let line = record.position().map_or(0, csv::Position::line);
         let cell = |i: usize| record.get(i).unwrap_or_default();
-        let path = folder.join(cell(of_path));
+        let path = place(cell(of_path));
         if !path.is_file() {
             return Err(wrong(format!("line {line} names {}, which is not there", path.display())));
         }
@@ -81,7 +90,7 @@ pub fn open(root: &Path) -> Result<Option<Dataset>, Error> {
     };
     let (val, test) = (split("val"), split("test"));
     let train = split("train").ok_or_else(|| wrong("no line is of the split train".into()))?;
-    Ok(Some(Dataset {
+    Ok(Dataset {
         root: root.to_owned(),
         kind: "images with labels.csv".into(),
         train,
@@ -89,13 +98,11 @@ pub fn open(root: &Path) -> Result<Option<Dataset>, Error> {
         test: test.or(val),
         classes,
         skipped: Vec::new(),
-    }))
+    })
 }
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use super::*;
 
     fn folder(csv: &str) -> tempfile::TempDir {

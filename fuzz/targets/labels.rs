@@ -1,0 +1,21 @@
+//! A `labels.csv` of any bytes: an error, or a class for every image.
+#![no_main]
+
+use std::path::Path;
+
+use byol::data::labelled::parse;
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| {
+    // A path that is there whatever the file says.
+    let here = |_: &str| std::env::current_exe().expect("this program has a path");
+    if let Ok(data) = parse(Path::new("."), Path::new("labels.csv"), bytes, here) {
+        let n = data.classes.len();
+        if let Some(labels) = data.train.labels() {
+            assert!(labels.iter().all(|l| *l < n));
+        }
+        if let Some(tags) = data.train.tags() {
+            assert!(tags.iter().flatten().all(|t| *t < n));
+        }
+    }
+});
