@@ -2,20 +2,18 @@
 //!
 //! The same figures of a network with random weights are the measure: some of them are high for it as well.
 
-use burn::tensor::{Tensor, TensorData};
-use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::{
     Features, batch_for, knn,
     metrics::mean,
-    spectrum,
+    named_views, spectrum,
     sphere::{alignment, finds_its_own, uniformity},
 };
 use crate::{
-    data::{CHANNELS, Error, Images},
+    data::{Error, Images},
     nn::{Encoder, tree::host},
-    views::{Policy, view},
+    views::Policy,
 };
 
 /// Figures of one encoder on some images.
@@ -82,16 +80,12 @@ pub fn measure(encoder: &Encoder, images: &Images, still: &Features, how: Views)
 /// Representations of [`VIEWS`] views of each image, side by side, T and T′ in turn.
 fn views(encoder: &Encoder, images: &Images, how: Views) -> Result<Features, Error> {
     let (size, device) = (how.size, encoder.device());
-    let all: Vec<(usize, usize)> = (0..images.len()).flat_map(|i| (0..VIEWS).map(move |k| (i, k))).collect();
+    let name = |i: usize, k: usize| [how.seed, 0, i as u64, FIRST_VIEW + k as u64];
+    let of_image = |i: usize| (0..VIEWS).map(move |k| (i, name(i, k), how.policies[k % 2]));
+    let all: Vec<_> = (0..images.len()).flat_map(of_image).collect();
     let mut values = Vec::with_capacity(all.len() * encoder.features());
     for some in all.chunks(batch_for(size)) {
-        let one = |(i, k): &(usize, usize)| {
-            let name = [how.seed, 0, *i as u64, FIRST_VIEW + *k as u64];
-            Ok(view(how.policies[k % 2], &*images.get(*i)?, size, name).interleaved())
-        };
-        let pixels: Vec<Vec<f32>> = some.par_iter().map(one).collect::<Result<_, Error>>()?;
-        let shape = [some.len(), size, size, CHANNELS];
-        values.extend(host(encoder.embed(Tensor::from_data(TensorData::new(pixels.concat(), shape), &device))));
+        values.extend(host(encoder.embed(named_views(images, some, size, &device)?)));
     }
     Ok(Features { n: all.len(), dim: encoder.features(), values })
 }

@@ -1,13 +1,14 @@
 //! What the dense evaluations share: a head on the map of an encoder, trained with it or on top of it, and what enlarges its output.
 
 use burn::tensor::{Device, Tensor, TensorData};
+use rayon::prelude::*;
 
 use crate::{
     data::{CHANNELS, Image},
     nn::{Encoder, Leaf, Mode, NormConfig, Pass, Statistics, Tree, conv_norm_act::ConvNorm, init},
     optim::{Optimizer, Rule, Sgd},
     random::{self, Domain},
-    views::{Window, resize},
+    views::{Window, flip, resize},
 };
 
 /// Layers on top of a map. Their parameters are called `head.…`.
@@ -20,23 +21,30 @@ pub(super) trait Head: std::fmt::Debug {
     fn forward(&self, pass: &mut Pass, map: Tensor<4>) -> Tensor<4>;
 }
 
-/// How to train.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Settings {
+/// How to train a head.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Protocol {
     /// Updates.
     pub steps: usize,
-    /// Images an update.
+    /// Crops an update. 16 as in the paper's segmentation.
     pub batch: usize,
+    /// Side of the square crops, in pixels.
+    pub crop: usize,
     /// Learning rate at the start.
     pub rate: f64,
+    /// Leave the encoder as it is, with its running statistics.
+    pub frozen: bool,
+    /// Names order, crops and the head's initial weights.
+    pub seed: u64,
+}
+
+/// What a task fixes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Task {
     /// From which part of the steps on the rate is multiplied by what.
     pub drops: [(f64, f64); 2],
     /// Weight decay; not for biases and norms.
     pub weight_decay: f64,
-    /// Leave the encoder as it is, with its running statistics.
-    pub frozen: bool,
-    /// Names order, crops and initial weights.
-    pub seed: u64,
 }
 
 /// An encoder with a head that has been trained.
@@ -79,10 +87,12 @@ fn add_encoder(encoder: &Encoder, params: &mut Tree, statistics: &mut Statistics
 
 /// Trains a head on a copy of the encoder, and the copy too unless frozen. `views` makes the images of `(epoch, position)` of `n` and what they
 /// should become, `loss` compares; `done` hears of each loss.
+#[allow(clippy::too_many_arguments, reason = "the one place where a dense task's parts meet")]
 pub(super) fn train<H: Head, T>(
     encoder: Encoder,
     head: H,
-    s: Settings,
+    p: &Protocol,
+    task: Task,
     n: usize,
     views: impl Fn(&[(u64, usize)]) -> (Tensor<4>, T),
     loss: impl Fn(Tensor<4>, &T) -> Tensor<1>,
@@ -90,18 +100,18 @@ pub(super) fn train<H: Head, T>(
 ) -> Trained<H> {
     let device = encoder.device();
     let (mut params, mut statistics) = (Tree::new(), Statistics::default());
-    if !s.frozen {
+    if !p.frozen {
         add_encoder(&encoder, &mut params, &mut statistics);
     }
-    init_head(&head, s.seed, &mut params, &mut statistics, &device);
-    let rule = Rule::Sgd(Sgd { momentum: 0.9, weight_decay: s.weight_decay, nesterov: false });
+    init_head(&head, p.seed, &mut params, &mut statistics, &device);
+    let rule = Rule::Sgd(Sgd { momentum: 0.9, weight_decay: task.weight_decay, nesterov: false });
     let (mut optimizer, norm) = (Optimizer::new(rule, &params), NormConfig::default());
-    let mut order = random::endless(Domain::Order, s.seed, n);
-    for step in 0..s.steps {
-        let some: Vec<(u64, usize)> = order.by_ref().take(s.batch).collect();
+    let mut order = random::endless(Domain::Order, p.seed, n);
+    for step in 0..p.steps {
+        let some: Vec<(u64, usize)> = order.by_ref().take(p.batch).collect();
         let (x, wanted) = views(&some);
         let theta = params.tracked();
-        let still = s.frozen.then(|| {
+        let still = p.frozen.then(|| {
             let mode = Mode::Eval(&encoder.weights.statistics);
             encoder.map(&mut Pass { params: &encoder.weights.params, norm: &norm, mode }, x.clone()).autodiff()
         });
@@ -110,11 +120,11 @@ pub(super) fn train<H: Head, T>(
         let l = loss(head.forward(&mut pass, map), &wanted);
         done(f64::from(l.clone().without_autodiff().into_scalar::<f32>()));
         let grads = theta.gradients(&mut l.backward());
-        let part = step as f64 / s.steps as f64;
-        let factor = s.drops.iter().rev().find(|(from, _)| part >= *from).map_or(1.0, |(_, factor)| *factor);
-        (params, _) = optimizer.step(&params, &Tree::new(), &grads, s.rate * factor, 1.0);
+        let part = step as f64 / p.steps as f64;
+        let factor = task.drops.iter().rev().find(|(from, _)| part >= *from).map_or(1.0, |(_, factor)| *factor);
+        (params, _) = optimizer.step(&params, &Tree::new(), &grads, p.rate * factor, 1.0);
     }
-    if s.frozen {
+    if p.frozen {
         add_encoder(&encoder, &mut params, &mut statistics);
     }
     Trained { encoder, head, params, statistics }
@@ -132,6 +142,40 @@ impl<H: Head> Trained<H> {
         let map = self.encoder.map(&mut pass, x);
         self.head.forward(&mut pass, map)
     }
+}
+
+/// Square crops of some images with a value a pixel, flipped by chance: `[n, crop, crop, C]` in 0..1, and the values of the nearest pixels. `scales`
+/// are the least and greatest enlargement; a crop is never larger than its image.
+pub(super) fn crops<'a, V: Copy + Send + Sync + 'a>(
+    some: &[(u64, usize)],
+    p: &Protocol,
+    scales: [f64; 2],
+    pair: impl Fn(usize) -> (&'a Image, &'a [V]) + Sync,
+    device: &Device,
+) -> (Tensor<4>, Vec<V>) {
+    let one = |(epoch, i): &(u64, usize)| {
+        let (image, values) = pair(*i);
+        let mut rng = random::stream(&[Domain::View as u64, p.seed, *epoch, *i as u64, super::CROP]);
+        let scale = random::uniform_in(&mut rng, scales[0], scales[1]);
+        let side = ((p.crop as f64 / scale).round() as usize).clamp(1, image.height.min(image.width));
+        let top = random::below(&mut rng, image.height - side + 1);
+        let left = random::below(&mut rng, image.width - side + 1);
+        let flips = random::uniform(&mut rng) < 0.5;
+        let mut view = resize::crop_resize(image, Window { top, left, height: side, width: side }, p.crop, p.crop);
+        if flips {
+            flip::left_right(&mut view);
+        }
+        let near = |i: usize| (2 * i + 1) * side / (2 * p.crop);
+        let at = |y: usize, x: usize| {
+            let x = if flips { p.crop - 1 - x } else { x };
+            values[(top + near(y)) * image.width + left + near(x)]
+        };
+        let values: Vec<V> = (0..p.crop * p.crop).map(|i| at(i / p.crop, i % p.crop)).collect();
+        (view.interleaved(), values)
+    };
+    let (pixels, values): (Vec<_>, Vec<_>) = some.par_iter().map(one).unzip();
+    let shape = [some.len(), p.crop, p.crop, CHANNELS];
+    (Tensor::from_data(TensorData::new(pixels.concat(), shape), device), values.concat())
 }
 
 /// Bilinear weights from `n` positions to `to`, half-pixel centres: `[to, n]`.

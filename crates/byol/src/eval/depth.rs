@@ -4,16 +4,15 @@
 //! An up-projection doubles the side with zeros between; a branch of 5x5 convolution, ReLU, 3x3 convolution and a branch of a 5x5
 //! convolution are added, with ReLU. Every convolution but the last has a norm.
 
-use burn::tensor::{Device, Tensor, TensorData};
-use rayon::prelude::*;
+use burn::tensor::{Tensor, TensorData};
 
 use super::{
-    dense::{self, Head, Settings, Trained, enlarge},
+    dense::{self, Head, Protocol, Task, Trained, crops, enlarge},
     metrics,
 };
 use crate::{
     data::{
-        CHANNELS, Image,
+        Image,
         dense::{DepthMap, DepthPair},
     },
     nn::{
@@ -21,26 +20,7 @@ use crate::{
         conv_norm_act::{ConvNorm, Then, conv_norm_act},
         tree::host,
     },
-    random::{self, Domain},
-    views::{Window, flip, resize},
 };
-
-/// How to train the head.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Protocol {
-    /// Updates. The rate falls to a fifth after 40 % of them, to a fiftieth after two thirds.
-    pub steps: usize,
-    /// Crops an update.
-    pub batch: usize,
-    /// Side of the square crops, in pixels.
-    pub crop: usize,
-    /// Learning rate.
-    pub rate: f64,
-    /// Leave the encoder as it is, with its running statistics.
-    pub frozen: bool,
-    /// Names order, crops and the head's initial weights.
-    pub seed: u64,
-}
 
 /// Channels of the blocks.
 const BLOCKS: [usize; 4] = [512, 256, 128, 64];
@@ -117,26 +97,20 @@ fn spread(x: Tensor<4>) -> Tensor<4> {
 pub struct DepthNet(Trained<UpProjections>);
 
 impl DepthNet {
-    /// Trains a head on a copy of the encoder. `done` hears of each update's loss.
+    /// Trains a head on a copy of the encoder; the rate falls to a fifth after 40 % of the steps, to a fiftieth after two thirds. `done` hears of each update's loss.
     ///
     /// # Panics
     /// If there is no pair.
     pub fn train(start: &Encoder, pairs: &[DepthPair], p: &Protocol, done: impl FnMut(f64)) -> DepthNet {
         let device = start.device();
-        let settings = Settings {
-            steps: p.steps,
-            batch: p.batch,
-            rate: p.rate,
-            drops: [(0.4, 0.2), (2.0 / 3.0, 0.02)],
-            weight_decay: 5e-4,
-            frozen: p.frozen,
-            seed: p.seed,
-        };
+        let task = Task { drops: [(0.4, 0.2), (2.0 / 3.0, 0.02)], weight_decay: 5e-4 };
         let known = pairs.iter().flat_map(|pair| &pair.depth.metres).filter(|m| **m > 0.0).map(|m| f64::from(*m));
         let head = UpProjections::new(start.features(), metrics::mean(known));
-        let views = |some: &[(u64, usize)]| crops(pairs, some, p, &device);
+        let pair = |i: usize| (&pairs[i].image, &pairs[i].depth.metres[..]);
+        // Their scale stays, because depth goes with it.
+        let views = |some: &[(u64, usize)]| crops(some, p, [1.0, 1.0], pair, &device);
         let loss = |depth: Tensor<4>, truth: &Vec<f32>| reverse_huber(enlarge(depth, p.crop, p.crop), truth);
-        DepthNet(dense::train(start.clone(), head, settings, pairs.len(), views, loss, done))
+        DepthNet(dense::train(start.clone(), head, p, task, pairs.len(), views, loss, done))
     }
 
     /// The depth of every pixel of an image, at its own size.
@@ -163,37 +137,10 @@ fn reverse_huber(depth: Tensor<4>, truth: &[f32]) -> Tensor<1> {
     e.mask_where(large, square).sum().div_scalar(f64::from(pixels))
 }
 
-/// Square crops, flipped by chance: images `[n, crop, crop, C]` in 0..1, and their pixels' metres. Their scale stays, because depth goes with it;
-/// an image that is smaller than a crop is enlarged.
-fn crops(pairs: &[DepthPair], some: &[(u64, usize)], p: &Protocol, device: &Device) -> (Tensor<4>, Vec<f32>) {
-    let one = |(epoch, i): &(u64, usize)| {
-        let pair = &pairs[*i];
-        let mut rng = random::stream(&[Domain::View as u64, p.seed, *epoch, *i as u64, super::CROP]);
-        let side = p.crop.min(pair.image.height).min(pair.image.width);
-        let top = random::below(&mut rng, pair.image.height - side + 1);
-        let left = random::below(&mut rng, pair.image.width - side + 1);
-        let flips = random::uniform(&mut rng) < 0.5;
-        let window = Window { top, left, height: side, width: side };
-        let mut view = resize::crop_resize(&pair.image, window, p.crop, p.crop);
-        if flips {
-            flip::left_right(&mut view);
-        }
-        let near = |i: usize| (2 * i + 1) * side / (2 * p.crop);
-        let at = |y: usize, x: usize| {
-            let x = if flips { p.crop - 1 - x } else { x };
-            pair.depth.metres[(top + near(y)) * pair.depth.width + left + near(x)]
-        };
-        let metres: Vec<f32> = (0..p.crop * p.crop).map(|i| at(i / p.crop, i % p.crop)).collect();
-        (view.interleaved(), metres)
-    };
-    let all: Vec<(Vec<f32>, Vec<f32>)> = some.par_iter().map(one).collect();
-    let (pixels, metres): (Vec<_>, Vec<_>) = all.into_iter().unzip();
-    let shape = [some.len(), p.crop, p.crop, CHANNELS];
-    (Tensor::from_data(TensorData::new(pixels.concat(), shape), device), metres.concat())
-}
-
 #[cfg(test)]
 mod tests {
+    use burn::tensor::Device;
+
     use super::*;
 
     #[test]

@@ -1,13 +1,11 @@
 //! Semi-supervised fine-tuning (§4.2, appendix D.2): encoder and a new linear layer, trained on a part of the labels. Random crop and flip,
 //! SGD with Nesterov momentum 0.9, cosine learning rate, no decay; learning rate and epochs are chosen on a held-out fifth of that part.
 
-use burn::tensor::{Tensor, TensorData, activation::log_softmax};
-
-use super::{CROP, crops, embed, logistic::Classifier, metrics};
+use super::{CROP, crops, cross_entropy, embed, logistic::Classifier, metrics};
 use crate::{
     data::{Error, Images},
     nn::{Encoder, Leaf, Mode, NormConfig, Pass, Tree, Weights},
-    optim::{Optimizer, Rule, Sgd},
+    optim::{Optimizer, Rule, Schedule, Sgd},
     random::{self, Domain},
 };
 
@@ -132,6 +130,7 @@ fn train(
     let (n, labels) = (images.len(), images.labels().expect("fine-tuning has labels"));
     let (batch, device) = (batch_for(n, p.batch), start.device());
     let steps = (epochs * n / batch).max(1);
+    let schedule = Schedule::cosine(rate * batch as f64 / 256.0, steps as u64);
     let features = start.features();
     let (mut params, mut statistics) = (start.weights.params.clone(), start.weights.statistics.clone());
     params.insert(HEAD[0], Leaf::new(vec![0.0; classes * features], &[classes, features], &device));
@@ -147,11 +146,9 @@ fn train(
         let mut pass = Pass { params: &theta, norm: &norm, mode: Mode::Train(&mut statistics) };
         let y = start.represent(&mut pass, x.autodiff());
         let logits = y.matmul(theta.get::<2>(HEAD[0]).transpose()) + theta.get::<1>(HEAD[1]).reshape([1, classes]);
-        let loss = cross_entropy(logits, &of, classes);
+        let loss = cross_entropy(logits, of.into_iter().map(Some));
         let grads = theta.gradients(&mut loss.backward());
-        let cosine = 0.5 * (1.0 + (std::f64::consts::PI * step as f64 / steps as f64).cos());
-        let eta = rate * batch as f64 / 256.0 * cosine;
-        (params, _) = optimizer.step(&params, &Tree::new(), &grads, eta, 1.0);
+        (params, _) = optimizer.step(&params, &Tree::new(), &grads, schedule.eta(step as u64), 1.0);
         done(some.len());
     }
     let mut theta: Vec<f64> = Vec::new();
@@ -168,12 +165,3 @@ fn train(
 
 /// The linear layer, by torchvision's names.
 const HEAD: [&str; 2] = ["fc.weight", "fc.bias"];
-
-/// Mean softmax cross-entropy. `logits`: `[N, classes]`, tracked.
-pub fn cross_entropy(logits: Tensor<2>, labels: &[usize], classes: usize) -> Tensor<1> {
-    let mut one_hot = vec![0.0f32; labels.len() * classes];
-    labels.iter().enumerate().for_each(|(i, l)| one_hot[i * classes + l] = 1.0);
-    let one_hot = Tensor::<2>::from_data(TensorData::new(one_hot, [labels.len(), classes]), &logits.device());
-    let one_hot = if logits.is_autodiff() { one_hot.autodiff() } else { one_hot };
-    (log_softmax(logits, 1) * one_hot).sum().div_scalar(-(labels.len() as f64))
-}

@@ -15,6 +15,7 @@ use super::{
 use crate::{
     data::{Error, Images},
     nn::{Encoder, tree::host},
+    optim::Schedule,
     random::{self, Domain},
 };
 
@@ -110,9 +111,8 @@ pub fn train(
         let of: Vec<usize> = some.iter().map(|(_, i)| labels[*i]).collect();
         let seen: Vec<usize> = (0..some.len()).filter(|i| !out[some[*i].1]).collect();
         let (x_seen, of_seen) = (x.subset(&seen), seen.iter().map(|i| of[*i]).collect::<Vec<_>>());
-        let cosine = 0.5 * (1.0 + (std::f64::consts::PI * step as f64 / steps as f64).cos());
         heads.par_iter_mut().zip(&p.rates).for_each(|([tried, all], rate)| {
-            let eta = rate * batch as f64 / 256.0 * cosine;
+            let eta = Schedule::cosine(rate * batch as f64 / 256.0, steps as u64).eta(step as u64);
             if !seen.is_empty() {
                 tried.step(&x_seen, &of_seen, classes, eta);
             }

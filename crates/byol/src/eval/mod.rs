@@ -1,7 +1,7 @@
 //! EVALUATION: each one file; all work on a frozen [`Encoder`] and change nothing in it.
 
 pub mod card;
-mod dense;
+pub mod dense;
 pub mod depth;
 pub mod finetune;
 pub mod knn;
@@ -14,7 +14,7 @@ pub mod spectrum;
 pub mod sphere;
 pub mod transfer;
 
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::{Tensor, TensorData, activation::log_softmax};
 use rayon::prelude::*;
 
 use crate::{
@@ -78,12 +78,36 @@ fn crops(
     device: &burn::tensor::Device,
 ) -> Result<Tensor<4>, Error> {
     let policy = Policy::crop_and_flip();
-    let one = |(epoch, i): &(u64, usize)| {
-        let name = [seed, *epoch, *i as u64, which];
-        Ok(view(&policy, &*images.get(*i)?, size, name).interleaved())
-    };
+    let named: Vec<_> = some.iter().map(|(epoch, i)| (*i, [seed, *epoch, *i as u64, which], &policy)).collect();
+    named_views(images, &named, size, device)
+}
+
+/// The views of these images by these names and policies: `[n, size, size, C]` in 0..1.
+fn named_views(
+    images: &Images,
+    some: &[(usize, [u64; 4], &Policy)],
+    size: usize,
+    device: &burn::tensor::Device,
+) -> Result<Tensor<4>, Error> {
+    let one =
+        |(i, name, policy): &(usize, [u64; 4], &Policy)| Ok(view(policy, &*images.get(*i)?, size, *name).interleaved());
     let views: Vec<Vec<f32>> = some.par_iter().map(one).collect::<Result<_, Error>>()?;
     Ok(Tensor::from_data(TensorData::new(views.concat(), [some.len(), size, size, CHANNELS]), device))
+}
+
+/// Mean softmax cross-entropy of the rows that have a label. `logits`: `[N, classes]`.
+fn cross_entropy(logits: Tensor<2>, labels: impl Iterator<Item = Option<usize>>) -> Tensor<1> {
+    let [n, classes] = logits.dims();
+    let (mut one_hot, mut labelled) = (vec![0.0f32; n * classes], 0usize);
+    for (row, label) in one_hot.chunks_exact_mut(classes).zip(labels) {
+        if let Some(label) = label {
+            row[label] = 1.0;
+            labelled += 1;
+        }
+    }
+    let one_hot = Tensor::<2>::from_data(TensorData::new(one_hot, [n, classes]), &logits.device());
+    let one_hot = if logits.is_autodiff() && !one_hot.is_autodiff() { one_hot.autodiff() } else { one_hot };
+    (log_softmax(logits, 1) * one_hot).sum().div_scalar(-(labelled.max(1) as f64))
 }
 
 /// Calls `f` with the images' evaluation views for such an encoder, batch by batch: `[n, size, size, C]` in 0..1.

@@ -1,16 +1,16 @@
 //! Semantic segmentation by a fully convolutional head (appendix E): the last group of the encoder dilated instead of strided, two 3x3
 //! convolutions of 256 channels with dilation 6, each with norm and ReLU, a 1x1 convolution to the classes, and bilinear enlargement.
 
-use burn::tensor::{Device, Tensor, TensorData, activation::log_softmax};
-use rayon::prelude::*;
+use burn::tensor::Tensor;
 
 use super::{
-    dense::{self, Head, Settings, Trained, enlarge},
+    cross_entropy,
+    dense::{self, Head, Protocol, Task, Trained, crops, enlarge},
     metrics::Confusion,
 };
 use crate::{
     data::{
-        CHANNELS, Image,
+        Image,
         dense::{Mask, NO_CLASS, Pair},
     },
     nn::{
@@ -18,26 +18,7 @@ use crate::{
         conv_norm_act::{ConvNorm, Then, conv_norm_act},
         tree::host,
     },
-    random::{self, Domain},
-    views::{Window, flip, resize},
 };
-
-/// How to train the head.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Protocol {
-    /// Updates. The rate falls to a tenth after 70 % of them, and again after 90 %.
-    pub steps: usize,
-    /// Crops an update. 16 as in the paper.
-    pub batch: usize,
-    /// Side of the square crops, in pixels.
-    pub crop: usize,
-    /// Learning rate.
-    pub rate: f64,
-    /// Leave the encoder as it is, with its running statistics.
-    pub frozen: bool,
-    /// Names order, crops and the head's initial weights.
-    pub seed: u64,
-}
 
 /// Channels of the head.
 const INNER: usize = 256;
@@ -89,25 +70,18 @@ impl Head for Fcn {
 pub struct Segmenter(Trained<Fcn>);
 
 impl Segmenter {
-    /// Trains a head on a copy of the encoder. `done` hears of each update's loss.
+    /// Trains a head on a copy of the encoder; the rate falls to a tenth after 70 % of the steps, and again after 90 %. `done` hears of each update's loss.
     ///
     /// # Panics
     /// If there is no pair, or a mask has a class of `classes` or above.
     pub fn train(start: &Encoder, pairs: &[Pair], classes: usize, p: &Protocol, done: impl FnMut(f64)) -> Segmenter {
         let device = start.device();
-        let settings = Settings {
-            steps: p.steps,
-            batch: p.batch,
-            rate: p.rate,
-            drops: [(0.7, 0.1), (0.9, 0.01)],
-            weight_decay: 1e-4,
-            frozen: p.frozen,
-            seed: p.seed,
-        };
-        let views = |some: &[(u64, usize)]| crops(pairs, some, p, &device);
-        let loss = |scores: Tensor<4>, labels: &Vec<u8>| cross_entropy(enlarge(scores, p.crop, p.crop), labels);
+        let task = Task { drops: [(0.7, 0.1), (0.9, 0.01)], weight_decay: 1e-4 };
+        let pair = |i: usize| (&pairs[i].image, &pairs[i].mask.classes[..]);
+        let views = |some: &[(u64, usize)]| crops(some, p, [0.5, 2.0], pair, &device);
+        let loss = |scores: Tensor<4>, labels: &Vec<u8>| loss_of(enlarge(scores, p.crop, p.crop), labels);
         let head = Fcn::new(start.features(), classes);
-        Segmenter(dense::train(start.clone().dilated(), head, settings, pairs.len(), views, loss, done))
+        Segmenter(dense::train(start.clone().dilated(), head, p, task, pairs.len(), views, loss, done))
     }
 
     /// The class of every pixel of an image, at its own size.
@@ -133,51 +107,16 @@ pub fn confusions(predicted: &[Mask], pairs: &[Pair], classes: usize) -> Vec<Con
 }
 
 /// Mean cross-entropy of the pixels that have a class. `scores`: `[N, H, W, classes]`, tracked.
-fn cross_entropy(scores: Tensor<4>, labels: &[u8]) -> Tensor<1> {
+fn loss_of(scores: Tensor<4>, labels: &[u8]) -> Tensor<1> {
     let [n, h, w, k] = scores.dims();
-    let mut one_hot = vec![0.0f32; labels.len() * k];
-    for (row, label) in one_hot.chunks_exact_mut(k).zip(labels).filter(|(_, l)| **l != NO_CLASS) {
-        row[usize::from(*label)] = 1.0;
-    }
-    let pixels = labels.iter().filter(|l| **l != NO_CLASS).count().max(1);
-    let one_hot = Tensor::<2>::from_data(TensorData::new(one_hot, [n * h * w, k]), &scores.device());
-    let one_hot = if one_hot.is_autodiff() { one_hot } else { one_hot.autodiff() };
-    (log_softmax(scores.reshape([n * h * w, k]), 1) * one_hot).sum().div_scalar(-(pixels as f64))
-}
-
-/// Square crops at a scale from 0.5 to 2, flipped by chance: images `[n, crop, crop, C]` in 0..1, and their pixels' classes. A crop is never
-/// larger than its image.
-fn crops(pairs: &[Pair], some: &[(u64, usize)], p: &Protocol, device: &Device) -> (Tensor<4>, Vec<u8>) {
-    let one = |(epoch, i): &(u64, usize)| {
-        let pair = &pairs[*i];
-        let mut rng = random::stream(&[Domain::View as u64, p.seed, *epoch, *i as u64, super::CROP]);
-        let scale = random::uniform_in(&mut rng, 0.5, 2.0);
-        let side = ((p.crop as f64 / scale).round() as usize).clamp(1, pair.image.height.min(pair.image.width));
-        let top = random::below(&mut rng, pair.image.height - side + 1);
-        let left = random::below(&mut rng, pair.image.width - side + 1);
-        let flips = random::uniform(&mut rng) < 0.5;
-        let window = Window { top, left, height: side, width: side };
-        let mut view = resize::crop_resize(&pair.image, window, p.crop, p.crop);
-        if flips {
-            flip::left_right(&mut view);
-        }
-        // The class of the nearest pixel.
-        let near = |i: usize| (2 * i + 1) * side / (2 * p.crop);
-        let at = |y: usize, x: usize| {
-            let x = if flips { p.crop - 1 - x } else { x };
-            pair.mask.classes[(top + near(y)) * pair.mask.width + left + near(x)]
-        };
-        let classes: Vec<u8> = (0..p.crop * p.crop).map(|i| at(i / p.crop, i % p.crop)).collect();
-        (view.interleaved(), classes)
-    };
-    let all: Vec<(Vec<f32>, Vec<u8>)> = some.par_iter().map(one).collect();
-    let (pixels, classes): (Vec<_>, Vec<_>) = all.into_iter().unzip();
-    let shape = [some.len(), p.crop, p.crop, CHANNELS];
-    (Tensor::from_data(TensorData::new(pixels.concat(), shape), device), classes.concat())
+    let class = |l: &u8| (*l != NO_CLASS).then_some(usize::from(*l));
+    cross_entropy(scores.reshape([n * h * w, k]), labels.iter().map(class))
 }
 
 #[cfg(test)]
 mod tests {
+    use burn::tensor::{Device, TensorData};
+
     use super::*;
 
     #[test]
@@ -185,7 +124,7 @@ mod tests {
         let device = Device::flex();
         let scores = vec![1.0f32, 0.0, 9.0, 0.0];
         let scores = Tensor::<4>::from_data(TensorData::new(scores, [1, 1, 2, 2]), &device).autodiff();
-        let loss = f64::from(cross_entropy(scores, &[0, NO_CLASS]).without_autodiff().into_scalar::<f32>());
+        let loss = f64::from(loss_of(scores, &[0, NO_CLASS]).without_autodiff().into_scalar::<f32>());
         assert!((loss - (1.0 + (-1.0f64).exp()).ln()).abs() < 1e-6, "{loss}");
     }
 }

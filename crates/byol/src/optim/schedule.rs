@@ -22,6 +22,11 @@ pub struct Schedule {
 }
 
 impl Schedule {
+    /// Half a cosine down from `peak`, without warm-up or target: what the evaluations train with.
+    pub fn cosine(peak: f64, total: u64) -> Schedule {
+        Schedule { peak, warmup: 0, total, tau_base: 1.0, tau_stays: true }
+    }
+
     /// Learning rate: k/warmup of the peak, then half a cosine down to 0 at K. So the very first update has η = 0.
     pub fn eta(&self, k: u64) -> f64 {
         if k < self.warmup {

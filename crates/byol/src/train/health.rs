@@ -201,13 +201,10 @@ pub fn figures(representations: &Features, projections: &Features, knn: Option<f
     }
     let deviation = |(s, q): (&f64, &f64)| (q / n - (s / n).powi(2)).max(0.0).sqrt();
     let projection_std = sum.iter().zip(&squares).map(deviation).sum::<f64>() / d as f64;
-    // Σ over all pairs i ≠ j of zᵢ·zⱼ is |Σ zᵢ|² − Σ |zᵢ|².
-    let all: f64 = sum.iter().map(|s| s * s).sum();
-    let own: f64 = squares.iter().sum();
     Health {
         projection_std,
         projection_std_ideal: 1.0 / (d as f64).sqrt(),
-        projection_cosine: if n > 1.0 { (all - own) / (n * (n - 1.0)) } else { 0.0 },
+        projection_cosine: card::mean_cosine(projections),
         rankme: spectrum::rankme(representations),
         card: None,
         knn,

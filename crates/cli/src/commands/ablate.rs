@@ -9,7 +9,7 @@ use std::{
 use byol::{
     apply::chart::{self, Point},
     data::Dataset,
-    device::{self, Choice, Opened},
+    device::Opened,
     eval::{
         linear, logistic,
         metrics::in_top,
@@ -18,14 +18,13 @@ use byol::{
     nn::weights,
     train::{
         self, Outcome, Plan, Prepared, Recipe, Run,
-        auto::{self, Facts},
         recipe::Draft,
         run::read_plan,
         studies::{self, Study, Variant},
     },
 };
 
-use super::{INTERRUPTED, eval, open, prepare, set_threads, stop_flag};
+use super::{Flags, INTERRUPTED, eval, open, prepare, pretrain, set_threads, stop_flag};
 use crate::report::{self, Progress, Result, out};
 
 /// Repeat an ablation of the paper on your own images
@@ -54,18 +53,8 @@ pub struct Args {
     /// Take N training images, evenly spread over the data's own order
     #[arg(long, value_name = "N")]
     limit: Option<i64>,
-    /// Names every random draw
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    seed: u64,
-    /// Threads [default: one a core]
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
-    threads: usize,
-    /// auto, cpu, vulkan, metal, wgpu, cuda or rocm
-    #[arg(long, default_value = "auto")]
-    device: Choice,
-    /// Print one JSON object with the results
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    flags: Flags,
 }
 
 impl Args {
@@ -74,7 +63,7 @@ impl Args {
         let mut draft = Draft::from_recipe(&self.recipe)?;
         self.epochs.map(|n| draft.say("train.epochs", n, "--epochs")).transpose()?;
         self.limit.map(|n| draft.say("train.limit", n, "--limit")).transpose()?;
-        draft.say("seed", i64::try_from(self.seed)?, "--seed")?;
+        draft.say("seed", i64::try_from(self.flags.seed)?, "--seed")?;
         for text in &self.set {
             draft.set(text)?;
         }
@@ -99,21 +88,11 @@ struct Shared<'a> {
 
 pub fn run(args: &Args) -> Result<ExitCode> {
     let draft = args.draft()?;
-    let threads = set_threads(args.threads)?;
-    let opened = open(args.device)?;
-    let mut first = Recipe::default();
-    if draft.name == "auto" {
-        (first.train.warmup_epochs, first.train.accumulate) = (0, 1);
-    }
-    let said = draft.over(&first)?;
+    let threads = set_threads(args.flags.threads)?;
+    let opened = open(args.flags.device)?;
+    let said = pretrain::checked(&draft)?;
     let data = prepare(Dataset::open(&args.data)?, said.train.limit, &said.health)?;
-    let base = if draft.name == "auto" {
-        let facts = Facts::of(&data.train, opened.found.kind, &device::machine()).map_err(train::Error::from)?;
-        auto::choose(&facts, &draft).0
-    } else {
-        said
-    };
-    let base = draft.over(&base)?;
+    let (base, _) = pretrain::resolved(&draft, said, &data, &opened)?;
     let labelled = eval::labelled(Dataset::open(&args.data)?, base.train.limit)?;
     let study =
         studies::all(base.train.batch).into_iter().find(|s| s.name == args.study).expect("clap checked the name");
@@ -191,7 +170,7 @@ fn learn(mut run: Run, stop: &AtomicBool) -> Result<bool> {
 
 /// Linear accuracy on features that are computed once, and how spread out the features are.
 fn measure(shared: &Shared, folder: &Path) -> Result<Vec<Row>> {
-    let (data, seed) = (&shared.labelled, shared.args.seed);
+    let (data, seed) = (&shared.labelled, shared.args.flags.seed);
     let encoder = weights::load(folder, &shared.opened.device)?;
     let x = eval::features(&encoder, &data.train, "embedding training images")?;
     let test = eval::features(&encoder, &data.test, "embedding test images")?;
@@ -222,7 +201,7 @@ fn finish(shared: &Shared, study: &Study, folder: &Path, rows: Vec<Row>, points:
         evaluation: study.name.into(),
         encoder: folder.display().to_string(),
         data: shared.args.data.display().to_string(),
-        seed: shared.args.seed,
+        seed: shared.args.flags.seed,
         settings: serde_json::json!({
             "study": study.title, "paper": study.paper, "epochs": recipe.train.epochs, "batch": recipe.train.batch,
             "encoder": recipe.encoder.architecture.name(), "width": recipe.encoder.width, "images": shared.data.train.len(),
@@ -233,7 +212,7 @@ fn finish(shared: &Shared, study: &Study, folder: &Path, rows: Vec<Row>, points:
     super::write_file(&plot, chart::svg(study.title, "linear top-1, %", points).as_bytes())?;
     let text = serde_json::to_string_pretty(&table).expect("a table is plain data") + "\n";
     super::write_file(&folder.join(format!("{}.json", study.name)), text.as_bytes())?;
-    if shared.args.json {
+    if shared.args.flags.json {
         out!("{}", serde_json::to_string(&table).expect("a table is plain data"));
     } else {
         out!("{}", study.title);

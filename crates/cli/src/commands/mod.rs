@@ -68,6 +68,23 @@ impl Cli {
     }
 }
 
+/// Flags of everything that measures.
+#[derive(Debug, Clone, clap::Args)]
+struct Flags {
+    /// Names every random draw
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Threads [default: one a core]
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    threads: usize,
+    /// auto, cpu, vulkan, metal, wgpu, cuda or rocm
+    #[arg(long, default_value = "auto")]
+    device: Choice,
+    /// Print one JSON object with the results
+    #[arg(long)]
+    json: bool,
+}
+
 /// The exit code of a run that was stopped by Ctrl-C, as shells have it.
 const INTERRUPTED: u8 = 130;
 

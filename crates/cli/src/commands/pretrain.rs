@@ -4,9 +4,9 @@ use std::{path::PathBuf, process::ExitCode};
 
 use byol::{
     data::Dataset,
-    device::{self, Choice},
+    device::{self, Choice, Opened},
     train::{
-        self, Plan, Recipe, Run,
+        self, Plan, Prepared, Recipe, Run,
         auto::{self, Facts},
         recipe::Draft,
         run::must_be_free,
@@ -144,12 +144,7 @@ impl Args {
 pub fn run(args: &Args) -> Result<ExitCode> {
     let draft = args.draft()?;
     // Everything that can be refused without the data is refused before they are read.
-    let mut base = Recipe::default();
-    if draft.name == "auto" {
-        // The checks of what was said alone; the rest is chosen to fit it.
-        (base.train.warmup_epochs, base.train.accumulate) = (0, 1);
-    }
-    let checked = draft.over(&base)?;
+    let checked = checked(&draft)?;
     let out = match &args.out {
         Some(out) => out.clone(),
         None => {
@@ -161,21 +156,33 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let threads = set_threads(args.threads)?;
     let opened = open(args.device)?;
     let data = prepare(Dataset::open(&args.data)?, checked.train.limit, &checked.health)?;
-    let recipe = if draft.name == "auto" {
-        let facts = Facts::of(&data.train, opened.found.kind, &device::machine()).map_err(train::Error::from)?;
-        let (chosen, why) = auto::choose(&facts, &draft);
-        for reason in why {
-            report::note(format!("  auto: {reason}"));
-        }
-        draft.over(&chosen)?
-    } else {
-        checked
-    };
+    let (recipe, why) = resolved(&draft, checked, &data, &opened)?;
+    why.iter().for_each(|reason| report::note(format!("  auto: {reason}")));
     let plan = Plan::new(&draft.name, recipe, &data, opened.found.choice)?;
     describe(&plan, &opened.found.name, threads, &out);
     let stop = stop_flag();
     let run = Run::create(&out, plan, &data, opened.device, threads, args.tensorboard)?;
     super::train(run, args.json, &stop)
+}
+
+/// What was said, checked without the data.
+pub fn checked(draft: &Draft) -> Result<Recipe> {
+    let mut base = Recipe::default();
+    if draft.name == "auto" {
+        // The checks of what was said alone; the rest is chosen to fit it.
+        (base.train.warmup_epochs, base.train.accumulate) = (0, 1);
+    }
+    Ok(draft.over(&base)?)
+}
+
+/// The whole recipe, of what was said and [`checked`]: where it is `auto`, the rest is chosen for the data and the machine, with the reasons.
+pub fn resolved(draft: &Draft, checked: Recipe, data: &Prepared, opened: &Opened) -> Result<(Recipe, Vec<String>)> {
+    if draft.name != "auto" {
+        return Ok((checked, Vec::new()));
+    }
+    let facts = Facts::of(&data.train, opened.found.kind, &device::machine()).map_err(train::Error::from)?;
+    let (chosen, why) = auto::choose(&facts, draft);
+    Ok((draft.over(&chosen)?, why))
 }
 
 /// The plan in a few lines.

@@ -6,13 +6,11 @@ use byol::{
     eval::{
         finetune::{self, Protocol},
         linear,
-        metrics::in_top,
-        rows::Row,
     },
     nn::Encoder,
 };
 
-use super::{Common, Labelled, Limit, features, labels};
+use super::{Common, Labelled, Limit, features, labels, top_rows};
 use crate::report::{self, Result};
 
 /// Fine-tune the encoder with a classifier on a part of the labels
@@ -64,18 +62,13 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let encoder = common.encoder()?;
     let mut data = common.labelled(&args.limit)?;
     let classes = data.classes.len();
-    let part = finetune::part(labels(&data.train), classes, args.labels, common.seed);
+    let part = finetune::part(labels(&data.train), classes, args.labels, common.flags.seed);
     data.train = data.train.subset(&part);
     report::note(format!("{} labelled images of {classes} classes", data.train.len()));
     let mut rows = Vec::new();
     let mut chosen = Vec::new();
     let mut add = |name: &str, scores: Vec<f64>, setting: serde_json::Value| {
-        for (k, top) in [(1, "top-1"), (5, "top-5")] {
-            if k == 1 || classes > 5 {
-                let hits = in_top(&scores, labels(&data.test), classes, k);
-                rows.push(Row::rate(format!("{name} {top}"), common.seed, &hits));
-            }
-        }
+        rows.extend(top_rows(&scores, &data, common.flags.seed, |top| format!("{name} {top}")));
         chosen.push(serde_json::json!({ "what": name, "setting": setting }));
     };
     let (scores, setting) = tuned(args, &encoder, &data, "fine-tuning")?;
@@ -98,7 +91,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 /// Scores of the test images after fine-tuning.
 fn tuned(args: &Args, start: &Encoder, data: &Labelled, what: &str) -> Result<(Vec<f64>, serde_json::Value)> {
     let Args { epochs, batch, rates, .. } = args;
-    let protocol = Protocol { epochs: epochs.clone(), batch: *batch, rates: rates.clone(), seed: args.common.seed };
+    let protocol =
+        Protocol { epochs: epochs.clone(), batch: *batch, rates: rates.clone(), seed: args.common.flags.seed };
     let bar = report::counter(what, finetune::images_seen(data.train.len(), &protocol) as u64);
     let found = finetune::choose(start, &data.train, data.classes.len(), &protocol, |n| bar.inc(n as u64))?;
     bar.finish_and_clear();
@@ -112,7 +106,7 @@ fn frozen(args: &Args, encoder: &Encoder, data: &Labelled) -> Result<(Vec<f64>, 
     let epochs = args.epochs.iter().copied().max().unwrap_or(1);
     // As many updates an epoch as fine-tuning has.
     let batch = finetune::batch_for(data.train.len(), args.batch);
-    let protocol = linear::Protocol { epochs, batch, seed: args.common.seed, ..linear::Protocol::default() };
+    let protocol = linear::Protocol { epochs, batch, seed: args.common.flags.seed, ..linear::Protocol::default() };
     let bar = report::counter("training the classifier", linear::images_seen(data.train.len(), &protocol) as u64);
     let found = linear::train(encoder, &data.train, data.classes.len(), &protocol, |n| bar.inc(n as u64))?;
     bar.finish_and_clear();

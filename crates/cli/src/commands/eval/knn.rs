@@ -44,7 +44,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             knn::classify_each(&bank, of_bank, &queries, of_queries, data.classes.len(), &args.k, args.temperature);
         for (k, outcome) in args.k.iter().zip(outcomes) {
             let name = format!("kNN accuracy, k = {k}{who}");
-            rows.push(Row::accuracy(name, common.seed, &outcome.predicted, of_queries));
+            rows.push(Row::accuracy(name, common.flags.seed, &outcome.predicted, of_queries));
         }
     }
     let settings = serde_json::json!({

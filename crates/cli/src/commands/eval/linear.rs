@@ -6,13 +6,11 @@ use byol::{
     eval::{
         linear::{self, Protocol},
         logistic,
-        metrics::in_top,
-        rows::Row,
     },
     nn::Encoder,
 };
 
-use super::{Common, Labelled, Limit, features, labels};
+use super::{Common, Labelled, Limit, features, labels, top_rows};
 use crate::report::{self, Result};
 
 /// Train a linear classifier on the frozen encoder
@@ -57,12 +55,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         chosen.push(setting);
         let test = features(encoder, &data.test, "embedding test images")?;
         let scores = classifier.scores(&test);
-        for (k, name) in [(1, "linear top-1"), (5, "linear top-5")] {
-            if k == 1 || data.classes.len() > 5 {
-                let hits = in_top(&scores, labels(&data.test), data.classes.len(), k);
-                rows.push(Row::rate(format!("{name}{who}"), common.seed, &hits));
-            }
-        }
+        rows.extend(top_rows(&scores, &data, common.flags.seed, |top| format!("linear {top}{who}")));
     }
     let settings = serde_json::json!({
         "fast": args.fast, "chosen": chosen, "train_images": data.train.len(), "test_images": data.test.len(),
@@ -74,7 +67,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 /// By gradient descent on crops.
 fn paper(args: &Args, encoder: &Encoder, data: &Labelled) -> Result<(logistic::Classifier, serde_json::Value)> {
     let Args { epochs, batch, rates, .. } = args;
-    let protocol = Protocol { epochs: *epochs, batch: *batch, rates: rates.clone(), seed: args.common.seed };
+    let protocol = Protocol { epochs: *epochs, batch: *batch, rates: rates.clone(), seed: args.common.flags.seed };
     let bar = report::counter("training the classifier", linear::images_seen(data.train.len(), &protocol) as u64);
     let found = linear::train(encoder, &data.train, data.classes.len(), &protocol, |n| bar.inc(n as u64))?;
     bar.finish_and_clear();
@@ -84,7 +77,7 @@ fn paper(args: &Args, encoder: &Encoder, data: &Labelled) -> Result<(logistic::C
 /// By L-BFGS on features.
 fn fast(args: &Args, encoder: &Encoder, data: &Labelled) -> Result<(logistic::Classifier, serde_json::Value)> {
     let x = features(encoder, &data.train, "embedding training images")?;
-    let out = linear::held_out(x.n, args.common.seed);
+    let out = linear::held_out(x.n, args.common.flags.seed);
     let found = logistic::fit_best(&x, labels(&data.train), data.classes.len(), &logistic::strengths(), &out);
     Ok((found.classifier, serde_json::json!({ "l2": found.l2, "held_out": found.held_out })))
 }

@@ -2,6 +2,7 @@
 
 mod depth;
 mod finetune;
+mod heads;
 mod knn;
 mod linear;
 mod report_card;
@@ -12,9 +13,10 @@ use std::{path::PathBuf, process::ExitCode};
 
 use byol::{
     data::{self, CHANNELS, Dataset, Images},
-    device::{self, Choice},
+    device,
     eval::{
         Features, embed,
+        metrics::in_top,
         rows::{Row, Table},
     },
     nn::{Encoder, weights},
@@ -23,6 +25,7 @@ use byol::{
 use clap::Subcommand;
 use console::{Alignment, measure_text_width, pad_str};
 
+use super::Flags;
 use crate::report::{self, Result, out};
 
 /// Measure what an encoder has learned
@@ -72,18 +75,8 @@ struct Common {
     encoder: PathBuf,
     /// Labelled data: class subfolders, CIFAR or IDX files
     data: PathBuf,
-    /// Names every random draw
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    seed: u64,
-    /// Threads [default: one a core]
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
-    threads: usize,
-    /// auto, cpu, vulkan, metal, wgpu, cuda or rocm
-    #[arg(long, default_value = "auto")]
-    device: Choice,
-    /// Print one JSON object with the results
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    flags: Flags,
 }
 
 /// How many training images.
@@ -104,8 +97,8 @@ pub struct Labelled {
 impl Common {
     /// Sets the threads and opens the encoder, on its device.
     fn encoder(&self) -> Result<Encoder> {
-        super::set_threads(self.threads)?;
-        let opened = super::open(self.device)?;
+        super::set_threads(self.flags.threads)?;
+        let opened = super::open(self.flags.device)?;
         let encoder = weights::load(&self.encoder, &opened.device)?;
         if encoder.spec.channels != CHANNELS {
             let (path, n) = (self.encoder.display(), encoder.spec.channels);
@@ -126,7 +119,7 @@ impl Common {
 
     /// One of the same kind that has learned nothing.
     fn random(&self, like: &Encoder) -> Encoder {
-        Encoder::random(like.spec.clone(), self.seed, &like.device())
+        Encoder::random(like.spec.clone(), self.flags.seed, &like.device())
     }
 
     /// Training and test images, each decoded once.
@@ -149,7 +142,7 @@ impl Common {
 
     /// Prints the figures, and keeps them in the run.
     fn finish(&self, evaluation: &str, settings: serde_json::Value, rows: Vec<Row>) -> Result<ExitCode> {
-        if !self.json {
+        if !self.flags.json {
             print(&rows);
         }
         self.keep(evaluation, settings, rows)
@@ -161,7 +154,7 @@ impl Common {
             evaluation: evaluation.into(),
             encoder: self.encoder.display().to_string(),
             data: self.data.display().to_string(),
-            seed: self.seed,
+            seed: self.flags.seed,
             settings,
             rows,
         };
@@ -175,28 +168,18 @@ impl Common {
             });
             report::note(format!("kept in {}", kept?.display()));
         }
-        if self.json {
+        if self.flags.json {
             out!("{}", serde_json::to_string(&table).expect("a table is plain data"));
         }
         Ok(ExitCode::SUCCESS)
     }
 }
 
-/// Trains a head with a progress bar. Refuses one whose loss is no number.
-fn heads<T>(steps: usize, who: &str, train: impl FnOnce(&mut dyn FnMut(f64)) -> T) -> Result<T> {
-    let bar = report::counter(&format!("training the head{who}"), steps as u64);
-    let mut broken = None;
-    let trained = train(&mut |loss| {
-        bar.inc(1);
-        if !loss.is_finite() {
-            broken = broken.or(Some(bar.position()));
-        }
-    });
-    bar.finish_and_clear();
-    match broken {
-        Some(step) => Err(format!("the loss of the head is no number at update {step}; try a lower --rate").into()),
-        None => Ok(trained),
-    }
+/// Top-1, and top-5 where there are more than five classes, of scores of the test images; `called` names a row of `top-k`.
+fn top_rows(scores: &[f64], data: &Labelled, seed: u64, called: impl Fn(&str) -> String) -> Vec<Row> {
+    let classes = data.classes.len();
+    let row = |(k, top): (usize, &str)| Row::rate(called(top), seed, &in_top(scores, labels(&data.test), classes, k));
+    [(1, "top-1"), (5, "top-5")].into_iter().filter(|(k, _)| *k == 1 || classes > *k).map(row).collect()
 }
 
 /// Parts data whose images have one label each.

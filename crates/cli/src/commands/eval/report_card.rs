@@ -49,7 +49,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     };
     let measure = |encoder: &Encoder| -> Result<Card> {
         let still = features(encoder, &images, "embedding")?;
-        let how = card::Views { policies: [&policies[0], &policies[1]], size, seed: common.seed };
+        let how = card::Views { policies: [&policies[0], &policies[1]], size, seed: common.flags.seed };
         Ok(card::measure(encoder, &images, &still, how)?)
     };
     let mut cards = vec![("this encoder", measure(&encoder)?), ("random weights", measure(&random)?)];
@@ -64,7 +64,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             rows.push(Row { share, ..Row::plain(format!("{figure}, {name}"), value) });
         }
     }
-    if !common.json {
+    if !common.flags.json {
         table(&cards);
         verdicts.iter().for_each(|verdict| out!("{verdict}"));
     }

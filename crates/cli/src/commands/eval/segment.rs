@@ -1,22 +1,23 @@
 //! `byol eval segment ENCODER DATA`
 
-use std::{path::PathBuf, process::ExitCode};
+use std::process::ExitCode;
 
 use byol::{
-    apply::sheet::{self, Tile},
     data::{
         Image,
-        dense::{self, Mask, NO_CLASS, Pair, Segmentation},
+        dense::{self, Mask, NO_CLASS},
     },
     eval::{
         metrics::Confusion,
         rows::Row,
-        segment::{Protocol, Segmenter, confusions},
+        segment::{Segmenter, confusions},
     },
-    nn::Encoder,
 };
 
-use super::Common;
+use super::{
+    Common,
+    heads::{self, HeadArgs},
+};
 use crate::report::{self, Result};
 
 /// Train a segmentation head on the encoder
@@ -28,50 +29,25 @@ use crate::report::{self, Result};
 pub struct Args {
     #[command(flatten)]
     common: Common,
-    /// Take N training images, evenly spread (0: all)
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    limit: usize,
-    /// Train the head alone
-    #[arg(long)]
-    frozen: bool,
-    /// Updates
-    #[arg(long, value_name = "N", default_value_t = 1000)]
-    steps: usize,
-    /// Crops an update
-    #[arg(long, value_name = "N", default_value_t = 16)]
-    batch: usize,
-    /// Side of the training crops [default: a multiple of 32 that fits into the images, at most 512]
-    #[arg(long, value_name = "PX")]
-    crop: Option<usize>,
-    /// Learning rate
-    #[arg(long, value_name = "X", default_value_t = 0.05)]
-    rate: f64,
-    /// Picture of predictions beside the truth [default: RUN/eval/segment.png]
-    #[arg(long, value_name = "FILE.png")]
-    picture: Option<PathBuf>,
+    #[command(flatten)]
+    head: HeadArgs,
 }
 
 pub fn run(args: &Args) -> Result<ExitCode> {
-    if args.steps == 0
-        || args.batch < 2
-        || !(args.rate.is_finite() && args.rate > 0.0)
-        || args.crop.is_some_and(|c| c < 16)
-    {
-        return Err("--steps must be at least 1, --batch at least 2, --crop at least 16 and --rate above 0".into());
-    }
+    args.head.check()?;
     let common = &args.common;
     let encoder = common.encoder()?;
     let mut data = dense::segmentation(&common.data)?;
-    let all = data.train.len();
-    if args.limit > 0 && args.limit < all {
-        data.train = (0..args.limit).map(|i| data.train[i * all / args.limit].clone()).collect();
-    }
+    data.train = args.head.limited(data.train);
+    let protocol = args.head.protocol(data.train.iter().map(|pair| &pair.image), common.flags.seed);
     let classes = data.classes.len();
     report::note(format!("{} training images, {} test images, {classes} classes", data.train.len(), data.test.len()));
     let mut rows = Vec::new();
     let mut pictures: Vec<Vec<Mask>> = Vec::new();
     for (encoder, who) in [(&encoder, ""), (&common.random(&encoder), ", random encoder")] {
-        let predicted = predictions(args, encoder, &data, who)?;
+        let trained =
+            heads::train(protocol.steps, who, |done| Segmenter::train(encoder, &data.train, classes, &protocol, done))?;
+        let predicted = heads::predict(&data.test, |pair| trained.predict(&pair.image));
         let images = confusions(&predicted, &data.test, classes);
         let total = |at: &[usize]| {
             let mut sum = Confusion::new(classes);
@@ -79,8 +55,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             sum
         };
         let n = images.len();
-        rows.push(Row::share(format!("mean IoU{who}"), n, common.seed, |at| total(at).mean_iou()));
-        rows.push(Row::share(format!("pixel accuracy{who}"), n, common.seed, |at| total(at).pixel_accuracy()));
+        rows.push(Row::share(format!("mean IoU{who}"), n, common.flags.seed, |at| total(at).mean_iou()));
+        rows.push(Row::share(format!("pixel accuracy{who}"), n, common.flags.seed, |at| total(at).pixel_accuracy()));
         let whole = total(&(0..n).collect::<Vec<_>>());
         for (name, iou) in data.classes.iter().zip(whole.iou()) {
             // A class that no test image has and nobody predicts has no IoU.
@@ -90,54 +66,14 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         }
         pictures.push(predicted);
     }
-    common.draw(args.picture.as_ref(), "segment.png", &picture(&data.test, &pictures))?;
-    let settings = serde_json::json!({
-        "frozen": args.frozen, "steps": args.steps, "batch": args.batch, "crop": crop(args, &data), "rate": args.rate,
-        "train_images": data.train.len(), "test_images": data.test.len(), "classes": data.classes,
-    });
-    common.finish(if args.frozen { "segment-frozen" } else { "segment" }, settings, rows)
-}
-
-/// What was said, else the largest multiple of 32 that fits into every image.
-fn crop(args: &Args, data: &Segmentation) -> usize {
-    let shortest = data.train.iter().map(|p| p.image.height.min(p.image.width)).min().unwrap_or(32);
-    args.crop.unwrap_or((shortest / 32 * 32).clamp(32, 512))
-}
-
-/// Trains a head and predicts the test images.
-fn predictions(args: &Args, encoder: &Encoder, data: &Segmentation, who: &str) -> Result<Vec<Mask>> {
-    let protocol = Protocol {
-        steps: args.steps,
-        batch: args.batch,
-        crop: crop(args, data),
-        rate: args.rate,
-        frozen: args.frozen,
-        seed: args.common.seed,
+    let shown = |i: usize| {
+        let masks = std::iter::once(&data.test[i].mask).chain(pictures.iter().map(|of| &of[i]));
+        std::iter::once(data.test[i].image.clone()).chain(masks.map(coloured)).collect()
     };
-    let classes = data.classes.len();
-    let trained =
-        super::heads(args.steps, who, |done| Segmenter::train(encoder, &data.train, classes, &protocol, done))?;
-    let bar = report::counter("predicting test images", data.test.len() as u64);
-    let one = |pair: &Pair| {
-        bar.inc(1);
-        trained.predict(&pair.image)
-    };
-    let predicted = data.test.iter().map(one).collect();
-    bar.finish_and_clear();
-    Ok(predicted)
-}
-
-/// A row an image, of six that are evenly spread: image, truth, predictions.
-fn picture(pairs: &[Pair], predicted: &[Vec<Mask>]) -> Vec<u8> {
-    const SIDE: u32 = 240;
-    let n = pairs.len().min(6);
-    let row = |k: usize| {
-        let i = k * pairs.len() / n;
-        let mut row = vec![Tile::image(&pairs[i].image, SIDE), Tile::image(&coloured(&pairs[i].mask), SIDE)];
-        row.extend(predicted.iter().map(|of| Tile::image(&coloured(&of[i]), SIDE)));
-        row
-    };
-    sheet::png(&(0..n).map(row).collect::<Vec<_>>(), SIDE)
+    common.draw(args.head.picture.as_ref(), "segment.png", &heads::picture(data.test.len(), shown))?;
+    let more = serde_json::json!({ "classes": data.classes });
+    let settings = args.head.settings(&protocol, data.train.len(), data.test.len(), more);
+    common.finish(if args.head.frozen { "segment-frozen" } else { "segment" }, settings, rows)
 }
 
 /// A colour a class; black where there is none.

@@ -4,7 +4,6 @@ use std::{path::PathBuf, process::ExitCode};
 
 use byol::{
     data::{Dataset, Images},
-    device::Choice,
     eval::{
         finetune,
         rows::Row,
@@ -13,7 +12,7 @@ use byol::{
     nn::Encoder,
 };
 
-use super::{Common, features};
+use super::{Common, Flags, features};
 use crate::report::{self, Result};
 
 /// Evaluate the encoder on several labelled data sets
@@ -40,18 +39,8 @@ pub struct Args {
     /// Take N training images of each set, evenly spread (0: all)
     #[arg(long, value_name = "N", default_value_t = 0)]
     limit: usize,
-    /// Names every random draw
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    seed: u64,
-    /// Threads [default: one a core]
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
-    threads: usize,
-    /// auto, cpu, vulkan, metal, wgpu, cuda or rocm
-    #[arg(long, default_value = "auto")]
-    device: Choice,
-    /// Print one JSON object with the results
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    flags: Flags,
 }
 
 /// One class each, or several.
@@ -63,10 +52,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if args.epochs == 0 {
         return Err("--epochs must be at least 1".into());
     }
-    let Args { encoder, seed, threads, device, json, .. } = args;
     let data = args.data.iter().map(|d| d.display().to_string()).collect::<Vec<_>>().join(" ").into();
-    let common =
-        Common { encoder: encoder.clone(), data, seed: *seed, threads: *threads, device: *device, json: *json };
+    let common = Common { encoder: args.encoder.clone(), data, flags: args.flags.clone() };
     let encoders = common.encoders(args.with_random)?;
     let mut rows = Vec::new();
     let mut sets = Vec::new();
@@ -82,11 +69,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         sets.push(serde_json::json!({ "data": path, "measure": measure.name(), "train_images": data.train.len(), "test_images": n }));
         let mut add = |how: &str, scores: &[f64]| {
             let value = |at: &[usize]| transfer::value(measure, scores, of_test, classes, at);
-            rows.push(Row::share(format!("{name}, {how}, {}", measure.name()), n, args.seed, value));
+            rows.push(Row::share(format!("{name}, {how}, {}", measure.name()), n, args.flags.seed, value));
         };
         for (encoder, who) in &encoders {
             let (x, test) = (features(encoder, &data.train, &name)?, features(encoder, &data.test, &name)?);
-            add(&format!("linear{who}"), &transfer::scores(&x, of_train, &test, classes, args.seed));
+            add(&format!("linear{who}"), &transfer::scores(&x, of_train, &test, classes, args.flags.seed));
             match of_train {
                 Truth::One(_) if args.finetune => {
                     add(&format!("fine-tuned{who}"), &tuned(args, encoder, &data, &name)?)
@@ -103,8 +90,12 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 
 /// Scores of the test images after fine-tuning.
 fn tuned(args: &Args, encoder: &Encoder, data: &super::Labelled, name: &str) -> Result<Vec<f64>> {
-    let protocol =
-        finetune::Protocol { epochs: vec![args.epochs], batch: 256, rates: finetune::RATES.to_vec(), seed: args.seed };
+    let protocol = finetune::Protocol {
+        epochs: vec![args.epochs],
+        batch: 256,
+        rates: finetune::RATES.to_vec(),
+        seed: args.flags.seed,
+    };
     let bar =
         report::counter(&format!("fine-tuning, {name}"), finetune::images_seen(data.train.len(), &protocol) as u64);
     let found = finetune::choose(encoder, &data.train, data.classes.len(), &protocol, |n| bar.inc(n as u64))?;
