@@ -117,16 +117,17 @@ impl Byol {
     /// L = ‖q̄ − z̄′‖² + the same with the views swapped, and ∇θ L. `v`, `v2`: `[N, H, W, C]` in 0..1. Running statistics move.
     pub fn gradient(&mut self, v: Tensor<4>, v2: Tensor<4>, mut done: impl FnMut(Phase)) -> Gradient {
         let (net, o) = (&self.network, self.objective);
-        let norm = &net.norm;
+        let (norm, precision) = (&net.norm, net.precision);
 
         let targets = o.stop_gradient.then(|| {
             let mode = Mode::Train(&mut self.target.statistics);
-            let mut xi = Pass { params: &self.target.params, norm, mode };
+            let mut xi = Pass { params: &self.target.params, norm, precision, mode };
             [net.project(&mut xi, v.clone()), net.project(&mut xi, v2.clone())] //          zξ, z′ξ
         });
 
         let theta = self.online.params.tracked();
-        let mut online = Pass { params: &theta, norm, mode: Mode::Train(&mut self.online.statistics) };
+        let mode = Mode::Train(&mut self.online.statistics);
+        let mut online = Pass { params: &theta, norm, precision, mode };
         let z = [v, v2].map(|v| net.project(&mut online, v.autodiff())); //                 zθ, z′θ
         let [q, q2] = if o.predictor { z.clone().map(|z| net.predict(&mut online, z)) } else { z.clone() }; // qθ(zθ)
         let [z, z2] = targets.map_or(z, |targets| targets.map(Tensor::autodiff)); //        sg(zξ)

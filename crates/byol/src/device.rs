@@ -6,8 +6,8 @@
 use std::str::FromStr;
 
 use burn::tensor::Device;
-use byol_kernels::isa;
-use serde::Serialize;
+use byol_kernels::isa::{self, Isa};
+use serde::{Deserialize, Serialize};
 
 /// What the user asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -51,6 +51,17 @@ impl FromStr for Choice {
     }
 }
 
+/// What convolutions and linear layers multiply. Sums, activations, statistics, loss, weights and momenta are f32 with both.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// 24 bits of fraction.
+    #[default]
+    F32,
+    /// 8 bits of fraction: faster where the processor multiplies such numbers (AVX512-BF16), and coarser.
+    Bf16,
+}
+
 /// Why there is no such device.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -73,6 +84,14 @@ pub enum Error {
     /// `BYOL_ISA` names an instruction set that the processor has not.
     #[error(transparent)]
     InstructionSet(#[from] isa::Missing),
+    /// The device multiplies no bf16.
+    #[error("{device} has no products of bf16{}; use --precision f32", if *.cpu { " (AVX512-BF16)" } else { " in byol yet" })]
+    Precision {
+        /// Its name.
+        device: String,
+        /// Whether it is the processor.
+        cpu: bool,
+    },
     /// It is there but does not start.
     #[error("{name} does not start: {reason}; update its driver or use --device cpu")]
     DoesNotStart {
@@ -129,6 +148,8 @@ pub struct Machine {
     pub cores: usize,
     /// The vector instructions that compute: `avx512`, `avx2`, `neon` or `portable`; the widest unless `BYOL_ISA` names others.
     pub isa: &'static str,
+    /// Whether products of bf16 are faster than those of f32 (AVX512-BF16).
+    pub bf16: bool,
     /// Memory in MiB.
     pub memory_mb: u64,
     /// Free memory in MiB.
@@ -143,10 +164,12 @@ pub fn machine() -> Machine {
         system
     });
     let cpu = system.as_ref().and_then(|s| s.cpus().first()).map_or("", |c| c.brand().trim());
+    let isa = isa::choose().unwrap_or(isa::available()[0]);
     Machine {
         cpu: if cpu.is_empty() { std::env::consts::ARCH.to_owned() } else { cpu.to_owned() },
         cores: std::thread::available_parallelism().map_or(1, |n| n.get()),
-        isa: isa::choose().unwrap_or(isa::available()[0]).name,
+        isa: isa.name,
+        bf16: isa.name != "portable" && isa::halves_of(isa).is_some(),
         // 0 where the system does not say: then no decoded image is kept in memory.
         memory_mb: system.as_ref().map_or(0, |s| s.total_memory() >> 20),
         free_mb: system.as_ref().map_or(0, |s| s.available_memory() >> 20),
@@ -194,6 +217,30 @@ pub fn open(choice: Choice) -> Result<Opened, Error> {
         Choice::Cuda => Err(Error::NotBuilt { what: "CUDA", feature: "cuda" }),
         #[cfg(not(feature = "rocm"))]
         Choice::Rocm => Err(Error::NotBuilt { what: "ROCm", feature: "rocm" }),
+    }
+}
+
+/// Whether training on this device can multiply so.
+///
+/// # Errors
+/// [`Error::Precision`].
+pub fn check(device: &Device, precision: Precision) -> Result<(), Error> {
+    match precision {
+        _ if has_kernels(device) => kernels(precision).map(|_| ()),
+        Precision::F32 => Ok(()),
+        Precision::Bf16 => Err(Error::Precision { device: format!("{device:?}"), cpu: false }),
+    }
+}
+
+/// The processor's kernels that multiply so.
+///
+/// # Errors
+/// [`Error::InstructionSet`], [`Error::Precision`].
+pub fn kernels(precision: Precision) -> Result<&'static Isa, Error> {
+    let isa = isa::choose()?;
+    match precision {
+        Precision::F32 => Ok(isa),
+        Precision::Bf16 => isa::halves_of(isa).ok_or_else(|| Error::Precision { device: machine().cpu, cpu: true }),
     }
 }
 

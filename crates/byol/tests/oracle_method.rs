@@ -7,7 +7,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use byol::{
     byol::{Byol, Objective, distance, negatives},
     nn::{
-        Init, Leaf, Mlp, Mode, Network, NormConfig, Normalization, Pass, Running, Statistics, Tree, Weights,
+        Init, Leaf, Mlp, Mode, Network, NormConfig, Normalization, Pass, Precision, Running, Statistics, Tree, Weights,
         resnet::{Architecture, Block, ResNet, Stem},
         tree::host,
     },
@@ -222,7 +222,8 @@ fn batch_norm() {
         let params = params.tracked();
         let (mut statistics, norm) = (one(c), plain_norm());
         let x = flat("x").autodiff().require_grad();
-        let mut pass = Pass { params: &params, norm: &norm, mode: Mode::Train(&mut statistics) };
+        let mut pass =
+            Pass { params: &params, norm: &norm, precision: Precision::F32, mode: Mode::Train(&mut statistics) };
         let y = pass.batch_norm("bn", x.clone());
         case.check("y", &host(y.clone()));
         let mut grads = (y * flat("dy").autodiff()).sum().backward();
@@ -240,7 +241,8 @@ fn batch_norm() {
     params.insert("bn.weight", Leaf::new(vec![1.0; 3], &[3], &device));
     params.insert("bn.bias", Leaf::new(vec![0.0; 3], &[3], &device));
     for t in 1..=3 {
-        let mut pass = Pass { params: &params, norm: &norm, mode: Mode::Train(&mut statistics) };
+        let mut pass =
+            Pass { params: &params, norm: &norm, precision: Precision::F32, mode: Mode::Train(&mut statistics) };
         pass.batch_norm("bn", case_.tensor::<2>(&format!("x{t}"), &device));
         case_.check(&format!("mean{t}"), &host(statistics.get("bn").mean.clone()));
         case_.check(&format!("var{t}"), &host(statistics.get("bn").var.clone()));
@@ -253,7 +255,7 @@ fn batch_norm() {
     let mut statistics = Statistics::default();
     statistics
         .insert("bn", Running { mean: case.tensor("mean", &device), var: case.tensor("var", &device), batches: 1 });
-    let mut pass = Pass { params: &params, norm: &norm, mode: Mode::Eval(&statistics) };
+    let mut pass = Pass { params: &params, norm: &norm, precision: Precision::F32, mode: Mode::Eval(&statistics) };
     let y = pass.batch_norm("bn", case.tensor::<4>("x", &device).permute([0, 3, 1, 2]));
     case.check("y", &host(y.permute([0, 2, 3, 1])));
 }
@@ -264,7 +266,7 @@ fn check_resnet(name: &str, net: &ResNet) {
     let mut statistics = net.statistics(&device);
     let nchw = case.tensor::<4>("x", &device).autodiff().require_grad();
     let x = nchw.clone().permute([0, 2, 3, 1]);
-    let mut pass = Pass { params: &params, norm: &norm, mode: Mode::Train(&mut statistics) };
+    let mut pass = Pass { params: &params, norm: &norm, precision: Precision::F32, mode: Mode::Train(&mut statistics) };
     let y = net.forward(&mut pass, x.clone());
     case.check("features_train", &host(y.clone()));
 
@@ -289,7 +291,7 @@ fn check_resnet(name: &str, net: &ResNet) {
         case.check(&format!("stats.{name}.running_mean"), &host(r.mean.clone()));
         case.check(&format!("stats.{name}.running_var_biased"), &host(r.var.clone()));
     }
-    let mut pass = Pass { params: &params, norm: &norm, mode: Mode::Eval(&statistics) };
+    let mut pass = Pass { params: &params, norm: &norm, precision: Precision::F32, mode: Mode::Eval(&statistics) };
     case.check("features_eval_biased", &host(net.forward(&mut pass, x)));
 }
 
@@ -335,8 +337,14 @@ fn six_steps_of_training() {
     };
     let projector = mlp("projector", encoder.features());
     let predictor = mlp("predictor", projector.d_out);
-    let network =
-        Network { projector, predictor, encoder, normalization: Normalization::default(), norm: plain_norm() };
+    let network = Network {
+        projector,
+        predictor,
+        encoder,
+        normalization: Normalization::default(),
+        norm: plain_norm(),
+        precision: Precision::F32,
+    };
 
     let of_encoder = [network.encoder.shapes(), network.projector.shapes()].concat();
     let all = [of_encoder.clone(), network.predictor.shapes()].concat();

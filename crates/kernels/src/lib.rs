@@ -5,6 +5,7 @@
 #![warn(missing_docs)]
 
 pub mod conv;
+mod factor;
 pub mod isa;
 pub mod memory;
 pub mod norm;

@@ -1,28 +1,32 @@
 //! The two innermost loops of convolution, written once for all instruction sets.
 //!
 //! Both keep a block of sums in registers, a tile: `MR` rows by `NV` registers of channels. A row is an output pixel in [`column`] and an input
-//! value in [`weight_tile`]; one value a row is broadcast, one or two registers of channels are loaded, and all are multiplied.
+//! value in [`weight_tile`]; one value a row is broadcast, one or two registers of channels are loaded, and all are multiplied. What a value
+//! is, [`Product`] says: an f32, or two bf16 whose products are added at once.
 
 #![allow(clippy::needless_range_loop, reason = "blocks of registers are plainest by index")]
 
 use std::array::from_fn;
 
-use crate::isa::Simd;
+use crate::{
+    factor::Factor,
+    isa::{Product, Simd},
+};
 
 /// A column of output: some pixels × a block of channels.
-pub struct Column {
+pub struct Column<F> {
     /// The source, with its margins.
-    pub x: *const f32,
+    pub x: *const F,
     /// Where in `x` each pixel's window begins.
     pub base: *const u32,
     /// Where in a window each tap begins.
     pub taps: *const u32,
     /// Taps.
     pub n_taps: usize,
-    /// Values that follow each other at a tap.
+    /// Values that follow each other at a tap, a multiple of the depth.
     pub run: usize,
-    /// Weights `[n_taps, run, NV · LANES]`.
-    pub w: *const f32,
+    /// Weights `[n_taps, run / DEPTH, NV · LANES, DEPTH]`.
+    pub w: *const F,
     /// The output.
     pub out: *mut f32,
     /// Where in `out` each pixel's channels begin.
@@ -35,17 +39,17 @@ pub struct Column {
     pub ahead: [bool; 2],
 }
 
-/// A block of a weight gradient: input values × channels, summed over pixels.
-pub struct WeightTile {
-    /// The source `[pixels, step]`, from the first row's value on.
-    pub x: *const f32,
-    /// Values a pixel of `x`.
+/// A block of a weight gradient: input values × channels, summed over pixels, `DEPTH` of them at a time (a group).
+pub struct WeightTile<F> {
+    /// The source `[groups, step]`, from the first row's value on; a row's values of a group lie side by side.
+    pub x: *const F,
+    /// Values a group of `x`.
     pub x_step: usize,
-    /// The output's gradient `[pixels, step]`, from the first channel on.
-    pub dy: *const f32,
-    /// Values a pixel of `dy`.
+    /// The output's gradient `[groups, step]`, from the first channel on; likewise.
+    pub dy: *const F,
+    /// Values a group of `dy`.
     pub dy_step: usize,
-    /// Pixels.
+    /// Groups of pixels.
     pub n: usize,
     /// Sums so far, `[rows, step]`; added to.
     pub dw: *mut f32,
@@ -55,7 +59,7 @@ pub struct WeightTile {
     pub rows: usize,
 }
 
-/// Values of a cache line.
+/// Values of f32 in a cache line.
 pub const LINE: usize = 16;
 
 /// Tiles from the one that is written to the one whose lines are asked for.
@@ -63,7 +67,7 @@ pub const AHEAD: usize = 2;
 
 /// Asks for a cache line that will soon be read, or written, where the processor cannot guess it. It changes nothing but the caches.
 #[inline(always)]
-pub fn fetch<const WRITE: bool>(line: *const f32) {
+pub fn fetch<const WRITE: bool>(line: *const impl Sized) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: every processor of this kind has the instruction, and it takes any address.
     unsafe {
@@ -82,9 +86,10 @@ pub fn fetch<const WRITE: bool>(line: *const f32) {
 ///
 /// # Safety
 /// `base`, `to` hold `n` entries, `taps` `n_taps`; `x` holds `base + tap + run` values for each, `w` `n_taps · run · NV · LANES`, `out`
-/// `to + cols` for each pixel; `n ≥ 1`; `cols ≤ NV · LANES`; the processor has `S`.
+/// `to + cols` for each pixel; `n ≥ 1`; `run` is a multiple of the depth; `cols ≤ NV · LANES`; the processor has `P`.
 #[inline(always)]
-pub unsafe fn column<S: Simd, const MR: usize, const NV: usize>(t: &Column) {
+pub unsafe fn column<P: Product, const MR: usize, const NV: usize>(t: &Column<P::Factor>) {
+    let (lanes, depth) = (P::Sum::LANES, P::Factor::DEPTH);
     // SAFETY: the offsets are those that the contract bounds.
     unsafe {
         let mut first = 0;
@@ -95,30 +100,30 @@ pub unsafe fn column<S: Simd, const MR: usize, const NV: usize>(t: &Column) {
             if t.ahead[0] {
                 for r in 0..MR {
                     let later = (first + AHEAD * MR + r).min(t.n - 1);
-                    fetch::<true>(t.out.add(*t.to.add(later) as usize));
+                    fetch::<true>(t.out.add(*t.to.add(later) as usize).cast_const());
                 }
             }
             if t.ahead[1] {
                 for r in 0..MR {
                     let later = (first + MR + r).min(t.n - 1);
                     let row = t.x.add(*t.base.add(later) as usize);
-                    for line in (0..t.run).step_by(LINE) {
+                    for line in (0..t.run).step_by(LINE * size_of::<f32>() / size_of::<P::Factor>()) {
                         fetch::<false>(row.add(line));
                     }
                 }
             }
-            let mut sums = [[S::splat(0.0); NV]; MR];
-            let window: [*const f32; MR] = from_fn(|r| t.x.add(*t.base.add(pixel[r]) as usize));
+            let mut sums = [[P::Sum::splat(0.0); NV]; MR];
+            let window: [*const P::Factor; MR] = from_fn(|r| t.x.add(*t.base.add(pixel[r]) as usize));
             let mut w = t.w;
             for tap in 0..t.n_taps {
                 let from = *t.taps.add(tap) as usize;
-                for i in from..from + t.run {
-                    let weights: [S::V; NV] = from_fn(|v| S::load(w.add(v * S::LANES)));
-                    w = w.add(NV * S::LANES);
+                for i in (from..from + t.run).step_by(depth) {
+                    let weights: [P::Register; NV] = from_fn(|v| P::factors(w.add(v * lanes * depth)));
+                    w = w.add(NV * lanes * depth);
                     for r in 0..MR {
-                        let x = S::splat(*window[r].add(i));
+                        let x = P::spread(window[r].add(i));
                         for v in 0..NV {
-                            sums[r][v] = S::fma(x, weights[v], sums[r][v]);
+                            sums[r][v] = P::dot(x, weights[v], sums[r][v]);
                         }
                     }
                 }
@@ -128,10 +133,10 @@ pub unsafe fn column<S: Simd, const MR: usize, const NV: usize>(t: &Column) {
             for r in 0..MR {
                 if r < rows {
                     let to = t.out.add(*t.to.add(pixel[r]) as usize);
-                    let whole = t.cols == NV * S::LANES;
+                    let whole = t.cols == NV * lanes;
                     let at = if whole { to } else { row.as_mut_ptr() };
                     for v in 0..NV {
-                        S::store(at.add(v * S::LANES), sums[r][v]);
+                        P::Sum::store(at.add(v * lanes), sums[r][v]);
                     }
                     if !whole {
                         std::ptr::copy_nonoverlapping(row.as_ptr(), to, t.cols);
@@ -146,36 +151,37 @@ pub unsafe fn column<S: Simd, const MR: usize, const NV: usize>(t: &Column) {
 /// dw += Σ over pixels of x · dy.
 ///
 /// # Safety
-/// `x` holds `(n − 1) · x_step + MR` values, `dy` `(n − 1) · dy_step + NV · LANES`, `dw` `(rows − 1) · dw_step + NV · LANES`;
-/// `rows ≤ MR`; the processor has `S`.
+/// `x` holds `(n − 1) · x_step + MR · DEPTH` values, `dy` `(n − 1) · dy_step + NV · LANES · DEPTH`, `dw`
+/// `(rows − 1) · dw_step + NV · LANES`; `rows ≤ MR`; the processor has `P`.
 #[inline(always)]
-pub unsafe fn weight_tile<S: Simd, const MR: usize, const NV: usize>(t: &WeightTile) {
+pub unsafe fn weight_tile<P: Product, const MR: usize, const NV: usize>(t: &WeightTile<P::Factor>) {
+    let (lanes, depth) = (P::Sum::LANES, P::Factor::DEPTH);
     // SAFETY: the offsets are those that the contract bounds.
     unsafe {
-        let mut sums = [[S::splat(0.0); NV]; MR];
+        let mut sums = [[P::Sum::splat(0.0); NV]; MR];
         for r in 0..MR {
             if r < t.rows {
                 for v in 0..NV {
-                    sums[r][v] = S::load(t.dw.add(r * t.dw_step + v * S::LANES));
+                    sums[r][v] = P::Sum::load(t.dw.add(r * t.dw_step + v * lanes));
                 }
             }
         }
         let (mut x, mut dy) = (t.x, t.dy);
         for _ in 0..t.n {
-            let slopes: [S::V; NV] = from_fn(|v| S::load(dy.add(v * S::LANES)));
+            let slopes: [P::Register; NV] = from_fn(|v| P::factors(dy.add(v * lanes * depth)));
             let row = x;
             (x, dy) = (x.wrapping_add(t.x_step), dy.wrapping_add(t.dy_step));
             for r in 0..MR {
-                let x = S::splat(*row.add(r));
+                let x = P::spread(row.add(r * depth));
                 for v in 0..NV {
-                    sums[r][v] = S::fma(x, slopes[v], sums[r][v]);
+                    sums[r][v] = P::dot(x, slopes[v], sums[r][v]);
                 }
             }
         }
         for r in 0..MR {
             if r < t.rows {
                 for v in 0..NV {
-                    S::store(t.dw.add(r * t.dw_step + v * S::LANES), sums[r][v]);
+                    P::Sum::store(t.dw.add(r * t.dw_step + v * lanes), sums[r][v]);
                 }
             }
         }

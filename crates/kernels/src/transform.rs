@@ -9,7 +9,10 @@
 
 use std::mem::MaybeUninit;
 
-use crate::isa::Simd;
+use crate::{
+    factor::Bf16,
+    isa::{Round, Simd},
+};
 
 /// Side of an output tile.
 pub const TILE: usize = 4;
@@ -31,7 +34,7 @@ const OF_P: f32 = 1.0 / (2.0 * PP * (PP - QQ));
 const OF_Q: f32 = 1.0 / (2.0 * QQ * (QQ - PP));
 
 /// One tile and where it goes: places `from_step · (row, column)` and `to_step · (row, column)`, `n` channels at each.
-pub struct Transform<'a> {
+pub struct Transform<'a, T> {
     /// Channels: values that follow each other at each place.
     pub n: usize,
     /// What is transformed.
@@ -39,28 +42,30 @@ pub struct Transform<'a> {
     /// From a row, and from a column, to the next.
     pub from_step: [usize; 2],
     /// Where it goes; every place is written.
-    pub to: &'a mut [MaybeUninit<f32>],
+    pub to: &'a mut [MaybeUninit<T>],
     /// As `from_step`.
     pub to_step: [usize; 2],
 }
 
 /// A compiled [`transform`] with its sides, from and to.
 #[derive(Clone, Copy)]
-pub struct Compiled {
+pub struct Compiled<T> {
     /// The loop.
-    pub run: unsafe fn(&mut Transform),
+    pub run: unsafe fn(&mut Transform<T>),
     /// Side of what it reads.
     pub reads: usize,
     /// Side of what it writes.
     pub writes: usize,
+    /// Values that a channel takes where it is written.
+    pub wide: usize,
 }
 
-impl Transform<'_> {
+impl<T> Transform<'_, T> {
     /// Applies the map.
-    pub fn run(mut self, map: Compiled) {
-        let reach = |side: usize, step: [usize; 2]| (side - 1) * (step[0] + step[1]) + self.n;
-        assert!(reach(map.reads, self.from_step) <= self.from.len(), "a tile lies in its source");
-        assert!(reach(map.writes, self.to_step) <= self.to.len(), "a tile lies in its destination");
+    pub fn run(mut self, map: Compiled<T>) {
+        let reach = |side: usize, step: [usize; 2], n: usize| (side - 1) * (step[0] + step[1]) + n;
+        assert!(reach(map.reads, self.from_step, self.n) <= self.from.len(), "a tile lies in its source");
+        assert!(reach(map.writes, self.to_step, self.n * map.wide) <= self.to.len(), "a tile lies in its destination");
         // SAFETY: the assertions bound both; an instruction set in the table is one of this processor.
         unsafe { (map.run)(&mut self) };
     }
@@ -178,21 +183,85 @@ impl Map<6, 3> for FilterSlopes {
     }
 }
 
+/// How a register of channels is written.
+pub(crate) trait Write<S: Simd> {
+    /// A value there.
+    type To;
+    /// Values that a channel takes.
+    const WIDE: usize;
+    /// Writes `LANES · WIDE` values.
+    ///
+    /// # Safety
+    /// They lie there; the processor has `S`.
+    unsafe fn write(to: *mut Self::To, value: S::V);
+}
+
+/// As it is.
+pub struct Whole;
+/// Rounded.
+pub struct Half;
+/// Rounded, as the first of a pair; the second is 0.
+pub struct First;
+/// Rounded, as the second of a pair whose first is there.
+pub struct Second;
+
+// SAFETY of all: the contract.
+impl<S: Simd> Write<S> for Whole {
+    type To = f32;
+    const WIDE: usize = 1;
+    #[inline(always)]
+    unsafe fn write(to: *mut f32, value: S::V) {
+        unsafe { S::store(to, value) }
+    }
+}
+
+impl<S: Round> Write<S> for Half {
+    type To = Bf16;
+    const WIDE: usize = 1;
+    #[inline(always)]
+    unsafe fn write(to: *mut Bf16, value: S::V) {
+        unsafe { S::half(to, value) }
+    }
+}
+
+impl<S: Round> Write<S> for First {
+    type To = Bf16;
+    const WIDE: usize = 2;
+    #[inline(always)]
+    unsafe fn write(to: *mut Bf16, value: S::V) {
+        unsafe { S::first(to, value) }
+    }
+}
+
+impl<S: Round> Write<S> for Second {
+    type To = Bf16;
+    const WIDE: usize = 2;
+    #[inline(always)]
+    unsafe fn write(to: *mut Bf16, value: S::V) {
+        unsafe { S::second(to, value) }
+    }
+}
+
 /// A map on the rows, then on the columns, of `[N, N]` places of `t.n` channels.
 ///
 /// # Safety
-/// `from` holds `N − 1` steps either way and `n` values, `to` `M − 1` steps and `n` values; the processor has `S`.
+/// `from` holds `N − 1` steps either way and `n` values, `to` `M − 1` steps and `n · WIDE` values; the processor has `S`.
 #[inline(always)]
-pub unsafe fn transform<S: Simd, L: Map<N, M>, const N: usize, const M: usize>(t: &mut Transform) {
+pub(crate) unsafe fn transform<S, W, L, const N: usize, const M: usize>(t: &mut Transform<<W as Write<S>>::To>)
+where
+    S: Simd,
+    W: Write<S> + Write<One, To = <W as Write<S>>::To>,
+    L: Map<N, M>,
+{
     // SAFETY: the contract; a single value a register at the end.
     unsafe {
         let mut at = 0;
         while at + S::LANES <= t.n {
-            channels::<S, L, N, M>(t, at);
+            channels::<S, W, L, N, M>(t, at);
             at += S::LANES;
         }
         while at < t.n {
-            channels::<One, L, N, M>(t, at);
+            channels::<One, W, L, N, M>(t, at);
             at += 1;
         }
     }
@@ -200,11 +269,14 @@ pub unsafe fn transform<S: Simd, L: Map<N, M>, const N: usize, const M: usize>(t
 
 /// One register of channels.
 #[inline(always)]
-unsafe fn channels<S: Simd, L: Map<N, M>, const N: usize, const M: usize>(t: &mut Transform, at: usize) {
+unsafe fn channels<S: Simd, W: Write<S>, L: Map<N, M>, const N: usize, const M: usize>(
+    t: &mut Transform<W::To>,
+    at: usize,
+) {
     // SAFETY: the contract of `transform`, with `at` and a register inside `n`.
     unsafe {
         let from = t.from.as_ptr().add(at);
-        let to = t.to.as_mut_ptr().cast::<f32>().add(at);
+        let to = t.to.as_mut_ptr().cast::<W::To>().add(at * W::WIDE);
         // Loops, not closures: a closure knows nothing of the instruction set, and its operations would become calls.
         let mut half = [[S::splat(0.0); M]; N];
         for i in 0..N {
@@ -221,7 +293,7 @@ unsafe fn channels<S: Simd, L: Map<N, M>, const N: usize, const M: usize>(t: &mu
             }
             let column = L::map::<S>(column);
             for i in 0..M {
-                S::store(to.add(i * t.to_step[0] + j * t.to_step[1]), column[i]);
+                W::write(to.add(i * t.to_step[0] + j * t.to_step[1]), column[i]);
             }
         }
     }
@@ -229,7 +301,7 @@ unsafe fn channels<S: Simd, L: Map<N, M>, const N: usize, const M: usize>(t: &mu
 
 /// A register of one value.
 #[derive(Clone, Copy)]
-struct One;
+pub(crate) struct One;
 
 // SAFETY of all: plain arithmetic; the pointers hold one value by the trait's contract.
 impl Simd for One {
@@ -269,5 +341,23 @@ impl Simd for One {
     #[inline(always)]
     unsafe fn fma(a: f32, b: f32, c: f32) -> f32 {
         a * b + c
+    }
+}
+
+// SAFETY of all: the pointers hold one value, or a pair, by the trait's contract.
+impl Round for One {
+    #[inline(always)]
+    unsafe fn half(to: *mut Bf16, value: f32) {
+        unsafe { *to = Bf16::round(value) }
+    }
+
+    #[inline(always)]
+    unsafe fn first(to: *mut Bf16, value: f32) {
+        unsafe { to.cast::<[Bf16; 2]>().write([Bf16::round(value), Bf16::default()]) }
+    }
+
+    #[inline(always)]
+    unsafe fn second(to: *mut Bf16, value: f32) {
+        unsafe { *to.add(1) = Bf16::round(value) }
     }
 }

@@ -84,13 +84,43 @@ fn convolution_and_its_gradients_agree_with_the_definition() {
     }
 }
 
+/// Root mean square of what differs, in shares of the same of what is wanted.
+fn error(got: &[f32], want: &[f64]) -> f64 {
+    let of = |v: f64| v * v;
+    let apart: f64 = got.iter().zip(want).map(|(g, w)| of(f64::from(*g) - w)).sum();
+    (apart / want.iter().map(|w| of(*w)).sum::<f64>()).sqrt()
+}
+
+#[test]
+fn products_of_bf16_are_within_its_rounding() {
+    for isa in isa::available_halves() {
+        for s in shapes() {
+            let [of_x, of_w, of_y] = s.lengths();
+            let (x, w, dy) = (noise(of_x, 1), noise(of_w, 2), noise(of_y, 3));
+            let [y, dx, dw] = reference::conv(&s, &x, &w, &dy);
+            // A factor is rounded by at most 2^-9 of itself, and by a third to a half of that in the mean; Winograd's maps multiply the
+            // errors of what they map.
+            let winograd = s.kernel == 3 && s.stride == 1 && s.dilation == 1 && s.c_in.min(s.c_out) >= 16;
+            let most = if winograd { 0.015 } else { 0.0035 };
+            for (what, got, want) in [
+                ("y", forward(isa, &s, &x, &w), y),
+                ("dx", backward_data(isa, &s, &w, &dy), dx),
+                ("dw", backward_weight(isa, &s, x.as_slice().into(), &dy), dw),
+            ] {
+                let error = error(&got, &want);
+                assert!(error <= most, "{isa:?} {s:?} {what}: {error}");
+            }
+        }
+    }
+}
+
 #[test]
 fn a_pending_norm_is_the_norm_applied_before() {
     for s in shapes() {
         let [of_x, of_w, of_y] = s.lengths();
         let (x, w, dy) = (noise(of_x, 1), noise(of_w, 2), noise(of_y, 3));
         let (scale, shift) = (noise(s.c_in, 4), noise(s.c_in, 5));
-        for isa in isa::available() {
+        for isa in isa::available().into_iter().chain(isa::available_halves()) {
             for relu in [true, false] {
                 let pending = Pending::new(&scale, &shift, relu);
                 let lazy = Input { values: &x, pending: Some(&pending) };
@@ -141,7 +171,7 @@ fn the_number_of_threads_changes_no_bit() {
         })
     };
     let bits = |v: Vec<Vec<f32>>| v.into_iter().flatten().map(f32::to_bits).collect::<Vec<_>>();
-    for isa in isa::available() {
+    for isa in isa::available().into_iter().chain(isa::available_halves()) {
         assert_eq!(bits(all(isa, 1)), bits(all(isa, 3)), "{isa:?}");
     }
 }

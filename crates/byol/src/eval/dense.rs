@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use crate::{
     data::{CHANNELS, Image},
-    nn::{Encoder, Leaf, Mode, NormConfig, Pass, Statistics, Tree, conv_norm_act::ConvNorm, init},
+    nn::{Encoder, Leaf, Mode, NormConfig, Pass, Precision, Statistics, Tree, conv_norm_act::ConvNorm, init},
     optim::{Optimizer, Rule, Sgd},
     random::{self, Domain},
     views::{Window, flip, resize},
@@ -113,9 +113,15 @@ pub(super) fn train<H: Head, T>(
         let theta = params.tracked();
         let still = p.frozen.then(|| {
             let mode = Mode::Eval(&encoder.weights.statistics);
-            encoder.map(&mut Pass { params: &encoder.weights.params, norm: &norm, mode }, x.clone()).autodiff()
+            encoder
+                .map(
+                    &mut Pass { params: &encoder.weights.params, norm: &norm, precision: Precision::F32, mode },
+                    x.clone(),
+                )
+                .autodiff()
         });
-        let mut pass = Pass { params: &theta, norm: &norm, mode: Mode::Train(&mut statistics) };
+        let mut pass =
+            Pass { params: &theta, norm: &norm, precision: Precision::F32, mode: Mode::Train(&mut statistics) };
         let map = still.unwrap_or_else(|| encoder.map(&mut pass, x.autodiff()));
         let l = loss(head.forward(&mut pass, map), &wanted);
         done(f64::from(l.clone().without_autodiff().into_scalar::<f32>()));
@@ -138,7 +144,8 @@ impl<H: Head> Trained<H> {
         let pixels = resize::crop_resize(image, whole, h, w).interleaved();
         let x = Tensor::from_data(TensorData::new(pixels, [1, h, w, CHANNELS]), &self.encoder.device());
         let norm = NormConfig::default();
-        let mut pass = Pass { params: &self.params, norm: &norm, mode: Mode::Eval(&self.statistics) };
+        let mut pass =
+            Pass { params: &self.params, norm: &norm, precision: Precision::F32, mode: Mode::Eval(&self.statistics) };
         let map = self.encoder.map(&mut pass, x);
         self.head.forward(&mut pass, map)
     }

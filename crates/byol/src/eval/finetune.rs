@@ -4,7 +4,7 @@
 use super::{CROP, crops, cross_entropy, embed, logistic::Classifier, metrics};
 use crate::{
     data::{Error, Images},
-    nn::{Encoder, Leaf, Mode, NormConfig, Pass, Tree, Weights},
+    nn::{Encoder, Leaf, Mode, NormConfig, Pass, Precision, Tree, Weights},
     optim::{Optimizer, Rule, Schedule, Sgd},
     random::{self, Domain},
 };
@@ -143,7 +143,8 @@ fn train(
         let x = crops(images, &some, start.spec.size, p.seed, CROP, &device)?;
         let of: Vec<usize> = some.iter().map(|(_, i)| labels[*i]).collect();
         let theta = params.tracked();
-        let mut pass = Pass { params: &theta, norm: &norm, mode: Mode::Train(&mut statistics) };
+        let mut pass =
+            Pass { params: &theta, norm: &norm, precision: Precision::F32, mode: Mode::Train(&mut statistics) };
         let y = start.represent(&mut pass, x.autodiff());
         let logits = y.matmul(theta.get::<2>(HEAD[0]).transpose()) + theta.get::<1>(HEAD[1]).reshape([1, classes]);
         let loss = cross_entropy(logits, of.into_iter().map(Some));

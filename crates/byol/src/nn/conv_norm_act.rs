@@ -4,7 +4,7 @@
 use burn::tensor::{Tensor, activation::relu, module::conv2d, ops::ConvOptions};
 
 use super::{
-    fused::{self, Step},
+    fused::{self, Options},
     pass::{Mode, Pass},
 };
 use crate::device::has_kernels;
@@ -67,7 +67,7 @@ impl Map {
 pub fn conv_norm_act(pass: &mut Pass, layer: &ConvNorm, x: impl Into<Map>, then: Then) -> Map {
     let Map(x) = x.into();
     let w = pass.params.get::<4>(&format!("{}.weight", layer.conv));
-    let step = Step { stride: layer.stride, dilation: layer.dilation };
+    let options = Options { stride: layer.stride, dilation: layer.dilation, precision: pass.precision };
     if !has_kernels(&w.device()) {
         return composed(pass, layer, Map(x).done(), then).into();
     }
@@ -85,9 +85,9 @@ pub fn conv_norm_act(pass: &mut Pass, layer: &ConvNorm, x: impl Into<Map>, then:
             Then::AddRelu(skip) => (Some(skip), true),
         };
         let running = statistics.get(&layer.norm);
-        return fused::eval(x, w, gamma, beta, running, skip, step, pass.norm.eps, relu).into();
+        return fused::eval(x, w, gamma, beta, running, skip, options, pass.norm.eps, relu).into();
     }
-    let y = fused::conv(x, w, gamma, beta, step, pass.norm.eps);
+    let y = fused::conv(x, w, gamma, beta, options, pass.norm.eps);
     pass.saw(&layer.norm, y.mean.clone(), y.variance.clone());
     match then {
         Then::Nothing => fused::norm_act(y, None, false).into(),

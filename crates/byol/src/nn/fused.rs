@@ -25,25 +25,35 @@ use burn::{
 };
 use byol_kernels::{
     conv::{self, Input, Shape},
-    isa,
+    isa::{self, Isa},
     norm::{self, Gate, Norm},
     pool::{self, Windows},
 };
 
 use super::pass::Running;
+use crate::device::{self, Precision};
 
-/// How a convolution steps: its padding is that which keeps the side of a map at stride 1.
+/// How a convolution steps, and what it multiplies. Its padding is that which keeps the side of a map at stride 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Step {
+pub struct Options {
     /// From one output pixel to the next.
     pub stride: usize,
     /// From one tap to the next.
     pub dilation: usize,
+    /// Of the products.
+    pub precision: Precision,
 }
 
-impl Step {
-    /// Neither skips a pixel.
-    pub const ONE: Step = Step { stride: 1, dilation: 1 };
+impl Options {
+    /// Skips no pixel.
+    pub fn dense(precision: Precision) -> Options {
+        Options { stride: 1, dilation: 1, precision }
+    }
+
+    /// The kernels.
+    fn isa(self) -> &'static Isa {
+        device::kernels(self.precision).expect("`device::check` comes before")
+    }
 }
 
 /// The passes on one backend. Statistics are those of the batch; γ, β, mean and variance of a convolution are of the norm that it reads
@@ -58,7 +68,7 @@ pub trait Kernels: Backend {
         beta: FloatTensor<Self>,
         mean: FloatTensor<Self>,
         variance: FloatTensor<Self>,
-        step: Step,
+        options: Options,
         eps: f64,
         pending: bool,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
@@ -72,7 +82,7 @@ pub trait Kernels: Backend {
         beta: FloatTensor<Self>,
         mean: FloatTensor<Self>,
         variance: FloatTensor<Self>,
-        step: Step,
+        options: Options,
         eps: f64,
         pending: bool,
         by_x: bool,
@@ -111,7 +121,7 @@ pub trait Kernels: Backend {
         w: FloatTensor<Self>,
         shift: FloatTensor<Self>,
         skip: FloatTensor<Self>,
-        step: Step,
+        options: Options,
         with_skip: bool,
         relu: bool,
     ) -> FloatTensor<Self>;
@@ -154,9 +164,9 @@ fn windows(x: &FlexTensor, kernel: usize, stride: usize, padding: usize) -> Wind
     Windows { n: x[0], h: x[1], w: x[2], c: x[3], kernel, stride, padding }
 }
 
-fn shape(x: &FlexTensor, w: &FlexTensor, step: Step) -> Shape {
+fn shape(x: &FlexTensor, w: &FlexTensor, options: Options) -> Shape {
     let (x, w) = (x.shape(), w.shape());
-    let Step { stride, dilation } = step;
+    let Options { stride, dilation, .. } = options;
     let (kernel, padding) = (w[2], dilation * (w[2] / 2));
     Shape { n: x[0], h: x[1], w: x[2], c_in: x[3], c_out: w[0], kernel, stride, padding, dilation }
 }
@@ -180,12 +190,12 @@ impl Kernels for Flex {
         beta: FlexTensor,
         mean: FlexTensor,
         variance: FlexTensor,
-        step: Step,
+        options: Options,
         eps: f64,
         pending: bool,
     ) -> (FlexTensor, FlexTensor, FlexTensor) {
         let [x, w, gamma, beta] = [x, w, gamma, beta].map(|t| t.to_contiguous());
-        let (isa, s) = (isa::chosen(), shape(&x, &w, step));
+        let (isa, s) = (options.isa(), shape(&x, &w, options));
         let pending = pending.then(|| {
             let (scale, shift) = affine([&gamma, &beta, &mean, &variance], eps);
             norm::Pending::new(&scale, &shift, true)
@@ -206,13 +216,13 @@ impl Kernels for Flex {
         beta: FlexTensor,
         mean: FlexTensor,
         variance: FlexTensor,
-        step: Step,
+        options: Options,
         eps: f64,
         pending: bool,
         by_x: bool,
     ) -> (FlexTensor, FlexTensor, FlexTensor, FlexTensor) {
         let [dy, x, w, gamma, beta] = [dy, x, w, gamma, beta].map(|t| t.to_contiguous());
-        let (isa, s) = (isa::chosen(), shape(&x, &w, step));
+        let (isa, s) = (options.isa(), shape(&x, &w, options));
         let of_norm = [&gamma, &beta, &mean, &variance];
         let lazy = pending.then(|| {
             let (scale, shift) = affine(of_norm, eps);
@@ -286,12 +296,12 @@ impl Kernels for Flex {
         w: FlexTensor,
         shift: FlexTensor,
         skip: FlexTensor,
-        step: Step,
+        options: Options,
         with_skip: bool,
         relu: bool,
     ) -> FlexTensor {
         let [x, w, shift, skip] = [x, w, shift, skip].map(|t| t.to_contiguous());
-        let (isa, s) = (isa::chosen(), shape(&x, &w, step));
+        let (isa, s) = (options.isa(), shape(&x, &w, options));
         let (y, _) = conv::forward_then(isa, &s, values(&x).into(), values(&w), |at, y| {
             let skip = with_skip.then(|| &values(&skip)[at..at + y.len()]);
             norm::shift_act(isa, y, values(&shift), skip, relu);
@@ -339,7 +349,7 @@ impl<B: Backend + Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         beta: FloatTensor<Self>,
         mean: FloatTensor<Self>,
         variance: FloatTensor<Self>,
-        step: Step,
+        options: Options,
         eps: f64,
         pending: bool,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
@@ -352,7 +362,7 @@ impl<B: Backend + Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
             w: F,
             /// γ, β, mean and variance of the norm that was read through.
             norm: [F; 4],
-            step: Step,
+            options: Options,
             eps: f64,
             pending: bool,
         }
@@ -366,8 +376,9 @@ impl<B: Backend + Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
                 let k = ops.state;
                 let [of_gamma, of_beta, mean, variance] = k.norm;
                 let by_x = x.is_some() || k.pending;
-                let (dx, dw, dgamma, dbeta) =
-                    B::conv_backward(dy, k.x, k.w, of_gamma, of_beta, mean, variance, k.step, k.eps, k.pending, by_x);
+                let (dx, dw, dgamma, dbeta) = B::conv_backward(
+                    dy, k.x, k.w, of_gamma, of_beta, mean, variance, k.options, k.eps, k.pending, by_x,
+                );
                 let (gamma, beta) = (gamma.filter(|_| k.pending), beta.filter(|_| k.pending));
                 for (node, gradient) in [(x, dx), (w, dw), (gamma, dgamma), (beta, dbeta)] {
                     if let Some(node) = node {
@@ -384,10 +395,10 @@ impl<B: Backend + Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         let norm = [gamma, beta, mean, variance];
         let [gamma, beta, mean, variance] = norm.clone();
         let (y, of_mean, of_variance) =
-            B::conv_forward(x.clone(), w.clone(), gamma, beta, mean, variance, step, eps, pending);
+            B::conv_forward(x.clone(), w.clone(), gamma, beta, mean, variance, options, eps, pending);
         let constant = |t: FloatTensor<B>| <Self as AutodiffBackend>::from_inner(t);
         let y = match Conv.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish(Kept { x, w, norm, step, eps, pending }, y),
+            OpsKind::Tracked(prep) => prep.finish(Kept { x, w, norm, options, eps, pending }, y),
             OpsKind::UnTracked(prep) => prep.finish(y),
         };
         (y, constant(of_mean), constant(of_variance))
@@ -543,7 +554,7 @@ impl<B: Backend + Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         _: FloatTensor<Self>,
         _: FloatTensor<Self>,
         _: FloatTensor<Self>,
-        _: Step,
+        _: Options,
         _: bool,
         _: bool,
     ) -> FloatTensor<Self> {
@@ -558,7 +569,7 @@ impl<B: Backend + Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         _: FloatTensor<Self>,
         _: FloatTensor<Self>,
         _: FloatTensor<Self>,
-        _: Step,
+        _: Options,
         _: f64,
         _: bool,
         _: bool,
@@ -609,7 +620,7 @@ pub enum Source {
 ///
 /// # Shapes
 /// `x`: `[N, H, W, C_in]`; `w`: `[C_out, C_in, K, K]`; `gamma`, `beta`: `[C_out]`.
-pub fn conv(x: Source, w: Tensor<4>, gamma: Tensor<1>, beta: Tensor<1>, step: Step, eps: f64) -> Pending {
+pub fn conv(x: Source, w: Tensor<4>, gamma: Tensor<1>, beta: Tensor<1>, options: Options, eps: f64) -> Pending {
     let pending = matches!(x, Source::Pending(_));
     let (x, of_x, eps_of_x) = match x {
         Source::Done(x) => {
@@ -620,7 +631,7 @@ pub fn conv(x: Source, w: Tensor<4>, gamma: Tensor<1>, beta: Tensor<1>, step: St
     };
     let [g, b, m, v] = of_x.map(Tensor::into_dispatch);
     let (y, mean, variance) =
-        Dispatch::conv_forward(x.into_dispatch(), w.into_dispatch(), g, b, m, v, step, eps_of_x, pending);
+        Dispatch::conv_forward(x.into_dispatch(), w.into_dispatch(), g, b, m, v, options, eps_of_x, pending);
     let (mean, variance) = (Tensor::from_dispatch(mean), Tensor::from_dispatch(variance));
     Pending { y: Tensor::from_dispatch(y), gamma, beta, mean, variance, eps }
 }
@@ -629,10 +640,10 @@ pub fn conv(x: Source, w: Tensor<4>, gamma: Tensor<1>, beta: Tensor<1>, step: St
 ///
 /// # Shapes
 /// As for [`conv`].
-pub fn conv_alone(x: Source, w: Tensor<4>) -> Tensor<4> {
+pub fn conv_alone(x: Source, w: Tensor<4>, precision: Precision) -> Tensor<4> {
     let none = || Tensor::<1>::zeros([1], &w.device());
     let (gamma, beta) = (none(), none());
-    conv(x, w, gamma, beta, Step::ONE, 0.0).y
+    conv(x, w, gamma, beta, Options::dense(precision), 0.0).y
 }
 
 /// act(norm(y) (+ skip)).
@@ -666,7 +677,7 @@ pub fn eval(
     beta: Tensor<1>,
     running: &Running,
     skip: Option<Tensor<4>>,
-    step: Step,
+    options: Options,
     eps: f64,
     relu: bool,
 ) -> Tensor<4> {
@@ -681,7 +692,7 @@ pub fn eval(
         w.into_dispatch(),
         shift.into_dispatch(),
         skip.into_dispatch(),
-        step,
+        options,
         with_skip,
         relu,
     ))

@@ -13,6 +13,7 @@ pub mod weights;
 use burn::tensor::{Device, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
+pub use crate::device::Precision;
 pub use mlp::Mlp;
 pub use pass::{Mode, NormConfig, Pass, Running, Statistics};
 pub use resnet::{Architecture, ResNet, Stem};
@@ -140,7 +141,7 @@ impl Encoder {
         // The averaging of variances is over; eps is all that evaluation needs of the norm's settings.
         let norm = NormConfig::default();
         let mode = Mode::Eval(&self.weights.statistics);
-        self.represent(&mut Pass { params: &self.weights.params, norm: &norm, mode }, x)
+        self.represent(&mut Pass { params: &self.weights.params, norm: &norm, precision: Precision::F32, mode }, x)
     }
 
     /// The same weights for dense prediction: [`ResNet::dilated`].
@@ -175,6 +176,8 @@ pub struct Network {
     pub normalization: Normalization,
     /// Of every batch norm.
     pub norm: NormConfig,
+    /// Of all products in training.
+    pub precision: Precision,
 }
 
 impl Network {

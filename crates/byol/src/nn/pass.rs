@@ -5,6 +5,7 @@ use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 
 use super::tree::{Leaf, Tree};
+use crate::device::Precision;
 
 /// Batch norm's settings.
 ///
@@ -111,13 +112,15 @@ pub enum Mode<'a> {
     Eval(&'a Statistics),
 }
 
-/// One forward pass: weights, norm settings, mode.
+/// One forward pass: weights, norm settings, precision, mode.
 #[derive(Debug)]
 pub struct Pass<'a> {
     /// The weights, tracked by autodiff or not.
     pub params: &'a Tree,
     /// Batch norm's settings.
     pub norm: &'a NormConfig,
+    /// Of the products.
+    pub precision: Precision,
     /// Training or evaluation.
     pub mode: Mode<'a>,
 }

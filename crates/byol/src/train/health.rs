@@ -15,7 +15,7 @@ use crate::{
         card::{self, Card},
         knn, spectrum,
     },
-    nn::{Encoder, EncoderSpec, Mode, Pass, tree::host},
+    nn::{Encoder, EncoderSpec, Mode, Pass, Precision, tree::host},
     views::Policy,
 };
 
@@ -217,7 +217,7 @@ fn forward(byol: &Byol, images: &Images, spec: &EncoderSpec, device: &Device) ->
     let (mut y_all, mut z_all) = (Vec::new(), Vec::new());
     eval::for_batches(images, spec, device, |x: Tensor<4>| {
         let mode = Mode::Eval(&byol.online.statistics);
-        let mut pass = Pass { params: &byol.online.params, norm: &net.norm, mode };
+        let mut pass = Pass { params: &byol.online.params, norm: &net.norm, precision: Precision::F32, mode };
         let y = net.represent(&mut pass, x);
         z_all.extend(host(unit(net.projector.forward(&mut pass, y.clone()))));
         y_all.extend(host(y));

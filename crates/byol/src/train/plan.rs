@@ -114,6 +114,7 @@ impl Plan {
             encoder,
             normalization: r.normalize.clone(),
             norm: r.norm.clone(),
+            precision: r.train.precision,
         }
     }
 

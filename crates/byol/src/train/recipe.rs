@@ -8,7 +8,7 @@ use toml::{Table, Value};
 
 use crate::{
     byol::Objective,
-    nn::{Architecture, Init, NormConfig, Normalization, Stem, reference_center},
+    nn::{Architecture, Init, NormConfig, Normalization, Precision, Stem, reference_center},
     optim::{AdamW, Lars, Rule, Sgd},
     views::Policy,
 };
@@ -122,13 +122,16 @@ pub struct TrainConfig {
     pub batch: usize,
     /// Micro-batches an update; divides `batch`. 1. More need less memory; only batch norm sees the smaller batch.
     pub accumulate: usize,
+    /// f32, or bf16: what convolutions and linear layers multiply, where the processor has such products (AVX512-BF16). All sums, and
+    /// all that is kept, are f32 with both. f32.
+    pub precision: Precision,
     /// Training images to take, evenly spread over the data's own order; 0: all.
     pub limit: usize,
 }
 
 impl Default for TrainConfig {
     fn default() -> Self {
-        TrainConfig { epochs: 1000, warmup_epochs: 10, batch: 4096, accumulate: 1, limit: 0 }
+        TrainConfig { epochs: 1000, warmup_epochs: 10, batch: 4096, accumulate: 1, precision: Precision::F32, limit: 0 }
     }
 }
 

@@ -22,7 +22,7 @@ use super::{
 use crate::{
     byol::{Byol, Phase, Report},
     data::{Dataset, Images, Loader, MicroBatch, prefetch::Request},
-    files,
+    device, files,
     nn::weights,
 };
 
@@ -242,6 +242,7 @@ impl Run {
         tensorboard: bool,
     ) -> Result<Run, Error> {
         must_be_free(folder)?;
+        device::check(&device, plan.recipe.train.precision)?;
         let write = |path: &Path, source| Error::Write { path: path.to_owned(), source };
         fs::create_dir_all(checkpoints(folder)).map_err(|e| write(folder, e))?;
         files::write_whole(&plan_file(folder), plan.to_toml().as_bytes()).map_err(|e| write(&plan_file(folder), e))?;
@@ -260,6 +261,7 @@ impl Run {
     /// # Errors
     /// [`Error::DataChanged`], [`Error::Checkpoint`], [`Error::Write`].
     pub fn resume(folder: &Path, plan: Plan, data: &Prepared, device: Device, threads: usize) -> Result<Run, Error> {
+        device::check(&device, plan.recipe.train.precision)?;
         let changed = |reason: String| Error::DataChanged { root: plan.data.clone(), reason };
         if data.train.len() != plan.images {
             return Err(changed(format!("{} usable training images, not {}", data.train.len(), plan.images)));

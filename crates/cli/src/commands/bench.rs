@@ -64,8 +64,8 @@ struct Step {
     /// Steps to measure, after two to warm up
     #[arg(long, value_name = "N", default_value_t = 5)]
     steps: usize,
-    /// Features of the encoder alone, in evaluation mode
-    #[arg(long)]
+    /// Features of the encoder alone, in evaluation mode and f32
+    #[arg(long, conflicts_with = "precision")]
     forward_only: bool,
     #[command(flatten)]
     common: Common,
@@ -79,6 +79,9 @@ struct Common {
     /// Threads [default: one a core]
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     threads: usize,
+    /// f32, or bf16 on a processor with AVX512-BF16
+    #[arg(long, value_name = "WHAT", value_parser = ["f32", "bf16"], default_value = "f32")]
+    precision: String,
     /// Print one JSON object with the results
     #[arg(long)]
     json: bool,
@@ -169,10 +172,12 @@ fn step(args: &Step) -> Result<()> {
         format!("train.batch={}", args.batch),
         format!("heads.hidden={}", args.hidden),
         format!("heads.projection={}", args.projection),
+        format!("train.precision={}", args.common.precision),
         "health.images=0".into(),
     ])?;
     let (isa, machine) = (isa::choose()?, device::machine());
     let on_cpu = device::has_kernels(&opened.device);
+    device::check(&opened.device, recipe.train.precision)?;
     // Before the networks, so that its buffers do not count.
     let peak = on_cpu.then(|| peak::measure(isa));
     let data = Prepared::new(synthetic::dataset(0, args.batch, 0), 0, &recipe.health, 0, &|_| ())?;
@@ -239,7 +244,7 @@ fn step(args: &Step) -> Result<()> {
             split[..2].iter().map(|(name, s, work)| ((*name).into(), json!(work / s / 1e9))).collect();
         let mut result = json!({
             "what": if args.forward_only { "forward" } else { "step" }, "encoder": args.encoder, "width": args.width,
-            "size": args.size, "batch": args.batch, "threads": threads, "device": opened.found.choice,
+            "size": args.size, "batch": args.batch, "precision": args.common.precision, "threads": threads, "device": opened.found.choice,
             "isa": machine.isa, "images_per_second": images / seconds, "images_per_second_best": images / best,
             "step_ms": seconds * 1e3, "gflop_per_second": gflop / seconds, "peak_gflop_per_second": peak.map(|p| p.gflops),
             "share_of_peak": share, "bandwidth_gb_per_second": peak.map(|p| p.gigabytes), "peak_mb": peak_mb(),
@@ -337,14 +342,14 @@ fn of_views(args: &Views) -> Result<()> {
 
 fn kernels(args: &Kernels) -> Result<()> {
     let threads = super::set_threads(args.common.threads)?;
-    let isa = isa::choose()?;
-    let peak = peak::measure(isa);
-    let encoder = recipe(&[
+    let peak = peak::measure(isa::choose()?);
+    let recipe = recipe(&[
+        format!("train.precision={}", args.common.precision),
         format!("encoder.architecture={}", args.encoder),
         format!("encoder.width={}", args.width),
         format!("views.size={}", args.size),
-    ])?
-    .encoder;
+    ])?;
+    let (isa, encoder) = (device::kernels(recipe.train.precision)?, recipe.encoder);
     let network = ResNet::new(encoder.architecture, encoder.width, encoder.stem(args.size), CHANNELS);
     let mut shapes: Vec<(Shape, usize)> = Vec::new();
     for (c, side) in network.maps(args.size) {

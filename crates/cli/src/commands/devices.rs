@@ -27,10 +27,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     out!(
-        "{}, {} cores, {}, {} MiB of memory ({} free)",
+        "{}, {} cores, {}{}, {} MiB of memory ({} free)",
         machine.cpu,
         machine.cores,
         machine.isa,
+        if machine.bf16 { " with bf16" } else { "" },
         machine.memory_mb,
         machine.free_mb
     );

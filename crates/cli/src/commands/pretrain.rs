@@ -48,6 +48,9 @@ pub struct Args {
     /// Split each batch into N parts to save memory
     #[arg(long, value_name = "N")]
     accumulate: Option<i64>,
+    /// f32, or bf16 on a processor with AVX512-BF16: faster and coarser products, f32 sums
+    #[arg(long, value_name = "WHAT", value_parser = ["f32", "bf16"])]
+    precision: Option<String>,
     /// Passes over the images
     #[arg(long, value_name = "N")]
     epochs: Option<i64>,
@@ -130,6 +133,7 @@ impl Args {
             ("encoder.architecture", &self.encoder, "--encoder"),
             ("optimizer.kind", &self.optimizer, "--optimizer"),
             ("health.on_collapse", &self.on_collapse, "--on-collapse"),
+            ("train.precision", &self.precision, "--precision"),
         ];
         for (key, value, flag) in names {
             value.as_ref().map(|v| draft.say(key, v.as_str(), flag)).transpose()?;

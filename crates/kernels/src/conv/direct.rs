@@ -7,7 +7,11 @@
 //!
 //! Threads share out tasks: some images, or some rows of one. A task is fixed by the shape, so the order of sums is too.
 
-use std::{cell::RefCell, mem::MaybeUninit, ops::Range};
+use std::{
+    cell::RefCell,
+    mem::{MaybeUninit, take},
+    ops::Range,
+};
 
 use rayon::prelude::*;
 
@@ -16,6 +20,7 @@ use super::{
     tiles::{Pixels, Slopes, blocks, pack},
 };
 use crate::{
+    factor::Factor,
     isa::Isa,
     memory::{unwritten, written, written_slice},
 };
@@ -213,6 +218,10 @@ impl Task {
 #[derive(Default)]
 struct Scratch {
     source: Vec<f32>,
+    /// Values before they are rounded.
+    line: Vec<f32>,
+    /// Panels before they are.
+    panels: Vec<f32>,
     base: Vec<u32>,
     to: Vec<u32>,
 }
@@ -222,38 +231,52 @@ thread_local! {
 }
 
 /// The part of a source that a task reads.
-struct Window<'a> {
-    values: &'a [f32],
+struct Window<'a, F> {
+    values: &'a [F],
     /// Rows of each image in it, and the first of them counted from the margin on.
     rows: Range<usize>,
 }
 
-/// Copies what `task` reads into `buffer`, with its margin. Without margin and a pending norm nothing is copied.
-fn window<'a>(isa: &Isa, walk: &Walk, task: &Task, source: Input<'a>, buffer: &'a mut Vec<f32>) -> Window<'a> {
+/// Copies what `task` reads into `buffer`, with its margin. Without margin, a pending norm and rounding nothing is copied.
+fn window<'a, F: Factor>(
+    isa: &Isa,
+    walk: &Walk,
+    task: &Task,
+    source: Input<'a>,
+    buffer: &'a mut Vec<f32>,
+    unrounded: &mut Vec<f32>,
+) -> Window<'a, F> {
     let (rows, map) = (walk.source_rows(task), walk.from);
     let image = map.len();
-    if let (false, None) = (walk.has_margin(), source.pending) {
+    if let (false, None, Some(values)) = (walk.has_margin(), source.pending, F::borrow(source.values)) {
         let whole = 0..map.h;
-        return Window { values: &source.values[task.images.start * image..task.images.end * image], rows: whole };
+        return Window { values: &values[task.images.start * image..task.images.end * image], rows: whole };
     }
     let line = walk.width() * map.c;
     let length = task.images.len() * rows.len() * line;
-    if buffer.len() < length {
-        buffer.resize(length, 0.0);
-    }
+    let buffer = room::<F>(buffer, length);
     let [left, right] = walk.margin[1].map(|m| m * map.c);
     let lines = task.images.clone().flat_map(|i| rows.clone().map(move |y| (i, y)));
     for ((i, y), to) in lines.zip(buffer.chunks_exact_mut(line)) {
         match y.checked_sub(walk.margin[0][0]).filter(|y| *y < map.h) {
             Some(y) => {
-                to[..left].fill(0.0);
-                to[line - right..].fill(0.0);
-                source.copy(isa, i * image + y * map.w * map.c, &mut to[left..line - right]);
+                F::zero(&mut to[..left]);
+                F::zero(&mut to[line - right..]);
+                source.factors(isa, i * image + y * map.w * map.c, &mut to[left..line - right], unrounded);
             }
-            None => to.fill(0.0),
+            None => F::zero(to),
         }
     }
-    Window { values: &buffer[..length], rows }
+    Window { values: buffer, rows }
+}
+
+/// The first `n` factors of a buffer that grows as it must.
+fn room<F: Factor>(buffer: &mut Vec<f32>, n: usize) -> &mut [F] {
+    let least = F::room_for(n);
+    if buffer.len() < least {
+        buffer.resize(least, 0.0);
+    }
+    &mut F::room(buffer)[..n]
 }
 
 /// Offsets of the pixels of a phase in a task: of their windows in `window`, and of their channels in the task's destination.
@@ -300,7 +323,7 @@ fn runs(walk: &Walk, phase: &Phase) -> (Vec<u32>, usize) {
 
 /// Walks over the destination, task by task; `finish` gets each finished part with its offset while it is in the cache. Pixels that
 /// nothing reaches are 0.
-fn walk<T: Send>(
+fn walk<F: Factor, T: Send>(
     isa: &Isa,
     s: &Shape,
     walk: &Walk,
@@ -310,7 +333,11 @@ fn walk<T: Send>(
     finish: impl Fn(usize, &mut [f32]) -> T + Sync,
 ) -> (Vec<f32>, Vec<T>) {
     let mut out = unwritten(walk.n * walk.to.len());
-    let weights: Vec<Vec<f32>> = walk.phases.iter().map(|p| pack(isa, s, &p.places(s.kernel), w, turned)).collect();
+    let of_phase = |phase: &Phase| -> Vec<F> {
+        let places = phase.places(s.kernel);
+        F::weights(isa, places.len() * walk.from.c, pack(isa, s, &places, w, turned))
+    };
+    let weights: Vec<Vec<F>> = walk.phases.iter().map(of_phase).collect();
     let reaches_all = walk.phases.len() == walk.step * walk.step;
     let mut rest = &mut out[..];
     let mut parts = Vec::new();
@@ -326,8 +353,8 @@ fn walk<T: Send>(
                 out.fill(MaybeUninit::new(0.0));
             }
             SCRATCH.with_borrow_mut(|scratch| {
-                let Scratch { source: buffer, base, to } = scratch;
-                let window = window(isa, walk, &task, source, buffer);
+                let Scratch { source: buffer, line, base, to, .. } = scratch;
+                let window = window::<F>(isa, walk, &task, source, buffer, line);
                 for (phase, weights) in walk.phases.iter().zip(&weights) {
                     pixels(walk, phase, &task, &window.rows, base, to);
                     let (taps, run) = runs(walk, phase);
@@ -345,35 +372,39 @@ fn walk<T: Send>(
 }
 
 /// See [`super::forward_then`].
-pub(super) fn forward<T: Send>(
+pub(super) fn forward<F: Factor, T: Send>(
     isa: &Isa,
     s: &Shape,
     w: &[f32],
     x: Input,
     finish: impl Fn(usize, &mut [f32]) -> T + Sync,
 ) -> (Vec<f32>, Vec<T>) {
-    walk(isa, s, &Walk::forward(s), w, x, false, finish)
+    walk::<F, T>(isa, s, &Walk::forward(s), w, x, false, finish)
 }
 
 /// See [`super::backward_data`].
-pub(super) fn backward_data<T: Send>(
+pub(super) fn backward_data<F: Factor, T: Send>(
     isa: &Isa,
     s: &Shape,
     w: &[f32],
     dy: &[f32],
     finish: impl Fn(usize, &mut [f32]) -> T + Sync,
 ) -> (Vec<f32>, Vec<T>) {
-    walk(isa, s, &Walk::backward(s), w, dy.into(), true, finish)
+    walk::<F, T>(isa, s, &Walk::backward(s), w, dy.into(), true, finish)
 }
 
 /// The gradient by the weights, block by block of channels, each `[taps, c_in, NV · LANES]`: a matrix product over pixels. Both factors are
 /// laid out in panels, as wide as a tile, so that all a tile reads lies together.
-pub(super) fn backward_weight(isa: &Isa, s: &Shape, x: Input, dy: &[f32]) -> Vec<f32> {
+pub(super) fn backward_weight<F: Factor>(isa: &Isa, s: &Shape, x: Input, dy: &[f32]) -> Vec<f32> {
     let walk = Walk::forward(s);
     let sum = Sum::new(isa, &walk);
     let tasks = walk.tasks_of(SUM_PIXELS);
     let length = sum.taps.len() * sum.run * s.c_out.next_multiple_of(isa.lanes);
-    if length < SHARED_VALUES { sum.by_parts(length, &tasks, x, dy) } else { sum.by_blocks(length, &tasks, x, dy) }
+    if length < SHARED_VALUES {
+        sum.by_parts::<F>(length, &tasks, x, dy)
+    } else {
+        sum.by_blocks::<F>(length, &tasks, x, dy)
+    }
 }
 
 /// A gradient by the weights.
@@ -387,12 +418,13 @@ struct Sum<'a> {
     panels: usize,
 }
 
-/// Some pixels' panels: of what they read, `[taps, panels, pixels, rows]`, and of their gradients, block by block `[pixels, NV · LANES]`.
+/// Some pixels' panels: of what they read, `[taps, panels, groups, rows, DEPTH]`, and of their gradients, block by block
+/// `[groups, NV · LANES, DEPTH]`; a group is `DEPTH` pixels.
 #[derive(Clone, Copy)]
-struct Panels<'a> {
-    n: usize,
-    source: &'a [f32],
-    dy: &'a [f32],
+struct Panels<'a, F> {
+    groups: usize,
+    source: &'a [F],
+    dy: &'a [F],
 }
 
 impl<'a> Sum<'a> {
@@ -410,12 +442,45 @@ impl<'a> Sum<'a> {
         task.images.len() * task.rows.len() * self.walk.to.w
     }
 
+    /// Values of f32 that hold the panels of any of these tasks.
+    fn most<F: Factor>(&self, tasks: &[Task]) -> usize {
+        let pixels = tasks.iter().map(|task| self.n(task)).max().unwrap_or(0);
+        F::room_for(pixels.next_multiple_of(F::DEPTH) * self.pixel().iter().sum::<usize>())
+    }
+
     /// Lays out the panels of a task in `to`, which has room for them.
-    fn lay<'b>(&self, task: &Task, x: Input, dy: &[f32], to: &'b mut [f32]) -> Panels<'b> {
+    fn lay<'b, F: Factor>(&self, task: &Task, x: Input, dy: &[f32], to: &'b mut [f32]) -> Panels<'b, F> {
+        let (n, [of_x, of_dy]) = (self.n(task), self.pixel());
+        let groups = n.div_ceil(F::DEPTH);
+        if F::DEPTH == 1 {
+            self.lay_values(task, x, dy, to);
+        } else {
+            let mut values = SCRATCH.with_borrow_mut(|scratch| take(&mut scratch.panels));
+            let unrounded = room::<f32>(&mut values, n * (of_x + of_dy));
+            self.lay_values(task, x, dy, unrounded);
+            let (source, gradients) = unrounded.split_at(n * of_x);
+            let (to_source, to_gradients) = F::room(to).split_at_mut(groups * F::DEPTH * of_x);
+            let panels = source.chunks_exact(n * self.isa.rows);
+            for (from, to) in panels.zip(to_source.chunks_exact_mut(groups * F::DEPTH * self.isa.rows)) {
+                F::interleave(self.isa, from, self.isa.rows, to);
+            }
+            for (first, registers, _) in blocks(self.isa, self.walk.to.c) {
+                let wide = registers * self.isa.lanes;
+                let to = &mut to_gradients[groups * F::DEPTH * first..][..groups * F::DEPTH * wide];
+                F::interleave(self.isa, &gradients[n * first..][..n * wide], wide, to);
+            }
+            SCRATCH.with_borrow_mut(|scratch| scratch.panels = values);
+        }
+        let (source, dy) = F::room(to)[..groups * F::DEPTH * (of_x + of_dy)].split_at(groups * F::DEPTH * of_x);
+        Panels { groups, source, dy }
+    }
+
+    /// The same with a pixel a group.
+    fn lay_values(&self, task: &Task, x: Input, dy: &[f32], to: &mut [f32]) {
         let (isa, n) = (self.isa, self.n(task));
         let (source, gradients) = to[..n * self.pixel().iter().sum::<usize>()].split_at_mut(n * self.pixel()[0]);
-        SCRATCH.with_borrow_mut(|Scratch { source: buffer, base, to }| {
-            let window = window(isa, self.walk, task, x, buffer);
+        SCRATCH.with_borrow_mut(|Scratch { source: buffer, line, base, to, .. }| {
+            let window = window::<f32>(isa, self.walk, task, x, buffer, line);
             pixels(self.walk, &self.walk.phases[0], task, &window.rows, base, to);
             for (tap, of_tap) in self.taps.iter().zip(source.chunks_exact_mut(n * self.panels * isa.rows)) {
                 for (i, few) in base.chunks(FEW).enumerate() {
@@ -448,36 +513,36 @@ impl<'a> Sum<'a> {
                 }
             }
         }
-        Panels { n, source, dy: gradients }
     }
 
     /// dw += for one block of channels, one tap, and the panels from `first` on that `dw` is of.
-    fn add(
+    fn add<F: Factor>(
         &self,
-        all: Panels,
+        all: Panels<F>,
         tap: usize,
         first: usize,
         (channel, registers, _): (usize, usize, usize),
         dw: &mut [f32],
     ) {
-        let (isa, n) = (self.isa, all.n);
-        let dy = &all.dy[n * channel..][..n * registers * isa.lanes];
-        let source = &all.source[(tap * self.panels + first) * n * isa.rows..];
-        for (source, dw) in source.chunks_exact(n * isa.rows).zip(dw.chunks_mut(isa.rows * registers * isa.lanes)) {
-            Slopes { source, source_step: isa.rows, dy, step: registers * isa.lanes, n }.add(isa, registers, dw);
+        let (isa, n) = (self.isa, all.groups);
+        let [source_step, step] = [isa.rows, registers * isa.lanes].map(|values| values * F::DEPTH);
+        let dy = &all.dy[n * channel * F::DEPTH..][..n * step];
+        let source = &all.source[(tap * self.panels + first) * n * source_step..];
+        for (source, dw) in source.chunks_exact(n * source_step).zip(dw.chunks_mut(isa.rows * registers * isa.lanes)) {
+            Slopes { source, source_step, dy, step, n }.add(isa, registers, dw);
         }
     }
 
     /// Every thread sums some pixels into a gradient of its own, then all are added: for small weights.
-    fn by_parts(&self, length: usize, tasks: &[Task], x: Input, dy: &[f32]) -> Vec<f32> {
+    fn by_parts<F: Factor>(&self, length: usize, tasks: &[Task], x: Input, dy: &[f32]) -> Vec<f32> {
         let isa = self.isa;
-        let most = tasks.iter().map(|task| self.n(task)).max().unwrap_or(0) * self.pixel().iter().sum::<usize>();
+        let most = self.most::<F>(tasks);
         let partial: Vec<Vec<f32>> = tasks
             .par_chunks(tasks.len().div_ceil(PARTS).max(1))
             .map(|tasks| {
                 let (mut dw, mut room) = (vec![0.0f32; length], vec![0.0f32; most]);
                 for task in tasks {
-                    let panels = self.lay(task, x, dy, &mut room);
+                    let panels = self.lay::<F>(task, x, dy, &mut room);
                     let of_blocks = dw.chunks_mut(self.taps.len() * self.run * 2 * isa.lanes);
                     for (block, dw) in blocks(isa, self.walk.to.c).zip(of_blocks) {
                         for (tap, dw) in dw.chunks_exact_mut(self.run * block.1 * isa.lanes).enumerate() {
@@ -497,14 +562,14 @@ impl<'a> Sum<'a> {
 
     /// Every thread sums all pixels into some of the weights, group after group of tasks: for weights that are large beside the maps,
     /// where sums of their own would cost more than they save.
-    fn by_blocks(&self, length: usize, tasks: &[Task], x: Input, dy: &[f32]) -> Vec<f32> {
+    fn by_blocks<F: Factor>(&self, length: usize, tasks: &[Task], x: Input, dy: &[f32]) -> Vec<f32> {
         let isa = self.isa;
         let mut dw = vec![0.0f32; length];
-        let most = tasks.iter().map(|task| self.n(task)).max().unwrap_or(0) * self.pixel().iter().sum::<usize>();
+        let most = self.most::<F>(tasks);
         let together = (GROUP_VALUES / most.max(1)).clamp(1, tasks.len().max(1));
         let mut room = vec![0.0f32; together * most];
         for tasks in tasks.chunks(together) {
-            let panels: Vec<Panels> =
+            let panels: Vec<Panels<F>> =
                 room.par_chunks_mut(most).zip(tasks).map(|(room, task)| self.lay(task, x, dy, room)).collect();
             let of_blocks = dw.par_chunks_mut(self.taps.len() * self.run * 2 * isa.lanes);
             of_blocks.zip(blocks(isa, self.walk.to.c).collect::<Vec<_>>()).for_each(|(dw, block)| {

@@ -1,7 +1,8 @@
 //! Convolution and its two gradients, channels last.
 //!
 //! Two algorithms behind one door: [`direct`] for every shape, and [`winograd`], which needs a quarter of the multiplications, for 3x3 with
-//! stride 1. Which one is a function of the shape alone.
+//! stride 1. Which one is a function of the shape alone. Both multiply f32, or bf16 where the instruction set's table says so
+//! ([`crate::isa::halves_of`]); what they take and give, and their sums, are f32.
 
 mod direct;
 mod tiles;
@@ -9,7 +10,11 @@ mod winograd;
 
 use std::mem::MaybeUninit;
 
-use crate::{isa::Isa, norm::Pending};
+use crate::{
+    factor::{Bf16, Factor},
+    isa::Isa,
+    norm::Pending,
+};
 
 /// Shapes of one convolution. Input `[n, h, w, c_in]`, weight `[c_out, c_in, kernel, kernel]`, output `[n, h_out, w_out, c_out]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -93,10 +98,25 @@ impl Input<'_> {
     }
 }
 
+impl Input<'_> {
+    /// The same as factors; `unrounded` is for values between norm and rounding.
+    fn factors<F: Factor>(&self, isa: &Isa, from: usize, to: &mut [F], unrounded: &mut Vec<f32>) {
+        if let Some(to) = F::as_values(to) {
+            self.copy(isa, from, to);
+        } else if self.pending.is_none() {
+            F::round(isa, &self.values[from..from + to.len()], to);
+        } else {
+            unrounded.resize(to.len(), 0.0);
+            self.copy(isa, from, unrounded);
+            F::round(isa, unrounded, to);
+        }
+    }
+}
+
 /// Written values as such that may be overwritten, by who writes numbers alone.
-fn as_unwritten(values: &mut [f32]) -> &mut [MaybeUninit<f32>] {
+fn as_unwritten<F: Factor>(values: &mut [F]) -> &mut [MaybeUninit<F>] {
     // SAFETY: the layouts are the same; who gets it in this crate writes numbers, never less.
-    unsafe { &mut *(std::ptr::from_mut(values) as *mut [MaybeUninit<f32>]) }
+    unsafe { &mut *(std::ptr::from_mut(values) as *mut [MaybeUninit<F>]) }
 }
 
 /// A map of pixels.
@@ -114,6 +134,11 @@ impl Map {
     }
 }
 
+/// Whether a sum over so many channels multiplies pairs of bf16: an odd number (that of colours) stays f32.
+fn pairs(isa: &Isa, channels: usize) -> bool {
+    isa.halves.is_some() && channels.is_multiple_of(2)
+}
+
 /// y = conv(x, w). `finish` gets each finished part of y with its offset, in whole pixels, while it is in the cache; what it returns
 /// comes back in the order of the parts, which depends on the shape alone.
 ///
@@ -129,9 +154,11 @@ pub fn forward_then<T: Send>(
     s.check();
     let [of_x, of_w, _] = s.lengths();
     assert_eq!((x.values.len(), w.len()), (of_x, of_w), "{s:?}");
-    match winograd::Tiling::of(s) {
-        Some(tiling) => winograd::forward(isa, s, &tiling, w, x, false, finish),
-        None => direct::forward(isa, s, w, x, finish),
+    match (winograd::Tiling::of(s), pairs(isa, s.c_in)) {
+        (Some(tiling), false) => winograd::forward::<f32, _>(isa, s, &tiling, w, x, false, finish),
+        (Some(tiling), true) => winograd::forward::<Bf16, _>(isa, s, &tiling, w, x, false, finish),
+        (None, false) => direct::forward::<f32, _>(isa, s, w, x, finish),
+        (None, true) => direct::forward::<Bf16, _>(isa, s, w, x, finish),
     }
 }
 
@@ -157,9 +184,11 @@ pub fn backward_data_then<T: Send>(
     s.check();
     let [_, of_w, of_y] = s.lengths();
     assert_eq!((w.len(), dy.len()), (of_w, of_y), "{s:?}");
-    match winograd::Tiling::of(s) {
-        Some(tiling) => winograd::forward(isa, s, &tiling.turned(), w, dy.into(), true, finish),
-        None => direct::backward_data(isa, s, w, dy, finish),
+    match (winograd::Tiling::of(s), pairs(isa, s.c_out)) {
+        (Some(tiling), false) => winograd::forward::<f32, _>(isa, s, &tiling.turned(), w, dy.into(), true, finish),
+        (Some(tiling), true) => winograd::forward::<Bf16, _>(isa, s, &tiling.turned(), w, dy.into(), true, finish),
+        (None, false) => direct::backward_data::<f32, _>(isa, s, w, dy, finish),
+        (None, true) => direct::backward_data::<Bf16, _>(isa, s, w, dy, finish),
     }
 }
 
@@ -179,9 +208,12 @@ pub fn backward_weight(isa: &Isa, s: &Shape, x: Input, dy: &[f32]) -> Vec<f32> {
     s.check();
     let [of_x, _, of_y] = s.lengths();
     assert_eq!((x.values.len(), dy.len()), (of_x, of_y), "{s:?}");
-    let sum = match winograd::Tiling::of(s) {
-        Some(tiling) => winograd::backward_weight(isa, s, &tiling, x, dy),
-        None => direct::backward_weight(isa, s, x, dy),
+    // Pixels are paired here, not channels.
+    let sum = match (winograd::Tiling::of(s), pairs(isa, 2)) {
+        (Some(tiling), false) => winograd::backward_weight::<f32>(isa, s, &tiling, x, dy),
+        (Some(tiling), true) => winograd::backward_weight::<Bf16>(isa, s, &tiling, x, dy),
+        (None, false) => direct::backward_weight::<f32>(isa, s, x, dy),
+        (None, true) => direct::backward_weight::<Bf16>(isa, s, x, dy),
     };
     tiles::unpacked(isa, s, &sum)
 }

@@ -7,6 +7,7 @@ use rayon::prelude::*;
 
 use super::Shape;
 use crate::{
+    factor::Factor,
     isa::Isa,
     tile::{Column, WeightTile},
 };
@@ -86,30 +87,32 @@ pub(super) fn unpacked(isa: &Isa, s: &Shape, packed: &[f32]) -> Vec<f32> {
 
 /// Some pixels and what they read.
 #[derive(Clone, Copy)]
-pub(super) struct Pixels<'a> {
+pub(super) struct Pixels<'a, F> {
     /// Where they read.
-    pub source: &'a [f32],
+    pub source: &'a [F],
     /// Where in `source` each pixel's window begins.
     pub base: &'a [u32],
     /// Where in a window each run of taps begins.
     pub taps: &'a [u32],
-    /// Values of a run.
+    /// Values of a run, a multiple of the depth.
     pub run: usize,
     /// Whether source and output come from and go to memory, not a cache.
     pub far: bool,
 }
 
-impl Pixels<'_> {
+impl<F: Factor> Pixels<'_, F> {
     /// out[to + channel] = Σ over taps and runs of source · weight, for all channels, block by block of them; `weights` gives each block's,
-    /// `[taps, run, NV · LANES]`. Every value of `out` in `to .. to + channels` is written.
+    /// `[taps, run / DEPTH, NV · LANES, DEPTH]`. Every value of `out` in `to .. to + channels` is written.
     pub fn multiply<'w>(
         &self,
         isa: &Isa,
         channels: usize,
-        weights: impl Iterator<Item = &'w [f32]>,
+        weights: impl Iterator<Item = &'w [F]>,
         to: &[u32],
         out: &mut [MaybeUninit<f32>],
-    ) {
+    ) where
+        F: 'w,
+    {
         let Pixels { source, base, taps, run, far } = *self;
         let (Some(most_base), Some(most_to), Some(most_tap)) = (base.iter().max(), to.iter().max(), taps.iter().max())
         else {
@@ -118,6 +121,7 @@ impl Pixels<'_> {
         // The bounds of every pointer below.
         assert!(*most_base as usize + *most_tap as usize + run <= source.len(), "windows lie in the source");
         assert!(*most_to as usize + channels <= out.len() && base.len() == to.len(), "pixels lie in the destination");
+        assert!(run.is_multiple_of(F::DEPTH), "a run is of whole lanes");
         for ((first, registers, cols), block) in blocks(isa, channels).zip(weights) {
             assert!(block.len() == taps.len() * run * registers * isa.lanes, "a block of weights has its shape");
             let column = Column {
@@ -136,35 +140,35 @@ impl Pixels<'_> {
             };
             // SAFETY: the assertions above bound windows, pixels (`first + cols` is at most the channels) and the block, and there is
             // a pixel; an instruction set in the table is one of this processor.
-            unsafe { (isa.column[registers - 1])(&column) };
+            unsafe { F::column(isa, registers)(&column) };
         }
     }
 }
 
 /// What a weight gradient sums over: some pixels, what they read, and their gradients.
 #[derive(Clone, Copy)]
-pub(super) struct Slopes<'a> {
-    /// What they read, `[pixels, source_step]`, from the first row on. A tile reads whole rows of its own, past the last one.
-    pub source: &'a [f32],
-    /// Values a pixel of `source`.
+pub(super) struct Slopes<'a, F> {
+    /// What they read, `[groups, source_step]`, from the first row on. A tile reads whole rows of its own, past the last one.
+    pub source: &'a [F],
+    /// Values a group of `source`.
     pub source_step: usize,
-    /// Gradients, `[pixels, step]`, from the first channel on.
-    pub dy: &'a [f32],
-    /// Values a pixel of `dy`.
+    /// Gradients, `[groups, step]`, from the first channel on.
+    pub dy: &'a [F],
+    /// Values a group of `dy`.
     pub step: usize,
-    /// Pixels.
+    /// Groups: `DEPTH` pixels.
     pub n: usize,
 }
 
-impl Slopes<'_> {
+impl<F: Factor> Slopes<'_, F> {
     /// dw += Σ source · dy for the rows of one tile at most, and `registers` registers of channels. `dw`: `[rows, registers · LANES]`.
     pub fn add(&self, isa: &Isa, registers: usize, dw: &mut [f32]) {
         let cols = registers * isa.lanes;
         let Some(last) = self.n.checked_sub(1) else { return };
         let rows = dw.len() / cols;
         // The bounds of every pointer below.
-        assert!(last * self.source_step + isa.rows <= self.source.len(), "windows lie in the source");
-        assert!(last * self.step + cols <= self.dy.len(), "gradients lie in dy");
+        assert!(last * self.source_step + isa.rows * F::DEPTH <= self.source.len(), "windows lie in the source");
+        assert!(last * self.step + cols * F::DEPTH <= self.dy.len(), "gradients lie in dy");
         assert!(dw.len() == rows * cols && rows <= isa.rows, "dw has its shape");
         let tile = WeightTile {
             x: self.source.as_ptr(),
@@ -177,6 +181,6 @@ impl Slopes<'_> {
             rows,
         };
         // SAFETY: the assertions above bound windows and gradients; an instruction set in the table is one of this processor.
-        unsafe { (isa.weight_tile[registers - 1])(&tile) };
+        unsafe { F::weight_tile(isa, registers)(&tile) };
     }
 }

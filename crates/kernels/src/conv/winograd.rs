@@ -25,6 +25,7 @@ use super::{
     tiles::{Pixels, Slopes, blocks, pack},
 };
 use crate::{
+    factor::Factor,
     isa::Isa,
     memory::{unwritten, written, written_slice},
     tile::{AHEAD, LINE, fetch},
@@ -188,7 +189,7 @@ impl Tiling {
         for row in 0..TILE {
             let run = out.get(at + row * w * c..).unwrap_or_default();
             for line in run[..run.len().min(TILE * c)].iter().step_by(LINE) {
-                fetch::<true>(std::ptr::from_ref(line).cast());
+                fetch::<true>(std::ptr::from_ref(line));
             }
         }
     }
@@ -256,8 +257,8 @@ fn least(wide: bool) -> usize {
     if wide { 1 } else { usize::MAX }
 }
 
-/// G w Gᵀ, block by block of channels, each `[36, sources, NV · LANES]`.
-fn weights(isa: &Isa, s: &Shape, w: &[f32], turned: bool) -> Vec<f32> {
+/// G w Gᵀ, block by block of channels, each `[36, sources / DEPTH, NV · LANES, DEPTH]`.
+fn weights<F: Factor>(isa: &Isa, s: &Shape, w: &[f32], turned: bool) -> Vec<F> {
     let (sources, channels) = if turned { (s.c_out, s.c_in) } else { (s.c_in, s.c_out) };
     // Turned round: the first tap last.
     let places: Vec<usize> = if turned { (0..9).rev().collect() } else { (0..9).collect() };
@@ -269,13 +270,13 @@ fn weights(isa: &Isa, s: &Shape, w: &[f32], turned: bool) -> Vec<f32> {
         Transform { n, from, from_step: [3 * n, n], to, to_step: [WINDOW * n, n] }.run(isa.filter);
     });
     // SAFETY: each block is transformed whole.
-    unsafe { written(planes) }
+    F::weights(isa, PLANES * sources, unsafe { written(planes) })
 }
 
-/// Tiles that have been transformed, part by part: `[36 planes, tiles of the part, channels]` each, with room for as many tiles as the
-/// largest part has.
-struct Transformed<'a> {
-    values: &'a [f32],
+/// Tiles that have been transformed, part by part: `[36 planes, groups of tiles of the part, channels, tiles of a group]` each, with room
+/// for as many tiles as the largest part has.
+struct Transformed<'a, F> {
+    values: &'a [F],
     /// From one part to the next.
     part: usize,
     /// From one plane to the next.
@@ -285,25 +286,28 @@ struct Transformed<'a> {
 
 /// Which tiles, of what, by which map.
 #[derive(Clone, Copy)]
-struct Read<'a> {
+struct Read<'a, F> {
     tiling: &'a Tiling,
     source: Input<'a>,
     /// Of the source.
     map: Map,
     /// Before the source, and side of a tile's square.
     frame: [usize; 2],
-    by: Compiled,
+    /// Of the first and of the second tile of a group.
+    by: [Compiled<F>; 2],
+    /// Tiles of a group, which lie side by side.
+    group: usize,
     /// Channels with those that are not there.
     channels: usize,
 }
 
-impl<'a> Read<'a> {
+impl<'a, F: Factor> Read<'a, F> {
     /// Transforms the tiles of these parts into `buffer`; the threads share out the parts where `wide`.
-    fn all<'b>(&self, isa: &Isa, parts: &[Part], wide: bool, buffer: &'b mut Vec<f32>) -> Transformed<'b> {
+    fn all<'b>(&self, isa: &Isa, parts: &[Part], wide: bool, buffer: &'b mut Vec<f32>) -> Transformed<'b, F> {
         let most = parts.iter().map(|part| self.tiling.tiles(part).len()).max().unwrap_or(0);
-        let plane = most * self.channels + APART;
+        let plane = most.next_multiple_of(self.group) * self.channels + APART;
         let part = PLANES * plane;
-        let values = room(buffer, parts.len() * part);
+        let values = &mut F::room(room(buffer, F::room_for(parts.len() * part)))[..parts.len() * part];
         values.par_chunks_mut(part).with_min_len(least(wide)).zip(parts).for_each(|(to, part)| {
             let mut scratch = SCRATCH.take();
             let window = self.tiling.window(isa, self.map, self.frame, self.source, part, &mut scratch.window);
@@ -316,10 +320,10 @@ impl<'a> Read<'a> {
                     n: c,
                     from: &window.values[row * line + TILE * place.col * c..],
                     from_step: [line, c],
-                    to: as_unwritten(&mut to[i * self.channels..]),
+                    to: as_unwritten(&mut to[i / self.group * self.group * self.channels..]),
                     to_step: [WINDOW * plane, plane],
                 }
-                .run(self.by);
+                .run(self.by[i % self.group]);
             }
             SCRATCH.set(scratch);
         });
@@ -329,20 +333,20 @@ impl<'a> Read<'a> {
 
 impl Tiling {
     /// Bᵀ x B of tiles of x.
-    fn windows<'a>(&'a self, isa: &Isa, source: Input<'a>) -> Read<'a> {
+    fn windows<'a, F: Factor>(&'a self, source: Input<'a>, by: [Compiled<F>; 2], group: usize) -> Read<'a, F> {
         let frame = [self.padding, WINDOW];
-        Read { tiling: self, source, map: self.from, frame, by: isa.window, channels: self.from.c }
+        Read { tiling: self, source, map: self.from, frame, by, group, channels: self.from.c }
     }
 
     /// A dy Aᵀ of tiles of dy.
-    fn slopes<'a>(&'a self, isa: &Isa, dy: &'a [f32]) -> Read<'a> {
+    fn slopes<'a, F: Factor>(&'a self, isa: &Isa, dy: &'a [f32], by: [Compiled<F>; 2]) -> Read<'a, F> {
         let (source, channels) = (Input::from(dy), self.to.c.next_multiple_of(isa.lanes));
-        Read { tiling: self, source, map: self.to, frame: [0, TILE], by: isa.slopes, channels }
+        Read { tiling: self, source, map: self.to, frame: [0, TILE], by, group: F::DEPTH, channels }
     }
 }
 
 /// y = conv(source, w), or with `turned` the gradient by the input; `finish` as in [`super::forward_then`].
-pub(super) fn forward<T: Send>(
+pub(super) fn forward<F: Factor, T: Send>(
     isa: &Isa,
     s: &Shape,
     t: &Tiling,
@@ -352,7 +356,7 @@ pub(super) fn forward<T: Send>(
     finish: impl Fn(usize, &mut [f32]) -> T + Sync,
 ) -> (Vec<f32>, Vec<T>) {
     let both = PLANES * (t.from.c + t.to.c);
-    let weights = weights(isa, s, w, turned);
+    let weights = weights::<F>(isa, s, w, turned);
     let wide = PLANES * t.from.c * t.to.c > NARROW_WEIGHTS;
     let parts = t.parts((NARROW_VALUES / both).max(4 * isa.pixels));
     let mut out = unwritten(t.n * t.to.len());
@@ -365,7 +369,7 @@ pub(super) fn forward<T: Send>(
     }
     let stages = |parts: &[Part], spans: &mut [&mut [MaybeUninit<f32>]]| -> Vec<T> {
         let (mut tiles, mut planes) = SCRATCH.with_borrow_mut(|s| (take(&mut s.tiles), take(&mut s.sums)));
-        let read = t.windows(isa, source).all(isa, parts, wide, &mut tiles);
+        let read = t.windows::<F>(source, [F::window(isa); 2], 1).all(isa, parts, wide, &mut tiles);
         let first = t.tiles(&parts[0]).start;
         let n = t.tiles(&parts[parts.len() - 1]).end - first;
         let base: Vec<u32> = parts
@@ -411,12 +415,13 @@ pub(super) fn forward<T: Send>(
 }
 
 /// The gradient by the weights, block by block of channels, each `[9, c_in, NV · LANES]`.
-pub(super) fn backward_weight(isa: &Isa, s: &Shape, t: &Tiling, x: Input, dy: &[f32]) -> Vec<f32> {
+pub(super) fn backward_weight<F: Factor>(isa: &Isa, s: &Shape, t: &Tiling, x: Input, dy: &[f32]) -> Vec<f32> {
     let (sources, channels) = (s.c_in, s.c_out.next_multiple_of(isa.lanes));
     let length = PLANES * sources * channels;
     let both = PLANES * (sources + channels);
     let mut sum = vec![0.0f32; length];
-    let read = [t.windows(isa, x), t.slopes(isa, dy)];
+    let [by_window, by_slope] = F::interleaved(isa);
+    let read = [t.windows(x, by_window, F::DEPTH), t.slopes(isa, dy, by_slope)];
     if length <= NARROW_SUMS {
         let parts = t.parts(NARROW_VALUES / both);
         let partial: Vec<Vec<f32>> = parts
@@ -446,7 +451,7 @@ pub(super) fn backward_weight(isa: &Isa, s: &Shape, t: &Tiling, x: Input, dy: &[
 }
 
 /// sum += (Bᵀ x B) ⊙ (A dy Aᵀ) over the tiles of some parts, block by block of channels, each `[36, c_in, NV · LANES]`.
-fn add_products(isa: &Isa, [x, dy]: &[Read; 2], parts: &[Part], wide: bool, sum: &mut [f32]) {
+fn add_products<F: Factor>(isa: &Isa, [x, dy]: &[Read<F>; 2], parts: &[Part], wide: bool, sum: &mut [f32]) {
     let (mut tiles, mut slopes) = SCRATCH.with_borrow_mut(|s| (take(&mut s.tiles), take(&mut s.slopes)));
     let windows = x.all(isa, parts, wide, &mut tiles);
     // Channels that are not there hold what earlier layers left, and go into sums that nobody reads.
@@ -458,12 +463,13 @@ fn add_products(isa: &Isa, [x, dy]: &[Read; 2], parts: &[Part], wide: bool, sum:
         let planes = sum.par_chunks_exact_mut(c_in * block.1 * isa.lanes).with_min_len(least(wide));
         planes.enumerate().for_each(|(k, sum)| {
             for (i, part) in parts.iter().enumerate() {
-                let n = x.tiling.tiles(part).len();
+                let n = x.tiling.tiles(part).len().div_ceil(F::DEPTH);
+                let [source_step, step] = [c_in, channels].map(|values| values * F::DEPTH);
                 let source = &windows.values[i * windows.part + k * windows.plane..];
-                let dy = &gradients.values[i * gradients.part + k * gradients.plane..][..n * channels];
+                let dy = &gradients.values[i * gradients.part + k * gradients.plane..][..n * step];
                 for (row, sum) in (0..c_in).step_by(isa.rows).zip(sum.chunks_mut(isa.rows * block.1 * isa.lanes)) {
-                    let dy = &dy[block.0..];
-                    let all = Slopes { source: &source[row..], source_step: c_in, dy, step: channels, n };
+                    let (source, dy) = (&source[row * F::DEPTH..], &dy[block.0 * F::DEPTH..]);
+                    let all = Slopes { source, source_step, dy, step, n };
                     all.add(isa, block.1, sum);
                 }
             }

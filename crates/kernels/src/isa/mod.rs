@@ -7,6 +7,7 @@
 use std::{fmt, mem::MaybeUninit, sync::OnceLock};
 
 use crate::{
+    factor::{Bf16, Factor},
     norm, pool,
     tile::{Column, WeightTile},
     transform::Compiled,
@@ -46,6 +47,60 @@ pub(crate) trait Simd: Copy {
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
 }
 
+/// How two factors multiply into a register of sums.
+///
+/// # Safety
+/// All functions need the instruction set. `factors` touches `LANES · DEPTH` of them from the pointer on, `spread` `DEPTH`.
+pub(crate) trait Product: Copy {
+    /// The sums.
+    type Sum: Simd;
+    /// The factors.
+    type Factor: Factor;
+    /// A register of factors.
+    type Register: Copy;
+    /// The same `DEPTH` factors in all lanes.
+    unsafe fn spread(from: *const Self::Factor) -> Self::Register;
+    /// From memory, of any alignment.
+    unsafe fn factors(from: *const Self::Factor) -> Self::Register;
+    /// sum + a · b, over the depth of a lane.
+    unsafe fn dot(a: Self::Register, b: Self::Register, sum: <Self::Sum as Simd>::V) -> <Self::Sum as Simd>::V;
+}
+
+// SAFETY of all: the contract, which is that of `Simd`.
+impl<S: Simd> Product for S {
+    type Sum = S;
+    type Factor = f32;
+    type Register = S::V;
+
+    #[inline(always)]
+    unsafe fn spread(from: *const f32) -> S::V {
+        unsafe { S::splat(*from) }
+    }
+
+    #[inline(always)]
+    unsafe fn factors(from: *const f32) -> S::V {
+        unsafe { S::load(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn dot(a: S::V, b: S::V, sum: S::V) -> S::V {
+        unsafe { S::fma(a, b, sum) }
+    }
+}
+
+/// Registers of f32 written as bf16.
+///
+/// # Safety
+/// All functions need the instruction set. `half` touches `LANES` values from the pointer on, the others `LANES` pairs.
+pub(crate) trait Round: Simd {
+    /// Side by side.
+    unsafe fn half(to: *mut Bf16, value: Self::V);
+    /// As the first of pairs; the second is 0.
+    unsafe fn first(to: *mut Bf16, value: Self::V);
+    /// As the second of pairs, whose first are there.
+    unsafe fn second(to: *mut Bf16, value: Self::V);
+}
+
 /// Values, origin, sums, sums of squares.
 type MomentsLoop = unsafe fn(&[f32], &[f32], &mut [f32], &mut [f32]);
 
@@ -75,18 +130,20 @@ pub struct Isa {
     /// Rows a tile of the weight gradient.
     pub(crate) rows: usize,
     /// A column of one and of two registers of channels.
-    pub(crate) column: [unsafe fn(&Column); 2],
+    pub(crate) column: [unsafe fn(&Column<f32>); 2],
     /// The same for the weight gradient.
-    pub(crate) weight_tile: [unsafe fn(&WeightTile); 2],
+    pub(crate) weight_tile: [unsafe fn(&WeightTile<f32>); 2],
+    /// What multiplies bf16 instead, in the tables that do.
+    pub(crate) halves: Option<Halves>,
     /// Lays panels as the weight gradient reads them: of windows, and of one and of two registers of channels.
     pub(crate) lay: unsafe fn(&[f32], &[u32], usize, &mut [f32]),
     pub(crate) lay_lines: [LayLines; 2],
     /// Winograd's maps: a window, its output, the output's gradient, weights, the weights' gradient.
-    pub(crate) window: Compiled,
-    pub(crate) output: Compiled,
-    pub(crate) slopes: Compiled,
-    pub(crate) filter: Compiled,
-    pub(crate) filter_slopes: Compiled,
+    pub(crate) window: Compiled<f32>,
+    pub(crate) output: Compiled<f32>,
+    pub(crate) slopes: Compiled<f32>,
+    pub(crate) filter: Compiled<f32>,
+    pub(crate) filter_slopes: Compiled<f32>,
     /// Independent chains of FMAs: how fast the processor is at most.
     pub(crate) fma_chains: unsafe fn(usize, f32) -> f32,
     /// [`norm`]'s loops.
@@ -103,6 +160,22 @@ pub struct Isa {
     pub(crate) squares: unsafe fn(&[f32], &[f32], f32) -> [f32; 2],
     pub(crate) momentum: unsafe fn(Part, Momentum),
     pub(crate) adam: unsafe fn(Part, Adam),
+}
+
+/// Products of bf16 with sums of f32.
+pub(crate) struct Halves {
+    /// As [`Isa::column`].
+    pub column: [unsafe fn(&Column<Bf16>); 2],
+    /// As [`Isa::weight_tile`].
+    pub weight_tile: [unsafe fn(&WeightTile<Bf16>); 2],
+    /// [`crate::factor::round_loop`].
+    pub round: unsafe fn(&[f32], &mut [Bf16]),
+    /// [`crate::factor::pair_loop`].
+    pub pair: unsafe fn(&[f32], usize, &mut [Bf16]),
+    /// Winograd's maps, rounded: a window, and windows and output gradients in pairs.
+    pub window: Compiled<Bf16>,
+    pub window_pairs: [Compiled<Bf16>; 2],
+    pub slope_pairs: [Compiled<Bf16>; 2],
 }
 
 impl fmt::Debug for Isa {
@@ -159,6 +232,22 @@ pub fn choose() -> Result<&'static Isa, Missing> {
     CHOSEN.get_or_init(pick).clone()
 }
 
+/// The tables that multiply bf16: convolutions round their factors to it, sum in f32, and take and give f32 as all others do.
+pub fn available_halves() -> Vec<&'static Isa> {
+    available().into_iter().filter_map(halves_of).collect()
+}
+
+/// The same instruction set with products of bf16, if the processor has them.
+pub fn halves_of(isa: &Isa) -> Option<&'static Isa> {
+    match isa.name {
+        #[cfg(target_arch = "x86_64")]
+        "avx512" if is_x86_feature_detected!("avx512bf16") => Some(&avx512::HALVES),
+        // For tests: it is slower than f32.
+        "portable" => Some(&portable::HALVES),
+        _ => None,
+    }
+}
+
 /// [`choose`] where the choice was checked before.
 ///
 /// # Panics
@@ -181,13 +270,13 @@ macro_rules! isa {
         };
 
         $(#[$feature])?
-        unsafe fn column<const NV: usize>(t: &Column) {
+        unsafe fn column<const NV: usize>(t: &Column<f32>) {
             // SAFETY: the caller's.
             unsafe { tile::column::<$simd, $pixels, NV>(t) }
         }
 
         $(#[$feature])?
-        unsafe fn weight_tile<const NV: usize>(t: &WeightTile) {
+        unsafe fn weight_tile<const NV: usize>(t: &WeightTile<f32>) {
             // SAFETY: the caller's.
             unsafe { tile::weight_tile::<$simd, $rows, NV>(t) }
         }
@@ -203,9 +292,9 @@ macro_rules! isa {
         }
 
         $(#[$feature])?
-        unsafe fn transform<L: Map<N, M>, const N: usize, const M: usize>(t: &mut Transform) {
+        unsafe fn transform<L: Map<N, M>, const N: usize, const M: usize>(t: &mut Transform<f32>) {
             // SAFETY: the caller's.
-            unsafe { transform::transform::<$simd, L, N, M>(t) }
+            unsafe { transform::transform::<$simd, transform::Whole, L, N, M>(t) }
         }
 
         $(#[$feature])?
@@ -269,21 +358,21 @@ macro_rules! isa {
             update::adam_loop(p, by);
         }
 
-        /// The table.
-        pub static ISA: Isa = Isa {
+        const TABLE: Isa = Isa {
             name: $name,
             lanes: <$simd as Simd>::LANES,
             pixels: $pixels,
             rows: $rows,
             column: [column::<1>, column::<2>],
             weight_tile: [weight_tile::<1>, weight_tile::<2>],
+            halves: None,
             lay,
             lay_lines: [lay_lines::<1>, lay_lines::<2>],
-            window: Compiled { run: transform::<transform::Window, 6, 6>, reads: 6, writes: 6 },
-            output: Compiled { run: transform::<transform::Output, 6, 4>, reads: 6, writes: 4 },
-            slopes: Compiled { run: transform::<transform::Slopes, 4, 6>, reads: 4, writes: 6 },
-            filter: Compiled { run: transform::<transform::Filter, 3, 6>, reads: 3, writes: 6 },
-            filter_slopes: Compiled { run: transform::<transform::FilterSlopes, 6, 3>, reads: 6, writes: 3 },
+            window: Compiled { run: transform::<transform::Window, 6, 6>, reads: 6, writes: 6, wide: 1 },
+            output: Compiled { run: transform::<transform::Output, 6, 4>, reads: 6, writes: 4, wide: 1 },
+            slopes: Compiled { run: transform::<transform::Slopes, 4, 6>, reads: 4, writes: 6, wide: 1 },
+            filter: Compiled { run: transform::<transform::Filter, 3, 6>, reads: 3, writes: 6, wide: 1 },
+            filter_slopes: Compiled { run: transform::<transform::FilterSlopes, 6, 3>, reads: 6, writes: 3, wide: 1 },
             fma_chains,
             moments,
             affine_act,
@@ -297,6 +386,72 @@ macro_rules! isa {
             momentum,
             adam,
         };
+
+        /// The table.
+        pub static ISA: Isa = TABLE;
     };
 }
 use isa;
+
+/// Compiles the loops that multiply bf16 as well, beside [`isa`]: name, products, tile heights as there, target features.
+macro_rules! halves {
+    ($name:literal, $simd:ty, $product:ty, pixels $pixels:literal, rows $rows:literal, $(#[$feature:meta])?) => {
+        use crate::{
+            factor::{self, Bf16},
+            isa::{Halves, Product, Round},
+        };
+
+        $(#[$feature])?
+        unsafe fn column_of_halves<const NV: usize>(t: &Column<Bf16>) {
+            // SAFETY: the caller's.
+            unsafe { tile::column::<$product, $pixels, NV>(t) }
+        }
+
+        $(#[$feature])?
+        unsafe fn weight_tile_of_halves<const NV: usize>(t: &WeightTile<Bf16>) {
+            // SAFETY: the caller's.
+            unsafe { tile::weight_tile::<$product, $rows, NV>(t) }
+        }
+
+        $(#[$feature])?
+        unsafe fn round(from: &[f32], to: &mut [Bf16]) {
+            factor::round_loop(from, to);
+        }
+
+        $(#[$feature])?
+        unsafe fn pair(from: &[f32], width: usize, to: &mut [Bf16]) {
+            factor::pair_loop(from, width, to);
+        }
+
+        $(#[$feature])?
+        unsafe fn rounded<W, L: Map<N, 6>, const N: usize>(t: &mut Transform<Bf16>)
+        where
+            W: transform::Write<$simd, To = Bf16> + transform::Write<transform::One, To = Bf16>,
+        {
+            // SAFETY: the caller's.
+            unsafe { transform::transform::<$simd, W, L, N, 6>(t) }
+        }
+
+        /// The table with products of bf16.
+        pub static HALVES: Isa = Isa {
+            name: $name,
+            halves: Some(Halves {
+                column: [column_of_halves::<1>, column_of_halves::<2>],
+                weight_tile: [weight_tile_of_halves::<1>, weight_tile_of_halves::<2>],
+                round,
+                pair,
+                window: Compiled { run: rounded::<transform::Half, transform::Window, 6>, reads: 6, writes: 6, wide: 1 },
+                window_pairs: [
+                    Compiled { run: rounded::<transform::First, transform::Window, 6>, reads: 6, writes: 6, wide: 2 },
+                    Compiled { run: rounded::<transform::Second, transform::Window, 6>, reads: 6, writes: 6, wide: 2 },
+                ],
+                slope_pairs: [
+                    Compiled { run: rounded::<transform::First, transform::Slopes, 4>, reads: 4, writes: 6, wide: 2 },
+                    Compiled { run: rounded::<transform::Second, transform::Slopes, 4>, reads: 4, writes: 6, wide: 2 },
+                ],
+            }),
+            ..TABLE
+        };
+    };
+}
+use halves;
