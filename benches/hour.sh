@@ -7,11 +7,12 @@
 # Environment: CIFAR (folder with train/CLASS/*.jpg and test/CLASS/*.jpg), OUT (folder for runs and results; hour), EVERY (epochs between two
 # evaluations; 3), TORCH (options of torch_train.py), PEERS (folder of torch_train.py; ../shared/peers), BYOL (the program to measure).
 #
-# Time is that of training; evaluations are not counted. kNN: 10,000 test images among 50,000, k = 20, T = 0.07, for both.
+# Time: epochs times the median time of one, so that what else the machine did for a while does not count. byol's includes all that an epoch
+# does (loading, what it watches, checkpoints), PyTorch's its steps alone. kNN: 10,000 test images among 50,000, k = 20, T = 0.07, for both.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-usage() { sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+usage() { sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 [ $# -ge 1 ] || usage
 python=$1
 shift
@@ -44,9 +45,10 @@ train_byol() {
         epoch=${file##*-}
         epoch=${epoch%.safetensors}
         "$byol" eval knn "$file" "$CIFAR" --device cpu --json 2>/dev/null | "$python" -c "
-import json, sys
+import json, statistics, sys
 lines = [json.loads(l) for l in open('$out/byol/metrics.jsonl')]
-seconds = next(l['elapsed_s'] for l in lines if l['kind'] == 'epoch' and l['epoch'] == $epoch)
+elapsed = [l['elapsed_s'] for l in lines if l['kind'] == 'epoch']
+seconds = $epoch * statistics.median(b - a for a, b in zip(elapsed, elapsed[1:]))
 print(f\"byol,{seconds / 60:.2f},{100 * json.load(sys.stdin)['rows'][0]['value']:.2f}\")" >>"$out/byol.csv"
     done
 }
@@ -54,17 +56,15 @@ print(f\"byol,{seconds / 60:.2f},{100 * json.load(sys.stdin)['rows'][0]['value']
 train_torch() {
     "$python" "$peers/torch_train.py" --data "$CIFAR" --eval-every "$every" $torch --json "$out/torch.json" >"$out/torch.log" 2>&1
     "$python" - "$out" <<'PYTHON'
-import json, sys
+import json, statistics, sys
 
 out = sys.argv[1]
 r = json.load(open(f"{out}/torch.json"))
 images = r["steps"] * r["args"]["batch"] / len(r["history"])
-seconds = [0.0]
-for epoch in r["history"]:
-    seconds.append(seconds[-1] + images / epoch["images_per_s"])
+seconds = images / statistics.median(epoch["images_per_s"] for epoch in r["history"])
 with open(f"{out}/torch.csv", "w") as f:
     for point in r["knn"]:
-        print(f"PyTorch,{seconds[point['epoch']] / 60:.2f},{point['knn']:.2f}", file=f)
+        print(f"PyTorch,{point['epoch'] * seconds / 60:.2f},{point['knn']:.2f}", file=f)
 PYTHON
 }
 

@@ -1,4 +1,9 @@
 //! USE: what one does with an encoder or a recipe besides training.
 
 pub mod chart;
+pub mod embed;
+pub mod embeddings;
+pub mod export;
+pub mod onnx;
+pub mod search;
 pub mod sheet;

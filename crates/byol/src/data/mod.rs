@@ -218,6 +218,14 @@ impl Images {
         }
     }
 
+    /// The file of image `i`, where it is one.
+    pub fn path(&self, i: usize) -> Option<&Path> {
+        match &self.source {
+            Source::Files(paths) => Some(&paths[self.chosen[i]]),
+            Source::Memory(_) => None,
+        }
+    }
+
     /// Image `i`, decoded.
     ///
     /// # Errors

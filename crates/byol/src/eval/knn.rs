@@ -40,7 +40,7 @@ pub fn nearest(bank: &Features, queries: &Features, k: usize) -> Vec<Vec<(usize,
 }
 
 /// The `k` largest with their positions, largest first; of equals the earlier.
-fn largest(values: &[f32], k: usize) -> Vec<(usize, f32)> {
+pub(crate) fn largest(values: &[f32], k: usize) -> Vec<(usize, f32)> {
     let order = |a: &(usize, f32), b: &(usize, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
     let k = k.min(values.len());
     let mut best: Vec<(usize, f32)> = Vec::with_capacity(2 * k + 1);

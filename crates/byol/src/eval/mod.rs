@@ -58,7 +58,7 @@ impl Features {
 }
 
 /// Images a batch in evaluation: enough to fill a device, little enough for any memory.
-fn batch_for(size: usize) -> usize {
+pub(crate) fn batch_for(size: usize) -> usize {
     (256 * 32 * 32 / (size * size)).clamp(8, 256)
 }
 

@@ -1,6 +1,7 @@
 //! NETWORKS: the encoder f, the projector g and the predictor q, as descriptions that act on a [`Tree`] of weights.
 
 pub mod conv_norm_act;
+pub mod foreign;
 mod fused;
 pub mod init;
 pub mod mlp;
@@ -142,6 +143,15 @@ impl Encoder {
         let norm = NormConfig::default();
         let mode = Mode::Eval(&self.weights.statistics);
         self.represent(&mut Pass { params: &self.weights.params, norm: &norm, precision: Precision::F32, mode }, x)
+    }
+
+    /// The representation of one view: `spec.size`² pixels, row-major with interleaved channels, in 0..1. Returns `[F]`.
+    ///
+    /// # Panics
+    /// If it is not as many values.
+    pub fn embed_one(&self, view: &[f32]) -> Vec<f32> {
+        let shape = [1, self.spec.size, self.spec.size, self.spec.channels];
+        tree::host(self.embed(Tensor::from_data(TensorData::new(view.to_vec(), shape), &self.device())))
     }
 
     /// The same weights for dense prediction: [`ResNet::dilated`].

@@ -50,6 +50,12 @@ impl Architecture {
         }
     }
 
+    /// The one with such blocks, so many in each group.
+    pub fn of(bottleneck: bool, depths: [usize; 4]) -> Option<Architecture> {
+        let block = if bottleneck { Block::Bottleneck } else { Block::Basic };
+        Self::ALL.into_iter().find(|a| a.blocks() == (block, depths))
+    }
+
     /// The name in recipes and files: `resnet18`.
     pub fn name(self) -> &'static str {
         match self {
@@ -171,6 +177,16 @@ impl ResNet {
     pub fn features(&self) -> usize {
         let last = self.groups.last().and_then(|g| g.last()).and_then(|b| b.convs.last());
         last.map_or(self.stem.0.c_out, |conv| conv.c_out)
+    }
+
+    /// The first convolution, and what stands behind it.
+    pub fn stem(&self) -> (&ConvNorm, Stem) {
+        (&self.stem.0, self.stem.1)
+    }
+
+    /// Each residual block: its convolutions, and the one on its skip.
+    pub fn blocks(&self) -> impl Iterator<Item = (&[ConvNorm], Option<&ConvNorm>)> {
+        self.groups.iter().flatten().map(|b| (b.convs.as_slice(), b.projection.as_ref()))
     }
 
     /// Channels of the images it takes.

@@ -9,6 +9,7 @@ use std::{
 
 use burn::tensor::Device;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use sha2::{Digest, Sha256};
 
 use super::{Encoder, EncoderSpec, Leaf, Running, Statistics, Tree, Weights};
 use crate::files;
@@ -41,8 +42,16 @@ pub enum Error {
         reason: String,
     },
     /// Safetensors of someone else.
-    #[error("{} does not say which encoder it holds ({reason}); use an encoder.safetensors that byol wrote", path.display())]
+    #[error("{} does not say which encoder it holds ({reason}); use an encoder.safetensors that byol wrote, or make one of it with `byol import`", path.display())]
     Foreign {
+        /// Which file.
+        path: PathBuf,
+        /// What is missing.
+        reason: String,
+    },
+    /// A file of someone else without a ResNet that we know.
+    #[error("{} cannot be imported: {reason}; give a ResNet's weights as .pth or .safetensors, with torchvision's, timm's, lightly's or solo-learn's names", path.display())]
+    NoResnet {
         /// Which file.
         path: PathBuf,
         /// What is missing.
@@ -82,6 +91,12 @@ pub(crate) fn from_bytes(bytes: &[u8]) -> Vec<f32> {
 /// # Errors
 /// [`Error::Write`].
 pub fn save(path: &Path, spec: &EncoderSpec, weights: &Weights) -> Result<(), Error> {
+    let write = |source| Error::Write { path: path.to_owned(), source };
+    files::write_whole(path, &to_file(spec, weights)).map_err(write)
+}
+
+/// The encoder as the bytes of a file.
+pub(crate) fn to_file(spec: &EncoderSpec, weights: &Weights) -> Vec<u8> {
     let mut tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
     for (name, leaf) in spec.resnet().shapes().iter().filter_map(|(name, _)| Some((name, weights.params.leaf(name)?))) {
         tensors.push((name.clone(), Dtype::F32, leaf.shape.clone(), to_bytes(&leaf.to_vec())));
@@ -97,8 +112,7 @@ pub fn save(path: &Path, spec: &EncoderSpec, weights: &Weights) -> Result<(), Er
     }
     // One entry: a map of more is written in an order that changes from process to process, and equal encoders are equal files.
     let metadata = HashMap::from([(KEY.to_owned(), serde_json::to_string(spec).expect("a description is plain data"))]);
-    let write = |source| Error::Write { path: path.to_owned(), source };
-    files::write_whole(path, &serialize(&tensors, metadata)).map_err(write)
+    serialize(&tensors, metadata)
 }
 
 /// Named tensors and metadata as a safetensors file.
@@ -115,6 +129,15 @@ pub(crate) fn serialize(
 /// `encoder.safetensors` of a run folder, or the file itself.
 pub fn resolve(path: &Path) -> PathBuf {
     if path.is_dir() { path.join("encoder.safetensors") } else { path.to_owned() }
+}
+
+/// SHA-256 of a file in hexadecimal: which encoder it is.
+///
+/// # Errors
+/// [`Error::Read`].
+pub fn sha256(path: &Path) -> Result<String, Error> {
+    let bytes = fs::read(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
+    Ok(Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect())
 }
 
 /// Reads an encoder from a file or a run folder.

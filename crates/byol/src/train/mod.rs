@@ -44,6 +44,16 @@ pub enum Error {
         /// The data.
         root: PathBuf,
     },
+    /// The weights to start with are of another network.
+    #[error("{} holds {found}, but the recipe asks for {wanted}; set --encoder, --width or encoder.stem to the file's, or start without --init", path.display())]
+    Unlike {
+        /// The file.
+        path: PathBuf,
+        /// What it holds.
+        found: String,
+        /// What the recipe says.
+        wanted: String,
+    },
     /// `--out` is not empty.
     #[error("{} already holds {what}; choose another --out, or go on with it by `byol resume {}`", path.display(), path.display())]
     Occupied {

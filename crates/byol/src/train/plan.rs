@@ -11,7 +11,10 @@ use super::{
 use crate::{
     byol::Byol,
     data::{CHANNELS, Images},
-    nn::{EncoderSpec, Mlp, Network, Weights},
+    nn::{
+        EncoderSpec, Mlp, Network, Weights,
+        foreign::{self, Preparation},
+    },
     optim::{Optimizer, Schedule},
 };
 use burn::tensor::Device;
@@ -118,7 +121,36 @@ impl Plan {
         }
     }
 
-    /// The networks before the first step.
+    /// The networks before the first step, with the weights of `encoder.from` where it names some: f of θ and of ξ.
+    ///
+    /// # Errors
+    /// [`Error::Encoder`], [`Error::Unlike`].
+    pub fn begin(&self, device: &Device) -> Result<Byol, Error> {
+        let mut byol = self.start(device);
+        let from = Path::new(&self.recipe.encoder.from);
+        if from.as_os_str().is_empty() {
+            return Ok(byol);
+        }
+        let normalization = self.recipe.normalize.clone();
+        let encoder = foreign::load(from, &Preparation { size: None, normalization }, device)?;
+        let kind = |s: &EncoderSpec| (s.architecture, s.width, s.stem, s.channels);
+        if kind(&encoder.spec) != kind(&self.encoder) {
+            let said = |s: &EncoderSpec| {
+                format!("a {} of width {} with the {:?} stem", s.architecture.name(), s.width, s.stem)
+            };
+            let (found, wanted) = (said(&encoder.spec), said(&self.encoder));
+            return Err(Error::Unlike { path: from.to_owned(), found, wanted });
+        }
+        for weights in [&mut byol.online, &mut byol.target] {
+            weights.params.extend("", &encoder.weights.params);
+            for (name, running) in encoder.weights.statistics.iter() {
+                weights.statistics.insert(name, running.clone());
+            }
+        }
+        Ok(byol)
+    }
+
+    /// The networks with fresh weights.
     pub fn start(&self, device: &Device) -> Byol {
         let (network, seed) = (self.network(), self.recipe.seed);
         let online = network.init(seed, "online", self.recipe.method.predictor, device);

@@ -57,6 +57,8 @@ pub struct EncoderConfig {
     pub init: Init,
     /// Start each residual branch at zero. The paper's results did not.
     pub zero_init_residual: bool,
+    /// An encoder whose weights f starts with: a file of byol, or a ResNet's weights as .pth or .safetensors. Empty: fresh weights.
+    pub from: String,
 }
 
 /// Which stem.
@@ -79,6 +81,7 @@ impl Default for EncoderConfig {
             stem: StemChoice::Auto,
             init: Init::Reference,
             zero_init_residual: false,
+            from: String::new(),
         }
     }
 }

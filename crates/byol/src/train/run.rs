@@ -243,6 +243,8 @@ impl Run {
     ) -> Result<Run, Error> {
         must_be_free(folder)?;
         device::check(&device, plan.recipe.train.precision)?;
+        // Before anything is written: the weights to start with may not fit.
+        let byol = plan.begin(&device)?;
         let write = |path: &Path, source| Error::Write { path: path.to_owned(), source };
         fs::create_dir_all(checkpoints(folder)).map_err(|e| write(folder, e))?;
         files::write_whole(&plan_file(folder), plan.to_toml().as_bytes()).map_err(|e| write(&plan_file(folder), e))?;
@@ -251,7 +253,6 @@ impl Run {
             let text = data.skipped.join("\n") + "\n";
             files::write_whole(&path, text.as_bytes()).map_err(|e| write(&path, e))?;
         }
-        let byol = plan.start(&device);
         checkpoint::save(&checkpoints(folder), &byol, Counters::default(), &plan, plan.recipe.checkpoint.keep)?;
         Run::assemble(folder, plan, byol, data, device, threads, Counters::default(), tensorboard)
     }

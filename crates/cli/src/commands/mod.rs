@@ -4,7 +4,10 @@ mod ablate;
 mod bench;
 mod demo;
 mod devices;
+mod embed;
 mod eval;
+mod export;
+mod near;
 mod pretrain;
 mod resume;
 mod views;
@@ -40,6 +43,20 @@ enum Command {
     Resume(resume::Args),
     /// Measure what an encoder has learned
     Eval(eval::Args),
+    /// Write one vector an image to a file
+    Embed(embed::Args),
+    /// Find the images most like a given one
+    Search(near::Search),
+    /// Find images that are nearly the same
+    Duplicates(near::Duplicates),
+    /// Find the images that are least like all others
+    Outliers(near::Outliers),
+    /// Choose a varied subset, for example to label
+    Select(near::Select),
+    /// Write an encoder for other tools: ONNX, torchvision, timm
+    Export(export::Export),
+    /// Make an encoder of a ResNet that someone else has trained
+    Import(export::Import),
     /// Repeat an ablation of the paper on your own images
     Ablate(Box<ablate::Args>),
     /// Draw images beside their two augmented views
@@ -59,6 +76,13 @@ impl Cli {
             Command::Pretrain(args) => pretrain::run(&args),
             Command::Resume(args) => resume::run(&args),
             Command::Eval(args) => eval::run(&args),
+            Command::Embed(args) => embed::run(&args),
+            Command::Search(args) => near::search(&args),
+            Command::Duplicates(args) => near::duplicates(&args),
+            Command::Outliers(args) => near::outliers(&args),
+            Command::Select(args) => near::select(&args),
+            Command::Export(args) => export::export(&args),
+            Command::Import(args) => export::import(&args),
             Command::Ablate(args) => ablate::run(&args),
             Command::Views(args) => views::run(&args),
             Command::Demo(args) => demo::run(&args),

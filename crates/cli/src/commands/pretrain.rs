@@ -36,6 +36,9 @@ pub struct Args {
     /// resnet18, resnet34, resnet50, resnet101, resnet152 or resnet200
     #[arg(long)]
     encoder: Option<String>,
+    /// Start with these weights: an encoder of byol, or a ResNet's .pth or .safetensors
+    #[arg(long, value_name = "FILE")]
+    init: Option<String>,
     /// Multiplies the encoder's channels; may be fractional
     #[arg(long)]
     width: Option<f64>,
@@ -131,6 +134,7 @@ impl Args {
         }
         let names = [
             ("encoder.architecture", &self.encoder, "--encoder"),
+            ("encoder.from", &self.init, "--init"),
             ("optimizer.kind", &self.optimizer, "--optimizer"),
             ("health.on_collapse", &self.on_collapse, "--on-collapse"),
             ("train.precision", &self.precision, "--precision"),

@@ -1,0 +1,256 @@
+//! What lies near what: exact search, near-duplicates, outliers, and a varied selection. All by the cosine of embeddings from which the
+//! mean of the set is taken away: what all images share says nothing of one.
+
+use byol_kernels::{
+    conv::{self, Shape},
+    isa,
+};
+use rayon::prelude::*;
+
+use crate::eval::{Features, knn};
+
+/// Rows that can be searched.
+#[derive(Debug, Clone)]
+pub struct Index {
+    mean: Vec<f32>,
+    /// Without the mean, of unit length.
+    unit: Features,
+}
+
+/// Two rows that are alike.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Pair {
+    /// The earlier row, or that of the first set.
+    pub a: usize,
+    /// The later row, or that of the second set.
+    pub b: usize,
+    /// Their cosine.
+    pub cosine: f32,
+}
+
+/// Rows of either side whose cosines are held at once.
+const BLOCK: usize = 1024;
+
+impl Index {
+    /// Takes the mean away and scales the rows.
+    pub fn new(features: Features) -> Index {
+        let dim = features.dim;
+        let mut sums = vec![0.0f64; dim];
+        for row in features.values.chunks_exact(dim) {
+            sums.iter_mut().zip(row).for_each(|(s, v)| *s += f64::from(*v));
+        }
+        // The mean of one row would leave nothing of it.
+        let n = if features.n > 1 { features.n as f64 } else { f64::INFINITY };
+        let mean: Vec<f32> = sums.iter().map(|s| (s / n) as f32).collect();
+        let unit = centred(features, &mean);
+        Index { mean, unit }
+    }
+
+    /// How many rows.
+    pub fn len(&self) -> usize {
+        self.unit.n
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.unit.n == 0
+    }
+
+    /// The rows as they are compared.
+    pub fn rows(&self) -> &Features {
+        &self.unit
+    }
+
+    /// Other rows in the same terms.
+    pub fn map(&self, other: Features) -> Features {
+        assert_eq!(other.dim, self.unit.dim, "rows to compare have the same length");
+        centred(other, &self.mean)
+    }
+
+    /// Cosines of one row, as [`Index::map`] gives it, with all.
+    fn cosines(&self, query: &[f32]) -> Vec<f32> {
+        let part = self.unit.n.div_ceil(4 * rayon::current_num_threads()).max(1);
+        let of_some = |rows: &[f32]| rows.chunks_exact(self.unit.dim).map(|row| dot(row, query)).collect::<Vec<_>>();
+        self.unit.values.par_chunks(part * self.unit.dim).flat_map_iter(of_some).collect()
+    }
+
+    /// The `k` rows nearest to one, nearest first; of equals the earlier.
+    pub fn nearest(&self, query: &[f32], k: usize) -> Vec<(usize, f32)> {
+        knn::largest(&self.cosines(query), k)
+    }
+
+    /// All pairs with at least this cosine, of different rows.
+    pub fn pairs(&self, least: f32) -> Vec<Pair> {
+        let starts: Vec<usize> = (0..self.unit.n).step_by(BLOCK).collect();
+        let of_start = |a: &usize| blocks_from(&self.unit, *a, &self.unit, *a, least, |a, b| a < b);
+        starts.iter().flat_map(of_start).collect()
+    }
+
+    /// All pairs of a row here and one of `other`, as [`Index::map`] gives it, with at least this cosine.
+    pub fn pairs_with(&self, other: &Features, least: f32) -> Vec<Pair> {
+        let starts: Vec<usize> = (0..self.unit.n).step_by(BLOCK).collect();
+        starts.iter().flat_map(|a| blocks_from(&self.unit, *a, other, 0, least, |_, _| true)).collect()
+    }
+
+    /// How far each row is from its `k` nearest others: 1 − their mean cosine, in [0, 2].
+    pub fn outlier_scores(&self, k: usize) -> Vec<f64> {
+        let k = k.min(self.unit.n.saturating_sub(1));
+        let score = |(i, near): (usize, &Vec<(usize, f32)>)| {
+            let others = near.iter().filter(|(j, _)| *j != i).take(k);
+            1.0 - others.map(|(_, c)| f64::from(*c)).sum::<f64>() / k.max(1) as f64
+        };
+        knn::nearest(&self.unit, &self.unit, k + 1).iter().enumerate().map(score).collect()
+    }
+
+    /// `n` rows that cover the set: each the farthest from all before it (k-center greedy, Gonzalez 1985), the first the nearest to the
+    /// mean direction. With each the cosine with the nearest before it.
+    pub fn varied(&self, n: usize) -> Vec<(usize, f32)> {
+        let (all, dim) = (self.unit.n, self.unit.dim);
+        let mut sum = vec![0.0f32; dim];
+        for row in self.unit.values.chunks_exact(dim) {
+            sum.iter_mut().zip(row).for_each(|(s, v)| *s += v);
+        }
+        let mut chosen: Vec<(usize, f32)> = self.nearest(&sum, 1).iter().map(|(i, _)| (*i, -1.0)).collect();
+        let mut closest = vec![f32::NEG_INFINITY; all];
+        while let Some(last) = chosen.last().filter(|_| chosen.len() < n.min(all)) {
+            let cosines = self.cosines(self.unit.row(last.0));
+            closest.iter_mut().zip(&cosines).for_each(|(c, new)| *c = c.max(*new));
+            closest[last.0] = f32::INFINITY;
+            let far = (0..all).min_by(|a, b| closest[*a].total_cmp(&closest[*b])).expect("there are rows left");
+            chosen.push((far, closest[far]));
+        }
+        chosen.truncate(n);
+        chosen
+    }
+}
+
+/// Groups of rows that hang together by pairs, each in order, the groups by their first row.
+pub fn groups(n: usize, pairs: &[Pair]) -> Vec<Vec<usize>> {
+    let mut parent: Vec<usize> = (0..n).collect();
+    fn root(parent: &mut [usize], mut i: usize) -> usize {
+        while parent[i] != i {
+            parent[i] = parent[parent[i]];
+            i = parent[i];
+        }
+        i
+    }
+    for pair in pairs {
+        let (a, b) = (root(&mut parent, pair.a), root(&mut parent, pair.b));
+        // The earlier row stands for the group.
+        parent[a.max(b)] = a.min(b);
+    }
+    let mut members: std::collections::BTreeMap<usize, Vec<usize>> = std::collections::BTreeMap::new();
+    for i in 0..n {
+        let of = root(&mut parent, i);
+        members.entry(of).or_default().push(i);
+    }
+    members.into_values().filter(|group| group.len() > 1).collect()
+}
+
+fn centred(features: Features, mean: &[f32]) -> Features {
+    let mut features = features;
+    for row in features.values.chunks_exact_mut(features.dim) {
+        row.iter_mut().zip(mean).for_each(|(v, m)| *v -= m);
+    }
+    features.unit()
+}
+
+/// Pairs of the rows `from .. from + BLOCK` of `a` with those of `b` from `first` on.
+fn blocks_from(
+    a: &Features,
+    from: usize,
+    b: &Features,
+    first: usize,
+    least: f32,
+    counts: impl Fn(usize, usize) -> bool + Sync,
+) -> Vec<Pair> {
+    let dim = a.dim;
+    let rows = &a.values[from * dim..(from + BLOCK).min(a.n) * dim];
+    let n = rows.len() / dim;
+    let mut found = Vec::new();
+    for (block, others) in b.values[first * dim..].chunks(4 * BLOCK * dim).enumerate() {
+        let c_out = others.len() / dim;
+        let s = Shape { n, h: 1, w: 1, c_in: dim, c_out, kernel: 1, stride: 1, padding: 0, dilation: 1 };
+        let cosines = conv::forward(isa::chosen(), &s, rows, others);
+        let of_row = |(i, row): (usize, &[f32])| -> Vec<Pair> {
+            let alike = row.iter().enumerate().filter(|(_, c)| **c >= least);
+            let pair = |(j, c): (usize, &f32)| Pair { a: from + i, b: first + block * 4 * BLOCK + j, cosine: *c };
+            alike.map(pair).filter(|p| counts(p.a, p.b)).collect()
+        };
+        found.par_extend(cosines.par_chunks(c_out).enumerate().flat_map_iter(of_row));
+    }
+    found
+}
+
+/// a · b, in an order of sums that suits registers.
+#[multiversion::multiversion(targets("x86_64+avx2+fma", "aarch64+neon"))]
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut sums = [0.0f32; 32];
+    let (whole, rest) = a.as_chunks::<32>();
+    let (other, other_rest) = b.as_chunks::<32>();
+    for (a, b) in whole.iter().zip(other) {
+        for i in 0..32 {
+            sums[i] += a[i] * b[i];
+        }
+    }
+    sums.iter().sum::<f32>() + rest.iter().zip(other_rest).map(|(a, b)| a * b).sum::<f32>()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random;
+
+    fn rows(n: usize, dim: usize, salt: u64) -> Features {
+        let mut rng = random::stream(&[salt]);
+        Features { n, dim, values: (0..n * dim).map(|_| random::uniform(&mut rng) as f32 - 0.4).collect() }
+    }
+
+    #[test]
+    fn search_and_pairs_are_those_of_a_plain_search() {
+        let mut features = rows(2500, 37, 1);
+        // Row 2000 is row 3, larger.
+        let copy: Vec<f32> = features.row(3).to_vec();
+        features.values[2000 * 37..2001 * 37].copy_from_slice(&copy);
+        let index = Index::new(features);
+        let cosine = |i: usize, j: usize| -> f32 {
+            index.rows().row(i).iter().zip(index.rows().row(j)).map(|(a, b)| a * b).sum()
+        };
+        let found = index.nearest(index.rows().row(3), 5);
+        assert_eq!((found[0].0, found[1].0), (3, 2000));
+        let mut all: Vec<usize> = (0..2500).collect();
+        all.sort_by(|a, b| cosine(3, *b).total_cmp(&cosine(3, *a)));
+        assert_eq!(found[2..].iter().map(|f| f.0).collect::<Vec<_>>(), all[2..5]);
+        let pairs = index.pairs(0.6);
+        let want = (0..2500).flat_map(|a| (a + 1..2500).map(move |b| (a, b)));
+        let want: Vec<_> = want.filter(|(a, b)| cosine(*a, *b) >= 0.6).collect();
+        let mut got: Vec<_> = pairs.iter().map(|p| (p.a, p.b)).collect();
+        got.sort_unstable();
+        assert_eq!(got, want);
+        assert!(got.contains(&(3, 2000)));
+        let other = Features { n: 2, dim: 37, values: [copy.clone(), vec![0.3; 37]].concat() };
+        let across = index.pairs_with(&index.map(other), 0.999);
+        assert_eq!(across.iter().map(|p| (p.a, p.b)).collect::<Vec<_>>(), [(3, 0), (2000, 0)]);
+    }
+
+    #[test]
+    fn pairs_that_share_a_row_are_one_group() {
+        let pair = |a, b| Pair { a, b, cosine: 1.0 };
+        assert_eq!(groups(8, &[pair(5, 6), pair(1, 2), pair(6, 1), pair(3, 7)]), [vec![1, 2, 5, 6], vec![3, 7]]);
+    }
+
+    #[test]
+    fn one_far_row_is_the_outlier_and_a_selection_takes_it_early() {
+        let mut features = rows(1, 4, 0);
+        let like = |direction: [f32; 4], i: usize| direction.map(|v| v + 0.01 * ((i * 7919) % 13) as f32);
+        let many = (0..20).map(|i| like([1.0, 0.0, 0.0, 0.0], i)).chain((0..20).map(|i| like([0.0, 1.0, 0.0, 0.0], i)));
+        features.values = many.chain([[0.0, 0.0, 0.0, 5.0]]).flatten().collect();
+        features.n = 41;
+        let index = Index::new(features);
+        let scores = index.outlier_scores(5);
+        assert_eq!((0..41).max_by(|a, b| scores[*a].total_cmp(&scores[*b])), Some(40));
+        let chosen: Vec<usize> = index.varied(3).iter().map(|c| c.0).collect();
+        assert!(chosen.contains(&40) && chosen.iter().any(|i| *i < 20) && chosen.iter().any(|i| (20..40).contains(i)));
+        assert_eq!(index.varied(100).len(), 41);
+    }
+}

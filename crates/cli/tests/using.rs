@@ -1,0 +1,364 @@
+//! What one does with an encoder, through the real binary: embed, search, duplicates, outliers, select, export, import; and other tools
+//! reading what it writes.
+
+mod common;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::OnceLock,
+};
+
+use common::{byol, bytes, json, ok, pictures, pretrain, refused, run, stderr, text};
+use tempfile::TempDir;
+
+/// A folder of pictures, and a small encoder that was trained on them a little.
+fn trained() -> &'static (TempDir, PathBuf, PathBuf) {
+    static TRAINED: OnceLock<(TempDir, PathBuf, PathBuf)> = OnceLock::new();
+    TRAINED.get_or_init(|| {
+        let folder = tempfile::tempdir().unwrap();
+        let (data, out) = (folder.path().join("data"), folder.path().join("run"));
+        pictures(&data, 60);
+        ok(&pretrain(&data, &out, &[]));
+        (folder, data, out)
+    })
+}
+
+fn embed<'a>(encoder: &'a Path, data: &'a Path, out: &'a Path, more: &[&'a str]) -> Vec<&'a str> {
+    [&["embed", text(encoder), text(data), "-o", text(out), "--device", "cpu"][..], more].concat()
+}
+
+/// The Python that `BYOL_PYTHON` names, or one in an environment of our own with these packages; none where there is no Python or no
+/// registry.
+fn python() -> Option<&'static PathBuf> {
+    static PYTHON: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let make = || {
+        if let Some(named) = std::env::var_os("BYOL_PYTHON") {
+            return Some(PathBuf::from(named));
+        }
+        let home = Path::new(env!("CARGO_TARGET_TMPDIR")).join("python");
+        let python = home.join("bin/python");
+        let works = |python: &Path| {
+            let check = "import numpy, pyarrow, polars, onnxruntime, safetensors";
+            Command::new(python).args(["-c", check]).output().is_ok_and(|o| o.status.success())
+        };
+        if !works(&python) {
+            let made = Command::new("python3").args(["-m", "venv", text(&home)]).output();
+            made.ok().filter(|o| o.status.success())?;
+            let packages = ["numpy", "pyarrow", "polars", "onnxruntime", "safetensors"];
+            let mut pip = Command::new(&python);
+            pip.args(["-m", "pip", "install", "-q", "--disable-pip-version-check"]).args(packages);
+            pip.output().ok().filter(|o| o.status.success())?;
+        }
+        works(&python).then_some(python)
+    };
+    let found = PYTHON.get_or_init(make).as_ref();
+    if found.is_none() {
+        eprintln!("NOT TESTED: other tools (no python3 with venv, or no packages to install)");
+    }
+    found
+}
+
+/// Runs a script; its standard output. None where there is no Python.
+fn script(code: &str, args: &[&Path]) -> Option<String> {
+    let output = Command::new(python()?).arg("-c").arg(code).args(args).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    Some(String::from_utf8(output.stdout).unwrap())
+}
+
+#[test]
+fn embeddings_are_the_same_in_every_format_and_whole_or_in_parts() {
+    let (_, data, encoder) = trained();
+    let folder = tempfile::tempdir().unwrap();
+    let before = bytes(encoder);
+    let at = |name: &str| folder.path().join(name);
+    for name in ["a.parquet", "a.npy", "a.csv"] {
+        let result = json(&ok(&embed(encoder, data, &at(name), &["--json"])));
+        assert_eq!((result["rows"].as_u64(), result["dim"].as_u64()), (Some(60), Some(32)), "{name}");
+    }
+    for part in ["1/3", "2/3", "3/3"] {
+        ok(&embed(encoder, data, &at(&format!("{}.csv", &part[..1])), &["--shard", part]));
+    }
+    let csv = fs::read_to_string(at("a.csv")).unwrap();
+    let part = |i: u32| fs::read_to_string(at(&format!("{i}.csv"))).unwrap();
+    let rest = |text: String| text.split_once('\n').unwrap().1.to_owned();
+    assert_eq!(csv, part(1) + &rest(part(2)) + &rest(part(3)));
+    assert!(csv.lines().nth(1).unwrap().contains("even/000.png,even,"), "{csv}");
+    assert_eq!(before, bytes(encoder), "the encoder stays as it is");
+    let left: Vec<_> = fs::read_dir(folder.path()).unwrap().flatten().map(|e| e.file_name()).collect();
+    assert!(left.iter().all(|n| !n.to_string_lossy().contains("partial")), "{left:?}");
+    let code = "
+import csv, sys, numpy, polars, pyarrow.parquet
+parquet, npy, text = sys.argv[1:]
+table = pyarrow.parquet.read_table(parquet)
+assert table.column_names == ['path', 'label', 'embedding'], table.column_names
+assert b'encoder_sha256' in table.schema.metadata[b'byol']
+rows = numpy.stack(table['embedding'].to_numpy())
+assert rows.dtype == numpy.float32 and rows.shape == (60, 32), (rows.dtype, rows.shape)
+assert (numpy.load(npy) == rows).all()
+paths = open(npy.replace('.npy', '.paths.txt')).read().splitlines()
+assert paths == table['path'].to_pylist()
+assert polars.read_parquet(parquet)['embedding'].to_numpy().shape == (60, 32)
+lines = list(csv.reader(open(text)))[1:]
+assert numpy.array_equal(numpy.array([l[2:] for l in lines], dtype=numpy.float32), rows)
+print('read')
+";
+    if let Some(said) = script(code, &[&at("a.parquet"), &at("a.npy"), &at("a.csv")]) {
+        assert_eq!(said, "read\n");
+    }
+}
+
+#[test]
+fn a_killed_embedding_leaves_no_half_file_and_goes_on() {
+    let (_, _, encoder) = trained();
+    let folder = tempfile::tempdir().unwrap();
+    let (data, out) = (folder.path().join("data"), folder.path().join("e.npy"));
+    pictures(&data, 3000);
+    let whole = folder.path().join("whole.npy");
+    ok(&embed(encoder, &data, &whole, &[]));
+    let partial = folder.path().join("e.npy.partial-rows");
+    let mut child = byol(&embed(encoder, &data, &out, &["--threads", "1"])).spawn().unwrap();
+    let record = 4 + 4 * 32;
+    // Some records are there.
+    while fs::metadata(&partial).map_or(0, |m| m.len()) < 600 * record {
+        assert!(child.try_wait().unwrap().is_none(), "it was too fast to be killed");
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(!out.exists());
+    // A record that was cut off is done again.
+    let length = fs::metadata(&partial).unwrap().len();
+    fs::File::options().write(true).open(&partial).unwrap().set_len(length - 7).unwrap();
+    refused(&embed(encoder, &data, &out, &["--shard", "1/2"]), &["another --shard", "partial"]);
+    let output = ok(&embed(encoder, &data, &out, &[]));
+    assert!(stderr(&output).contains("going on after"), "{}", stderr(&output));
+    assert_eq!(fs::read(&out).unwrap(), fs::read(&whole).unwrap());
+    assert!(!partial.exists());
+    refused(&embed(encoder, &data, &out, &[]), &["exists", "--overwrite"]);
+    ok(&embed(encoder, &data, &out, &["--overwrite"]));
+}
+
+#[test]
+fn images_that_cannot_be_used_have_no_row() {
+    let (_, _, encoder) = trained();
+    let folder = tempfile::tempdir().unwrap();
+    let (data, out) = (folder.path().join("data"), folder.path().join("e.csv"));
+    pictures(&data, 9);
+    fs::write(data.join("even/cut.png"), b"\x89PNG").unwrap();
+    let result = json(&ok(&embed(encoder, &data, &out, &["--json"])));
+    assert_eq!(result["rows"], 9);
+    assert!(result["skipped"][0].as_str().unwrap().contains("cut.png"));
+    assert_eq!(fs::read_to_string(&out).unwrap().lines().count(), 10);
+}
+
+#[test]
+fn neighbours_duplicates_outliers_and_a_selection() {
+    let (_, _, encoder) = trained();
+    let folder = tempfile::tempdir().unwrap();
+    let (data, e) = (folder.path().join("data"), folder.path().join("e.parquet"));
+    pictures(&data, 40);
+    let first = data.join("even/000.png");
+    fs::copy(&first, data.join("odd/copy.png")).unwrap();
+    ok(&embed(encoder, &data, &e, &[]));
+    let found = json(&ok(&["search", text(&e), "--image", text(&first), "-k", "3", "--json", "--device", "cpu"]));
+    let near = found["neighbours"].as_array().unwrap();
+    assert_eq!(near.len(), 3);
+    let names: Vec<&str> = near.iter().map(|n| n["path"].as_str().unwrap().rsplit('/').next().unwrap()).collect();
+    assert_eq!(names[..2], ["000.png", "copy.png"]);
+    assert!(near[1]["cosine"].as_f64().unwrap() > 0.9999);
+
+    let found = json(&ok(&["duplicates", text(&e), "--threshold", "0.99999", "--json"]));
+    let groups = found["groups"].as_array().unwrap();
+    let of_first = groups.iter().find(|g| g[0].as_str().unwrap().ends_with("000.png")).unwrap();
+    assert!(of_first.as_array().unwrap().iter().any(|n| n.as_str().unwrap().ends_with("copy.png")));
+    let (other, o) = (folder.path().join("other"), folder.path().join("o.npy"));
+    fs::create_dir(&other).unwrap();
+    fs::copy(&first, other.join("leaked.png")).unwrap();
+    ok(&embed(encoder, &other, &o, &[]));
+    let found = json(&ok(&["duplicates", text(&e), text(&o), "--threshold", "0.9999", "--json"]));
+    let pair = &found["pairs"][0];
+    assert!(pair["second"].as_str().unwrap().ends_with("leaked.png") && pair["cosine"].as_f64().unwrap() > 0.9999);
+
+    let found = json(&ok(&["outliers", text(&e), "-n", "5", "--json"]));
+    let scores: Vec<f64> = found["outliers"].as_array().unwrap().iter().map(|o| o["score"].as_f64().unwrap()).collect();
+    assert!(scores.len() == 5 && scores.windows(2).all(|w| w[0] >= w[1]));
+    let chosen = String::from_utf8(ok(&["select", text(&e), "-n", "7"]).stdout).unwrap();
+    let chosen: std::collections::HashSet<&str> = chosen.lines().collect();
+    assert_eq!(chosen.len(), 7);
+}
+
+#[test]
+fn exports_compute_the_same_in_other_tools() {
+    let (_, _, encoder) = trained();
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    for (name, flags) in [("a.onnx", &[][..]), ("b.onnx", &["--normalized-input"]), ("a.safetensors", &[])] {
+        let out = at(name);
+        let args = [&["export", text(encoder), "-o", text(&out), "--json"], flags].concat();
+        let result = json(&ok(&args));
+        assert!(result["largest_difference"].as_f64().unwrap() < 1e-4, "{name} {result}");
+        refused(&args, &["exists", "--overwrite"]);
+    }
+    let code = "
+import json, sys, numpy, onnxruntime
+a, b = [onnxruntime.InferenceSession(p, providers=['CPUExecutionProvider']) for p in sys.argv[1:3]]
+meta = a.get_modelmeta().custom_metadata_map
+n = json.loads(meta['normalization'])
+mean, std = [numpy.array(n[k], dtype=numpy.float32).reshape(1, 3, 1, 1) for k in ('mean', 'std')]
+for batch in (1, 5):
+    side = a.get_inputs()[0].shape[2]
+    x = numpy.random.default_rng(batch).random((batch, 3, side, side), dtype=numpy.float32)
+    (f,), (g,) = a.run(None, {'images': x}), b.run(None, {'images': (x - mean) / std})
+    assert f.shape == (batch, 32), f.shape
+    assert abs(f - g).max() < 1e-4 * abs(f).max()
+print(meta['largest difference from byol'])
+";
+    if let Some(said) = script(code, &[&at("a.onnx"), &at("b.onnx")]) {
+        assert!(said.contains("images"), "{said}");
+    }
+}
+
+/// Whether the interpreter has torchvision: 5 GB, so it is used where `BYOL_PYTHON` brings it and never installed.
+fn has_torchvision() -> bool {
+    let has = python().is_some_and(|p| {
+        Command::new(p).args(["-c", "import torch, torchvision"]).output().is_ok_and(|o| o.status.success())
+    });
+    if !has {
+        eprintln!("NOT TESTED: torchvision (name an interpreter that has it by BYOL_PYTHON)");
+    }
+    has
+}
+
+#[test]
+fn torchvisions_checkpoint_computes_the_same_here() {
+    if !has_torchvision() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let code = "
+import sys, torch, torchvision
+torch.manual_seed(0)
+model = torchvision.models.resnet50()
+model.train()
+with torch.no_grad():
+    model(torch.rand(4, 3, 64, 64))
+torch.save({'epoch': 3, 'state_dict': {'module.backbone.' + k: v for k, v in model.state_dict().items()}}, sys.argv[1])
+torch.save(model.state_dict(), sys.argv[2])
+";
+    script(code, &[&at("a.pth"), &at("b.pth")]).unwrap();
+    for name in ["a", "b"] {
+        let (encoder, onnx) = (at(&format!("{name}.safetensors")), at(&format!("{name}.onnx")));
+        ok(&["import", text(&at(&format!("{name}.pth"))), "-o", text(&encoder), "--size", "64"]);
+        ok(&["export", text(&encoder), "-o", text(&onnx), "--normalized-input"]);
+    }
+    let code = "
+import sys, numpy, onnxruntime, torch, torchvision
+model = torchvision.models.resnet50()
+model.load_state_dict(torch.load(sys.argv[1]))
+model.fc = torch.nn.Identity()
+model.eval()
+x = torch.rand(3, 3, 64, 64)
+with torch.no_grad():
+    want = model(x).numpy()
+for path in sys.argv[2:4]:
+    (got,) = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider']).run(None, {'images': x.numpy()})
+    assert abs(got - want).max() < 1e-4 * abs(want).max(), abs(got - want).max()
+# And back: strict but for the classifier.
+from safetensors.torch import load_file
+model = torchvision.models.resnet50()
+state = load_file(sys.argv[4])
+missing, unexpected = model.load_state_dict(state, strict=False)
+assert set(missing) == {'fc.weight', 'fc.bias'} and not unexpected, (missing, unexpected)
+print('same')
+";
+    let args = ["b.pth", "a.onnx", "b.onnx", "a.safetensors"].map(at);
+    let said = script(code, &args.each_ref().map(|p| p.as_path())).unwrap();
+    assert_eq!(said, "same\n");
+}
+
+#[test]
+fn a_foreign_resnet_becomes_an_encoder_and_a_start() {
+    let (_, data, encoder) = trained();
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    // Ours without the entry that says what it is, under solo-learn's names.
+    let own = bytes(encoder);
+    let n = u64::from_le_bytes(own[..8].try_into().unwrap()) as usize;
+    let mut head: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(&own[8..8 + n]).unwrap();
+    head.remove("__metadata__");
+    let renamed: serde_json::Map<_, _> =
+        head.into_iter().map(|(k, v)| (format!("state_dict.backbone.{k}"), v)).collect();
+    let head = serde_json::to_vec(&renamed).unwrap();
+    let foreign = at("foreign.safetensors");
+    fs::write(&foreign, [&(head.len() as u64).to_le_bytes()[..], &head, &own[8 + n..]].concat()).unwrap();
+    refused(&["eval", "knn", text(&foreign), text(data)], &["byol import"]);
+    let imported = at("imported.safetensors");
+    let spec = json(&ok(&["import", text(&foreign), "-o", text(&imported), "--size", "16", "--json"]));
+    assert_eq!((spec["encoder"]["architecture"].as_str(), spec["features"].as_u64()), (Some("resnet18"), Some(32)));
+    let (a, b) = (at("a.npy"), at("b.npy"));
+    let norm = ["--mean", "0.4914,0.4822,0.4465", "--std", "0.2470,0.2435,0.2616", "--overwrite"];
+    ok(&[&["import", text(&foreign), "-o", text(&imported), "--size", "16"][..], &norm].concat());
+    ok(&embed(encoder, data, &a, &[]));
+    ok(&embed(&imported, data, &b, &[]));
+    let (a, b) = (fs::read(a).unwrap(), fs::read(b).unwrap());
+    assert_eq!(a.len(), b.len());
+    let out = at("run");
+    ok(&pretrain(data, &out, &["--init", text(&foreign), "--epochs", "2"]));
+    let plan = fs::read_to_string(out.join("plan.toml")).unwrap();
+    assert!(plan.contains("foreign.safetensors"), "{plan}");
+    let other = at("other");
+    refused(&pretrain(data, &other, &["--init", text(&foreign), "--width", "0.125"]), &["width 0.0625", "--init"]);
+    assert!(!other.exists());
+    // A pickle that would run a program is read without running it.
+    let evil = at("evil.pth");
+    let ran = at("ran");
+    let pickle = format!("cos\nsystem\n(S'touch {}'\ntR.", ran.display());
+    fs::write(&evil, pickle).unwrap();
+    refused(&["import", text(&evil), "-o", text(&at("x.safetensors"))], &["evil.pth", "cannot be imported"]);
+    assert!(!ran.exists() && !at("x.safetensors").exists());
+}
+
+#[test]
+fn bad_embeddings_get_one_clear_line() {
+    let (_, data, encoder) = trained();
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let e = at("e.parquet");
+    ok(&embed(encoder, data, &e, &[]));
+    let image = data.join("even/000.png");
+    let search = |e: &Path, more: &[&str]| -> Vec<String> {
+        let args = [&["search", text(e), "--image", text(&image), "--device", "cpu"], more].concat();
+        args.into_iter().map(str::to_owned).collect()
+    };
+    let refuse = |args: &[String], words: &[&str]| {
+        refused(&args.iter().map(String::as_str).collect::<Vec<_>>(), words);
+    };
+    refuse(&search(&at("none.parquet"), &[]), &["cannot read", "none.parquet"]);
+    let cut = at("cut.parquet");
+    let whole = fs::read(&e).unwrap();
+    fs::write(&cut, &whole[..whole.len() / 2]).unwrap();
+    refuse(&search(&cut, &[]), &["cut.parquet", "cannot be used"]);
+    let text_file = at("a.txt");
+    fs::write(&text_file, "x").unwrap();
+    refuse(&search(&text_file, &[]), &[".parquet, .npy or .csv"]);
+    // Another encoder.
+    let out = at("run");
+    ok(&pretrain(data, &out, &["--seed", "9", "--epochs", "1", "--warmup-epochs", "0"]));
+    refuse(&search(&e, &["--encoder", text(&out)]), &["another encoder"]);
+    let o = at("o.parquet");
+    ok(&embed(&out, data, &o, &[]));
+    refused(&["duplicates", text(&e), text(&o)], &["different encoders"]);
+    // A missing query, an encoder that is gone, an empty set.
+    refused(&["search", text(&e), "--image", "none.png"], &["none.png"]);
+    fs::remove_dir_all(&out).unwrap();
+    refuse(&search(&o, &[]), &["cannot read the encoder"]);
+    let empty = at("empty");
+    fs::create_dir(&empty).unwrap();
+    refused(&embed(encoder, &empty, &at("x.npy"), &[]), &["no images in"]);
+    refused(&embed(encoder, data, &at("x.npy"), &["--shard", "3/2"]), &["1 to N"]);
+    refused(&embed(encoder, data, &at("x.txt"), &[]), &[".parquet, .npy or .csv"]);
+    refused(&["select", text(&e), "-n", "1000"], &["1 to the 60"]);
+    assert!(!run(&["duplicates", text(&e), "--threshold", "7"]).status.success());
+}
