@@ -4,7 +4,8 @@
 #   benches/versus.sh PYTHON [ROW…]
 #
 # PYTHON: an interpreter with torch, torchvision, lightly and onnxruntime. The programs torch_*.py are looked for in $PEERS (default: ../shared/peers).
-# ROW: some of cifar18 resnet50 resnet18 narrow features views224 views32 pretrain (default: all of them).
+# ROW: some of cifar18 resnet50 resnet18 narrow features views224 views32 pretrain (default: all of them), and, on a processor with AVX512-BF16,
+# cifar18-bf16 resnet50-bf16 resnet18-bf16 narrow-bf16, where both multiply bf16.
 # Environment: ROUNDS (3), THREADS (2), STEPS (3), EPOCHS (20, of pretrain), PHOTOS and CIFAR (folders of JPEG files for the views; pretrain takes
 # CIFAR's folder train/CLASS/*.jpg and test/CLASS/*.jpg), COMPILE (1; 0: leave out torch.compile, which needs a C++ compiler), BYOL (the program to
 # measure).
@@ -13,7 +14,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-usage() { sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+usage() { sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 [ $# -ge 1 ] || usage
 python=$1
 shift
@@ -61,11 +62,13 @@ step() { # row, byol's options, PyTorch's options
 }
 
 row() {
+    local more=""
+    case $1 in *-bf16) more=" --precision bf16" ;; esac
     case $1 in
-        cifar18) step cifar18 "--batch 128" "--batch 128" ;;
-        resnet50) step resnet50 "--encoder resnet50 --size 224 --batch 16" "--net resnet50 --size 224 --batch 16" ;;
-        resnet18) step resnet18 "--size 224 --batch 32" "--size 224 --batch 32" ;;
-        narrow) step narrow "--width 0.25 --batch 256" "--width 0.25 --batch 256" ;;
+        cifar18 | cifar18-bf16) step $1 "--batch 128$more" "--batch 128$more" ;;
+        resnet50 | resnet50-bf16) step $1 "--encoder resnet50 --size 224 --batch 16$more" "--net resnet50 --size 224 --batch 16$more" ;;
+        resnet18 | resnet18-bf16) step $1 "--size 224 --batch 32$more" "--size 224 --batch 32$more" ;;
+        narrow | narrow-bf16) step $1 "--width 0.25 --batch 256$more" "--width 0.25 --batch 256$more" ;;
         features)
             step features "--forward-only --encoder resnet50 --size 224 --batch 32" "--forward-only --net resnet50 --size 224 --batch 32"
             record features torch-folded "$(theirs "$peers/torch_step.py" --threads "$threads" --steps "$steps" --warmup 2 --forward-only --fold-bn --net resnet50 --size 224 --batch 32)"

@@ -2,6 +2,18 @@
 //!
 //! The modules in the order an image passes through them: [`data`] → [`views`] → [`nn`] → [`byol`] (the method) → [`optim`] →
 //! [`train`] → [`eval`] → [`apply`]. Imports go one way.
+//!
+//! # Load an encoder and embed an image
+//!
+//! ```no_run
+#![doc = include_str!("../examples/embed.rs")]
+//! ```
+//!
+//! # Pretrain on images of one's own, with views of one's own
+//!
+//! ```no_run
+#![doc = include_str!("../examples/own_data.rs")]
+//! ```
 #![warn(missing_docs)]
 
 pub mod apply;

@@ -5,8 +5,10 @@ mod common;
 
 use std::{
     fs,
+    io::{BufRead, BufReader, Read, Write},
+    net::TcpStream,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Child, Command, Stdio},
     sync::OnceLock,
 };
 
@@ -318,6 +320,161 @@ fn a_foreign_resnet_becomes_an_encoder_and_a_start() {
     fs::write(&evil, pickle).unwrap();
     refused(&["import", text(&evil), "-o", text(&at("x.safetensors"))], &["evil.pth", "cannot be imported"]);
     assert!(!ran.exists() && !at("x.safetensors").exists());
+}
+
+/// A server that ends with the test.
+struct Server {
+    child: Child,
+    port: u16,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Server {
+    fn start(args: &[&str]) -> Server {
+        let mut child = byol(args).stderr(Stdio::piped()).spawn().unwrap();
+        let lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let port = lines.map_while(Result::ok).find_map(|line| {
+            let (_, rest) = line.split_once("http://127.0.0.1:")?;
+            rest.split(' ').next()?.parse().ok()
+        });
+        Server { child, port: port.expect("it says where it listens") }
+    }
+
+    /// Status, head and body of an answer to a request with these lines.
+    fn ask(&self, first: &str, headers: &[&str], body: &[u8]) -> (u16, String, Vec<u8>) {
+        let mut stream = TcpStream::connect(("127.0.0.1", self.port)).unwrap();
+        let head = format!("{first} HTTP/1.1\r\n{}\r\nConnection: close\r\n\r\n", headers.join("\r\n"));
+        stream.write_all(head.as_bytes()).unwrap();
+        // The server may refuse before it has read all.
+        let _ = stream.write_all(body);
+        let mut answer = Vec::new();
+        let _ = stream.read_to_end(&mut answer);
+        let end = answer.windows(4).position(|w| w == b"\r\n\r\n").unwrap_or(answer.len());
+        let head = String::from_utf8_lossy(&answer[..end]).into_owned();
+        let status = head.split(' ').nth(1).and_then(|s| s.parse().ok()).unwrap_or(0);
+        (status, head, answer.split_off((end + 4).min(answer.len())))
+    }
+
+    fn get(&self, path: &str) -> (u16, Vec<u8>) {
+        let (status, _, body) = self.ask(&format!("GET {path}"), &[&self.host()], b"");
+        (status, body)
+    }
+
+    fn host(&self) -> String {
+        format!("Host: 127.0.0.1:{}", self.port)
+    }
+}
+
+#[test]
+fn the_map_is_served_to_this_machine_alone() {
+    let (_, _, encoder) = trained();
+    let server = Server::start(&["explore", text(encoder), "--port", "0", "--device", "cpu"]);
+    let json = |path: &str| -> serde_json::Value {
+        let (status, body) = server.get(path);
+        assert_eq!(status, 200, "{path}");
+        serde_json::from_slice(&body).unwrap_or_else(|e| panic!("{path}: {e}: {}", String::from_utf8_lossy(&body)))
+    };
+    for (path, words) in [("/", "<title>byol explore"), ("/page.js", "webgl"), ("/page.css", "--ink")] {
+        let (status, body) = server.get(path);
+        assert!(status == 200 && String::from_utf8_lossy(&body).contains(words), "{path}");
+    }
+    let info = json("/api/info");
+    let n = info["images"].as_u64().unwrap() as usize;
+    assert!(n == 60 && info["classes"].as_array().unwrap().len() == 2, "{info}");
+    let (_, points) = server.get("/api/points");
+    assert_eq!(points.len(), 16 * n);
+    assert_eq!(json("/api/near/3?n=5").as_array().unwrap().len(), 5);
+    assert_eq!(json("/api/outliers?n=7").as_array().unwrap().len(), 7);
+    assert!(json("/api/duplicates?threshold=0.9")["groups"].is_array());
+    assert_eq!(json("/api/clusters")["clusters"].as_array().unwrap().len(), n);
+    assert!(json("/api/curves")["epochs"].as_array().unwrap().len() > 1);
+    let (status, png) = server.get("/thumb/0?px=64");
+    assert!(status == 200 && png.starts_with(b"\x89PNG"));
+    let ask = |body: &str, headers: &[&str]| {
+        let length = format!("Content-Length: {}", body.len());
+        let host = server.host();
+        let all = [&[host.as_str(), "Content-Type: application/json", &length], headers].concat();
+        server.ask("POST /api/probe", &all, body.as_bytes())
+    };
+    let (status, _, body) = ask("{\"rows\":[[0,0],[30,1]]}", &[]);
+    let answer: serde_json::Value = serde_json::from_slice(&body).unwrap();
+    assert!(status == 200 && answer["answers"].as_array().unwrap().len() == n && answer["answers"][30] == 1);
+
+    // Only what the embeddings name, only in the data.
+    for path in [
+        "/thumb/60",
+        "/thumb/-1",
+        "/thumb/..%2f..%2fetc%2fpasswd",
+        "/thumb/../plan.toml",
+        "/etc/passwd",
+        "/..%2fplan.toml",
+    ] {
+        let (status, body) = server.get(path);
+        assert!((400..500).contains(&status), "{path}: {status}");
+        assert!(!String::from_utf8_lossy(&body).contains("recipe"), "{path}");
+    }
+    // Other names for this machine, and pages of others.
+    let foreign = format!("Host: evil.example:{}", server.port);
+    assert_eq!(server.ask("GET /api/info", &[&foreign], b"").0, 403);
+    assert_eq!(server.ask("GET /api/info", &[], b"").0 / 100, 4);
+    assert_eq!(ask("{\"rows\":[[0,0]]}", &["Origin: http://evil.example"]).0, 403);
+    // Requests that are too large or make no sense.
+    assert_eq!(ask(&format!("{{\"rows\":[{}[0,0]]}}", "[0,0],".repeat(300_000)), &[]).0, 413);
+    assert_eq!(ask("{\"rows\":[[999,0]]}", &[]).0, 400);
+    assert_eq!(server.get("/api/duplicates?threshold=0").0, 400);
+    let (_, head, _) = server.ask("GET /", &[&server.host()], b"");
+    assert!(head.to_ascii_lowercase().contains("content-security-policy"), "{head}");
+    // The port is taken, and not by 0.0.0.0.
+    refused(&["explore", text(encoder), "--port", &server.port.to_string()], &["cannot listen", "--port"]);
+    // The map and the embeddings are kept.
+    let kept = fs::read_dir(encoder.join("explore")).unwrap().count();
+    assert_eq!(kept, 2, "embeddings and map");
+}
+
+#[test]
+fn a_link_out_of_the_data_is_not_followed() {
+    let (_, _, encoder) = trained();
+    let folder = tempfile::tempdir().unwrap();
+    let (data, e) = (folder.path().join("data"), folder.path().join("e.npy"));
+    pictures(&data, 20);
+    ok(&embed(encoder, &data, &e, &[]));
+    // Someone else's list of paths, with one outside.
+    let secret = folder.path().join("secret.png");
+    fs::copy(data.join("even/000.png"), &secret).unwrap();
+    let list = folder.path().join("e.paths.txt");
+    let paths = fs::read_to_string(&list).unwrap();
+    let first = paths.lines().next().unwrap().to_owned();
+    fs::write(&list, paths.replacen(&first, text(&secret), 1)).unwrap();
+    let server = Server::start(&["explore", text(&e), "--port", "0", "--map", "pca"]);
+    assert_eq!((server.get("/thumb/0").0, server.get("/thumb/1").0), (404, 200));
+}
+
+#[test]
+fn a_report_is_one_file_that_needs_nothing() {
+    let (_, data, encoder) = trained();
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("report.html");
+    ok(&["eval", "knn", text(encoder), text(data), "--device", "cpu"]);
+    let args = ["report", text(encoder), "-o", text(&out), "--device", "cpu", "--json"];
+    assert_eq!(json(&ok(&args))["images"], 60);
+    refused(&args, &["exists", "--overwrite"]);
+    let html = fs::read_to_string(&out).unwrap();
+    for words in
+        ["In plain words", "data:image/png;base64,", "<polyline", "kNN accuracy, k = 20", "plan.toml", "<circle"]
+    {
+        assert!(html.contains(words), "{words}");
+    }
+    for outside in ["http://", "https://", "src=\"/", "href="] {
+        let found = html.replace("http://www.w3.org/2000/svg", "").contains(outside);
+        assert!(!found, "{outside} is in the file");
+    }
+    refused(&["report", text(data)], &["plan.toml"]);
 }
 
 #[test]

@@ -89,6 +89,96 @@ pub fn svg(title: &str, axis: &str, points: &[Point]) -> String {
     out
 }
 
+/// A curve of (x, y). Values that are no numbers are left out; the last value stands in the title.
+pub fn curve(title: &str, x_axis: &str, points: &[[f64; 2]]) -> String {
+    const W: f64 = 420.0;
+    const H: f64 = 220.0;
+    const SIDES: [f64; 4] = [52.0, 28.0, 12.0, 36.0];
+    let [left, top, right, bottom] = SIDES;
+    let points: Vec<[f64; 2]> = points.iter().copied().filter(|p| p.iter().all(|v| v.is_finite())).collect();
+    let range = |axis: usize, from: f64| {
+        let of = points.iter().map(|p| p[axis]);
+        (of.clone().fold(from, f64::min), of.fold(f64::NEG_INFINITY, f64::max))
+    };
+    let ((x0, x1), (low, high)) = (range(0, 0.0), range(1, f64::INFINITY));
+    let (x1, low, high) = if points.is_empty() { (1.0, 0.0, 1.0) } else { (x1.max(x0 + 1e-9), low, high) };
+    let step = tick(high - low);
+    let (low, high) =
+        ((low / step).floor() * step, ((high / step).ceil() * step).max((low / step).floor() * step + step));
+    let x = |v: f64| left + (v - x0) / (x1 - x0) * (W - left - right);
+    let y = |v: f64| H - bottom - (v - low) / (high - low) * (H - top - bottom);
+    let last = points.last().map_or(String::new(), |p| format!(": {}", short(p[1])));
+    let mut out = format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {W} {H}\" font-family=\"sans-serif\" font-size=\"11\" role=\"img\">\n\
+         <text x=\"{left}\" y=\"16\" font-size=\"13\">{}{last}</text>\n",
+        escaped(title)
+    );
+    for i in 0..=((high - low) / step).round() as usize {
+        let v = low + i as f64 * step;
+        let (x, to, y) = (left - 6.0, W - right, y(v));
+        out += &format!(
+            "<line x1=\"{left}\" x2=\"{to}\" y1=\"{y:.1}\" y2=\"{y:.1}\" stroke=\"#8884\"/>\
+             <text x=\"{x}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>\n",
+            y + 4.0,
+            short(v)
+        );
+    }
+    out += &format!(
+        "<text x=\"{left}\" y=\"{0}\">{1}</text><text x=\"{2}\" y=\"{0}\" text-anchor=\"end\">{3} {4}</text>\n",
+        H - 18.0,
+        short(x0),
+        W - right,
+        escaped(x_axis),
+        short(x1)
+    );
+    let line: Vec<String> = points.iter().map(|p| format!("{:.1},{:.1}", x(p[0]), y(p[1]))).collect();
+    out += &format!(
+        "<polyline points=\"{}\" fill=\"none\" stroke=\"{}\" stroke-width=\"2\"/>\n</svg>\n",
+        line.join(" "),
+        COLOURS[0]
+    );
+    out
+}
+
+/// A dot for each place in [-1, 1]², coloured by its class where there are classes.
+pub fn scatter(places: &[[f32; 2]], class_of: &[usize], classes: &[String]) -> String {
+    const SIDE: f64 = 640.0;
+    let legend = 20.0 * classes.len().min(MOST_NAMED) as f64;
+    let (width, height) = (if classes.is_empty() { SIDE } else { SIDE + 160.0 }, SIDE.max(legend + 20.0));
+    let colour = |class: usize| DOTS[class % DOTS.len()];
+    let mut out = format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" font-family=\"sans-serif\" font-size=\"12\" role=\"img\">\n"
+    );
+    for (i, [x, y]) in places.iter().enumerate() {
+        let at = |v: f32| (f64::from(v) * 0.96 + 1.0) / 2.0 * SIDE;
+        let fill = class_of.get(i).map_or(COLOURS[0], |class| colour(*class));
+        out += &format!(
+            "<circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"2.5\" fill=\"{fill}\" fill-opacity=\"0.7\"/>\n",
+            at(*x),
+            at(-*y)
+        );
+    }
+    for (k, name) in classes.iter().take(MOST_NAMED).enumerate() {
+        let y = 20.0 + 20.0 * k as f64;
+        out += &format!(
+            "<circle cx=\"{}\" cy=\"{:.1}\" r=\"5\" fill=\"{}\"/><text x=\"{}\" y=\"{y}\">{}</text>\n",
+            SIDE + 12.0,
+            y - 4.0,
+            colour(k),
+            SIDE + 24.0,
+            escaped(name)
+        );
+    }
+    out + "</svg>\n"
+}
+
+/// Classes in the legend of a map at most.
+const MOST_NAMED: usize = 30;
+
+/// Colours of a map.
+const DOTS: [&str; 10] =
+    ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#4f5bd5"];
+
 /// Each once, in the order of their first appearance.
 fn in_order<'a>(names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
     let mut all = Vec::new();
@@ -115,8 +205,9 @@ fn short(v: f64) -> String {
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
-fn escaped(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
+/// Text as HTML and SVG want it.
+pub fn escaped(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
 #[cfg(test)]

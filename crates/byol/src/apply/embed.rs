@@ -115,6 +115,12 @@ impl Items {
         images.get(i)
     }
 
+    /// The file of image `i`, where it is one.
+    pub fn path(&self, i: usize) -> Option<&Path> {
+        let (_, images, i) = self.at(i);
+        images.path(i)
+    }
+
     /// Its path; of an image that is no file its split and number.
     pub fn name(&self, i: usize) -> String {
         let (split, images, i) = self.at(i);

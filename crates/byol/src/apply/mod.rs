@@ -4,6 +4,7 @@ pub mod chart;
 pub mod embed;
 pub mod embeddings;
 pub mod export;
+pub mod map;
 pub mod onnx;
 pub mod search;
 pub mod sheet;

@@ -124,6 +124,34 @@ impl Index {
     }
 }
 
+impl Index {
+    /// The cluster of each row, by k-means on the sphere: at most `k`, from rows that lie far apart, ten rounds.
+    pub fn clusters(&self, k: usize) -> Vec<usize> {
+        let dim = self.unit.dim;
+        let mut centres: Vec<Vec<f32>> = self.varied(k).iter().map(|(i, _)| self.unit.row(*i).to_vec()).collect();
+        let mut of_row = vec![0; self.unit.n];
+        for _ in 0..10 {
+            let nearest = |row: &[f32]| {
+                let cosines = centres.iter().map(|c| dot(c, row)).enumerate();
+                cosines.max_by(|a, b| a.1.total_cmp(&b.1).then(b.0.cmp(&a.0))).map_or(0, |best| best.0)
+            };
+            of_row = self.unit.values.par_chunks_exact(dim).map(nearest).collect();
+            let mut sums = vec![vec![0.0f32; dim]; centres.len()];
+            for (row, cluster) in self.unit.values.chunks_exact(dim).zip(&of_row) {
+                sums[*cluster].iter_mut().zip(row).for_each(|(s, v)| *s += v);
+            }
+            for (centre, sum) in centres.iter_mut().zip(sums) {
+                let length = dot(&sum, &sum).sqrt();
+                // A centre that no row is nearest to stays.
+                if length > 0.0 {
+                    *centre = sum.iter().map(|v| v / length).collect();
+                }
+            }
+        }
+        of_row
+    }
+}
+
 /// Groups of rows that hang together by pairs, each in order, the groups by their first row.
 pub fn groups(n: usize, pairs: &[Pair]) -> Vec<Vec<usize>> {
     let mut parent: Vec<usize> = (0..n).collect();
@@ -252,5 +280,8 @@ mod tests {
         let chosen: Vec<usize> = index.varied(3).iter().map(|c| c.0).collect();
         assert!(chosen.contains(&40) && chosen.iter().any(|i| *i < 20) && chosen.iter().any(|i| (20..40).contains(i)));
         assert_eq!(index.varied(100).len(), 41);
+        let clusters = index.clusters(3);
+        assert!((0..20).all(|i| clusters[i] == clusters[0]) && (20..40).all(|i| clusters[i] == clusters[20]));
+        assert!(clusters[0] != clusters[20] && clusters[40] != clusters[0] && clusters[40] != clusters[20]);
     }
 }

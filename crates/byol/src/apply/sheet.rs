@@ -14,17 +14,27 @@ pub struct Tile {
     frame: Option<[u8; 3]>,
 }
 
+/// The whole image, no side longer than `side` pixels.
+pub fn fitted(image: &Image, side: u32) -> RgbImage {
+    let whole = rgb(image.width, image.height, image.channels, |i| image.pixels[i]);
+    let scale = f64::from(side) / image.width.max(image.height) as f64;
+    let fit = |n: usize| ((n as f64 * scale).round() as u32).clamp(1, side);
+    // Enlarged without smoothing, so that pixels stay visible.
+    let filter = if scale >= 1.0 { imageops::FilterType::Nearest } else { imageops::FilterType::Triangle };
+    imageops::resize(&whole, fit(image.width), fit(image.height), filter)
+}
+
 impl Tile {
-    /// The whole image, fitted into a square of `side` pixels on grey. Enlarged without smoothing, so that pixels stay visible.
+    /// The whole image, fitted into a square of `side` pixels on grey.
     pub fn image(image: &Image, side: u32) -> Tile {
         let mut tile = RgbImage::from_pixel(side, side, Rgb([230; 3]));
-        let whole = rgb(image.width, image.height, image.channels, |i| image.pixels[i]);
-        let scale = f64::from(side) / image.width.max(image.height) as f64;
-        let fit = |n: usize| ((n as f64 * scale).round() as u32).clamp(1, side);
-        let (w, h) = (fit(image.width), fit(image.height));
-        let filter = if scale >= 1.0 { imageops::FilterType::Nearest } else { imageops::FilterType::Triangle };
-        let small = imageops::resize(&whole, w, h, filter);
-        imageops::replace(&mut tile, &small, i64::from((side - w) / 2), i64::from((side - h) / 2));
+        let small = fitted(image, side);
+        imageops::replace(
+            &mut tile,
+            &small,
+            i64::from((side - small.width()) / 2),
+            i64::from((side - small.height()) / 2),
+        );
         Tile { pixels: tile, frame: None }
     }
 

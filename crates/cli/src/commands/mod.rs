@@ -6,7 +6,9 @@ mod demo;
 mod devices;
 mod embed;
 mod eval;
+mod explore;
 mod export;
+mod html;
 mod near;
 mod pretrain;
 mod resume;
@@ -45,6 +47,10 @@ enum Command {
     Eval(eval::Args),
     /// Write one vector an image to a file
     Embed(embed::Args),
+    /// Look at all images as a map in the browser
+    Explore(explore::Args),
+    /// Write what a run is and has learned into one HTML file
+    Report(html::Args),
     /// Find the images most like a given one
     Search(near::Search),
     /// Find images that are nearly the same
@@ -77,6 +83,8 @@ impl Cli {
             Command::Resume(args) => resume::run(&args),
             Command::Eval(args) => eval::run(&args),
             Command::Embed(args) => embed::run(&args),
+            Command::Explore(args) => explore::run(&args),
+            Command::Report(args) => html::run(&args),
             Command::Search(args) => near::search(&args),
             Command::Duplicates(args) => near::duplicates(&args),
             Command::Outliers(args) => near::outliers(&args),

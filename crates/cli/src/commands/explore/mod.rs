@@ -1,0 +1,145 @@
+//! `byol explore RUN|EMBEDDINGS`: what is needed is embedded and placed once, stored, and then served to a browser on this machine.
+
+mod server;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+};
+
+use byol::{
+    apply::{
+        embed::{Items, Job, Outcome, Split},
+        embeddings::{Embeddings, Origin},
+        map::{self, Method},
+        search::Index,
+    },
+    data::Dataset,
+    device::Choice,
+    files,
+    nn::weights,
+    train::run::read_plan,
+};
+
+use super::INTERRUPTED;
+use crate::report::{self, Result};
+
+/// Look at all images as a map in the browser
+///
+/// Opens a page on this machine alone: a map of all images on which like ones lie together, neighbours, near-duplicates, outliers, labelling
+/// by clicks, and the curves of the run. Everything is inside the program; nothing is fetched from a network.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The folder of a run, or what `byol embed` wrote
+    what: PathBuf,
+    /// tsne (neighbours stay neighbours) or pca (quick)
+    #[arg(long, default_value = "tsne", value_parser = ["tsne", "pca"])]
+    map: String,
+    /// Take N images at most, evenly spread (0: all). Of a run
+    #[arg(long, value_name = "N", default_value_t = 20_000)]
+    limit: usize,
+    /// Where to listen on 127.0.0.1; 0: any free port
+    #[arg(long, default_value_t = 7878)]
+    port: u16,
+    /// Threads [default: one a core]
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    threads: usize,
+    /// auto, cpu, vulkan, metal, wgpu, cuda or rocm
+    #[arg(long, default_value = "auto")]
+    device: Choice,
+}
+
+pub fn run(args: &Args) -> Result<ExitCode> {
+    super::set_threads(args.threads)?;
+    // Before the work, so that a port in use is said at once.
+    let listener = std::net::TcpListener::bind(("127.0.0.1", args.port)).map_err(|e| {
+        let port = args.port;
+        format!("cannot listen on 127.0.0.1:{port}: {e}; choose another --port, or 0 for any that is free")
+    })?;
+    let run = args.what.is_dir().then(|| args.what.clone());
+    let file = match &run {
+        Some(run) => match embedded(args, run)? {
+            Some(file) => file,
+            None => return Ok(ExitCode::from(INTERRUPTED)),
+        },
+        None => args.what.clone(),
+    };
+    let found = Embeddings::open(&file)?;
+    let Embeddings { origin, paths, labels, features, .. } = found;
+    let index = Index::new(features);
+    let method = if args.map == "pca" { Method::Pca } else { Method::Tsne };
+    let places = placed(&file, &index, method)?;
+    let root = origin.as_ref().map(|o| o.data.clone());
+    let state = server::State::new(server::Shown { index, paths, labels, places, method, root, run });
+    let address = listener.local_addr()?;
+    report::note(format!("open http://{address} in a browser; Ctrl-C ends it"));
+    server::serve(listener, Arc::new(state))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The embeddings of a run's images by its encoder, made where there are none; none if it was stopped.
+fn embedded(args: &Args, run: &Path) -> Result<Option<PathBuf>> {
+    let plan = read_plan(run)?;
+    let encoder_file = weights::resolve(run);
+    let sha = weights::sha256(&encoder_file)?;
+    let folder = run.join("explore");
+    // Another encoder, or another number of images, is another file.
+    let file = folder.join(format!("{}-{}.parquet", &sha[..12], args.limit));
+    if file.exists() {
+        return Ok(Some(file));
+    }
+    fs::create_dir_all(&folder)
+        .map_err(|e| format!("cannot make {}: {e}; check that you may write there", folder.display()))?;
+    let opened = super::open(args.device)?;
+    let encoder = weights::load(run, &opened.device)?;
+    let items = Items::of(Dataset::open(&plan.data)?.limit(args.limit), Split::Train);
+    let origin = Origin {
+        version: env!("CARGO_PKG_VERSION").into(),
+        encoder_sha256: sha,
+        encoder: encoder_file,
+        data: plan.data.clone(),
+        fingerprint: items.fingerprint(),
+        shard: None,
+    };
+    let bar = report::counter("embedding", 0);
+    let job = Job { encoder: &encoder, items: &items, origin, out: &file };
+    let outcome = job.run(&super::stop_flag(), |done, all| {
+        bar.set_length(all as u64);
+        bar.set_position(done as u64);
+    });
+    bar.finish_and_clear();
+    match outcome? {
+        Outcome::Finished { .. } => Ok(Some(file)),
+        Outcome::Stopped(_) => Ok(None),
+    }
+}
+
+/// The map of some embeddings, stored beside them.
+fn placed(file: &Path, index: &Index, method: Method) -> Result<Vec<[f32; 2]>> {
+    let stored = file.with_extension(format!("{}.map", method.name()));
+    let newer = |path: &Path| path.metadata().and_then(|m| m.modified()).ok();
+    let fresh = newer(&stored) >= newer(file);
+    if let Some(bytes) = fs::read(&stored).ok().filter(|b| fresh && b.len() == 8 * index.len()) {
+        let value = |b: &[u8]| f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+        let places: Vec<[f32; 2]> = bytes.chunks_exact(8).map(|b| [value(&b[..4]), value(&b[4..])]).collect();
+        if places.iter().flatten().all(|v| v.is_finite()) {
+            return Ok(places);
+        }
+    }
+    let bar = report::counter("placing", 0);
+    let places = map::places(index, method, &mut |done, all| {
+        bar.set_length(all);
+        bar.set_position(done);
+    });
+    bar.finish_and_clear();
+    let bytes: Vec<u8> = places.iter().flatten().flat_map(|v| v.to_le_bytes()).collect();
+    if let Err(e) = files::write_whole(&stored, &bytes) {
+        report::warning(format!(
+            "the map could not be stored in {}: {e}; next time it is made again",
+            stored.display()
+        ));
+    }
+    Ok(places)
+}
