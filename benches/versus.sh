@@ -4,7 +4,7 @@
 #   benches/versus.sh PYTHON [ROW…]
 #
 # PYTHON: an interpreter with torch, torchvision, lightly and onnxruntime. The programs torch_*.py are looked for in $PEERS (default: ../shared/peers).
-# ROW: some of cifar18 resnet50 resnet18 narrow features views224 views32 pretrain (default: all of them), and, on a processor with AVX512-BF16,
+# ROW: some of cifar18 resnet50 resnet18 narrow features embed views224 views32 pretrain (default: all of them), and, on a processor with AVX512-BF16,
 # cifar18-bf16 resnet50-bf16 resnet18-bf16 narrow-bf16, where both multiply bf16.
 # Environment: ROUNDS (3), THREADS (2), STEPS (3), EPOCHS (20, of pretrain), PHOTOS and CIFAR (folders of JPEG files for the views; pretrain takes
 # CIFAR's folder train/CLASS/*.jpg and test/CLASS/*.jpg), COMPILE (1; 0: leave out torch.compile, which needs a C++ compiler), BYOL (the program to
@@ -74,6 +74,22 @@ row() {
             record features torch-folded "$(theirs "$peers/torch_step.py" --threads "$threads" --steps "$steps" --warmup 2 --forward-only --fold-bn --net resnet50 --size 224 --batch 32)"
             record features onnxruntime "$(theirs "$peers/torch_embed.py" "$PHOTOS" --net resnet50 --onnx --batch 32 --limit 96 --threads "$threads" --out "$(mktemp -d)/f.npy")"
             ;;
+        embed) # files to vectors on disk: ResNet-50 at 224 px, the same weights
+            local folder weights
+            folder=$(mktemp -d)
+            weights=$folder/theirs.safetensors
+            "$python" -c "
+import sys, torch, torchvision
+from safetensors.torch import save_file
+torch.manual_seed(0)
+save_file(torchvision.models.resnet50().state_dict(), sys.argv[1])" "$weights"
+            "$byol" import "$weights" -o "$folder/ours.safetensors" 2>/dev/null
+            record embed byol "$(ours embed "$folder/ours.safetensors" "$PHOTOS" -o "$folder/f.npy" --device cpu --threads "$threads")"
+            for runtime in torch onnxruntime; do
+                record embed $runtime "$(theirs "$peers/torch_embed.py" "$PHOTOS" --net resnet50 --weights "$weights" --batch 32 --threads "$threads" --out "$folder/t.npy" $([ $runtime = torch ] || echo --onnx))"
+            done
+            rm -r "$folder"
+            ;;
         views224)
             record views224 byol "$(ours bench views "$PHOTOS" --size 224)"
             for impl in lightly torchvision; do record views224 $impl "$(theirs "$peers/torch_views.py" "$PHOTOS" --size 224 --impl $impl --repeat 1)"; done
@@ -95,10 +111,10 @@ row() {
 }
 
 rows=("$@")
-[ ${#rows[@]} -gt 0 ] || rows=(cifar18 resnet50 resnet18 narrow features views224 views32 pretrain)
+[ ${#rows[@]} -gt 0 ] || rows=(cifar18 resnet50 resnet18 narrow features embed views224 views32 pretrain)
 for r in "${rows[@]}"; do
     case $r in
-        features | views224) : "${PHOTOS:?set PHOTOS to a folder of JPEG photos}" ;;
+        features | embed | views224) : "${PHOTOS:?set PHOTOS to a folder of JPEG photos}" ;;
         views32 | pretrain) : "${CIFAR:?set CIFAR to a folder of 32 px JPEG files}" ;;
     esac
 done
@@ -118,7 +134,9 @@ for line in open(sys.argv[1]):
     if not text:
         sys.exit(f"versus: {who} gave nothing for {row}")
     r = json.loads(text)
-    speed = r.get("images_per_second") or r.get("network_images_per_s") or r.get("images_per_s")
+    # Where both are given, features are timed in the network alone, embedding from file to file.
+    network = None if row == "embed" else r.get("network_images_per_s")
+    speed = r.get("images_per_second") or network or r.get("images_per_s")
     rows.setdefault(row, collections.OrderedDict()).setdefault(who, []).append((speed, r.get("peak_mb") or r.get("peak_rss_mb")))
 print("| row | who | images/s, median (least to most) | byol is | memory, MiB | byol's share |")
 print("| --- | --- | --- | --- | --- | --- |")

@@ -5,6 +5,7 @@ use std::{
     error::Error,
     fmt::Display,
     io::IsTerminal,
+    path::Path,
     time::{Duration, Instant},
 };
 
@@ -45,6 +46,11 @@ pub fn error(error: &dyn Error) {
 /// Something the user should know that does not stop anything.
 pub fn warning(text: impl Display) {
     eprintln!("{} {text}", style("warning:").yellow().bold().for_stderr());
+}
+
+/// A path as text, whatever its bytes: JSON has text alone.
+pub fn shown(path: &Path) -> String {
+    path.display().to_string()
 }
 
 /// A line of talk.

@@ -2,11 +2,15 @@
 #![allow(dead_code)] // each test file uses a part
 
 use std::{
+    io::{BufRead, BufReader, Read, Write},
+    net::TcpStream,
     path::{Path, PathBuf},
-    process::{Command, Output},
+    process::{Child, Command, Output, Stdio},
+    sync::OnceLock,
 };
 
 use image::{Rgb, RgbImage};
+use tempfile::TempDir;
 
 pub fn byol(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_byol"));
@@ -121,4 +125,87 @@ pub fn masked(folder: &Path, n: u32) {
 /// `byol pretrain DATA --out OUT` with the small flags and more.
 pub fn pretrain<'a>(data: &'a Path, out: &'a Path, more: &[&'a str]) -> Vec<&'a str> {
     [&["pretrain", text(data), "--out", text(out)], &SMALL[..], more].concat()
+}
+
+/// A folder of pictures, and a small encoder that was trained on them a little.
+pub fn trained() -> &'static (TempDir, PathBuf, PathBuf) {
+    static TRAINED: OnceLock<(TempDir, PathBuf, PathBuf)> = OnceLock::new();
+    TRAINED.get_or_init(|| {
+        let folder = tempfile::tempdir().unwrap();
+        let (data, out) = (folder.path().join("data"), folder.path().join("run"));
+        pictures(&data, 60);
+        ok(&pretrain(&data, &out, &[]));
+        (folder, data, out)
+    })
+}
+
+pub fn embed<'a>(encoder: &'a Path, data: &'a Path, out: &'a Path, more: &[&'a str]) -> Vec<&'a str> {
+    [&["embed", text(encoder), text(data), "-o", text(out), "--device", "cpu"][..], more].concat()
+}
+
+/// A server that ends with the test.
+pub struct Server {
+    child: Child,
+    pub port: u16,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Server {
+    pub fn start(args: &[&str]) -> Server {
+        let mut child = byol(args).stderr(Stdio::piped()).spawn().unwrap();
+        let lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let port = lines.map_while(Result::ok).find_map(|line| {
+            let (_, rest) = line.split_once("http://127.0.0.1:")?;
+            rest.split(' ').next()?.parse().ok()
+        });
+        Server { child, port: port.expect("it says where it listens") }
+    }
+
+    /// As [`ask`].
+    pub fn ask(&self, first: &str, headers: &[&str], body: &[u8]) -> (u16, String, Vec<u8>) {
+        ask(self.port, first, headers, body)
+    }
+
+    pub fn get(&self, path: &str) -> (u16, Vec<u8>) {
+        let (status, _, body) = self.ask(&format!("GET {path}"), &[&self.host()], b"");
+        (status, body)
+    }
+
+    pub fn host(&self) -> String {
+        format!("Host: 127.0.0.1:{}", self.port)
+    }
+}
+
+/// Status, head and body of an answer to a request with these lines.
+pub fn ask(port: u16, first: &str, headers: &[&str], body: &[u8]) -> (u16, String, Vec<u8>) {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    let head = format!("{first} HTTP/1.1\r\n{}\r\nConnection: close\r\n\r\n", headers.join("\r\n"));
+    stream.write_all(head.as_bytes()).unwrap();
+    // The server may refuse before it has read all.
+    let _ = stream.write_all(body);
+    stream.set_read_timeout(Some(std::time::Duration::from_secs(60))).unwrap();
+    // Up to the length that the answer names: some servers keep the connection.
+    let (mut answer, mut some) = (Vec::new(), [0u8; 1 << 16]);
+    let whole = |answer: &[u8]| {
+        let end = answer.windows(4).position(|w| w == b"\r\n\r\n")?;
+        let head = String::from_utf8_lossy(&answer[..end]).to_ascii_lowercase();
+        let length = head.lines().find_map(|l| l.strip_prefix("content-length:")?.trim().parse::<usize>().ok())?;
+        Some(end + 4 + length)
+    };
+    while whole(&answer).is_none_or(|n| answer.len() < n) {
+        match stream.read(&mut some) {
+            Ok(n) if n > 0 => answer.extend(&some[..n]),
+            _ => break,
+        }
+    }
+    let end = answer.windows(4).position(|w| w == b"\r\n\r\n").unwrap_or(answer.len());
+    let head = String::from_utf8_lossy(&answer[..end]).into_owned();
+    let status = head.split(' ').nth(1).and_then(|s| s.parse().ok()).unwrap_or(0);
+    (status, head, answer.split_off((end + 4).min(answer.len())))
 }

@@ -1,7 +1,7 @@
 //! Embedding a folder of any size: batch by batch, with what is done on disk, so that a killed run goes on where it was.
 //!
-//! While it works, `FILE.partial` holds a line that says what it is of, and then a record an image: 1 or 0 (the image could not be used) as
-//! u32, and its numbers as f32, little-endian. Only when all are there, `FILE` itself is written.
+//! While it works, `FILE.partial-rows` holds a line that says what it is of, and then a record an image: its numbers as f32, and a checksum, which
+//! says too whether the image could be used; little-endian. Only when all are there, `FILE` itself is written.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -18,7 +18,6 @@ use super::embeddings::{self, Origin, Rows, Writer};
 use crate::{
     data::{self, CHANNELS, Dataset, Images},
     eval::batch_for,
-    files,
     nn::Encoder,
     views::evaluation_view,
 };
@@ -35,13 +34,23 @@ pub enum Error {
     /// What is on disk of an earlier run is of something else.
     #[error("{} is of an earlier run with {what}; remove it, or run the earlier command to its end", path.display())]
     Partial {
-        /// `FILE.partial`.
+        /// `FILE.partial-rows`.
         path: PathBuf,
         /// What differs.
         what: String,
     },
+    /// The encoder computes no numbers.
+    #[error(
+        "{encoder} gives {value}: its weights are of a run that has diverged; use an earlier one, such as best.safetensors"
+    )]
+    NoNumbers {
+        /// Which.
+        encoder: String,
+        /// What it gave.
+        value: f32,
+    },
     /// No such part.
-    #[error("shard {part} of {of}: the parts are 1 to {of}, and there are {images} images")]
+    #[error("shard {part} of {of} of {images} images; choose a part from 1 to N, and N of at most the images")]
     Shard {
         /// Which.
         part: usize,
@@ -171,7 +180,7 @@ pub enum Outcome {
     Stopped(usize),
 }
 
-/// The first line of `FILE.partial`.
+/// The first line of `FILE.partial-rows`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Head {
     origin: Origin,
@@ -203,14 +212,15 @@ impl Job<'_> {
     /// # Errors
     /// Any [`Error`].
     pub fn run(&self, stop: &AtomicBool, mut done: impl FnMut(usize, usize)) -> Result<Outcome, Error> {
-        embeddings::check_name(self.out)?;
+        embeddings::files(self.out)?;
         let range = self.range()?;
         if range.is_empty() {
-            return Err(data::Error::Empty(self.origin.data.clone()).into());
+            return Err(data::Error::Empty(PathBuf::from(&self.origin.data)).into());
         }
-        let (path, dim) = (files::temporary_name(self.out), self.encoder.features());
-        // Beside what is written under that name when the file is finished.
-        let path = path.with_extension("partial-rows");
+        let dim = self.encoder.features();
+        let mut name = self.out.as_os_str().to_owned();
+        name.push(".partial-rows");
+        let path = PathBuf::from(name);
         let write = |source| embeddings::Error::Write { path: path.clone(), source };
         let (mut file, mut next) = self.begin(&path, dim)?;
         let size = self.encoder.spec.size;
@@ -261,9 +271,16 @@ impl Job<'_> {
             };
             return Err(self.other(path, what));
         }
-        let record = record(dim) as u64;
-        let whole = (length - first.len() as u64) / record;
-        let end = first.len() as u64 + whole * record;
+        // Up to the first that is cut off, is not whole (a system that lost its power leaves zeros), or is of an image that could not be used:
+        // it may have been the disk.
+        let mut reader = BufReader::new(&file);
+        reader.seek(SeekFrom::Start(first.len() as u64)).map_err(write)?;
+        let (mut one, mut whole) = (vec![0u8; record(dim)], 0u64);
+        while reader.read_exact(&mut one).is_ok() && is_good(&one) {
+            whole += 1;
+        }
+        drop(reader);
+        let end = first.len() as u64 + whole * record(dim) as u64;
         file.set_len(end).and_then(|()| file.seek(SeekFrom::Start(end))).map_err(write)?;
         Ok((file, whole as usize))
     }
@@ -289,12 +306,16 @@ impl Job<'_> {
             let x = Tensor::from_data(x, &self.encoder.device());
             rows.extend(crate::nn::tree::host(self.encoder.embed(x)));
         }
+        if let Some(v) = rows.iter().find(|v| !v.is_finite()) {
+            return Err(Error::NoNumbers { encoder: self.origin.encoder.clone(), value: *v });
+        }
         let (mut records, mut rows) = (Vec::with_capacity(views.len() * record(dim)), rows.chunks_exact(dim));
         let none = vec![0.0f32; dim];
         for view in &views {
             let row = view.as_ref().and_then(|_| rows.next());
-            records.extend(u32::from(row.is_some()).to_le_bytes());
-            records.extend(row.unwrap_or(&none).iter().flat_map(|v| v.to_le_bytes()));
+            let values: Vec<u8> = row.unwrap_or(&none).iter().flat_map(|v| v.to_le_bytes()).collect();
+            records.extend(&values);
+            records.extend(checksum(&values, row.is_some()).to_le_bytes());
         }
         Ok(records)
     }
@@ -313,14 +334,14 @@ impl Job<'_> {
         let mut good = Vec::with_capacity(range.len());
         for _ in range.clone() {
             reader.read_exact(&mut one).map_err(read)?;
-            good.push(one[0] != 0);
+            good.push(is_good(&one));
         }
         let bad: Vec<usize> = range.clone().filter(|i| !good[i - range.start]).collect();
         let reason = |i: &usize| self.items.get(*i).err().map_or_else(|| self.items.name(*i), |e| e.to_string());
         let skipped: Vec<String> = bad.iter().map(reason).collect();
         let n = range.len() - bad.len();
         if 2 * bad.len() > range.len() {
-            let root = self.origin.data.clone();
+            let root = PathBuf::from(&self.origin.data);
             let first = skipped.first().cloned().unwrap_or_default();
             return Err(data::Error::MostlyBad { root, bad: bad.len(), all: range.len(), first }.into());
         }
@@ -332,10 +353,10 @@ impl Job<'_> {
             let (mut paths, mut labels, mut values) = (Vec::new(), Vec::new(), Vec::with_capacity(some.len() * dim));
             for i in some {
                 reader.read_exact(&mut one).map_err(read)?;
-                if one[0] != 0 {
+                if is_good(&one) {
                     paths.push(self.items.name(*i));
                     labels.extend(self.items.label(*i).map(str::to_owned));
-                    values.extend(one[4..].chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])));
+                    values.extend(one[..4 * dim].chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])));
                 }
             }
             writer.push(Rows { paths: &paths, labels: labelled.then_some(&labels), values: &values })?;
@@ -343,6 +364,19 @@ impl Job<'_> {
         writer.finish()?;
         Ok(Outcome::Finished { rows: n, skipped })
     }
+}
+
+/// What a record ends with.
+fn checksum(values: &[u8], good: bool) -> u32 {
+    let mut crc = flate2::Crc::new();
+    crc.update(values);
+    crc.sum() ^ if good { 0 } else { 0xBAD }
+}
+
+/// Whether a record is whole, and of an image that could be used.
+fn is_good(record: &[u8]) -> bool {
+    let (values, sum) = record.split_at(record.len() - 4);
+    sum == checksum(values, true).to_le_bytes()
 }
 
 /// Bytes of a record.

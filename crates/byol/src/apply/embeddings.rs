@@ -1,11 +1,11 @@
 //! Embeddings as files, one row an image: `.parquet` (columns `path`, `label` where there are labels, `embedding`), `.npy` (with
 //! `NAME.paths.txt` and `NAME.labels.txt` beside it) or `.csv` (`path`, `label`, one column a number). What they were made by stands in
-//! the Parquet file's metadata under `byol`, else in `NAME.byol.json`.
+//! the Parquet file's metadata under `byol`, else in `FILE.byol.json`.
 
 use std::{
     collections::HashMap,
     fs::{self, File},
-    io::{self, BufRead, BufReader, BufWriter, Write},
+    io::{self, BufRead, BufReader, BufWriter, Read, Seek, Write},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -65,11 +65,11 @@ pub struct Origin {
     /// Of the program.
     pub version: String,
     /// The encoder file.
-    pub encoder: PathBuf,
+    pub encoder: String,
     /// Its SHA-256, in hexadecimal.
     pub encoder_sha256: String,
     /// The images.
-    pub data: PathBuf,
+    pub data: String,
     /// Of the images: [`crate::data::Images::fingerprint`].
     pub fingerprint: String,
     /// Which part of how many, from 1; none: all.
@@ -107,12 +107,17 @@ fn format(path: &Path) -> Result<Format, Error> {
     }
 }
 
-/// Whether embeddings can be written under this name.
+/// All files that embeddings of this name consist of.
 ///
 /// # Errors
 /// [`Error::Name`].
-pub fn check_name(path: &Path) -> Result<(), Error> {
-    format(path).map(|_| ())
+pub fn files(path: &Path) -> Result<Vec<PathBuf>, Error> {
+    let own = path.to_owned();
+    Ok(match format(path)? {
+        Format::Parquet => vec![own],
+        Format::Npy => vec![own, paths_file(path), labels_file(path), origin_file(path)],
+        Format::Csv => vec![own, origin_file(path)],
+    })
 }
 
 /// The key of the Parquet file's metadata.
@@ -129,8 +134,11 @@ fn labels_file(path: &Path) -> PathBuf {
     path.with_extension("labels.txt")
 }
 
+/// Behind the whole name: a set may be written in two formats.
 fn origin_file(path: &Path) -> PathBuf {
-    path.with_extension("byol.json")
+    let mut name = path.as_os_str().to_owned();
+    name.push(".byol.json");
+    PathBuf::from(name)
 }
 
 /// A name on one line.
@@ -305,8 +313,15 @@ impl Writer {
             Sink::Parquet { writer, .. } => writer.into_inner().map_err(|e| write(of_parquet(e)))?,
             Sink::Npy { rows, paths, labels } => {
                 unbuffered(paths).and_then(|file| place(file, &paths_file(&path))).map_err(write)?;
-                if let Some(labels) = labels {
-                    unbuffered(labels).and_then(|file| place(file, &labels_file(&path))).map_err(write)?;
+                match labels {
+                    Some(labels) => {
+                        unbuffered(labels).and_then(|file| place(file, &labels_file(&path))).map_err(write)?;
+                    }
+                    // Those of a set that this one replaces.
+                    None => match fs::remove_file(labels_file(&path)) {
+                        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(write(e)),
+                        _ => (),
+                    },
                 }
                 rows.finish().map_err(write)?;
                 File::options().write(true).open(files::temporary_name(&path)).map_err(write)?
@@ -398,6 +413,9 @@ fn of_parquet_file(file: File) -> Result<Embeddings, String> {
         let strings = |at: usize| -> Result<Vec<String>, String> {
             let column = batch.column(at).as_any().downcast_ref::<StringArray>();
             let column = column.ok_or_else(|| format!("column `{}` is not text", schema.field(at).name()))?;
+            if column.null_count() > 0 {
+                return Err(format!("column `{}` has rows without a value", schema.field(at).name()));
+            }
             Ok(column.iter().map(|s| s.unwrap_or_default().to_owned()).collect())
         };
         paths.extend(strings(path)?);
@@ -424,10 +442,16 @@ fn of_parquet_file(file: File) -> Result<Embeddings, String> {
 
 /// The numbers of a row of a column of lists.
 fn numbers(column: &ArrayRef, row: usize) -> Result<Vec<f32>, String> {
+    if column.is_null(row) {
+        return Err("column `embedding` has rows without a value".into());
+    }
     let any = column.as_any();
     let list = any.downcast_ref::<FixedSizeListArray>().map(|c| c.value(row));
     let list = list.or_else(|| any.downcast_ref::<ListArray>().map(|c| c.value(row)));
     let list = list.ok_or("column `embedding` is not of lists")?;
+    if list.null_count() > 0 {
+        return Err("column `embedding` has vectors with numbers missing".into());
+    }
     if let Some(values) = list.as_any().downcast_ref::<Float32Array>() {
         return Ok(values.values().to_vec());
     }
@@ -437,7 +461,38 @@ fn numbers(column: &ArrayRef, row: usize) -> Result<Vec<f32>, String> {
     }
 }
 
-fn of_npy_file(file: File, path: &Path) -> Result<Embeddings, String> {
+/// Whether the header of a .npy file is one that the parser behind can be trusted with: short, one dictionary with one shape of two
+/// lengths. Deeply nested ones would take it for ever.
+fn check_header(file: &mut File) -> Result<(), String> {
+    const MOST: usize = 4096;
+    let mut head = Vec::new();
+    (&mut *file).take(MOST as u64).read_to_end(&mut head).map_err(|e| e.to_string())?;
+    file.rewind().map_err(|e| e.to_string())?;
+    let short = || "it is not a .npy file".to_owned();
+    let rest = head.strip_prefix(b"\x93NUMPY").ok_or_else(short)?;
+    let (length, from) = match rest {
+        [1, _, a, b, ..] => (usize::from(u16::from_le_bytes([*a, *b])), 10),
+        [2 | 3, _, a, b, c, d, ..] => (u32::from_le_bytes([*a, *b, *c, *d]) as usize, 12),
+        _ => return Err(short()),
+    };
+    let text =
+        head.get(from..from + length.min(MOST)).ok_or("its header is cut off, or longer than any that is written")?;
+    let count = |what: &[u8]| text.iter().filter(|b| what.contains(b)).count();
+    if count(b"{") != 1 || count(b"(") != 1 || count(b"[") > 0 {
+        return Err("its header is not that of an array of numbers".into());
+    }
+    let shape =
+        text.split(|b| *b == b'(').nth(1).and_then(|rest| rest.split(|b| *b == b')').next()).unwrap_or_default();
+    let lengths = String::from_utf8_lossy(shape);
+    let mut lengths = lengths.split(',').map(str::trim).filter(|t| !t.is_empty());
+    let all = lengths.try_fold(1u64, |all, t| all.checked_mul(t.parse().ok()?));
+    all.filter(|n| *n <= u64::MAX / 8)
+        .map(|_| ())
+        .ok_or_else(|| format!("its shape is ({})", String::from_utf8_lossy(shape)))
+}
+
+fn of_npy_file(mut file: File, path: &Path) -> Result<Embeddings, String> {
+    check_header(&mut file)?;
     let length = file.metadata().map_err(|e| e.to_string())?.len();
     let npy = npyz::NpyFile::new(BufReader::new(file)).map_err(|e| e.to_string())?;
     let &[n, dim] = npy.shape() else { return Err(format!("its shape is {:?}, not [images, numbers]", npy.shape())) };
@@ -508,12 +563,13 @@ mod tests {
         let paths: Vec<String> = (0..5).map(|i| format!("a, \"{i}\"\n\\n/ü.png")).collect();
         let labels: Vec<String> = (0..5).map(|i| format!("class {}", i % 2)).collect();
         let values: Vec<f32> = (0..15).map(|i| (i as f32 - 7.0) / 3.0).collect();
+        let stood = path.exists();
         let mut writer = Writer::new(path, origin(), 5, 3, labelled).unwrap();
         for rows in [0..2, 2..5] {
             let (labels, values) = (&labels[rows.clone()], &values[3 * rows.start..3 * rows.end]);
             writer.push(Rows { paths: &paths[rows], labels: labelled.then_some(labels), values }).unwrap();
         }
-        assert!(!path.exists());
+        assert_eq!(path.exists(), stood);
         writer.finish().unwrap();
         (paths, labels, values)
     }
@@ -546,6 +602,31 @@ mod tests {
                 assert!(matches!(Embeddings::open(&path), Err(Error::Format { .. })), "{name} cut to {n}");
             }
         }
+    }
+
+    #[test]
+    fn headers_that_would_take_the_parser_for_ever_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.npy");
+        let open = |dictionary: &str| {
+            let head =
+                [b"\x93NUMPY\x01\x00", &(dictionary.len() as u16).to_le_bytes()[..], dictionary.as_bytes()].concat();
+            fs::write(&path, head).unwrap();
+            Embeddings::open(&path).unwrap_err().to_string()
+        };
+        assert!(open(&format!("{}{}\n", "[".repeat(40), "]".repeat(40))).contains("header"));
+        assert!(open(&format!("{{'shape': {}", "(".repeat(60_000))).contains("header"));
+        let huge = "{'descr': '<f4', 'fortran_order': False, 'shape': (9223372036854775808, 4), }\n";
+        assert!(open(huge).contains("shape"));
+    }
+
+    #[test]
+    fn labels_of_a_set_that_is_replaced_go_with_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.npy");
+        written(&path, true);
+        written(&path, false);
+        assert_eq!(Embeddings::open(&path).unwrap().labels, None);
     }
 
     #[test]

@@ -39,9 +39,15 @@ impl Index {
         for row in features.values.chunks_exact(dim) {
             sums.iter_mut().zip(row).for_each(|(s, v)| *s += f64::from(*v));
         }
-        // The mean of one row would leave nothing of it.
-        let n = if features.n > 1 { features.n as f64 } else { f64::INFINITY };
-        let mean: Vec<f32> = sums.iter().map(|s| (s / n) as f32).collect();
+        let mut mean: Vec<f32> = sums.iter().map(|s| (s / features.n as f64) as f32).collect();
+        // Of one or two rows, and of rows that are all the same, the mean would leave nothing or opposites.
+        let square = |v: &[f32]| v.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>();
+        let rows = || features.values.chunks_exact(dim);
+        let apart = |row: &[f32]| row.iter().zip(&mean).map(|(v, m)| f64::from(v - m).powi(2)).sum::<f64>();
+        let (away, whole) = (rows().map(apart).sum::<f64>(), rows().map(square).sum::<f64>());
+        if features.n <= 2 || away <= 1e-9 * whole {
+            mean.fill(0.0);
+        }
         let unit = centred(features, &mean);
         Index { mean, unit }
     }
@@ -79,17 +85,23 @@ impl Index {
         knn::largest(&self.cosines(query), k)
     }
 
-    /// All pairs with at least this cosine, of different rows.
-    pub fn pairs(&self, least: f32) -> Vec<Pair> {
-        let starts: Vec<usize> = (0..self.unit.n).step_by(BLOCK).collect();
-        let of_start = |a: &usize| blocks_from(&self.unit, *a, &self.unit, *a, least, |a, b| a < b);
-        starts.iter().flat_map(of_start).collect()
+    /// All pairs with at least this cosine, of different rows; none if they are more than `most`.
+    pub fn pairs(&self, least: f32, most: usize) -> Option<Vec<Pair>> {
+        self.blocks(most, |a, left| blocks_from(&self.unit, a, &self.unit, a, least, left, |a, b| a < b))
     }
 
-    /// All pairs of a row here and one of `other`, as [`Index::map`] gives it, with at least this cosine.
-    pub fn pairs_with(&self, other: &Features, least: f32) -> Vec<Pair> {
-        let starts: Vec<usize> = (0..self.unit.n).step_by(BLOCK).collect();
-        starts.iter().flat_map(|a| blocks_from(&self.unit, *a, other, 0, least, |_, _| true)).collect()
+    /// All pairs of a row here and one of `other`, as [`Index::map`] gives it, with at least this cosine; none if they are more than `most`.
+    pub fn pairs_with(&self, other: &Features, least: f32, most: usize) -> Option<Vec<Pair>> {
+        self.blocks(most, |a, left| blocks_from(&self.unit, a, other, 0, least, left, |_, _| true))
+    }
+
+    /// What `of` finds for each block of rows, as long as it is not too much; it gets how much there may still be.
+    fn blocks(&self, most: usize, of: impl Fn(usize, usize) -> Option<Vec<Pair>>) -> Option<Vec<Pair>> {
+        let mut all = Vec::new();
+        for start in (0..self.unit.n).step_by(BLOCK) {
+            all.extend(of(start, most - all.len())?);
+        }
+        Some(all)
     }
 
     /// How far each row is from its `k` nearest others: 1 − their mean cosine, in [0, 2].
@@ -183,15 +195,16 @@ fn centred(features: Features, mean: &[f32]) -> Features {
     features.unit()
 }
 
-/// Pairs of the rows `from .. from + BLOCK` of `a` with those of `b` from `first` on.
+/// Pairs of the rows `from .. from + BLOCK` of `a` with those of `b` from `first` on; none if they are more than `most`.
 fn blocks_from(
     a: &Features,
     from: usize,
     b: &Features,
     first: usize,
     least: f32,
+    most: usize,
     counts: impl Fn(usize, usize) -> bool + Sync,
-) -> Vec<Pair> {
+) -> Option<Vec<Pair>> {
     let dim = a.dim;
     let rows = &a.values[from * dim..(from + BLOCK).min(a.n) * dim];
     let n = rows.len() / dim;
@@ -206,8 +219,11 @@ fn blocks_from(
             alike.map(pair).filter(|p| counts(p.a, p.b)).collect()
         };
         found.par_extend(cosines.par_chunks(c_out).enumerate().flat_map_iter(of_row));
+        if found.len() > most {
+            return None;
+        }
     }
-    found
+    Some(found)
 }
 
 /// a · b, in an order of sums that suits registers.
@@ -249,7 +265,8 @@ mod tests {
         let mut all: Vec<usize> = (0..2500).collect();
         all.sort_by(|a, b| cosine(3, *b).total_cmp(&cosine(3, *a)));
         assert_eq!(found[2..].iter().map(|f| f.0).collect::<Vec<_>>(), all[2..5]);
-        let pairs = index.pairs(0.6);
+        let pairs = index.pairs(0.6, usize::MAX).unwrap();
+        assert_eq!(index.pairs(0.6, pairs.len() - 1), None);
         let want = (0..2500).flat_map(|a| (a + 1..2500).map(move |b| (a, b)));
         let want: Vec<_> = want.filter(|(a, b)| cosine(*a, *b) >= 0.6).collect();
         let mut got: Vec<_> = pairs.iter().map(|p| (p.a, p.b)).collect();
@@ -257,8 +274,16 @@ mod tests {
         assert_eq!(got, want);
         assert!(got.contains(&(3, 2000)));
         let other = Features { n: 2, dim: 37, values: [copy.clone(), vec![0.3; 37]].concat() };
-        let across = index.pairs_with(&index.map(other), 0.999);
+        let across = index.pairs_with(&index.map(other), 0.999, 100).unwrap();
         assert_eq!(across.iter().map(|p| (p.a, p.b)).collect::<Vec<_>>(), [(3, 0), (2000, 0)]);
+    }
+
+    #[test]
+    fn two_rows_and_equal_rows_are_compared_as_they_are() {
+        let of = |rows: &[[f32; 3]]| Index::new(Features { n: rows.len(), dim: 3, values: rows.concat() });
+        assert_eq!(of(&[[1.0, 2.0, 3.0]; 2]).pairs(0.99, 9).unwrap().len(), 1);
+        assert_eq!(of(&[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]).pairs(0.5, 9).unwrap().len(), 0);
+        assert_eq!(of(&[[1.0, 2.0, 3.0]; 5]).pairs(0.99, 10).unwrap().len(), 10);
     }
 
     #[test]

@@ -46,7 +46,12 @@ const OTHERS: [&str; 5] = ["momentum", "target", "teacher", "ema", "key"];
 pub fn load(path: &Path, preparation: &Preparation, device: &Device) -> Result<Encoder, Error> {
     match weights::load(path, device) {
         Ok(own) => Ok(own),
-        Err(Error::Foreign { .. } | Error::Format { .. }) => import(&weights::resolve(path), preparation, device),
+        Err(error @ (Error::Foreign { .. } | Error::Format { .. })) => {
+            let path = weights::resolve(path);
+            // One of byol's own that is cut off is said to be so.
+            let own = path.extension().is_some_and(|e| e == "safetensors") && matches!(error, Error::Format { .. });
+            if own { Err(error) } else { import(&path, preparation, device) }
+        }
         Err(other) => Err(other),
     }
 }
@@ -54,7 +59,7 @@ pub fn load(path: &Path, preparation: &Preparation, device: &Device) -> Result<E
 /// Reads a ResNet of someone else.
 ///
 /// # Errors
-/// [`Error::Read`], [`Error::Format`], [`Error::Mismatch`].
+/// [`Error::Read`], [`Error::NoResnet`].
 pub fn import(path: &Path, preparation: &Preparation, device: &Device) -> Result<Encoder, Error> {
     let bytes = fs::read(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
     let format = |reason: String| Error::NoResnet { path: path.to_owned(), reason };
@@ -67,13 +72,9 @@ pub fn import(path: &Path, preparation: &Preparation, device: &Device) -> Result
         let name = names.theirs(name);
         let found = tensors.shapes.get(&name);
         if found.map(Vec::as_slice) != Some(shape) {
-            return Err(Error::Mismatch {
-                path: path.to_owned(),
-                name,
-                found: found.map_or("nothing".into(), |s| format!("{s:?}")),
-                expected: format!("{shape:?}"),
-                encoder: format!("{} of width {}", spec.architecture.name(), spec.width),
-            });
+            let found = found.map_or("nothing".into(), |s| format!("{s:?}"));
+            let (kind, width) = (spec.architecture.name(), spec.width);
+            return Err(format(format!("{name} is {found}, but a {kind} of width {width} has {shape:?}")));
         }
         let values = (tensors.read)(&name).map_err(|e| format(format!("{name}: {e}")))?;
         match values.iter().find(|v| !v.is_finite()) {
@@ -178,7 +179,10 @@ impl Names {
                 found.extend(prefix.map(|p| Names { prefix: p.to_owned(), numbered }));
             }
         }
-        let other = |prefix: &str| OTHERS.iter().any(|o| prefix.to_ascii_lowercase().contains(o));
+        let other = |prefix: &str| {
+            let prefix = prefix.to_ascii_lowercase();
+            OTHERS.iter().any(|o| prefix.contains(o)) || prefix.trim_end_matches('.').ends_with("_k")
+        };
         let rank = |n: &Names| (other(&n.prefix), n.prefix.len(), n.prefix.clone());
         found.into_iter().min_by_key(rank).ok_or_else(|| {
             let some: Vec<&str> = shapes.keys().take(3).map(String::as_str).collect();
@@ -226,6 +230,9 @@ impl Names {
             channels,
             normalization: preparation.normalization.clone(),
         };
+        if channels != 3 {
+            return Err(format!("it takes images of {channels} channels, and all images are read as 3"));
+        }
         spec.check()?;
         Ok(spec)
     }
@@ -293,6 +300,10 @@ mod tests {
             .flat_map(|p| ["conv1.weight", "layer4.0.conv1.weight"].map(|n| (format!("{p}{n}"), vec![1])))
             .collect();
         assert_eq!(Names::find(&shapes).ok().unwrap().prefix, "backbone.");
+        let moco = ["module.encoder_k.", "module.encoder_q."];
+        let shapes =
+            moco.iter().flat_map(|p| ["conv1.weight", "layer4.0.conv1.weight"].map(|n| (format!("{p}{n}"), vec![1])));
+        assert_eq!(Names::find(&shapes.collect()).ok().unwrap().prefix, "module.encoder_q.");
     }
 
     #[test]

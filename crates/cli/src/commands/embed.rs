@@ -5,7 +5,7 @@ use std::{path::PathBuf, process::ExitCode, str::FromStr};
 use byol::{
     apply::{
         embed::{Items, Job, Outcome, Split},
-        embeddings::Origin,
+        embeddings::{self, Origin},
     },
     data::Dataset,
     device::Choice,
@@ -13,7 +13,7 @@ use byol::{
 };
 
 use super::INTERRUPTED;
-use crate::report::{self, Result, out};
+use crate::report::{self, Result, out, shown};
 
 /// Write one vector an image to a file
 ///
@@ -62,19 +62,21 @@ impl FromStr for Shard {
 }
 
 pub fn run(args: &Args) -> Result<ExitCode> {
-    if args.out.exists() && !args.overwrite {
-        return Err(format!("{} exists; choose another -o or add --overwrite", args.out.display()).into());
+    if let Some(old) = embeddings::files(&args.out)?.iter().find(|f| f.exists() && !args.overwrite) {
+        return Err(format!("{} exists; choose another -o or add --overwrite", old.display()).into());
     }
     super::set_threads(args.threads)?;
     let opened = super::open(args.device)?;
-    let encoder = weights::load(&args.encoder, &opened.device)?;
+    let encoder = super::encoder(&args.encoder, &opened)?;
     let split = match args.split.as_str() {
         "train" => Split::Train,
         "test" => Split::Test,
         _ => Split::All,
     };
     let absolute = |path: &PathBuf| std::fs::canonicalize(path).unwrap_or_else(|_| path.clone());
-    let items = Items::of(Dataset::open(&args.data)?, split);
+    // The rows name their images wherever the file is read.
+    let data = absolute(&args.data);
+    let items = Items::of(Dataset::open(&data)?, split);
     if items.is_empty() {
         return Err(format!("{} has no {} images; choose another --split", args.data.display(), args.split).into());
     }
@@ -82,8 +84,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let origin = Origin {
         version: env!("CARGO_PKG_VERSION").into(),
         encoder_sha256: weights::sha256(&file)?,
-        encoder: absolute(&file),
-        data: absolute(&args.data),
+        encoder: shown(&absolute(&file)),
+        data: shown(&data),
         fingerprint: items.fingerprint(),
         shard: args.shard.map(|Shard(shard)| shard),
     };
@@ -113,7 +115,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             ));
             if args.json {
                 let result = serde_json::json!({
-                    "file": args.out, "rows": rows, "dim": dim, "skipped": skipped, "seconds": seconds,
+                    "file": shown(&args.out), "rows": rows, "dim": dim, "skipped": skipped, "seconds": seconds,
                     "images_per_second": done as f64 / seconds,
                 });
                 out!("{result}");

@@ -6,6 +6,7 @@ use burn::tensor::Device;
 use byol::{
     apply::export,
     data::{Dataset, Images, synthetic},
+    device::{self, Choice},
     nn::{
         Normalization,
         foreign::{self, Preparation},
@@ -15,7 +16,7 @@ use byol::{
 };
 use serde_json::json;
 
-use crate::report::{self, Result, out};
+use crate::report::{self, Result, out, shown};
 
 /// Write an encoder for other tools
 ///
@@ -98,7 +99,7 @@ fn images(args: &Export) -> Result<(Images, String)> {
 pub fn export(args: &Export) -> Result<ExitCode> {
     must_be_new(&args.out, args.overwrite)?;
     super::set_threads(0)?;
-    let encoder = weights::load(&args.encoder, &Device::flex())?;
+    let encoder = super::encoder(&args.encoder, &device::open(Choice::Cpu)?)?;
     let (images, which) = images(args)?;
     let check = export::write(&encoder, &args.out, !args.normalized_input, &images)?;
     report::note(format!(
@@ -110,7 +111,7 @@ pub fn export(args: &Export) -> Result<ExitCode> {
     ));
     if args.json {
         let result = json!({
-            "file": args.out, "names": args.names, "images": check.images, "largest_difference": check.difference,
+            "file": shown(&args.out), "names": args.names, "images": check.images, "largest_difference": check.difference,
             "largest_feature": check.largest, "features": encoder.features(), "size": encoder.spec.size,
         });
         out!("{result}");
@@ -139,7 +140,7 @@ pub fn import(args: &Import) -> Result<ExitCode> {
         spec.size
     ));
     if args.json {
-        out!("{}", json!({ "file": args.out, "encoder": spec, "features": encoder.features() }));
+        out!("{}", json!({ "file": shown(&args.out), "encoder": spec, "features": encoder.features() }));
     }
     Ok(ExitCode::SUCCESS)
 }

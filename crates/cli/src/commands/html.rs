@@ -16,16 +16,20 @@ use byol::{
         sheet::{self, Tile},
     },
     data::{Dataset, Images},
-    device::Choice,
+    device::{self, Choice},
     eval::embed,
-    nn::weights,
     random,
-    train::{Plan, health::Health, metrics, run::read_plan},
+    train::{
+        Plan,
+        health::Health,
+        metrics,
+        run::{keep_bytes, read_plan},
+    },
     views,
 };
 use serde_json::Value;
 
-use crate::report::{self, Result, out, percent};
+use crate::report::{self, Result, out, percent, shown};
 
 /// Write what a run is and has learned into one HTML file
 ///
@@ -83,11 +87,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     super::set_threads(args.threads)?;
     let plan = read_plan(&args.run)?;
     let opened = super::open(args.device)?;
-    let encoder = weights::load(&args.run, &opened.device)?;
+    let encoder = super::encoder(&args.run, &opened)?;
     let dataset = Dataset::open(&plan.data)?;
     let dataset = Dataset { held_out: None, test: None, ..dataset }.limit(args.limit);
     let bar = report::counter("embedding", dataset.train.len() as u64);
-    let dataset = dataset.check(usize::MAX, &|| ())?;
+    let dataset = dataset.check(keep_bytes(device::machine().free_mb), &|| ())?;
     let features = embed(&encoder, &dataset.train, |n| bar.inc(n as u64))?;
     bar.finish_and_clear();
     let index = Index::new(features);
@@ -143,7 +147,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     super::write_file(&args.out, html.as_bytes())?;
     report::note(format!("{} ({} KiB)", args.out.display(), html.len() >> 10));
     if args.json {
-        out!("{}", serde_json::json!({ "file": args.out, "bytes": html.len(), "images": index.len(), "epochs": done }));
+        out!(
+            "{}",
+            serde_json::json!({ "file": shown(&args.out), "bytes": html.len(), "images": index.len(), "epochs": done })
+        );
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -17,12 +17,16 @@ mod views;
 use std::{
     path::{Path, PathBuf},
     process::ExitCode,
-    sync::{Arc, atomic::AtomicBool},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use byol::{
-    data::Dataset,
+    data::{CHANNELS, Dataset},
     device::{self, Choice, Kind, Opened},
+    nn::{Encoder, weights},
     train::{Outcome, Prepared, Run, recipe::HealthConfig, run::keep_bytes},
 };
 use clap::{Parser, Subcommand};
@@ -136,6 +140,21 @@ fn open(choice: Choice) -> Result<Opened> {
     Ok(opened)
 }
 
+/// Reads an encoder of images as all data are read, onto a device.
+fn encoder(path: &Path, opened: &Opened) -> Result<Encoder> {
+    let encoder = weights::load(path, &opened.device)?;
+    match encoder.spec.channels {
+        CHANNELS => Ok(encoder),
+        n => {
+            let path = path.display();
+            Err(format!(
+                "{path} takes images of {n} channels, and all data are read as {CHANNELS}; use another encoder"
+            )
+            .into())
+        }
+    }
+}
+
 /// Opens the data, decodes every image once, and says what was skipped.
 fn prepare(dataset: Dataset, limit: usize, health: &HealthConfig) -> Result<Prepared> {
     let bar = report::counter("checking images", 0);
@@ -164,14 +183,21 @@ fn prepare(dataset: Dataset, limit: usize, health: &HealthConfig) -> Result<Prep
     Ok(prepared)
 }
 
+/// Whether Ctrl-C ends the program at once: nobody looks at the flag of [`stop_flag`] any more.
+static AT_ONCE: AtomicBool = AtomicBool::new(false);
+
+/// From now on Ctrl-C ends the program at once.
+fn stop_at_once() {
+    AT_ONCE.store(true, Ordering::Relaxed);
+}
+
 /// A flag that Ctrl-C sets. A second Ctrl-C ends the program at once.
 fn stop_flag() -> Arc<AtomicBool> {
-    use std::sync::atomic::Ordering;
     let stop = Arc::new(AtomicBool::new(false));
     let set = stop.clone();
     // Without a handler Ctrl-C ends the program at once: the last checkpoint still stands.
     let _ = ctrlc::set_handler(move || {
-        if set.swap(true, Ordering::Relaxed) {
+        if set.swap(true, Ordering::Relaxed) || AT_ONCE.load(Ordering::Relaxed) {
             std::process::exit(i32::from(INTERRUPTED));
         }
         eprintln!("stopping after this step; once more to stop at once");

@@ -18,7 +18,7 @@ use byol::{
 };
 use serde_json::json;
 
-use crate::report::{Result, out};
+use crate::report::{Result, out, shown};
 
 /// Find the images most like a given one
 ///
@@ -91,6 +91,9 @@ pub struct Select {
 /// From here on two images count as the same (docs/results.md).
 const THRESHOLD: f32 = 0.95;
 
+/// Pairs that are held at most: one GB.
+const MOST_PAIRS: usize = 40_000_000;
+
 #[derive(Debug, clap::Args)]
 struct Common {
     /// Threads [default: one a core]
@@ -114,7 +117,7 @@ pub fn search(args: &Search) -> Result<ExitCode> {
     }
     let found = args.common.open(&args.embeddings)?;
     let of = found.origin.as_ref();
-    let encoder = args.encoder.clone().or_else(|| of.map(|o| o.encoder.clone()));
+    let encoder = args.encoder.clone().or_else(|| of.map(|o| PathBuf::from(&o.encoder)));
     let encoder = encoder
         .ok_or_else(|| format!("{} does not name its encoder; give it by --encoder", args.embeddings.display()))?;
     let file = weights::resolve(&encoder);
@@ -127,7 +130,7 @@ pub fn search(args: &Search) -> Result<ExitCode> {
         .into());
     }
     let opened = super::open(args.device)?;
-    let encoder = weights::load(&encoder, &opened.device)?;
+    let encoder = super::encoder(&encoder, &opened)?;
     if encoder.features() != found.features.dim {
         return Err(format!(
             "{} holds vectors of {} numbers, but {} makes {}; give the encoder that made them by --encoder",
@@ -153,7 +156,7 @@ pub fn search(args: &Search) -> Result<ExitCode> {
     if args.common.json {
         let near: Vec<_> =
             near.iter().map(|(i, c)| json!({ "path": paths[*i], "label": label(*i), "row": i, "cosine": c })).collect();
-        out!("{}", json!({ "image": args.image, "rows": paths.len(), "search_ms": ms, "neighbours": near }));
+        out!("{}", json!({ "image": shown(&args.image), "rows": paths.len(), "search_ms": ms, "neighbours": near }));
     } else {
         for (i, cosine) in near {
             out!("{cosine:.3}  {}{}", paths[i], label(i).map_or(String::new(), |l| format!("  ({l})")));
@@ -166,10 +169,14 @@ pub fn duplicates(args: &Duplicates) -> Result<ExitCode> {
     if !(-1.0..=1.0).contains(&args.threshold) {
         return Err("--threshold is a cosine, from -1 to 1; the usual value is 0.95".into());
     }
+    let too_many = || {
+        let (most, threshold) = (MOST_PAIRS / 1_000_000, args.threshold);
+        format!("more than {most} million pairs have a cosine of {threshold} or more; raise --threshold")
+    };
     let found = args.common.open(&args.embeddings)?;
     let Some(other) = &args.other else {
         let (paths, index) = (found.paths, Index::new(found.features));
-        let pairs = index.pairs(args.threshold);
+        let pairs = index.pairs(args.threshold, MOST_PAIRS).ok_or_else(too_many)?;
         let groups = groups(paths.len(), &pairs);
         if args.common.json {
             let named: Vec<Vec<&String>> = groups.iter().map(|g| g.iter().map(|i| &paths[*i]).collect()).collect();
@@ -205,7 +212,7 @@ pub fn duplicates(args: &Duplicates) -> Result<ExitCode> {
     }
     let (paths, index) = (found.paths, Index::new(found.features));
     let rows = index.map(second.features);
-    let mut pairs = index.pairs_with(&rows, args.threshold);
+    let mut pairs = index.pairs_with(&rows, args.threshold, MOST_PAIRS).ok_or_else(too_many)?;
     pairs.sort_by(|a, b| b.cosine.total_cmp(&a.cosine).then((a.a, a.b).cmp(&(b.a, b.b))));
     if args.common.json {
         let pairs: Vec<_> = pairs

@@ -12,14 +12,14 @@ mod transfer;
 use std::{path::PathBuf, process::ExitCode};
 
 use byol::{
-    data::{self, CHANNELS, Dataset, Images},
+    data::{self, Dataset, Images},
     device,
     eval::{
         Features, embed,
         metrics::in_top,
         rows::{Row, Table},
     },
-    nn::{Encoder, weights},
+    nn::Encoder,
     train::run::keep_bytes,
 };
 use clap::Subcommand;
@@ -99,15 +99,7 @@ impl Common {
     fn encoder(&self) -> Result<Encoder> {
         super::set_threads(self.flags.threads)?;
         let opened = super::open(self.flags.device)?;
-        let encoder = weights::load(&self.encoder, &opened.device)?;
-        if encoder.spec.channels != CHANNELS {
-            let (path, n) = (self.encoder.display(), encoder.spec.channels);
-            return Err(format!(
-                "{path} takes images of {n} channels, and all data are read as {CHANNELS}; use another encoder"
-            )
-            .into());
-        }
-        Ok(encoder)
+        super::encoder(&self.encoder, &opened)
     }
 
     /// The encoder, and a random one of its kind where it is wanted, each with what its rows are called after.

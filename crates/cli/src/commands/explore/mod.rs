@@ -24,7 +24,7 @@ use byol::{
 };
 
 use super::INTERRUPTED;
-use crate::report::{self, Result};
+use crate::report::{self, Result, shown};
 
 /// Look at all images as a map in the browser
 ///
@@ -66,12 +66,13 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         },
         None => args.what.clone(),
     };
+    super::stop_at_once();
     let found = Embeddings::open(&file)?;
     let Embeddings { origin, paths, labels, features, .. } = found;
     let index = Index::new(features);
     let method = if args.map == "pca" { Method::Pca } else { Method::Tsne };
     let places = placed(&file, &index, method)?;
-    let root = origin.as_ref().map(|o| o.data.clone());
+    let root = origin.as_ref().map(|o| PathBuf::from(&o.data));
     let state = server::State::new(server::Shown { index, paths, labels, places, method, root, run });
     let address = listener.local_addr()?;
     report::note(format!("open http://{address} in a browser; Ctrl-C ends it"));
@@ -87,20 +88,23 @@ fn embedded(args: &Args, run: &Path) -> Result<Option<PathBuf>> {
     let folder = run.join("explore");
     // Another encoder, or another number of images, is another file.
     let file = folder.join(format!("{}-{}.parquet", &sha[..12], args.limit));
-    if file.exists() {
+    let items = Items::of(Dataset::open(&plan.data)?.limit(args.limit), Split::Train);
+    let fingerprint = items.fingerprint();
+    // The images may have changed since.
+    let same = |e: Embeddings| e.origin.is_some_and(|o| o.fingerprint == fingerprint);
+    if file.exists() && Embeddings::open(&file).is_ok_and(same) {
         return Ok(Some(file));
     }
     fs::create_dir_all(&folder)
         .map_err(|e| format!("cannot make {}: {e}; check that you may write there", folder.display()))?;
     let opened = super::open(args.device)?;
-    let encoder = weights::load(run, &opened.device)?;
-    let items = Items::of(Dataset::open(&plan.data)?.limit(args.limit), Split::Train);
+    let encoder = super::encoder(run, &opened)?;
     let origin = Origin {
         version: env!("CARGO_PKG_VERSION").into(),
         encoder_sha256: sha,
-        encoder: encoder_file,
-        data: plan.data.clone(),
-        fingerprint: items.fingerprint(),
+        encoder: shown(&encoder_file),
+        data: shown(&plan.data),
+        fingerprint,
         shard: None,
     };
     let bar = report::counter("embedding", 0);
@@ -118,7 +122,9 @@ fn embedded(args: &Args, run: &Path) -> Result<Option<PathBuf>> {
 
 /// The map of some embeddings, stored beside them.
 fn placed(file: &Path, index: &Index, method: Method) -> Result<Vec<[f32; 2]>> {
-    let stored = file.with_extension(format!("{}.map", method.name()));
+    let mut name = file.as_os_str().to_owned();
+    name.push(format!(".{}.map", method.name()));
+    let stored = PathBuf::from(name);
     let newer = |path: &Path| path.metadata().and_then(|m| m.modified()).ok();
     let fresh = newer(&stored) >= newer(file);
     if let Some(bytes) = fs::read(&stored).ok().filter(|b| fresh && b.len() == 8 * index.len()) {

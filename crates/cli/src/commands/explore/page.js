@@ -7,6 +7,12 @@ const get = async (url) => {
   return answer;
 };
 
+addEventListener("unhandledrejection", (e) => { $("about").textContent = `failed: ${e.reason?.message ?? e.reason}`; });
+
+// Pictures are kept by the browser under their address, and the next program on this port has others under the same numbers.
+const stamp = Date.now().toString(36);
+const thumb = (i, px) => `/thumb/${i}?px=${px}&of=${stamp}`;
+
 const COLOURS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#4f5bd5",
   "#f2b134", "#12866b", "#b0413e", "#7a5195", "#a05d56", "#d0743c", "#5da5da", "#60bd68", "#b2912f", "#f15854"];
 const GREY = "#9aa4b2";
@@ -14,20 +20,21 @@ const NONE = 65535;
 const rgb = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
 const colourOf = (i) => (i === NONE || i < 0 ? GREY : COLOURS[i % COLOURS.length]);
 
-const info = await (await get("/api/info")).json();
+const must = (answer) => answer.catch((e) => { $("about").textContent = `cannot load: ${e.message}`; throw e; });
+const info = await (await must(get("/api/info"))).json();
 const n = info.images;
 $("about").textContent = `${n.toLocaleString()} images, ${info.map} map; loading …`;
 
 // ------------------------------------------------------------------ data
 
-const raw = new DataView(await (await get("/api/points")).arrayBuffer());
-const x = new Float32Array(n), y = new Float32Array(n), score = new Float32Array(n), label = new Int32Array(n);
+const raw = new DataView(await (await must(get("/api/points"))).arrayBuffer());
+const x = new Float32Array(n), y = new Float32Array(n), label = new Int32Array(n);
 for (let i = 0; i < n; i++) {
-  x[i] = raw.getFloat32(16 * i, true);
-  y[i] = raw.getFloat32(16 * i + 4, true);
-  score[i] = raw.getFloat32(16 * i + 8, true);
-  label[i] = raw.getUint32(16 * i + 12, true);
+  x[i] = raw.getFloat32(12 * i, true);
+  y[i] = raw.getFloat32(12 * i + 4, true);
+  label[i] = raw.getUint32(12 * i + 8, true);
 }
+let shade = null;              // rank of each image's outlier score, once it is computed
 let cluster = null;            // class of each image by k-means, once asked for
 let answer = null;             // class of each image by the probe
 const given = new Map();       // image -> class, by hand
@@ -79,7 +86,7 @@ function start() {
     void main() { gl_Position = vec4((place - middle) * scale, 0.0, 1.0); gl_PointSize = size; c = colour; }`));
   gl.attachShader(program, shader(gl.FRAGMENT_SHADER, `
     precision mediump float; varying vec3 c;
-    void main() { float r = length(gl_PointCoord - 0.5); if (r > 0.5) discard; gl_FragColor = vec4(c * 0.8, 0.8) * smoothstep(0.5, 0.4, r); }`));
+    void main() { float r = length(gl_PointCoord - 0.5); if (r > 0.5) discard; gl_FragColor = vec4(c * 0.8, 0.8) * (1.0 - smoothstep(0.4, 0.5, r)); }`));
   gl.linkProgram(program);
   gl.useProgram(program);
   const places = new Float32Array(2 * n);
@@ -99,23 +106,27 @@ function start() {
   gl.blendFunc(gl.ONE, gl.ONE_MINUS_SRC_ALPHA);
 }
 
+const dark = matchMedia("(prefers-color-scheme: dark)");
+dark.addEventListener("change", () => paint());
+
 function paint() {
-  const how = $("colour").value, colours = new Uint8Array(3 * n);
-  const shades = how === "outlier" ? ranks(score) : null;
+  const how = $("colour").value, colours = new Uint8Array(3 * n), faded = dark.matches ? 60 : 200;
+  legend(how);
+  if (!gl) return;
   const table = COLOURS.map(rgb), grey = rgb(GREY);
   for (let i = 0; i < n; i++) {
     let c = grey;
-    if (how === "outlier") c = [60 + 180 * shades[i], 90 + 40 * (1 - shades[i]), 200 * (1 - shades[i]) + 30];
-    else {
+    if (how === "outlier") {
+      if (shade) c = [60 + 180 * shade[i], 90 + 40 * (1 - shade[i]), 200 * (1 - shade[i]) + 30];
+    } else {
       const of = how === "label" ? label[i] : how === "cluster" ? cluster?.[i] ?? NONE : given.get(i) ?? answer?.[i] ?? NONE;
       if (of !== NONE && of >= 0) c = table[of % table.length];
     }
-    if (selected.size && !selected.has(i)) c = c.map((v) => 200 + (v - 200) * 0.15);
+    if (selected.size && !selected.has(i)) c = c.map((v) => faded + (v - faded) * 0.15);
     colours.set(c, 3 * i);
   }
   gl.bindBuffer(gl.ARRAY_BUFFER, colourBuffer);
   gl.bufferData(gl.ARRAY_BUFFER, colours, gl.DYNAMIC_DRAW);
-  legend(how);
   draw();
 }
 function ranks(values) {
@@ -124,10 +135,11 @@ function ranks(values) {
   return rank;
 }
 function legend(how) {
-  const names = how === "label" ? info.classes : how === "answer" ? classes : how === "cluster" && cluster ? [...Array(1 + Math.max(...cluster)).keys()].map((i) => `cluster ${i + 1}`) : [];
+  const names = how === "label" ? info.classes : how === "answer" ? classes : how === "cluster" && cluster ? [...Array(1 + cluster.reduce((a, b) => Math.max(a, b), 0)).keys()].map((i) => `cluster ${i + 1}`) : [];
   const items = names.slice(0, 24).map((name, i) => dotted(colourOf(i), name));
   if (names.length > 24) items.push(text("li", `and ${names.length - 24} more`));
-  if (how === "outlier") items.push(dotted("#3c7ae6", "like others"), dotted("#f05a1e", "unlike others"));
+  if (how === "outlier") items.push(...(shade ? [dotted("#3c7ae6", "like others"), dotted("#f05a1e", "unlike others")] : [text("li", "computing …")]));
+  if (how === "cluster" && !cluster) items.push(text("li", "computing …"));
   $("legend").replaceChildren(...items);
 }
 const text = (tag, words, kind) => Object.assign(document.createElement(tag), { textContent: words, className: kind ?? "" });
@@ -145,7 +157,7 @@ const toMap = (px, py) => { const [sx, sy] = scale(); return [(2 * px / canvas.c
 const reach = () => 12 * 2 / Math.max(canvas.clientWidth, 1) / scale()[0];
 
 function draw() {
-  if (waiting) return;
+  if (!gl || waiting) return;
   waiting = true;
   requestAnimationFrame(() => {
     waiting = false;
@@ -156,7 +168,7 @@ function draw() {
     gl.clear(gl.COLOR_BUFFER_BIT);
     gl.uniform2f(uniform.middle, view.x, view.y);
     gl.uniform2f(uniform.scale, ...scale());
-    const crowd = Math.sqrt(w * h / Math.max(1, n)) / 3;
+    const crowd = Math.sqrt(canvas.clientWidth * canvas.clientHeight / Math.max(1, n)) / 3;
     gl.uniform1f(uniform.size, Math.min(14, Math.max(2.5, crowd) * Math.min(4, Math.max(1, Math.sqrt(view.zoom)))) * ratio);
     gl.drawArrays(gl.POINTS, 0, n);
     marks(ratio);
@@ -198,24 +210,36 @@ const pointers = new Map();
 let moved = 0, pinch = 0;
 const at = (e) => { const box = canvas.getBoundingClientRect(); return [e.clientX - box.left, e.clientY - box.top]; };
 const lassoing = () => $("lasso").getAttribute("aria-pressed") === "true";
+canvas.addEventListener("webglcontextlost", (e) => e.preventDefault());
+canvas.addEventListener("webglcontextrestored", () => { start(); paint(); });
 canvas.addEventListener("pointerdown", (e) => {
+  if (e.button !== 0 || e.ctrlKey) return;
   canvas.setPointerCapture(e.pointerId);
   pointers.set(e.pointerId, at(e));
-  moved = 0;
+  $("tip").hidden = true;
+  moved = pointers.size > 1 ? Infinity : 0; // behind a pinch nothing is a click
   if (pointers.size === 2) { const [a, b] = [...pointers.values()]; pinch = Math.hypot(a[0] - b[0], a[1] - b[1]); lassoLine = null; }
-  else if (lassoing()) lassoLine = [toMap(...at(e))];
+  else if (pointers.size === 1 && lassoing()) lassoLine = [toMap(...at(e))];
 });
 canvas.addEventListener("pointermove", (e) => {
+  // Lifted where we were not told, as over a menu.
+  if (pointers.has(e.pointerId) && !e.buttons) { pointers.delete(e.pointerId); lassoLine = null; }
   const here = at(e), before = pointers.get(e.pointerId);
   if (!before) return hover(here);
   pointers.set(e.pointerId, here);
   moved += Math.hypot(here[0] - before[0], here[1] - before[1]);
   if (pointers.size === 2) {
+    // The middle of the fingers moves by half of what this one does.
+    const [p, q] = [toMap(...before), toMap(...here)];
+    view.x += (p[0] - q[0]) / 2;
+    view.y += (p[1] - q[1]) / 2;
     const [a, b] = [...pointers.values()], wide = Math.hypot(a[0] - b[0], a[1] - b[1]);
     if (pinch > 0) zoomAt(wide / pinch, (a[0] + b[0]) / 2, (a[1] + b[1]) / 2);
     pinch = wide;
-  } else if (lassoLine) { lassoLine.push(toMap(...here)); draw(); }
-  else {
+  } else if (lassoLine) {
+    const [ax, ay] = toScreen(...lassoLine.at(-1));
+    if (Math.hypot(here[0] - ax, here[1] - ay) >= 4) { lassoLine.push(toMap(...here)); draw(); }
+  } else {
     const [a, b] = [toMap(...before), toMap(...here)];
     view.x += a[0] - b[0];
     view.y += a[1] - b[1];
@@ -224,11 +248,11 @@ canvas.addEventListener("pointermove", (e) => {
 });
 const lift = (e) => {
   if (!pointers.delete(e.pointerId)) return;
-  if (lassoLine) {
-    const line = lassoLine;
-    lassoLine = null;
-    if (line.length > 2) select(inside(line));
-    draw();
+  const line = lassoLine;
+  lassoLine = null;
+  if (line) draw();
+  if (line && moved >= 5) {
+    if (e.type === "pointerup" && line.length > 2) select(inside(line));
   } else if (moved < 5 && e.type === "pointerup") {
     const i = nearestTo(...toMap(...at(e)), reach());
     if (i >= 0) click(i);
@@ -240,8 +264,8 @@ canvas.addEventListener("pointerleave", () => { $("tip").hidden = true; });
 canvas.addEventListener("wheel", (e) => { e.preventDefault(); zoomAt(Math.exp(-e.deltaY * 0.0015), ...at(e)); }, { passive: false });
 new ResizeObserver(draw).observe(canvas);
 
-let hovered = -1;
-async function hover([px, py]) {
+let hovered = -1, soon;
+function hover([px, py]) {
   const tip = $("tip"), i = nearestTo(...toMap(px, py), reach());
   tip.hidden = i < 0;
   if (i < 0) { hovered = -1; return; }
@@ -249,15 +273,25 @@ async function hover([px, py]) {
   [tip.style.left, tip.style.top] = [`${left}px`, `${top}px`];
   if (i === hovered) return;
   hovered = i;
-  tip.querySelector("img").src = `/thumb/${i}?px=96`;
-  const row = await (await get(`/api/row/${i}`)).json();
-  if (hovered === i) tip.querySelector("span").textContent = name(row);
+  tip.querySelector("span").textContent = "";
+  tip.querySelector("img").removeAttribute("src");
+  // Not for every image that the pointer crosses.
+  clearTimeout(soon);
+  soon = setTimeout(async () => {
+    if (hovered !== i) return;
+    tip.querySelector("img").src = thumb(i, 96);
+    const row = await (await get(`/api/row/${i}`)).json();
+    if (hovered === i) tip.querySelector("span").textContent = name(row);
+  }, 60);
 }
 const name = (row) => row.path.split(/[\\/]/).slice(-2).join("/") + (row.label ? ` (${row.label})` : "");
 
 function inside(line) {
   const found = new Set();
+  let [x0, x1, y0, y1] = [Infinity, -Infinity, Infinity, -Infinity];
+  for (const [a, b] of line) [x0, x1, y0, y1] = [Math.min(x0, a), Math.max(x1, a), Math.min(y0, b), Math.max(y1, b)];
   for (let i = 0; i < n; i++) {
+    if (x[i] < x0 || x[i] > x1 || y[i] < y0 || y[i] > y1) continue;
     let within = false;
     for (let a = 0, b = line.length - 1; a < line.length; b = a++) {
       const [ax, ay] = line[a], [bx, by] = line[b];
@@ -282,8 +316,8 @@ canvas.addEventListener("keydown", (e) => {
     n: () => walk(1), p: () => walk(-1), Enter: () => chosen >= 0 && click(chosen), l: () => $("lasso").click(),
     Escape: () => select(new Set()),
   };
-  const act = keys[e.key];
-  if (act && !e.ctrlKey && !e.metaKey) { e.preventDefault(); act(); }
+  const act = keys[e.key.length === 1 ? e.key.toLowerCase() : e.key];
+  if (act && !e.ctrlKey && !e.metaKey && !e.altKey) { e.preventDefault(); act(); }
 });
 // From left to right, as they lie on the map.
 const order = Array.from(x.keys()).sort((a, b) => x[a] - x[b]), place = new Int32Array(n);
@@ -294,22 +328,25 @@ function walk(by) { show(order[chosen < 0 ? 0 : (place[chosen] + by + n) % n]); 
 
 function picture(i, px, words) {
   const button = document.createElement("button"), img = document.createElement("img");
-  img.src = `/thumb/${i}?px=${px}`;
+  img.src = thumb(i, px);
   img.alt = words;
   img.loading = "lazy";
   button.title = words;
   button.append(img);
-  button.addEventListener("click", () => { tab("map"); show(i); });
+  // The button may go away: the map keeps the focus.
+  button.addEventListener("click", () => { tab("map"); canvas.focus({ preventScroll: true }); show(i); });
   return button;
 }
 async function show(i) {
   chosen = i;
+  const [sx, sy] = toScreen(x[i], y[i]);
+  if (sx < 0 || sy < 0 || sx > canvas.clientWidth || sy > canvas.clientHeight) [view.x, view.y] = [x[i], y[i]];
   draw();
   const [row, near] = await Promise.all([get(`/api/row/${i}`), get(`/api/near/${i}?n=24`)].map(async (a) => (await a).json()));
   if (chosen !== i) return;
   const large = document.createElement("img");
   large.className = "large";
-  large.src = `/thumb/${i}?px=256`;
+  large.src = thumb(i, 256);
   large.alt = name(row);
   const grid = text("div", "", "grid");
   for (const { cosine, of } of near) {
@@ -317,7 +354,8 @@ async function show(i) {
     button.append(cosine.toFixed(2));
     grid.append(button);
   }
-  $("chosen").replaceChildren(large, text("p", row.path + (row.label ? `  (${row.label})` : ""), "path"), text("p", "Nearest"), grid);
+  $("said").textContent = row.path + (row.label ? `  (${row.label})` : "");
+  $("chosen").replaceChildren(large, text("p", "Nearest"), grid);
 }
 
 // ------------------------------------------------------------------ labelling
@@ -345,18 +383,23 @@ function list() {
     dot.style.background = colourOf(k);
     button.append(dot, `${c} (${[...given.values()].filter((v) => v === k).length})`);
     button.setAttribute("aria-pressed", String(k === current));
-    button.addEventListener("click", () => { current = current === k ? -1 : k; list(); });
+    button.addEventListener("click", () => { current = current === k ? -1 : k; list(); $("given").children[k].firstChild.focus(); });
     item.append(button);
     return item;
   }));
 }
+let asked = 0;
 async function ask() {
+  const mine = ++asked;
   list();
   $("save-labels").hidden = !given.size;
   if (!given.size) { answer = null; $("probe-says").textContent = ""; return paint(); }
-  const reply = await fetch("/api/probe", { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify({ rows: [...given] }) });
-  if (!reply.ok) { $("probe-says").textContent = "the probe has no answer"; return; }
-  answer = (await reply.json()).answers;
+  const reply = await fetch("/api/probe", { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify({ rows: [...given] }) }).catch(() => null);
+  if (mine !== asked) return;
+  if (!reply?.ok) { $("probe-says").textContent = "the probe has no answer"; return paint(); }
+  const got = (await reply.json()).answers;
+  if (mine !== asked) return;
+  answer = got;
   const counts = classes.map((c, k) => `${c} ${answer.filter((v) => v === k).length.toLocaleString()}`);
   $("probe-says").textContent = `All images: ${counts.join(", ")}.${agreement()}`;
   $("colour").value = "answer";
@@ -376,18 +419,18 @@ function download(file, words) {
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
+let known;
 async function paths(rows) {
-  const all = [];
-  // A few at a time.
-  for (let k = 0; k < rows.length; k += 64)
-    all.push(...await Promise.all(rows.slice(k, k + 64).map(async (i) => (await (await get(`/api/row/${i}`)).json()).path)));
-  return all;
+  known ??= (await (await get("/api/paths")).json()).paths;
+  return rows.map((i) => known[i]);
 }
 const quoted = (s) => `"${String(s).replaceAll('"', '""')}"`;
 $("save").addEventListener("click", async () => download("selection.txt", (await paths([...selected])).join("\n") + "\n"));
 $("save-labels").addEventListener("click", async () => {
-  const rows = [...Array(n).keys()], all = await paths(rows);
-  const lines = rows.map((i) => [quoted(all[i]), quoted(classes[given.get(i) ?? answer[i]]), given.has(i) ? "given" : "answer"].join(","));
+  const by = new Map(given), said = answer, rows = [...Array(n).keys()];
+  if (!said) return;
+  const all = await paths(rows);
+  const lines = rows.map((i) => [quoted(all[i]), quoted(classes[by.get(i) ?? said[i]]), by.has(i) ? "given" : "answer"].join(","));
   download("labels.csv", ["path,label,by", ...lines].join("\n") + "\n");
 });
 $("clear").addEventListener("click", () => select(new Set()));
@@ -396,18 +439,32 @@ $("closer").addEventListener("click", () => zoom(1.3));
 $("farther").addEventListener("click", () => zoom(1 / 1.3));
 $("whole").addEventListener("click", whole);
 $("colour").addEventListener("change", async () => {
-  if ($("colour").value === "cluster" && !cluster) cluster = (await (await get("/api/clusters")).json()).clusters;
   paint();
+  if ($("colour").value === "cluster" && !cluster) {
+    cluster = (await (await get("/api/clusters")).json()).clusters;
+    paint();
+  }
 });
 
 // ------------------------------------------------------------------ other pages
 
-let duplicatesTimer;
+let duplicatesTimer, searched;
 async function duplicates() {
   const least = Number($("threshold").value);
+  if (least === searched) return;
+  searched = least;
   $("duplicates-say").textContent = "searching …";
-  const { groups, all } = await (await get(`/api/duplicates?threshold=${least}`)).json();
-  if (least !== Number($("threshold").value)) return;
+  const answer = await fetch(`/api/duplicates?threshold=${least}`).catch(() => null);
+  if (least !== searched) return;
+  if (!answer?.ok) {
+    searched = undefined;
+    // Another search is under way.
+    if (answer?.status === 429) { clearTimeout(duplicatesTimer); duplicatesTimer = setTimeout(duplicates, 1000); return; }
+    $("duplicates-say").textContent = answer?.status === 413 ? "too many pairs are as alike as that: ask for more" : "the search failed";
+    return;
+  }
+  const { groups, all } = await answer.json();
+  if (least !== searched) return;
   $("duplicates-say").textContent = all ? `${all.toLocaleString()} groups${all > groups.length ? `, the first ${groups.length}` : ""}` : "none";
   $("groups").replaceChildren(...groups.map((g) => {
     const line = text("div", "", "group");
@@ -460,7 +517,8 @@ function chart(title, points) {
 }
 async function training() {
   const { epochs, steps } = await (await get("/api/curves")).json();
-  $("training-says").textContent = epochs.length ? `${epochs.length - 1} epochs` : "These embeddings are of no run: no curves.";
+  const says = epochs.length ? `${epochs.at(-1).epoch} epochs` : info.run ? "No epoch has ended yet." : "These embeddings are of no run: no curves.";
+  if ($("training-says").textContent !== says) $("training-says").textContent = says;
   const of = (key, factor) => epochs.filter((e) => e[key] != null).map((e) => [e.epoch, factor * e[key]]);
   const all = [["loss", steps.map((s) => [s.epoch, s.loss])], ["kNN, %", of("knn", 100)], ["RankMe", of("rankme", 1)],
     ["deviation of the projections", of("projection_std", 1)], ["cosine of different images' projections", of("projection_cosine", 1)]];
@@ -486,4 +544,7 @@ tabs.forEach((t, k) => {
 setInterval(() => { if (!$("training").hidden) training(); }, 5000);
 
 if (!info.classes.length) $("colour").value = "outlier";
-if (gl) { start(); paint(); } else $("chosen").replaceChildren(text("p", "This browser has no WebGL: the map cannot be drawn; the other pages work."));
+if (gl) start();
+paint();
+get("/api/scores").then((a) => a.arrayBuffer()).then((b) => { shade = ranks(new Float32Array(b)); if ($("colour").value === "outlier") paint(); });
+if (!gl) $("chosen").replaceChildren(text("p", "This browser has no WebGL: the map cannot be drawn; the other pages work."));

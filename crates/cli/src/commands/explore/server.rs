@@ -7,7 +7,7 @@ use std::{
     io::Cursor,
     net::{SocketAddr, TcpListener},
     path::PathBuf,
-    sync::{Arc, OnceLock},
+    sync::{Arc, Mutex, OnceLock, TryLockError},
 };
 
 use axum::{
@@ -54,6 +54,7 @@ pub struct State {
     class_of: Vec<u16>,
     outliers: OnceLock<Vec<f32>>,
     clusters: OnceLock<Vec<usize>>,
+    searching: Mutex<()>,
     /// The data, where its images are not files: opened when the first is asked for.
     packed: OnceLock<HashMap<String, Arc<Image>>>,
     address: OnceLock<SocketAddr>,
@@ -64,6 +65,9 @@ const MOST_BYTES: usize = 1 << 20;
 
 /// Side of a thumbnail at most.
 const MOST_PIXELS: u32 = 512;
+
+/// Pairs of near-duplicates that are held at most.
+const MOST_PAIRS: usize = 2_000_000;
 
 /// Neighbours that outlier scores look at.
 const NEAR: usize = 10;
@@ -91,6 +95,7 @@ impl State {
             class_of,
             outliers: OnceLock::new(),
             clusters: OnceLock::new(),
+            searching: Mutex::new(()),
             packed: OnceLock::new(),
             address: OnceLock::new(),
         }
@@ -133,7 +138,7 @@ type All = Shared<Arc<State>>;
 pub fn serve(listener: TcpListener, state: Arc<State>) -> report::Result<()> {
     listener.set_nonblocking(true)?;
     state.address.set(listener.local_addr()?).expect("served once");
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_io().build()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_io().enable_time().build()?;
     runtime.block_on(async move {
         let listener = tokio::net::TcpListener::from_std(listener)?;
         Ok(axum::serve(listener, router(state)).await?)
@@ -147,6 +152,8 @@ fn router(state: Arc<State>) -> Router {
         .route("/page.css", get(|| page("text/css; charset=utf-8", include_str!("page.css"))))
         .route("/api/info", get(info))
         .route("/api/points", get(points))
+        .route("/api/scores", get(scores))
+        .route("/api/paths", get(paths))
         .route("/api/row/{i}", get(row))
         .route("/api/near/{i}", get(near))
         .route("/api/outliers", get(outliers))
@@ -160,13 +167,19 @@ fn router(state: Arc<State>) -> Router {
         .with_state(state)
 }
 
-/// Whether a request names this machine and port, and is of this page where it says of which.
+/// Whether a request names this machine and port, and is of this page where the browser says of which.
 fn own(headers: &HeaderMap, port: u16) -> bool {
-    let own = |host: &str| ["127.0.0.1", "localhost", "[::1]"].iter().any(|name| host == format!("{name}:{port}"));
-    let said = |name: header::HeaderName| headers.get(name).map(|v| v.to_str().unwrap_or("?"));
-    // A page from elsewhere says so when it posts.
-    let origin = said(header::ORIGIN).is_none_or(|o| o.strip_prefix("http://").is_some_and(own));
-    said(header::HOST).is_some_and(own) && origin
+    // Browsers leave the usual port out.
+    let own = |host: &str| {
+        ["127.0.0.1", "localhost", "[::1]"]
+            .iter()
+            .any(|name| host == format!("{name}:{port}") || port == 80 && host == *name)
+    };
+    let said = |name: &str| headers.get(name).map(|v| v.to_str().unwrap_or("?"));
+    // A page from elsewhere says so when it posts, and browsers say it of pictures and the like.
+    let origin = said("origin").is_none_or(|o| o.strip_prefix("http://").is_some_and(own));
+    let site = said("sec-fetch-site").is_none_or(|site| ["same-origin", "none"].contains(&site));
+    said("host").is_some_and(own) && origin && site
 }
 
 /// Lets requests through that name this machine as it is, and says to the browser what the page may do.
@@ -181,6 +194,7 @@ async fn guard(Shared(state): All, request: Request<Body>, next: Next) -> Respon
         (header::CONTENT_SECURITY_POLICY, policy),
         (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
         (header::REFERRER_POLICY, "no-referrer"),
+        (header::HeaderName::from_static("cross-origin-resource-policy"), "same-origin"),
     ] {
         response.headers_mut().insert(name, HeaderValue::from_static(value));
     }
@@ -195,23 +209,28 @@ async fn info(Shared(state): All) -> Json<Value> {
     let shown = &state.shown;
     Json(json!({
         "images": shown.paths.len(), "dim": shown.index.rows().dim, "map": shown.method.name(), "classes": state.classes,
-        "run": shown.run, "data": shown.root,
+        "run": shown.run.as_deref().map(report::shown), "data": shown.root.as_deref().map(report::shown),
     }))
 }
 
-/// Little-endian: for each row x and y as f32, outlier score as f32, and class as u32 (65535: none).
-async fn points(Shared(state): All) -> Result<impl IntoResponse, StatusCode> {
-    let bytes = work(move || {
-        let outliers = state.outliers();
-        let of = |i: usize| {
-            let [x, y] = state.shown.places[i];
-            let class = u32::from(state.class_of[i]).to_le_bytes();
-            [x.to_le_bytes(), y.to_le_bytes(), outliers[i].to_le_bytes(), class].concat()
-        };
-        (0..state.shown.paths.len()).flat_map(of).collect::<Vec<u8>>()
-    })
-    .await?;
+/// Little-endian: for each row x and y as f32 and class as u32 (65535: none).
+async fn points(Shared(state): All) -> impl IntoResponse {
+    let of = |i: usize| {
+        let [x, y] = state.shown.places[i];
+        [x.to_le_bytes(), y.to_le_bytes(), u32::from(state.class_of[i]).to_le_bytes()].concat()
+    };
+    let bytes = (0..state.shown.paths.len()).flat_map(of).collect::<Vec<u8>>();
+    ([(header::CONTENT_TYPE, "application/octet-stream")], bytes)
+}
+
+/// The outlier score of each row, little-endian f32.
+async fn scores(Shared(state): All) -> Result<impl IntoResponse, StatusCode> {
+    let bytes = work(move || state.outliers().iter().flat_map(|s| s.to_le_bytes()).collect::<Vec<u8>>()).await?;
     Ok(([(header::CONTENT_TYPE, "application/octet-stream")], bytes))
+}
+
+async fn paths(Shared(state): All) -> Json<Value> {
+    Json(json!({ "paths": state.shown.paths }))
 }
 
 /// Runs what computes where it does not hold up other requests.
@@ -273,15 +292,21 @@ async fn duplicates(Shared(state): All, Query(asked): Query<Threshold>) -> Resul
         return Err(StatusCode::BAD_REQUEST);
     }
     let found = work(move || {
-        let pairs = state.shown.index.pairs(least);
+        // One search at a time: each takes all cores.
+        let _alone = match state.searching.try_lock() {
+            Err(TryLockError::WouldBlock) => return Err(StatusCode::TOO_MANY_REQUESTS),
+            alone => alone,
+        };
+        // The cosine of a row with itself is 1 but for rounding.
+        let pairs = state.shown.index.pairs(least.min(0.9999), MOST_PAIRS).ok_or(StatusCode::PAYLOAD_TOO_LARGE)?;
         let mut groups = groups(state.shown.paths.len(), &pairs);
         let all = groups.len();
         groups.truncate(MOST_ROWS / 5);
         let named: Vec<Vec<Value>> =
             groups.iter().map(|g| g.iter().take(20).map(|i| state.row(*i)).collect()).collect();
-        json!({ "groups": named, "all": all })
+        Ok(json!({ "groups": named, "all": all }))
     });
-    Ok(Json(found.await?))
+    found.await?.map(Json)
 }
 
 /// The cluster of each row.
@@ -314,6 +339,10 @@ async fn probe(Shared(state): All, Json(labelled): Json<Labelled>) -> Result<Jso
             mean.iter_mut().for_each(|v| *v /= length.max(1e-12));
         }
         let used: Vec<usize> = (0..classes).filter(|c| means[*c].iter().any(|v| *v != 0.0)).collect();
+        // The labelled images of each class cancel.
+        if used.is_empty() {
+            return None;
+        }
         let (mut answers, mut margins) = (Vec::with_capacity(n), Vec::with_capacity(n));
         for i in 0..n {
             let dot = |c: &usize| means[*c].iter().zip(rows.row(i)).map(|(a, b)| a * b).sum::<f32>();
@@ -322,9 +351,9 @@ async fn probe(Shared(state): All, Json(labelled): Json<Labelled>) -> Result<Jso
             answers.push(scores[0].1);
             margins.push((1e3 * (scores[0].0 - scores.get(1).map_or(-1.0, |s| s.0))).round() / 1e3);
         }
-        json!({ "answers": answers, "margins": margins })
+        Some(json!({ "answers": answers, "margins": margins }))
     });
-    Ok(Json(answer.await?))
+    answer.await?.map(Json).ok_or(StatusCode::BAD_REQUEST)
 }
 
 /// The epochs of the run so far, and every so many steps.
@@ -339,9 +368,10 @@ async fn curves(Shared(state): All) -> Result<Json<Value>, StatusCode> {
         let every = steps.len().div_ceil(400).max(1);
         let steps: Vec<Value> = steps
             .chunks(every)
-            .map(|some| {
-                let mean = some.iter().filter_map(|s| s["loss"].as_f64()).sum::<f64>() / some.len() as f64;
-                json!({ "epoch": some[some.len() - 1]["epoch"], "loss": mean })
+            .filter_map(|some| {
+                let losses: Vec<f64> = some.iter().filter_map(|s| s["loss"].as_f64()).collect();
+                let mean = losses.iter().sum::<f64>() / losses.len() as f64;
+                (!losses.is_empty()).then(|| json!({ "epoch": some[some.len() - 1]["epoch"], "loss": mean }))
             })
             .collect();
         json!({ "epochs": of("epoch"), "steps": steps })
