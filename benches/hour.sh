@@ -7,12 +7,13 @@
 # Environment: CIFAR (folder with train/CLASS/*.jpg and test/CLASS/*.jpg), OUT (folder for runs and results; hour), EVERY (epochs between two
 # evaluations; 3), TORCH (options of torch_train.py), PEERS (folder of torch_train.py; ../shared/peers), BYOL (the program to measure).
 #
-# Time: epochs times the median time of one, so that what else the machine did for a while does not count. byol's includes all that an epoch
-# does (loading, what it watches, checkpoints), PyTorch's its steps alone. kNN: 10,000 test images among 50,000, k = 20, T = 0.07, for both.
+# Time: epochs times the time of one, taken as the quarter point of all epochs' times, so that what else the machine did for a while does not
+# count. byol's includes all that an epoch does (loading, what it watches, checkpoints), PyTorch's its steps alone. A run of byol that is there
+# is gone on with. kNN: 10,000 test images among 50,000, k = 20, T = 0.07, for both.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-usage() { sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+usage() { sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 [ $# -ge 1 ] || usage
 python=$1
 shift
@@ -24,7 +25,11 @@ torch=${TORCH:---width 0.25 --hidden 1024 --batch 128 --epochs 28 --warmup-epoch
 mkdir -p "$out"
 
 train_byol() {
-    "$byol" pretrain "$CIFAR" --out "$out/byol" --device cpu --threads 2 >"$out/byol.log" 2>&1 &
+    if [ -f "$out/byol/plan.toml" ]; then
+        "$byol" resume "$out/byol" --threads 2 >>"$out/byol.log" 2>&1 &
+    else
+        "$byol" pretrain "$CIFAR" --out "$out/byol" --device cpu --threads 2 >"$out/byol.log" 2>&1 &
+    fi
     local pid=$! seen=-1 epoch
     # An epoch's encoder is written after its line; it stays until the next epoch's.
     while :; do
@@ -48,7 +53,8 @@ train_byol() {
 import json, statistics, sys
 lines = [json.loads(l) for l in open('$out/byol/metrics.jsonl')]
 elapsed = [l['elapsed_s'] for l in lines if l['kind'] == 'epoch']
-seconds = $epoch * statistics.median(b - a for a, b in zip(elapsed, elapsed[1:]))
+times = [b - a for a, b in zip(elapsed, elapsed[1:]) if b > a]  # the clock begins anew where a run was resumed
+seconds = $epoch * statistics.quantiles(times, n=4)[0]
 print(f\"byol,{seconds / 60:.2f},{100 * json.load(sys.stdin)['rows'][0]['value']:.2f}\")" >>"$out/byol.csv"
     done
 }
@@ -61,7 +67,7 @@ import json, statistics, sys
 out = sys.argv[1]
 r = json.load(open(f"{out}/torch.json"))
 images = r["steps"] * r["args"]["batch"] / len(r["history"])
-seconds = images / statistics.median(epoch["images_per_s"] for epoch in r["history"])
+seconds = statistics.quantiles([images / epoch["images_per_s"] for epoch in r["history"]], n=4)[0]
 with open(f"{out}/torch.csv", "w") as f:
     for point in r["knn"]:
         print(f"PyTorch,{point['epoch'] * seconds / 60:.2f},{point['knn']:.2f}", file=f)

@@ -89,7 +89,7 @@ pub struct Select {
 }
 
 /// From here on two images count as the same (docs/results.md).
-const THRESHOLD: f32 = 0.95;
+const THRESHOLD: f32 = 0.97;
 
 /// Pairs that are held at most: one GB.
 const MOST_PAIRS: usize = 40_000_000;
@@ -167,7 +167,7 @@ pub fn search(args: &Search) -> Result<ExitCode> {
 
 pub fn duplicates(args: &Duplicates) -> Result<ExitCode> {
     if !(-1.0..=1.0).contains(&args.threshold) {
-        return Err("--threshold is a cosine, from -1 to 1; the usual value is 0.95".into());
+        return Err("--threshold is a cosine, from -1 to 1; the usual value is 0.97".into());
     }
     let too_many = || {
         let (most, threshold) = (MOST_PAIRS / 1_000_000, args.threshold);

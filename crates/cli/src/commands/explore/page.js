@@ -168,7 +168,7 @@ function draw() {
     gl.clear(gl.COLOR_BUFFER_BIT);
     gl.uniform2f(uniform.middle, view.x, view.y);
     gl.uniform2f(uniform.scale, ...scale());
-    const crowd = Math.sqrt(canvas.clientWidth * canvas.clientHeight / Math.max(1, n)) / 3;
+    const crowd = Math.sqrt(canvas.clientWidth * canvas.clientHeight / Math.max(1, n)) / 2.2;
     gl.uniform1f(uniform.size, Math.min(14, Math.max(2.5, crowd) * Math.min(4, Math.max(1, Math.sqrt(view.zoom)))) * ratio);
     gl.drawArrays(gl.POINTS, 0, n);
     marks(ratio);

@@ -286,7 +286,7 @@ struct Threshold {
 }
 
 async fn duplicates(Shared(state): All, Query(asked): Query<Threshold>) -> Result<Json<Value>, StatusCode> {
-    let least = asked.threshold.unwrap_or(0.95);
+    let least = asked.threshold.unwrap_or(0.97);
     // Below, nearly all pairs of a large set would be held.
     if !(0.5..=1.0).contains(&least) {
         return Err(StatusCode::BAD_REQUEST);
