@@ -59,7 +59,7 @@ impl Features {
 
 /// Images a batch in evaluation: enough to fill a device, little enough for any memory.
 pub(crate) fn batch_for(size: usize) -> usize {
-    (256 * 32 * 32 / (size * size)).clamp(8, 256)
+    (256 * 32 * 32 / (size * size)).clamp(32, 256)
 }
 
 /// The number of the evaluations' crop among an image's views: 0 and 1 are those of pretraining.
