@@ -130,8 +130,7 @@ fn accumulating_equal_micro_batches_is_the_step_of_one() {
     assert!(w.iter().zip(&w4).all(|(a, b)| (a - b).abs() < 1e-6));
 }
 
-/// Random weights make nearly the same of all images, and the heads' norms magnify what differs, rounding too: here plain products of
-/// bf16 give a cosine of about 0.95. Of a trained network it is 0.998 (docs/performance.md).
+/// Random weights make nearly the same of all images, and the heads' norms magnify what differs, rounding too.
 #[test]
 fn bf16_gives_the_gradient_within_its_rounding() {
     if device::kernels(Precision::Bf16).is_err() {

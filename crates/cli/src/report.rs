@@ -85,6 +85,17 @@ pub fn counter(what: &str, n: u64) -> ProgressBar {
     bar
 }
 
+/// Does some work behind such a bar; the work says what is done of how much.
+pub fn counted<T>(what: &str, work: impl FnOnce(&mut dyn FnMut(u64, u64)) -> T) -> T {
+    let bar = counter(what, 0);
+    let result = work(&mut |done, all| {
+        bar.set_length(all);
+        bar.set_position(done);
+    });
+    bar.finish_and_clear();
+    result
+}
+
 fn target() -> ProgressDrawTarget {
     if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() }
 }

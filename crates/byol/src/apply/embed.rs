@@ -18,7 +18,7 @@ use super::embeddings::{self, Origin, Rows, Writer};
 use crate::{
     data::{self, CHANNELS, Dataset, Images},
     eval::batch_for,
-    nn::Encoder,
+    nn::{Encoder, weights},
     views::evaluation_view,
 };
 
@@ -150,6 +150,28 @@ impl Items {
     /// A hash of names, sizes and order.
     pub fn fingerprint(&self) -> String {
         self.splits.iter().map(|(_, images)| images.fingerprint()).collect::<Vec<_>>().join("-")
+    }
+}
+
+impl Origin {
+    /// Of these images by the encoder in this file.
+    ///
+    /// # Errors
+    /// [`weights::Error::Read`].
+    pub fn new(
+        encoder: &Path,
+        data: &Path,
+        items: &Items,
+        shard: Option<[usize; 2]>,
+    ) -> Result<Origin, weights::Error> {
+        Ok(Origin {
+            version: env!("CARGO_PKG_VERSION").into(),
+            encoder_sha256: weights::sha256(encoder)?,
+            encoder: encoder.display().to_string(),
+            data: data.display().to_string(),
+            fingerprint: items.fingerprint(),
+            shard,
+        })
     }
 }
 

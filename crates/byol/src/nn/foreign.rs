@@ -5,6 +5,7 @@
 use std::{collections::BTreeMap, fs, path::Path};
 
 use burn::tensor::Device;
+use half::{bf16, f16};
 use pytorch_reader::{DType, PytorchReader};
 use safetensors::{Dtype, SafeTensors};
 
@@ -110,7 +111,7 @@ fn safe(bytes: &[u8]) -> Result<Tensors<'_>, String> {
             Dtype::BF16 => DType::BF16,
             other => return Err(format!("it is of {other:?}, not of floating point numbers")),
         };
-        floats(kind, view.data(), |b| u64::from_le_bytes(*b))
+        floats(kind, view.data(), true)
     };
     Ok(Tensors { shapes, read: Box::new(read) })
 }
@@ -121,44 +122,29 @@ fn pickled<'a>(path: &Path) -> Result<Tensors<'a>, String> {
     let read = move |name: &str| {
         let tensor = file.get(name).ok_or("it is not there")?;
         let bytes = tensor.read().map_err(|e| e.to_string())?;
-        floats(tensor.dtype(), &bytes, |b| u64::from_ne_bytes(*b))
+        floats(tensor.dtype(), &bytes, cfg!(target_endian = "little"))
     };
     Ok(Tensors { shapes, read: Box::new(read) })
 }
 
-/// Numbers of any floating point type as f32. `join` makes eight bytes a number.
-fn floats(kind: DType, bytes: &[u8], join: impl Fn(&[u8; 8]) -> u64) -> Result<Vec<f32>, String> {
-    let wide = |chunk: &[u8]| {
-        let mut all = [0u8; 8];
-        // The first byte of a number is its lowest one in `join`'s order, or its highest.
-        let little = join(&[1, 0, 0, 0, 0, 0, 0, 0]) == 1;
-        if little {
-            all[..chunk.len()].copy_from_slice(chunk);
-        } else {
-            all[8 - chunk.len()..].copy_from_slice(chunk);
-        }
-        join(&all)
-    };
-    let number: fn(u64) -> f32 = match kind {
-        DType::F64 => |bits| f64::from_bits(bits) as f32,
-        DType::F32 => |bits| f32::from_bits(bits as u32),
-        DType::BF16 => |bits| f32::from_bits((bits as u32) << 16),
-        DType::F16 => |bits| of_f16(bits as u16),
+/// Numbers of any floating point type as f32; `little`: the order of their bytes.
+fn floats(kind: DType, bytes: &[u8], little: bool) -> Result<Vec<f32>, String> {
+    let number: fn([u8; 8]) -> f32 = match kind {
+        DType::F64 => |b| f64::from_le_bytes(b) as f32,
+        DType::F32 => |b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
+        DType::BF16 => |b| bf16::from_le_bytes([b[0], b[1]]).to_f32(),
+        DType::F16 => |b| f16::from_le_bytes([b[0], b[1]]).to_f32(),
         other => return Err(format!("it is of {other:?}, not of floating point numbers")),
     };
-    Ok(bytes.chunks_exact(kind.size()).map(|chunk| number(wide(chunk))).collect())
-}
-
-/// IEEE 754 half precision, exactly.
-fn of_f16(bits: u16) -> f32 {
-    let (sign, exponent, fraction) = (bits >> 15, bits >> 10 & 31, f32::from(bits & 0x3FF));
-    let size = match exponent {
-        0 => fraction * 2.0f32.powi(-24),
-        31 if fraction == 0.0 => f32::INFINITY,
-        31 => f32::NAN,
-        e => (1.0 + fraction / 1024.0) * 2.0f32.powi(i32::from(e) - 15),
+    let of = |chunk: &[u8]| {
+        let mut all = [0u8; 8];
+        all[..chunk.len()].copy_from_slice(chunk);
+        if !little {
+            all[..chunk.len()].reverse();
+        }
+        number(all)
     };
-    if sign == 1 { -size } else { size }
+    Ok(bytes.chunks_exact(kind.size()).map(of).collect())
 }
 
 /// How a checkpoint names the tensors of its ResNet.
@@ -317,13 +303,18 @@ mod tests {
     }
 
     #[test]
-    fn half_precision_is_read_exactly() {
-        for (bits, want) in
-            [(0x3C00, 1.0), (0xC000, -2.0), (0x0001, 2.0f32.powi(-24)), (0x7BFF, 65504.0), (0x3555, 0.333_251_95)]
-        {
-            assert_eq!(of_f16(bits), want);
+    fn numbers_of_every_size_are_read_in_either_order() {
+        let f16s = [(0x3C00u16, 1.0), (0xC000, -2.0), (0x0001, 2.0f32.powi(-24)), (0x7BFF, 65504.0)];
+        for (bits, want) in f16s {
+            assert_eq!(floats(DType::F16, &bits.to_le_bytes(), true).unwrap(), [want]);
+            assert_eq!(floats(DType::F16, &bits.to_be_bytes(), false).unwrap(), [want]);
         }
-        assert!(of_f16(0x7E00).is_nan());
-        assert_eq!(floats(DType::BF16, &[0x80, 0x3F], |b| u64::from_le_bytes(*b)).unwrap(), [1.0]);
+        assert_eq!(floats(DType::BF16, &[0x80, 0x3F], true).unwrap(), [1.0]);
+        assert_eq!(
+            floats(DType::F64, &[1.5f64.to_be_bytes(), (-3.0f64).to_be_bytes()].concat(), false).unwrap(),
+            [1.5, -3.0]
+        );
+        assert_eq!(floats(DType::F32, &2.5f32.to_le_bytes(), true).unwrap(), [2.5]);
+        assert!(floats(DType::I64, &[0; 8], true).is_err());
     }
 }

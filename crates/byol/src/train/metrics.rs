@@ -97,6 +97,33 @@ pub fn figures(path: &Path) -> Vec<Health> {
     epochs.filter(|epoch| epoch.collapse.is_none()).map(|epoch| epoch.health).collect()
 }
 
+/// What the curves of a run are drawn from.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Curves {
+    /// The lines of the epochs, as they stand in the file.
+    pub epochs: Vec<serde_json::Value>,
+    /// (epoch, mean loss of the steps up to there), a few hundred points at most.
+    pub loss: Vec<[f64; 2]>,
+}
+
+/// The curves so far, of a file that may not be there yet and whose last line may be half written.
+pub fn curves(path: &Path) -> Curves {
+    const POINTS: usize = 400;
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let lines = text.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let (epochs, steps): (Vec<_>, Vec<_>) =
+        lines.filter(|l| l["kind"] == "epoch" || l["kind"] == "step").partition(|l| l["kind"] == "epoch");
+    let every = steps.len().div_ceil(POINTS).max(1);
+    let point = |some: &[serde_json::Value]| {
+        // Of a diverged step there is no loss.
+        let losses: Vec<f64> = some.iter().filter_map(|s| s["loss"].as_f64()).collect();
+        let mean = losses.iter().sum::<f64>() / losses.len() as f64;
+        Some([some.last()?["epoch"].as_f64()?, mean]).filter(|_| !losses.is_empty())
+    };
+    let loss = steps.chunks(every).filter_map(point).collect();
+    Curves { epochs, loss }
+}
+
 /// The open file.
 #[derive(Debug)]
 pub struct Metrics {

@@ -88,8 +88,8 @@ struct Shared<'a> {
 
 pub fn run(args: &Args) -> Result<ExitCode> {
     let draft = args.draft()?;
-    let threads = set_threads(args.flags.threads)?;
-    let opened = open(args.flags.device)?;
+    let threads = set_threads(args.flags.on.threads)?;
+    let opened = open(args.flags.on.device)?;
     let said = pretrain::checked(&draft)?;
     let data = prepare(Dataset::open(&args.data)?, said.train.limit, &said.health)?;
     let (base, _) = pretrain::resolved(&draft, said, &data, &opened)?;
@@ -212,7 +212,7 @@ fn finish(shared: &Shared, study: &Study, folder: &Path, rows: Vec<Row>, points:
     super::write_file(&plot, chart::svg(study.title, "linear top-1, %", points).as_bytes())?;
     let text = serde_json::to_string_pretty(&table).expect("a table is plain data") + "\n";
     super::write_file(&folder.join(format!("{}.json", study.name)), text.as_bytes())?;
-    if shared.args.flags.json {
+    if shared.args.flags.on.json {
         out!("{}", serde_json::to_string(&table).expect("a table is plain data"));
     } else {
         out!("{}", study.title);

@@ -8,11 +8,10 @@ use byol::{
         embeddings::{self, Origin},
     },
     data::Dataset,
-    device::Choice,
     nn::weights,
 };
 
-use super::INTERRUPTED;
+use super::{INTERRUPTED, On, must_be_new};
 use crate::report::{self, Result, out, shown};
 
 /// Write one vector an image to a file
@@ -38,15 +37,8 @@ pub struct Args {
     /// Replace FILE if it exists
     #[arg(long)]
     overwrite: bool,
-    /// Threads [default: one a core]
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
-    threads: usize,
-    /// auto, cpu, vulkan, metal, wgpu, cuda or rocm
-    #[arg(long, default_value = "auto")]
-    device: Choice,
-    /// Print one JSON object with the results
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    on: On,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -62,12 +54,10 @@ impl FromStr for Shard {
 }
 
 pub fn run(args: &Args) -> Result<ExitCode> {
-    if let Some(old) = embeddings::files(&args.out)?.iter().find(|f| f.exists() && !args.overwrite) {
-        return Err(format!("{} exists; choose another -o or add --overwrite", old.display()).into());
+    for file in embeddings::files(&args.out)? {
+        must_be_new(&file, args.overwrite)?;
     }
-    super::set_threads(args.threads)?;
-    let opened = super::open(args.device)?;
-    let encoder = super::encoder(&args.encoder, &opened)?;
+    let encoder = args.on.encoder(&args.encoder)?;
     let split = match args.split.as_str() {
         "train" => Split::Train,
         "test" => Split::Test,
@@ -80,27 +70,19 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if items.is_empty() {
         return Err(format!("{} has no {} images; choose another --split", args.data.display(), args.split).into());
     }
-    let file = weights::resolve(&args.encoder);
-    let origin = Origin {
-        version: env!("CARGO_PKG_VERSION").into(),
-        encoder_sha256: weights::sha256(&file)?,
-        encoder: shown(&absolute(&file)),
-        data: shown(&data),
-        fingerprint: items.fingerprint(),
-        shard: args.shard.map(|Shard(shard)| shard),
-    };
+    let file = absolute(&weights::resolve(&args.encoder));
+    let origin = Origin::new(&file, &data, &items, args.shard.map(|Shard(shard)| shard))?;
     let job = Job { encoder: &encoder, items: &items, origin, out: &args.out };
-    let bar = report::counter("embedding", 0);
     let began = std::time::Instant::now();
     let mut first = None;
-    let outcome = job.run(&super::stop_flag(), |done, all| {
-        if *first.get_or_insert(done) == done && done > 0 {
-            report::note(format!("going on after {done} of {all} images"));
-        }
-        bar.set_length(all as u64);
-        bar.set_position(done as u64);
+    let outcome = report::counted("embedding", |progress| {
+        job.run(&super::stop_flag(), |done, all| {
+            if *first.get_or_insert(done) == done && done > 0 {
+                report::note(format!("going on after {done} of {all} images"));
+            }
+            progress(done as u64, all as u64);
+        })
     });
-    bar.finish_and_clear();
     match outcome? {
         Outcome::Finished { rows, skipped } => {
             if let Some(first) = skipped.first() {
@@ -113,7 +95,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
                 args.out.display(),
                 done as f64 / seconds
             ));
-            if args.json {
+            if args.on.json {
                 let result = serde_json::json!({
                     "file": shown(&args.out), "rows": rows, "dim": dim, "skipped": skipped, "seconds": seconds,
                     "images_per_second": done as f64 / seconds,

@@ -16,6 +16,7 @@ use byol::{
 };
 use serde_json::json;
 
+use super::must_be_new;
 use crate::report::{self, Result, out, shown};
 
 /// Write an encoder for other tools
@@ -77,13 +78,6 @@ pub struct Import {
 
 /// Images that an export is compared on.
 const IMAGES: usize = 8;
-
-fn must_be_new(path: &std::path::Path, overwrite: bool) -> Result<()> {
-    if path.exists() && !overwrite {
-        return Err(format!("{} exists; choose another -o or add --overwrite", path.display()).into());
-    }
-    Ok(())
-}
 
 /// Some images, and in words which.
 fn images(args: &Export) -> Result<(Images, String)> {

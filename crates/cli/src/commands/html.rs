@@ -16,19 +16,20 @@ use byol::{
         sheet::{self, Tile},
     },
     data::{Dataset, Images},
-    device::{self, Choice},
+    device,
     eval::embed,
     random,
     train::{
         Plan,
         health::Health,
-        metrics,
+        metrics::{self, Curves},
         run::{keep_bytes, read_plan},
     },
     views,
 };
 use serde_json::Value;
 
+use super::{On, must_be_new};
 use crate::report::{self, Result, out, percent, shown};
 
 /// Write what a run is and has learned into one HTML file
@@ -51,15 +52,8 @@ pub struct Args {
     /// Replace the file if it exists
     #[arg(long)]
     overwrite: bool,
-    /// Threads [default: one a core]
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
-    threads: usize,
-    /// auto, cpu, vulkan, metal, wgpu, cuda or rocm
-    #[arg(long, default_value = "auto")]
-    device: Choice,
-    /// Print one JSON object with the results
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    on: On,
 }
 
 /// Side of a tile in pixels.
@@ -68,9 +62,6 @@ const SIDE: u32 = 88;
 /// Random images whose neighbours are shown, and how many neighbours.
 const QUERIES: usize = 8;
 const NEAR: usize = 9;
-
-/// Points of a curve at most.
-const POINTS: usize = 400;
 
 const STYLE: &str = "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1c2330;background:#fbfbfa}\
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px solid #d9dde3;padding-bottom:.3rem}\
@@ -81,13 +72,9 @@ td.n{text-align:right;font-variant-numeric:tabular-nums}pre{overflow:auto;backgr
 @media(prefers-color-scheme:dark){body{color:#e7eaef;background:#14181f}pre{background:#1e242d}svg text{fill:#c9d1dc}td,th,h2{border-color:#333b47}}";
 
 pub fn run(args: &Args) -> Result<ExitCode> {
-    if args.out.exists() && !args.overwrite {
-        return Err(format!("{} exists; choose another -o or add --overwrite", args.out.display()).into());
-    }
-    super::set_threads(args.threads)?;
+    must_be_new(&args.out, args.overwrite)?;
     let plan = read_plan(&args.run)?;
-    let opened = super::open(args.device)?;
-    let encoder = super::encoder(&args.run, &opened)?;
+    let encoder = args.on.encoder(&args.run)?;
     let dataset = Dataset::open(&plan.data)?;
     let dataset = Dataset { held_out: None, test: None, ..dataset }.limit(args.limit);
     let bar = report::counter("embedding", dataset.train.len() as u64);
@@ -96,8 +83,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     bar.finish_and_clear();
     let index = Index::new(features);
 
-    let lines = metrics_lines(&args.run);
-    let epochs: Vec<&Value> = lines.iter().filter(|l| l["kind"] == "epoch").collect();
+    let Curves { epochs, loss } = metrics::curves(&args.run.join("metrics.jsonl"));
     let name = args.run.file_name().map_or("run".into(), |n| n.to_string_lossy().into_owned());
     let mut html = format!(
         "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width\">\
@@ -121,7 +107,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     html += "<h2>In plain words</h2>\n";
     html += &words(&args.run, &epochs);
     html += "<h2>Curves</h2>\n<div class=\"grid\">";
-    html += &curves(&lines, &epochs);
+    html += &curves(loss, &epochs);
     html += "</div>\n<h2>What it is shown</h2>\n<p>Images and their two views, twice each.</p>\n";
     html += &picture("images beside their views", &views_sheet(&plan, &dataset.train)?);
     html += "<h2>What it finds alike</h2>\n<p>Random images (blue) and their nearest neighbours";
@@ -129,12 +115,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     html += &format!(" Of {} images.</p>\n", index.len());
     html += &picture("nearest neighbours of random images", &neighbours(args.seed, &index, &dataset)?);
     html += "<h2>Map</h2>\n<p>Each dot is an image; like ones lie together (t-SNE).</p>\n";
-    let bar = report::counter("placing", 0);
-    let places = map::places(&index, Method::Tsne, &mut |done, all| {
-        bar.set_length(all);
-        bar.set_position(done);
-    });
-    bar.finish_and_clear();
+    let places = report::counted("placing", |progress| map::places(&index, Method::Tsne, progress));
     html += &chart::scatter(&places, dataset.train.labels().unwrap_or_default(), &dataset.classes);
     html += "<h2>Evaluations</h2>\n";
     html += &evaluations(&args.run);
@@ -146,7 +127,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     )?;
     super::write_file(&args.out, html.as_bytes())?;
     report::note(format!("{} ({} KiB)", args.out.display(), html.len() >> 10));
-    if args.json {
+    if args.on.json {
         out!(
             "{}",
             serde_json::json!({ "file": shown(&args.out), "bytes": html.len(), "images": index.len(), "epochs": done })
@@ -155,18 +136,12 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The whole lines of the run's metrics.
-fn metrics_lines(run: &Path) -> Vec<Value> {
-    let text = fs::read_to_string(run.join("metrics.jsonl")).unwrap_or_default();
-    text.lines().filter_map(|l| serde_json::from_str(l).ok()).collect()
-}
-
 fn picture(what: &str, png: &[u8]) -> String {
     format!("<img alt=\"{}\" src=\"data:image/png;base64,{}\">\n", escaped(what), STANDARD.encode(png))
 }
 
 /// What the figures come to.
-fn words(run: &Path, epochs: &[&Value]) -> String {
+fn words(run: &Path, epochs: &[Value]) -> String {
     let figures = metrics::figures(&run.join("metrics.jsonl"));
     let mut said = Vec::new();
     let failed = epochs.iter().rev().find_map(|e| Some((e["epoch"].as_u64()?, e["collapse"].as_str()?)));
@@ -204,14 +179,7 @@ fn spread(last: &Health) -> String {
     )
 }
 
-fn curves(lines: &[Value], epochs: &[&Value]) -> String {
-    let steps: Vec<&Value> = lines.iter().filter(|l| l["kind"] == "step").collect();
-    let every = steps.len().div_ceil(POINTS).max(1);
-    let mean = |some: &[&Value]| {
-        let losses: Vec<f64> = some.iter().filter_map(|s| s["loss"].as_f64()).collect();
-        Some([some.last()?["epoch"].as_f64()?, losses.iter().sum::<f64>() / losses.len().max(1) as f64])
-    };
-    let loss: Vec<[f64; 2]> = steps.chunks(every).filter_map(mean).collect();
+fn curves(loss: Vec<[f64; 2]>, epochs: &[Value]) -> String {
     let of = |key: &str, factor: f64| -> Vec<[f64; 2]> {
         epochs.iter().filter_map(|e| Some([e["epoch"].as_f64()?, factor * e[key].as_f64()?])).collect()
     };

@@ -104,12 +104,20 @@ impl Cli {
     }
 }
 
-/// Flags of everything that measures.
+/// Flags of everything that works on the processor.
 #[derive(Debug, Clone, clap::Args)]
-struct Flags {
-    /// Names every random draw
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    seed: u64,
+struct Work {
+    /// Threads [default: one a core]
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    threads: usize,
+    /// Print one JSON object with the results
+    #[arg(long)]
+    json: bool,
+}
+
+/// Flags of everything that computes with an encoder.
+#[derive(Debug, Clone, clap::Args)]
+struct On {
     /// Threads [default: one a core]
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     threads: usize,
@@ -119,6 +127,32 @@ struct Flags {
     /// Print one JSON object with the results
     #[arg(long)]
     json: bool,
+}
+
+impl On {
+    /// Sets the threads and opens an encoder on its device.
+    fn encoder(&self, path: &Path) -> Result<Encoder> {
+        set_threads(self.threads)?;
+        encoder(path, &open(self.device)?)
+    }
+}
+
+/// Flags of everything that measures.
+#[derive(Debug, Clone, clap::Args)]
+struct Flags {
+    /// Names every random draw
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    #[command(flatten)]
+    on: On,
+}
+
+/// Refuses to write over what is there, unless that was asked for.
+fn must_be_new(path: &Path, overwrite: bool) -> Result<()> {
+    if path.exists() && !overwrite {
+        return Err(format!("{} exists; choose another -o or add --overwrite", path.display()).into());
+    }
+    Ok(())
 }
 
 /// The exit code of a run that was stopped by Ctrl-C, as shells have it.

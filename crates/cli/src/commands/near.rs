@@ -11,14 +11,14 @@ use byol::{
         search::{Index, groups},
     },
     data::decode,
-    device::Choice,
     eval::Features,
     nn::weights,
     views::evaluation_view,
 };
 use serde_json::json;
 
-use crate::report::{Result, out, shown};
+use super::{On, Work};
+use crate::report::{self, Result, out, shown};
 
 /// Find the images most like a given one
 ///
@@ -37,10 +37,7 @@ pub struct Search {
     #[arg(short, value_name = "K", default_value_t = 10)]
     k: usize,
     #[command(flatten)]
-    common: Common,
-    /// auto, cpu, vulkan, metal, wgpu, cuda or rocm
-    #[arg(long, default_value = "auto")]
-    device: Choice,
+    on: On,
 }
 
 /// Find images that are nearly the same
@@ -56,7 +53,7 @@ pub struct Duplicates {
     #[arg(long, value_name = "X", default_value_t = THRESHOLD, allow_negative_numbers = true)]
     threshold: f32,
     #[command(flatten)]
-    common: Common,
+    work: Work,
 }
 
 /// Find the images that are least like all others
@@ -71,7 +68,7 @@ pub struct Outliers {
     #[arg(short, value_name = "K", default_value_t = 10)]
     k: usize,
     #[command(flatten)]
-    common: Common,
+    work: Work,
 }
 
 /// Choose a varied subset, for example to label
@@ -85,7 +82,7 @@ pub struct Select {
     #[arg(short, value_name = "N")]
     n: usize,
     #[command(flatten)]
-    common: Common,
+    work: Work,
 }
 
 /// From here on two images count as the same (docs/results.md).
@@ -94,28 +91,16 @@ const THRESHOLD: f32 = 0.97;
 /// Pairs that are held at most: one GB.
 const MOST_PAIRS: usize = 40_000_000;
 
-#[derive(Debug, clap::Args)]
-struct Common {
-    /// Threads [default: one a core]
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
-    threads: usize,
-    /// Print one JSON object with the results
-    #[arg(long)]
-    json: bool,
-}
-
-impl Common {
-    fn open(&self, path: &Path) -> Result<Embeddings> {
-        super::set_threads(self.threads)?;
-        Ok(Embeddings::open(path)?)
-    }
+fn opened(path: &Path, threads: usize) -> Result<Embeddings> {
+    super::set_threads(threads)?;
+    Ok(Embeddings::open(path)?)
 }
 
 pub fn search(args: &Search) -> Result<ExitCode> {
     if args.k == 0 {
         return Err("-k must be at least 1".into());
     }
-    let found = args.common.open(&args.embeddings)?;
+    let found = opened(&args.embeddings, args.on.threads)?;
     let of = found.origin.as_ref();
     let encoder = args.encoder.clone().or_else(|| of.map(|o| PathBuf::from(&o.encoder)));
     let encoder = encoder
@@ -129,7 +114,7 @@ pub fn search(args: &Search) -> Result<ExitCode> {
         )
         .into());
     }
-    let opened = super::open(args.device)?;
+    let opened = super::open(args.on.device)?;
     let encoder = super::encoder(&encoder, &opened)?;
     if encoder.features() != found.features.dim {
         return Err(format!(
@@ -153,7 +138,7 @@ pub fn search(args: &Search) -> Result<ExitCode> {
     let near = index.nearest(query.row(0), args.k);
     let ms = began.elapsed().as_secs_f64() * 1e3;
     let label = |i: usize| labels.as_ref().map(|l| l[i].clone());
-    if args.common.json {
+    if args.on.json {
         let near: Vec<_> =
             near.iter().map(|(i, c)| json!({ "path": paths[*i], "label": label(*i), "row": i, "cosine": c })).collect();
         out!("{}", json!({ "image": shown(&args.image), "rows": paths.len(), "search_ms": ms, "neighbours": near }));
@@ -173,12 +158,12 @@ pub fn duplicates(args: &Duplicates) -> Result<ExitCode> {
         let (most, threshold) = (MOST_PAIRS / 1_000_000, args.threshold);
         format!("more than {most} million pairs have a cosine of {threshold} or more; raise --threshold")
     };
-    let found = args.common.open(&args.embeddings)?;
+    let found = opened(&args.embeddings, args.work.threads)?;
     let Some(other) = &args.other else {
         let (paths, index) = (found.paths, Index::new(found.features));
         let pairs = index.pairs(args.threshold, MOST_PAIRS).ok_or_else(too_many)?;
         let groups = groups(paths.len(), &pairs);
-        if args.common.json {
+        if args.work.json {
             let named: Vec<Vec<&String>> = groups.iter().map(|g| g.iter().map(|i| &paths[*i]).collect()).collect();
             out!(
                 "{}",
@@ -191,11 +176,7 @@ pub fn duplicates(args: &Duplicates) -> Result<ExitCode> {
                 }
             }
             let extra: usize = groups.iter().map(|g| g.len() - 1).sum();
-            crate::report::note(format!(
-                "{} groups, {extra} images more than needed, of {}",
-                groups.len(),
-                paths.len()
-            ));
+            report::note(format!("{} groups, {extra} images more than needed, of {}", groups.len(), paths.len()));
         }
         return Ok(ExitCode::SUCCESS);
     };
@@ -214,7 +195,7 @@ pub fn duplicates(args: &Duplicates) -> Result<ExitCode> {
     let rows = index.map(second.features);
     let mut pairs = index.pairs_with(&rows, args.threshold, MOST_PAIRS).ok_or_else(too_many)?;
     pairs.sort_by(|a, b| b.cosine.total_cmp(&a.cosine).then((a.a, a.b).cmp(&(b.a, b.b))));
-    if args.common.json {
+    if args.work.json {
         let pairs: Vec<_> = pairs
             .iter()
             .map(|p| json!({ "first": paths[p.a], "second": second.paths[p.b], "cosine": p.cosine }))
@@ -227,11 +208,7 @@ pub fn duplicates(args: &Duplicates) -> Result<ExitCode> {
         let mut leaked: Vec<usize> = pairs.iter().map(|p| p.b).collect();
         leaked.sort_unstable();
         leaked.dedup();
-        crate::report::note(format!(
-            "{} of {} images of the second set are in the first",
-            leaked.len(),
-            second.paths.len()
-        ));
+        report::note(format!("{} of {} images of the second set are in the first", leaked.len(), second.paths.len()));
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -240,13 +217,13 @@ pub fn outliers(args: &Outliers) -> Result<ExitCode> {
     if args.n == 0 || args.k == 0 {
         return Err("-n and -k must be at least 1".into());
     }
-    let found = args.common.open(&args.embeddings)?;
+    let found = opened(&args.embeddings, args.work.threads)?;
     let (paths, index) = (found.paths, Index::new(found.features));
     let scores = index.outlier_scores(args.k);
     let mut order: Vec<usize> = (0..paths.len()).collect();
     order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]).then(a.cmp(b)));
     order.truncate(args.n);
-    if args.common.json {
+    if args.work.json {
         let all: Vec<_> = order.iter().map(|i| json!({ "path": paths[*i], "row": i, "score": scores[*i] })).collect();
         out!("{}", json!({ "rows": paths.len(), "k": args.k, "outliers": all }));
     } else {
@@ -256,14 +233,14 @@ pub fn outliers(args: &Outliers) -> Result<ExitCode> {
 }
 
 pub fn select(args: &Select) -> Result<ExitCode> {
-    let found = args.common.open(&args.embeddings)?;
+    let found = opened(&args.embeddings, args.work.threads)?;
     let all = found.paths.len();
     if args.n == 0 || args.n > all {
         return Err(format!("-n is from 1 to the {all} images of {}", args.embeddings.display()).into());
     }
     let (paths, index) = (found.paths, Index::new(found.features));
     let chosen = index.varied(args.n);
-    if args.common.json {
+    if args.work.json {
         let rows: Vec<_> =
             chosen.iter().map(|(i, c)| json!({ "path": paths[*i], "row": i, "nearest_before": c })).collect();
         out!("{}", json!({ "rows": all, "selected": rows }));

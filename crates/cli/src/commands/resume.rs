@@ -8,7 +8,7 @@ use byol::{
     train::{Run, run::read_plan},
 };
 
-use super::{demo, open, prepare, set_threads, stop_flag};
+use super::{Work, demo, open, prepare, set_threads, stop_flag};
 use crate::report::{self, Result};
 
 /// Go on with a run from its newest checkpoint
@@ -18,17 +18,13 @@ use crate::report::{self, Result};
 pub struct Args {
     /// Folder of the run
     run: PathBuf,
-    /// Threads [default: one a core]
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
-    threads: usize,
-    /// Print one JSON object with the results
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    work: Work,
 }
 
 pub fn run(args: &Args) -> Result<ExitCode> {
     let plan = read_plan(&args.run)?;
-    let threads = set_threads(args.threads)?;
+    let threads = set_threads(args.work.threads)?;
     let device: Choice = plan.device.parse()?;
     let opened = open(device)?;
     let dataset = if plan.recipe_name == demo::NAME { demo::dataset() } else { Dataset::open(&plan.data)? };
@@ -37,5 +33,5 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let run = Run::resume(&args.run, plan, &data, opened.device, threads)?;
     report::note(format!("going on after step {} of {}", run.byol.k, run.plan.schedule.total));
     super::pretrain::describe(&run.plan, &opened.found.name, threads, &args.run);
-    super::train(run, args.json, &stop)
+    super::train(run, args.work.json, &stop)
 }

@@ -95,11 +95,9 @@ pub struct Labelled {
 }
 
 impl Common {
-    /// Sets the threads and opens the encoder, on its device.
+    /// The encoder, on its device.
     fn encoder(&self) -> Result<Encoder> {
-        super::set_threads(self.flags.threads)?;
-        let opened = super::open(self.flags.device)?;
-        super::encoder(&self.encoder, &opened)
+        self.flags.on.encoder(&self.encoder)
     }
 
     /// The encoder, and a random one of its kind where it is wanted, each with what its rows are called after.
@@ -134,7 +132,7 @@ impl Common {
 
     /// Prints the figures, and keeps them in the run.
     fn finish(&self, evaluation: &str, settings: serde_json::Value, rows: Vec<Row>) -> Result<ExitCode> {
-        if !self.flags.json {
+        if !self.flags.on.json {
             print(&rows);
         }
         self.keep(evaluation, settings, rows)
@@ -160,7 +158,7 @@ impl Common {
             });
             report::note(format!("kept in {}", kept?.display()));
         }
-        if self.flags.json {
+        if self.flags.on.json {
             out!("{}", serde_json::to_string(&table).expect("a table is plain data"));
         }
         Ok(ExitCode::SUCCESS)

@@ -64,7 +64,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             rows.push(Row { share, ..Row::plain(format!("{figure}, {name}"), value) });
         }
     }
-    if !common.flags.json {
+    if !common.flags.on.json {
         table(&cards);
         verdicts.iter().for_each(|verdict| out!("{verdict}"));
     }

@@ -24,7 +24,7 @@ use byol::{
 };
 
 use super::INTERRUPTED;
-use crate::report::{self, Result, shown};
+use crate::report::{self, Result};
 
 /// Look at all images as a map in the browser
 ///
@@ -83,15 +83,12 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 /// The embeddings of a run's images by its encoder, made where there are none; none if it was stopped.
 fn embedded(args: &Args, run: &Path) -> Result<Option<PathBuf>> {
     let plan = read_plan(run)?;
-    let encoder_file = weights::resolve(run);
-    let sha = weights::sha256(&encoder_file)?;
-    let folder = run.join("explore");
-    // Another encoder, or another number of images, is another file.
-    let file = folder.join(format!("{}-{}.parquet", &sha[..12], args.limit));
     let items = Items::of(Dataset::open(&plan.data)?.limit(args.limit), Split::Train);
-    let fingerprint = items.fingerprint();
-    // The images may have changed since.
-    let same = |e: Embeddings| e.origin.is_some_and(|o| o.fingerprint == fingerprint);
+    let origin = Origin::new(&weights::resolve(run), &plan.data, &items, None)?;
+    let folder = run.join("explore");
+    // Another encoder, or another number of images, is another file; the images may have changed since it was written.
+    let file = folder.join(format!("{}-{}.parquet", &origin.encoder_sha256[..12], args.limit));
+    let same = |e: Embeddings| e.origin.is_some_and(|o| o == origin);
     if file.exists() && Embeddings::open(&file).is_ok_and(same) {
         return Ok(Some(file));
     }
@@ -99,21 +96,10 @@ fn embedded(args: &Args, run: &Path) -> Result<Option<PathBuf>> {
         .map_err(|e| format!("cannot make {}: {e}; check that you may write there", folder.display()))?;
     let opened = super::open(args.device)?;
     let encoder = super::encoder(run, &opened)?;
-    let origin = Origin {
-        version: env!("CARGO_PKG_VERSION").into(),
-        encoder_sha256: sha,
-        encoder: shown(&encoder_file),
-        data: shown(&plan.data),
-        fingerprint,
-        shard: None,
-    };
-    let bar = report::counter("embedding", 0);
     let job = Job { encoder: &encoder, items: &items, origin, out: &file };
-    let outcome = job.run(&super::stop_flag(), |done, all| {
-        bar.set_length(all as u64);
-        bar.set_position(done as u64);
+    let outcome = report::counted("embedding", |progress| {
+        job.run(&super::stop_flag(), |done, all| progress(done as u64, all as u64))
     });
-    bar.finish_and_clear();
     match outcome? {
         Outcome::Finished { .. } => Ok(Some(file)),
         Outcome::Stopped(_) => Ok(None),
@@ -134,12 +120,7 @@ fn placed(file: &Path, index: &Index, method: Method) -> Result<Vec<[f32; 2]>> {
             return Ok(places);
         }
     }
-    let bar = report::counter("placing", 0);
-    let places = map::places(index, method, &mut |done, all| {
-        bar.set_length(all);
-        bar.set_position(done);
-    });
-    bar.finish_and_clear();
+    let places = report::counted("placing", |progress| map::places(index, method, progress));
     let bytes: Vec<u8> = places.iter().flatten().flat_map(|v| v.to_le_bytes()).collect();
     if let Err(e) = files::write_whole(&stored, &bytes) {
         report::warning(format!(

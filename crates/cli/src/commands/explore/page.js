@@ -516,11 +516,11 @@ function chart(title, points) {
   return figure;
 }
 async function training() {
-  const { epochs, steps } = await (await get("/api/curves")).json();
+  const { epochs, loss } = await (await get("/api/curves")).json();
   const says = epochs.length ? `${epochs.at(-1).epoch} epochs` : info.run ? "No epoch has ended yet." : "These embeddings are of no run: no curves.";
   if ($("training-says").textContent !== says) $("training-says").textContent = says;
   const of = (key, factor) => epochs.filter((e) => e[key] != null).map((e) => [e.epoch, factor * e[key]]);
-  const all = [["loss", steps.map((s) => [s.epoch, s.loss])], ["kNN, %", of("knn", 100)], ["RankMe", of("rankme", 1)],
+  const all = [["loss", loss], ["kNN, %", of("knn", 100)], ["RankMe", of("rankme", 1)],
     ["deviation of the projections", of("projection_std", 1)], ["cosine of different images' projections", of("projection_cosine", 1)]];
   $("curves").replaceChildren(...all.filter(([, p]) => p.length > 1).map(([t, p]) => chart(t, p)));
 }

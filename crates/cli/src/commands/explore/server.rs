@@ -27,6 +27,7 @@ use byol::{
         sheet,
     },
     data::{Dataset, Image, decode},
+    train::metrics::{self, Curves},
 };
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -356,27 +357,11 @@ async fn probe(Shared(state): All, Json(labelled): Json<Labelled>) -> Result<Jso
     answer.await?.map(Json).ok_or(StatusCode::BAD_REQUEST)
 }
 
-/// The epochs of the run so far, and every so many steps.
+/// The curves of the run so far.
 async fn curves(Shared(state): All) -> Result<Json<Value>, StatusCode> {
-    let Some(run) = state.shown.run.clone() else { return Ok(Json(json!({ "epochs": [], "steps": [] }))) };
-    let found = work(move || {
-        let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap_or_default();
-        // The last line may be half written.
-        let lines: Vec<Value> = text.lines().filter_map(|l| serde_json::from_str(l).ok()).collect();
-        let of = |kind: &str| lines.iter().filter(|l| l["kind"] == kind).cloned().collect::<Vec<_>>();
-        let steps = of("step");
-        let every = steps.len().div_ceil(400).max(1);
-        let steps: Vec<Value> = steps
-            .chunks(every)
-            .filter_map(|some| {
-                let losses: Vec<f64> = some.iter().filter_map(|s| s["loss"].as_f64()).collect();
-                let mean = losses.iter().sum::<f64>() / losses.len() as f64;
-                (!losses.is_empty()).then(|| json!({ "epoch": some[some.len() - 1]["epoch"], "loss": mean }))
-            })
-            .collect();
-        json!({ "epochs": of("epoch"), "steps": steps })
-    });
-    Ok(Json(found.await?))
+    let Some(run) = state.shown.run.clone() else { return Ok(Json(json!({ "epochs": [], "loss": [] }))) };
+    let Curves { epochs, loss } = work(move || metrics::curves(&run.join("metrics.jsonl"))).await?;
+    Ok(Json(json!({ "epochs": epochs, "loss": loss })))
 }
 
 #[derive(Deserialize)]
