@@ -1,4 +1,4 @@
-//! One file a command. A new command is a file, a variant here and a line in `run`.
+//! One file a command, or a family of like ones. A new command is a file, a variant here and a line in `run`.
 
 mod ablate;
 mod bench;
