@@ -29,6 +29,13 @@ fn widened(values: &[f32]) -> Vec<f32> {
     values.iter().copied().cycle().take(width(values.len())).collect()
 }
 
+/// Adds a wide row to sums by channel.
+fn add_narrow(sums: &mut [f64], wide: &[f32]) {
+    for row in wide.chunks_exact(sums.len().max(1)) {
+        sums.iter_mut().zip(row).for_each(|(sum, value)| *sum += f64::from(*value));
+    }
+}
+
 /// Wide rows of a task: whole rows, at least one.
 fn task(c: usize) -> usize {
     width(c) * (TASK / width(c)).max(1)
@@ -55,10 +62,8 @@ impl Moments {
             squares.fill(0.0);
             // SAFETY: the processor has this instruction set, or it would not be in the table.
             unsafe { (isa.moments)(rows, &origin, &mut sum, &mut squares) };
-            for k in 0..wide {
-                total[k % c] += f64::from(sum[k]);
-                total_squares[k % c] += f64::from(squares[k]);
-            }
+            add_narrow(&mut total, &sum);
+            add_narrow(&mut total_squares, &squares);
         }
         let n = (y.len() / c.max(1)) as f64;
         if n > 0.0 {
@@ -314,10 +319,8 @@ impl Norm {
             betas.fill(0.0);
             // SAFETY: the processor has this instruction set, or it would not be in the table.
             unsafe { (isa.sums)(pass, &mut gammas, &mut betas, g.as_deref_mut().map(|g| &mut g[at])) };
-            for k in 0..gammas.len() {
-                sums.0[k % c] += f64::from(gammas[k]);
-                sums.1[k % c] += f64::from(betas[k]);
-            }
+            add_narrow(&mut sums.0, &gammas);
+            add_narrow(&mut sums.1, &betas);
         }
         sums
     }

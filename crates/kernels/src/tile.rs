@@ -89,61 +89,82 @@ pub fn fetch<const WRITE: bool>(line: *const impl Sized) {
 /// `to + cols` for each pixel; `n ≥ 1`; `run` is a multiple of the depth; `cols ≤ NV · LANES`; the processor has `P`.
 #[inline(always)]
 pub unsafe fn column<P: Product, const MR: usize, const NV: usize>(t: &Column<P::Factor>) {
-    let (lanes, depth) = (P::Sum::LANES, P::Factor::DEPTH);
     // SAFETY: the offsets are those that the contract bounds.
     unsafe {
         let mut first = 0;
-        while first < t.n {
-            let rows = (t.n - first).min(MR);
-            // A tile is always full: what is missing repeats its last pixel.
-            let pixel: [usize; MR] = from_fn(|r| first + r.min(rows - 1));
-            if t.ahead[0] {
-                for r in 0..MR {
-                    let later = (first + AHEAD * MR + r).min(t.n - 1);
-                    fetch::<true>(t.out.add(*t.to.add(later) as usize).cast_const());
-                }
-            }
-            if t.ahead[1] {
-                for r in 0..MR {
-                    let later = (first + MR + r).min(t.n - 1);
-                    let row = t.x.add(*t.base.add(later) as usize);
-                    for line in (0..t.run).step_by(LINE * size_of::<f32>() / size_of::<P::Factor>()) {
-                        fetch::<false>(row.add(line));
-                    }
-                }
-            }
-            let mut sums = [[P::Sum::splat(0.0); NV]; MR];
-            let window: [*const P::Factor; MR] = from_fn(|r| t.x.add(*t.base.add(pixel[r]) as usize));
-            let mut w = t.w;
-            for tap in 0..t.n_taps {
-                let from = *t.taps.add(tap) as usize;
-                for i in (from..from + t.run).step_by(depth) {
-                    let weights: [P::Register; NV] = from_fn(|v| P::factors(w.add(v * lanes * depth)));
-                    w = w.add(NV * lanes * depth);
-                    for r in 0..MR {
-                        let x = P::spread(window[r].add(i));
-                        for v in 0..NV {
-                            sums[r][v] = P::dot(x, weights[v], sums[r][v]);
-                        }
-                    }
-                }
-            }
-            // Two registers of the widest set.
-            let mut row = [0.0f32; 32];
-            for r in 0..MR {
-                if r < rows {
-                    let to = t.out.add(*t.to.add(pixel[r]) as usize);
-                    let whole = t.cols == NV * lanes;
-                    let at = if whole { to } else { row.as_mut_ptr() };
-                    for v in 0..NV {
-                        P::Sum::store(at.add(v * lanes), sums[r][v]);
-                    }
-                    if !whole {
-                        std::ptr::copy_nonoverlapping(row.as_ptr(), to, t.cols);
-                    }
-                }
-            }
+        while first + MR <= t.n {
+            some_pixels::<P, MR, NV, true>(t, first);
             first += MR;
+        }
+        if first < t.n {
+            some_pixels::<P, MR, NV, false>(t, first);
+        }
+    }
+}
+
+/// One tile of a [`column`], from the pixel `first` on; `WHOLE` where `MR` of them are left.
+///
+/// # Safety
+/// As of [`column`]; `first < n`, and `first + MR ≤ n` if `WHOLE`.
+#[inline(always)]
+unsafe fn some_pixels<P: Product, const MR: usize, const NV: usize, const WHOLE: bool>(
+    t: &Column<P::Factor>,
+    first: usize,
+) {
+    let (lanes, depth) = (P::Sum::LANES, P::Factor::DEPTH);
+    // SAFETY: the offsets are those that the contract bounds.
+    unsafe {
+        let rows = if WHOLE { MR } else { t.n - first };
+        // What is missing repeats the last pixel.
+        let pixel: [usize; MR] = from_fn(|r| first + if WHOLE { r } else { r.min(rows - 1) });
+        if t.ahead[0] {
+            for r in 0..MR {
+                let later = (first + AHEAD * MR + r).min(t.n - 1);
+                fetch::<true>(t.out.add(*t.to.add(later) as usize).cast_const());
+            }
+        }
+        if t.ahead[1] {
+            for r in 0..MR {
+                let later = (first + MR + r).min(t.n - 1);
+                let row = t.x.add(*t.base.add(later) as usize);
+                for line in (0..t.run).step_by(LINE * size_of::<f32>() / size_of::<P::Factor>()) {
+                    fetch::<false>(row.add(line));
+                }
+            }
+        }
+        let mut sums = [[P::Sum::splat(0.0); NV]; MR];
+        let window: [*const P::Factor; MR] = from_fn(|r| t.x.add(*t.base.add(pixel[r]) as usize));
+        let mut w = t.w;
+        for tap in 0..t.n_taps {
+            let from = *t.taps.add(tap) as usize;
+            for i in (from..from + t.run).step_by(depth) {
+                let weights: [P::Register; NV] = from_fn(|v| P::factors(w.add(v * lanes * depth)));
+                w = w.add(NV * lanes * depth);
+                for r in 0..MR {
+                    let x = P::spread(window[r].add(i));
+                    for v in 0..NV {
+                        sums[r][v] = P::dot(x, weights[v], sums[r][v]);
+                    }
+                }
+            }
+        }
+        // Apart, so that the sums of a whole tile go from their registers to where they belong.
+        if WHOLE && t.cols == NV * lanes {
+            for r in 0..MR {
+                let to = t.out.add(*t.to.add(pixel[r]) as usize);
+                for v in 0..NV {
+                    P::Sum::store(to.add(v * lanes), sums[r][v]);
+                }
+            }
+            return;
+        }
+        // Two registers of the widest set.
+        let mut row = [0.0f32; 32];
+        for r in 0..rows {
+            for v in 0..NV {
+                P::Sum::store(row.as_mut_ptr().add(v * lanes), sums[r][v]);
+            }
+            std::ptr::copy_nonoverlapping(row.as_ptr(), t.out.add(*t.to.add(pixel[r]) as usize), t.cols);
         }
     }
 }

@@ -37,14 +37,33 @@ const OF_Q: f32 = 1.0 / (2.0 * QQ * (QQ - PP));
 pub struct Transform<'a, T> {
     /// Channels: values that follow each other at each place.
     pub n: usize,
-    /// What is transformed.
+    /// What is transformed, from its first place on that is inside.
     pub from: &'a [f32],
     /// From a row, and from a column, to the next.
     pub from_step: [usize; 2],
+    /// Which places are inside `from`, where not all are; the others are zeros.
+    pub inside: Option<Inside>,
     /// Where it goes; every place is written.
     pub to: &'a mut [MaybeUninit<T>],
     /// As `from_step`.
     pub to_step: [usize; 2],
+}
+
+/// Rows and columns of a tile that lie in a map; at least one of either.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Inside {
+    /// First row, and the row after the last.
+    pub rows: [usize; 2],
+    /// The same of columns.
+    pub cols: [usize; 2],
+}
+
+impl Inside {
+    /// Of a square of this side whose first pixel is at (`y`, `x`) of a map of `h` x `w`, both moved by `lead`.
+    pub fn of(side: usize, [y, x]: [usize; 2], lead: usize, [h, w]: [usize; 2]) -> Inside {
+        let range = |at: usize, n: usize| [lead.saturating_sub(at), (n + lead - at).min(side)];
+        Inside { rows: range(y, h), cols: range(x, w) }
+    }
 }
 
 /// A compiled [`transform`] with its sides, from and to.
@@ -63,9 +82,14 @@ pub struct Compiled<T> {
 impl<T> Transform<'_, T> {
     /// Applies the map.
     pub fn run(mut self, map: Compiled<T>) {
-        let reach = |side: usize, step: [usize; 2], n: usize| (side - 1) * (step[0] + step[1]) + n;
-        assert!(reach(map.reads, self.from_step, self.n) <= self.from.len(), "a tile lies in its source");
-        assert!(reach(map.writes, self.to_step, self.n * map.wide) <= self.to.len(), "a tile lies in its destination");
+        let whole = [0, map.reads];
+        let Inside { rows, cols } = self.inside.unwrap_or(Inside { rows: whole, cols: whole });
+        assert!([rows, cols].iter().all(|[from, to]| from < to && *to <= map.reads), "a part of a tile is inside");
+        let reach = |rows: usize, cols: usize, step: [usize; 2], n| (rows - 1) * step[0] + (cols - 1) * step[1] + n;
+        let read = reach(rows[1] - rows[0], cols[1] - cols[0], self.from_step, self.n);
+        assert!(read <= self.from.len(), "a tile lies in its source");
+        let written = reach(map.writes, map.writes, self.to_step, self.n * map.wide);
+        assert!(written <= self.to.len(), "a tile lies in its destination");
         // SAFETY: the assertions bound both; an instruction set in the table is one of this processor.
         unsafe { (map.run)(&mut self) };
     }
@@ -245,7 +269,8 @@ impl<S: Round> Write<S> for Second {
 /// A map on the rows, then on the columns, of `[N, N]` places of `t.n` channels.
 ///
 /// # Safety
-/// `from` holds `N − 1` steps either way and `n` values, `to` `M − 1` steps and `n · WIDE` values; the processor has `S`.
+/// `from` holds `N − 1` steps either way, or those between the places that are inside, and `n` values, `to` `M − 1` steps and `n · WIDE`
+/// values; the processor has `S`.
 #[inline(always)]
 pub(crate) unsafe fn transform<S, W, L, const N: usize, const M: usize>(t: &mut Transform<<W as Write<S>>::To>)
 where
@@ -253,15 +278,34 @@ where
     W: Write<S> + Write<One, To = <W as Write<S>>::To>,
     L: Map<N, M>,
 {
-    // SAFETY: the contract; a single value a register at the end.
+    // SAFETY: the contract.
+    unsafe {
+        match t.inside {
+            None => all_channels::<S, W, L, N, M>(t, None),
+            inside => all_channels::<S, W, L, N, M>(t, inside),
+        }
+    }
+}
+
+/// [`transform`]; `inside` apart, so that a whole tile has a loop without conditions.
+#[inline(always)]
+unsafe fn all_channels<S, W, L, const N: usize, const M: usize>(
+    t: &mut Transform<<W as Write<S>>::To>,
+    inside: Option<Inside>,
+) where
+    S: Simd,
+    W: Write<S> + Write<One, To = <W as Write<S>>::To>,
+    L: Map<N, M>,
+{
+    // SAFETY: the contract of `transform`; a single value a register at the end.
     unsafe {
         let mut at = 0;
         while at + S::LANES <= t.n {
-            channels::<S, W, L, N, M>(t, at);
+            channels::<S, W, L, N, M>(t, inside, at);
             at += S::LANES;
         }
         while at < t.n {
-            channels::<One, W, L, N, M>(t, at);
+            channels::<One, W, L, N, M>(t, inside, at);
             at += 1;
         }
     }
@@ -271,6 +315,7 @@ where
 #[inline(always)]
 unsafe fn channels<S: Simd, W: Write<S>, L: Map<N, M>, const N: usize, const M: usize>(
     t: &mut Transform<W::To>,
+    inside: Option<Inside>,
     at: usize,
 ) {
     // SAFETY: the contract of `transform`, with `at` and a register inside `n`.
@@ -281,8 +326,24 @@ unsafe fn channels<S: Simd, W: Write<S>, L: Map<N, M>, const N: usize, const M: 
         let mut half = [[S::splat(0.0); M]; N];
         for i in 0..N {
             let mut row = [S::splat(0.0); N];
-            for j in 0..N {
-                row[j] = S::load(from.add(i * t.from_step[0] + j * t.from_step[1]));
+            match inside {
+                None => {
+                    for j in 0..N {
+                        row[j] = S::load(from.add(i * t.from_step[0] + j * t.from_step[1]));
+                    }
+                }
+                Some(Inside { rows, cols }) => {
+                    // The map of a row of zeros is zeros.
+                    if i < rows[0] || i >= rows[1] {
+                        continue;
+                    }
+                    let from = from.add((i - rows[0]) * t.from_step[0]);
+                    for j in 0..N {
+                        if j >= cols[0] && j < cols[1] {
+                            row[j] = S::load(from.add((j - cols[0]) * t.from_step[1]));
+                        }
+                    }
+                }
             }
             half[i] = L::map::<S>(row);
         }

@@ -30,6 +30,7 @@ use byol::{
     train::{Outcome, Prepared, Run, recipe::HealthConfig, run::keep_bytes},
 };
 use clap::{Parser, Subcommand};
+use rayon::ThreadPoolBuilder;
 
 use crate::report::{self, Progress, Result, out};
 
@@ -158,10 +159,20 @@ fn must_be_new(path: &Path, overwrite: bool) -> Result<()> {
 /// The exit code of a run that was stopped by Ctrl-C, as shells have it.
 const INTERRUPTED: u8 = 130;
 
-/// Sets the number of threads of this process; 0: one a core. Returns the number.
+/// Sets the number of threads of this process; 0: one a core. Returns the number. The calling thread, which must be the one that computes,
+/// is one of them: it works where it would wait, and a layer begins without waking anybody.
 fn set_threads(threads: usize) -> Result<usize> {
+    pool(threads, |pool| pool.use_current_thread())
+}
+
+/// The same for a program whose other threads ask for work: all threads are apart from the calling one.
+fn set_threads_apart(threads: usize) -> Result<usize> {
+    pool(threads, |pool| pool)
+}
+
+fn pool(threads: usize, of: fn(ThreadPoolBuilder) -> ThreadPoolBuilder) -> Result<usize> {
     let n = if threads == 0 { device::machine().cores } else { threads };
-    rayon::ThreadPoolBuilder::new().num_threads(n).build_global()?;
+    of(ThreadPoolBuilder::new().num_threads(n)).build_global()?;
     Ok(n)
 }
 

@@ -17,7 +17,7 @@ use rayon::prelude::*;
 
 use super::{
     Input, Map, Shape,
-    tiles::{Pixels, Slopes, blocks, pack},
+    tiles::{Offsets, Pixels, Slopes, blocks, pack},
 };
 use crate::{
     factor::Factor,
@@ -358,9 +358,10 @@ fn walk<F: Factor, T: Send>(
                 for (phase, weights) in walk.phases.iter().zip(&weights) {
                     pixels(walk, phase, &task, &window.rows, base, to);
                     let (taps, run) = runs(walk, phase);
-                    let read = Pixels { source: window.values, base, taps: &taps, run, far: true };
                     let blocks = weights.chunks(taps.len() * run * 2 * isa.lanes);
-                    read.multiply(isa, walk.to.c, blocks, to, out);
+                    let (base, taps) = (Offsets::from(&base[..]), Offsets::from(&taps[..]));
+                    let read = Pixels { source: window.values, base, taps, run, far: true };
+                    read.multiply(isa, walk.to.c, blocks, Offsets::from(&to[..]), out);
                 }
             });
             // SAFETY: the phases' pixels are all of the task's, or the rest was filled with 0.

@@ -85,15 +85,28 @@ pub(super) fn unpacked(isa: &Isa, s: &Shape, packed: &[f32]) -> Vec<f32> {
     dw
 }
 
+/// Where something begins, and the greatest of it, which bounds what is read or written there.
+#[derive(Clone, Copy)]
+pub(super) struct Offsets<'a> {
+    values: &'a [u32],
+    most: usize,
+}
+
+impl<'a> From<&'a [u32]> for Offsets<'a> {
+    fn from(values: &'a [u32]) -> Self {
+        Offsets { values, most: values.iter().max().map_or(0, |most| *most as usize) }
+    }
+}
+
 /// Some pixels and what they read.
 #[derive(Clone, Copy)]
 pub(super) struct Pixels<'a, F> {
     /// Where they read.
     pub source: &'a [F],
     /// Where in `source` each pixel's window begins.
-    pub base: &'a [u32],
+    pub base: Offsets<'a>,
     /// Where in a window each run of taps begins.
-    pub taps: &'a [u32],
+    pub taps: Offsets<'a>,
     /// Values of a run, a multiple of the depth.
     pub run: usize,
     /// Whether source and output come from and go to memory, not a cache.
@@ -108,35 +121,35 @@ impl<F: Factor> Pixels<'_, F> {
         isa: &Isa,
         channels: usize,
         weights: impl Iterator<Item = &'w [F]>,
-        to: &[u32],
+        to: Offsets,
         out: &mut [MaybeUninit<f32>],
     ) where
         F: 'w,
     {
         let Pixels { source, base, taps, run, far } = *self;
-        let (Some(most_base), Some(most_to), Some(most_tap)) = (base.iter().max(), to.iter().max(), taps.iter().max())
-        else {
+        if base.values.is_empty() || taps.values.is_empty() {
             return;
-        };
+        }
         // The bounds of every pointer below.
-        assert!(*most_base as usize + *most_tap as usize + run <= source.len(), "windows lie in the source");
-        assert!(*most_to as usize + channels <= out.len() && base.len() == to.len(), "pixels lie in the destination");
+        assert!(base.most + taps.most + run <= source.len(), "windows lie in the source");
+        assert!(to.most + channels <= out.len(), "pixels lie in the destination");
+        assert!(base.values.len() == to.values.len(), "every pixel has a window");
         assert!(run.is_multiple_of(F::DEPTH), "a run is of whole lanes");
         for ((first, registers, cols), block) in blocks(isa, channels).zip(weights) {
-            assert!(block.len() == taps.len() * run * registers * isa.lanes, "a block of weights has its shape");
+            assert!(block.len() == taps.values.len() * run * registers * isa.lanes, "a block of weights has its shape");
             let column = Column {
                 x: source.as_ptr(),
-                base: base.as_ptr(),
-                taps: taps.as_ptr(),
-                n_taps: taps.len(),
+                base: base.values.as_ptr(),
+                taps: taps.values.as_ptr(),
+                n_taps: taps.values.len(),
                 run,
                 w: block.as_ptr(),
                 out: out[first..].as_mut_ptr().cast(),
-                to: to.as_ptr(),
-                n: base.len(),
+                to: to.values.as_ptr(),
+                n: base.values.len(),
                 cols,
                 // The first block brings what it reads into the cache for all others.
-                ahead: [far, far && first == 0 && taps.len() == 1],
+                ahead: [far, far && first == 0 && taps.values.len() == 1],
             };
             // SAFETY: the assertions above bound windows, pixels (`first + cols` is at most the channels) and the block, and there is
             // a pixel; an instruction set in the table is one of this processor.

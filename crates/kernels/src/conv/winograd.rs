@@ -22,14 +22,14 @@ use rayon::prelude::*;
 
 use super::{
     Input, Map, Shape, as_unwritten,
-    tiles::{Pixels, Slopes, blocks, pack},
+    tiles::{Offsets, Pixels, Slopes, blocks, pack},
 };
 use crate::{
     factor::Factor,
     isa::Isa,
     memory::{unwritten, written, written_slice},
     tile::{AHEAD, LINE, fetch},
-    transform::{Compiled, PLANES, TILE, Transform, WINDOW},
+    transform::{Compiled, Inside, PLANES, TILE, Transform, WINDOW},
 };
 
 /// Values of transformed tiles that a thread works on at once in the narrow way: a part of a core's second-level cache.
@@ -141,8 +141,8 @@ impl Tiling {
         at(part.start)..at(part.end)
     }
 
-    /// What the tiles of a part read of `source`, a map of this size: squares of `side` pixels, the first `lead` pixels before the map.
-    /// Where they reach beyond it, or `source` has to be normalised first, that is a copy in `buffer`.
+    /// What the tiles of a part read of `source`, maps of this size, by squares of `side` pixels, the first `lead` pixels before the map:
+    /// some rows of one image, or whole images. Where `source` has to be normalised first, that is a copy in `buffer`.
     fn window<'a>(
         &self,
         isa: &Isa,
@@ -152,46 +152,32 @@ impl Tiling {
         part: &Part,
         buffer: &'a mut Vec<f32>,
     ) -> Window<'a> {
-        let images = part.start / self.rows..(part.end - 1) / self.rows + 1;
-        let (top, bottom) =
-            if images.len() == 1 { (part.start % self.rows, (part.end - 1) % self.rows + 1) } else { (0, self.rows) };
-        let [height, width] = [bottom - top, self.cols].map(|tiles| TILE * tiles + side - TILE);
         let line = map.w * map.c;
-        let fits = (TILE * self.rows, width) == (map.h, map.w) && side == TILE;
-        if let (true, None) = (fits, source.pending) {
-            return Window {
-                values: &source.values[images.start * map.len() + TILE * top * line..],
-                height: map.h,
-                width,
-            };
-        }
-        let wide = width * map.c;
-        let values = room(buffer, images.len() * height * wide);
-        let rows = images.flat_map(|image| (0..height).map(move |y| (image, TILE * top + y)));
-        let (left, n) = (lead * map.c, line.min(wide - lead * map.c));
-        for ((image, y), to) in rows.zip(values.chunks_exact_mut(wide)) {
-            match y.checked_sub(lead).filter(|y| *y < map.h) {
-                Some(y) => {
-                    to[..left].fill(0.0);
-                    source.copy(isa, image * map.len() + y * line, &mut to[left..left + n]);
-                    to[left + n..].fill(0.0);
-                }
-                None => to.fill(0.0),
+        let (first, last) = (part.start / self.rows, (part.end - 1) / self.rows);
+        let (top, end) = if first == last {
+            let [top, row] = [part.start, part.end - 1].map(|row| TILE * (row % self.rows));
+            (top.saturating_sub(lead), (row + side - lead).min(map.h))
+        } else {
+            (0, map.h)
+        };
+        let from = first * map.len() + top * line;
+        let n = last * map.len() + end * line - from;
+        let values = match source.pending {
+            None => &source.values[from..from + n],
+            Some(_) => {
+                let values = room(buffer, n);
+                source.copy(isa, from, values);
+                values
             }
-        }
-        Window { values, height, width }
+        };
+        Window { values, from }
     }
 
-    /// Asks for the lines that a later tile of a part writes: four runs that lie a row apart.
+    /// Asks for the lines that a later tile of a part writes.
     fn fetch(&self, tile: usize, part: &Part, out: &[MaybeUninit<f32>]) {
         let (Map { w, c, .. }, place) = (self.to, self.place(tile));
         let at = place.image * self.to.len() + TILE * (place.row * w + place.col) * c - self.span(part).start;
-        for row in 0..TILE {
-            let run = out.get(at + row * w * c..).unwrap_or_default();
-            for line in run[..run.len().min(TILE * c)].iter().step_by(LINE) {
-                fetch::<true>(std::ptr::from_ref(line));
-            }
-        }
+        fetch_tile::<true, _>(out, at, w * c, TILE * c);
     }
 
     /// Aᵀ m A of one tile, whose planes begin at `m + k · plane`, into `out`, the values of `part`.
@@ -209,12 +195,13 @@ impl Tiling {
         let at = place.image * self.to.len() + (y * w + x) * c - self.span(part).start;
         let from_step = [WINDOW * plane, plane];
         if y + TILE <= h && x + TILE <= w {
-            Transform { n: c, from: m, from_step, to: &mut out[at..], to_step: [w * c, c] }.run(isa.output);
+            Transform { n: c, from: m, from_step, inside: None, to: &mut out[at..], to_step: [w * c, c] }
+                .run(isa.output);
             return;
         }
         patch.resize(patch.len().max(TILE * TILE * c), 0.0);
         let whole = as_unwritten(&mut patch[..TILE * TILE * c]);
-        Transform { n: c, from: m, from_step, to: whole, to_step: [TILE * c, c] }.run(isa.output);
+        Transform { n: c, from: m, from_step, inside: None, to: whole, to_step: [TILE * c, c] }.run(isa.output);
         let cols = (w - x).min(TILE);
         for row in 0..(h - y).min(TILE) {
             let to = &mut out[at + row * w * c..][..cols * c];
@@ -223,12 +210,21 @@ impl Tiling {
     }
 }
 
+/// Asks for the lines of as many runs as a tile has rows: `n` values each, `step` apart, the first at `at`; for what there is of them.
+fn fetch_tile<const WRITE: bool, T>(values: &[T], at: usize, step: usize, n: usize) {
+    for row in 0..TILE {
+        let run = values.get(at + row * step..).unwrap_or_default();
+        for line in run[..run.len().min(n)].iter().step_by(LINE) {
+            fetch::<WRITE>(std::ptr::from_ref(line));
+        }
+    }
+}
+
 /// What the tiles of a part read.
 struct Window<'a> {
     values: &'a [f32],
-    /// Rows from one image to the next.
-    height: usize,
-    width: usize,
+    /// Where they begin in the source.
+    from: usize,
 }
 
 /// What a thread keeps from part to part.
@@ -267,7 +263,7 @@ fn weights<F: Factor>(isa: &Isa, s: &Shape, w: &[f32], turned: bool) -> Vec<F> {
     let wide = sources * 2 * isa.lanes;
     planes.par_chunks_mut(PLANES * wide).zip(packed.par_chunks(9 * wide)).for_each(|(to, from)| {
         let n = from.len() / 9;
-        Transform { n, from, from_step: [3 * n, n], to, to_step: [WINDOW * n, n] }.run(isa.filter);
+        Transform { n, from, from_step: [3 * n, n], inside: None, to, to_step: [WINDOW * n, n] }.run(isa.filter);
     });
     // SAFETY: each block is transformed whole.
     F::weights(isa, PLANES * sources, unsafe { written(planes) })
@@ -311,15 +307,23 @@ impl<'a, F: Factor> Read<'a, F> {
         values.par_chunks_mut(part).with_min_len(least(wide)).zip(parts).for_each(|(to, part)| {
             let mut scratch = SCRATCH.take();
             let window = self.tiling.window(isa, self.map, self.frame, self.source, part, &mut scratch.window);
-            let (c, line) = (self.map.c, window.width * self.map.c);
-            let first = self.tiling.place(self.tiling.tiles(part).start);
+            let (Map { h, w, c }, [lead, side]) = (self.map, self.frame);
+            let all = Inside { rows: [0, side], cols: [0, side] };
             for (i, tile) in self.tiling.tiles(part).enumerate() {
                 let place = self.tiling.place(tile);
-                let row = (place.image - first.image) * window.height + TILE * (place.row - first.row);
+                let [y, x] = [place.row, place.col].map(|at| TILE * at);
+                let inside = Inside::of(side, [y, x], lead, [h, w]);
+                if self.source.pending.is_none() {
+                    // What the tile below reads and no tile has read yet. A copy was just written and is near.
+                    let below = place.image * self.map.len() + ((y + side - lead) * w + x) * c;
+                    fetch_tile::<false, _>(self.source.values, below, w * c, TILE * c);
+                }
+                let first = (y + inside.rows[0] - lead) * w + x + inside.cols[0] - lead;
                 Transform {
                     n: c,
-                    from: &window.values[row * line + TILE * place.col * c..],
-                    from_step: [line, c],
+                    from: &window.values[place.image * self.map.len() + first * c - window.from..],
+                    from_step: [w * c, c],
+                    inside: (inside != all).then_some(inside),
                     to: as_unwritten(&mut to[i / self.group * self.group * self.channels..]),
                     to_step: [WINDOW * plane, plane],
                 }
@@ -381,13 +385,13 @@ pub(super) fn forward<F: Factor, T: Send>(
         let plane = n * t.to.c + APART;
         let sums = room(&mut planes, PLANES * plane);
         let to: Vec<u32> = (0..n).map(|i| (i * t.to.c) as u32).collect();
+        let (base, to, taps) = (Offsets::from(&base[..]), Offsets::from(&to[..]), Offsets::from(&[0][..]));
         let block = t.from.c * 2 * isa.lanes;
         sums.par_chunks_mut(plane).with_min_len(least(wide)).enumerate().for_each(|(k, sums)| {
-            let read =
-                Pixels { source: &read.values[k * read.plane..], base: &base, taps: &[0], run: t.from.c, far: false };
+            let read = Pixels { source: &read.values[k * read.plane..], base, taps, run: t.from.c, far: false };
             // The last block may be narrower.
             let of_plane = weights.chunks(PLANES * block).map(|w| &w[k * w.len() / PLANES..(k + 1) * w.len() / PLANES]);
-            read.multiply(isa, t.to.c, of_plane, &to, as_unwritten(sums));
+            read.multiply(isa, t.to.c, of_plane, to, as_unwritten(sums));
         });
         let sums = &*sums;
         let done = parts.par_iter().zip(spans).with_min_len(least(wide)).map(|(part, out)| {
@@ -444,7 +448,7 @@ pub(super) fn backward_weight<F: Factor>(isa: &Isa, s: &Shape, t: &Tiling, x: In
     let wide = sources * 2 * isa.lanes;
     packed.par_chunks_mut(9 * wide).zip(sum.par_chunks(PLANES * wide)).for_each(|(to, from)| {
         let n = from.len() / PLANES;
-        Transform { n, from, from_step: [WINDOW * n, n], to, to_step: [3 * n, n] }.run(isa.filter_slopes);
+        Transform { n, from, from_step: [WINDOW * n, n], inside: None, to, to_step: [3 * n, n] }.run(isa.filter_slopes);
     });
     // SAFETY: each block is transformed whole.
     unsafe { written(packed) }

@@ -52,7 +52,7 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> Result<ExitCode> {
-    super::set_threads(args.threads)?;
+    super::set_threads_apart(args.threads)?;
     // Before the work, so that a port in use is said at once.
     let listener = std::net::TcpListener::bind(("127.0.0.1", args.port)).map_err(|e| {
         let port = args.port;
