@@ -9,6 +9,7 @@ use burn::tensor::{Bool, Device, Tensor, activation::log_softmax};
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    device,
     nn::{Mode, Network, Pass, Tree, Weights},
     optim::{Optimizer, Schedule},
 };
@@ -169,6 +170,7 @@ impl Byol {
         for _ in 0..n {
             let (v, v2) = views()?;
             done(Phase::Data);
+            let _at_work = device::at_work(&v.device());
             let one = self.gradient(v, v2, &mut done);
             sum = Some(match sum {
                 None => one,
@@ -180,6 +182,7 @@ impl Byol {
             mean.loss /= n as f64;
             mean.grads = mean.grads.map(|_, g| g.div_scalar(n as f64));
         }
+        let _at_work = device::at_work(&self.device());
         let report = self.update(&mean);
         done(Phase::Update);
         Ok(report)

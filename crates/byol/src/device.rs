@@ -6,7 +6,10 @@
 use std::str::FromStr;
 
 use burn::tensor::Device;
-use byol_kernels::isa::{self, Isa};
+use byol_kernels::{
+    awake::Awake,
+    isa::{self, Isa},
+};
 use serde::{Deserialize, Serialize};
 
 /// What the user asks for.
@@ -137,6 +140,11 @@ pub struct Opened {
 /// Whether the fused kernels of `byol-kernels` compute on this device; elsewhere layers are composed of Burn's operations.
 pub fn has_kernels(device: &Device) -> bool {
     matches!(device.clone().without_autodiff().as_dispatch(), burn::backend::DispatchDevice::Flex(_))
+}
+
+/// Holds the threads ready while a step computes on the processor; nothing elsewhere.
+pub(crate) fn at_work(device: &Device) -> Option<Awake> {
+    has_kernels(device).then(Awake::new)
 }
 
 /// The processor, its instruction set and the memory.

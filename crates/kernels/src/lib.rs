@@ -4,6 +4,7 @@
 //! same bits.
 #![warn(missing_docs)]
 
+pub mod awake;
 pub mod conv;
 mod factor;
 pub mod isa;

@@ -1,0 +1,327 @@
+//! SHARDS: many images in few large files. Tar files as WebDataset has them (`000.tar` with `NAME.jpg`, `NAME.cls`), and Parquet files with an
+//! image column as Hugging Face writes them.
+//!
+//! The order of the images is decided by numbers alone ([`super::Order`]): shards in a shuffled order, a buffer that mixes neighbours. So images
+//! come up shard by shard, and a unit (a tar file, a row group) is opened when its first image does. Open units are files: images stay on
+//! disk, and what is in memory does not grow with the data.
+
+mod parquet;
+mod tar;
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use super::{Dataset, Error, Images, Skipped, list};
+
+/// Units that are open at once, at most: fewer than the files that a process may open.
+const MOST_OPEN: usize = 200;
+
+/// Images that cannot be used in a row before a run gives up.
+const MOST_BAD: usize = 32;
+
+/// One image of a unit.
+#[derive(Debug, Clone)]
+struct Entry {
+    name: Box<str>,
+    /// Where its bytes begin in the unit's file.
+    at: u64,
+    len: u32,
+}
+
+/// A unit that is being read.
+#[derive(Debug)]
+struct Open {
+    file: File,
+    entries: Vec<Entry>,
+}
+
+/// What is opened at once: a tar file, or a row group of a Parquet file.
+#[derive(Debug, Clone)]
+struct Unit {
+    path: PathBuf,
+    /// Of a Parquet file.
+    group: Option<usize>,
+    images: usize,
+}
+
+/// What one file holds.
+struct Indexed {
+    units: Vec<Unit>,
+    /// One an image, where the file has labels.
+    labels: Option<Vec<usize>>,
+}
+
+type Slot = Arc<Mutex<Option<Arc<Open>>>>;
+
+/// The images of some shards, numbered through.
+#[derive(Debug)]
+pub(super) struct Shards {
+    units: Vec<Unit>,
+    /// The number of each unit's first image, and of all images.
+    starts: Vec<usize>,
+    /// Open units, with when each was last used.
+    open: Mutex<HashMap<usize, (u64, Slot)>>,
+    clock: AtomicU64,
+    passed_over: Mutex<Vec<Skipped>>,
+}
+
+impl Shards {
+    fn new(units: Vec<Unit>) -> Shards {
+        let mut starts = vec![0];
+        for unit in &units {
+            starts.push(starts[starts.len() - 1] + unit.images);
+        }
+        Shards { units, starts, open: Mutex::default(), clock: AtomicU64::new(0), passed_over: Mutex::default() }
+    }
+
+    /// All images.
+    pub fn len(&self) -> usize {
+        self.starts[self.units.len()]
+    }
+
+    /// The unit of image `i`, and its place there.
+    fn place(&self, i: usize) -> (usize, usize) {
+        let unit = self.starts.partition_point(|start| *start <= i) - 1;
+        (unit, i - self.starts[unit])
+    }
+
+    /// How many of these images, in ascending order, each unit has, in turn.
+    pub fn runs(&self, chosen: &[usize]) -> Vec<usize> {
+        let upto = |start: usize| chosen.partition_point(|i| *i < start);
+        self.starts.windows(2).map(|pair| upto(pair[1]) - upto(pair[0])).filter(|n| *n > 0).collect()
+    }
+
+    fn unit(&self, unit: usize) -> io::Result<Arc<Open>> {
+        let slot = {
+            let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+            let now = self.clock.fetch_add(1, Ordering::Relaxed);
+            if open.len() >= MOST_OPEN && !open.contains_key(&unit) {
+                let oldest = open.iter().min_by_key(|(_, (used, _))| *used).map(|(unit, _)| *unit);
+                oldest.map(|unit| open.remove(&unit));
+            }
+            let (used, slot) = open.entry(unit).or_default();
+            *used = now;
+            slot.clone()
+        };
+        // Who asks for a unit that another thread is opening waits for that one alone.
+        let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(open) = &*slot {
+            return Ok(open.clone());
+        }
+        let Unit { path, group, images } = &self.units[unit];
+        let opened = match group {
+            None => tar::open(path)?,
+            Some(group) => parquet::open(path, *group)?,
+        };
+        if opened.entries.len() != *images {
+            let why = format!("it holds {} images and held {images} when it was first read", opened.entries.len());
+            return Err(io::Error::other(why));
+        }
+        let opened = Arc::new(opened);
+        *slot = Some(opened.clone());
+        Ok(opened)
+    }
+
+    /// The bytes of image `i`.
+    pub fn bytes(&self, i: usize) -> io::Result<Vec<u8>> {
+        let (unit, k) = self.place(i);
+        let open = self.unit(unit)?;
+        let Entry { at, len, .. } = open.entries[k];
+        let mut bytes = vec![0; len as usize];
+        read_exact_at(&open.file, &mut bytes, at)?;
+        Ok(bytes)
+    }
+
+    /// Shard and name in it of image `i`.
+    pub fn name(&self, i: usize) -> String {
+        let (unit, k) = self.place(i);
+        let shard = self.units[unit].path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        match self.unit(unit) {
+            Ok(open) => format!("{shard}/{}", open.entries[k].name),
+            Err(_) => format!("{shard}, image {k}"),
+        }
+    }
+
+    /// What tells these shards from others: names, sizes, numbers of images.
+    pub fn fingerprint(&self) -> Vec<u8> {
+        let mut all = Vec::new();
+        for Unit { path, group, images } in &self.units {
+            all.extend_from_slice(path.file_name().unwrap_or_default().as_encoded_bytes());
+            let bytes = path.metadata().map_or(0, |m| m.len());
+            for number in [bytes, group.unwrap_or(0) as u64, *images as u64] {
+                all.extend_from_slice(&number.to_le_bytes());
+            }
+        }
+        all
+    }
+
+    /// Remembers that an image was passed over; false if it was one too many in a row.
+    pub fn pass_over(&self, what: String, why: String, in_a_row: usize) -> bool {
+        let mut all = self.passed_over.lock().unwrap_or_else(PoisonError::into_inner);
+        if !all.iter().any(|known| known.what == what) {
+            all.push(Skipped { what, why });
+        }
+        in_a_row < MOST_BAD
+    }
+
+    /// What was passed over so far.
+    pub fn passed_over(&self) -> Vec<Skipped> {
+        self.passed_over.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+#[cfg(unix)]
+fn read_exact_at(file: &File, bytes: &mut [u8], at: u64) -> io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, bytes, at)
+}
+
+#[cfg(windows)]
+fn read_exact_at(file: &File, mut bytes: &mut [u8], mut at: u64) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match std::os::windows::fs::FileExt::seek_read(file, bytes, at)? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            n => (bytes, at) = (&mut bytes[n..], at + n as u64),
+        }
+    }
+    Ok(())
+}
+
+/// Whether this names shards rather than files.
+fn is_shard(path: &Path) -> bool {
+    path.extension().is_some_and(|e| e.eq_ignore_ascii_case("tar") || e.eq_ignore_ascii_case("parquet"))
+}
+
+/// Whether this is a pattern, such as `shards/{000..146}.tar`.
+pub fn is_pattern(root: &Path) -> bool {
+    root.to_str().is_some_and(|text| text.contains('{')) && !root.exists()
+}
+
+/// All that a pattern stands for, in order: `{000..146}` counts, with the zeros of its first number; `{a,b}` lists. None if a brace has no
+/// end, or a range is not of numbers.
+fn expand(pattern: &str) -> Option<Vec<String>> {
+    let Some((before, rest)) = pattern.split_once('{') else { return Some(vec![pattern.to_owned()]) };
+    let (inner, after) = rest.split_once('}')?;
+    let inner: Vec<String> = match inner.split_once("..") {
+        Some((first, last)) => {
+            let (from, to) = (first.parse::<u32>().ok()?, last.parse::<u32>().ok()?);
+            (from..=to).map(|i| format!("{i:0width$}", width = first.len())).collect()
+        }
+        None => inner.split(',').map(str::to_owned).collect(),
+    };
+    let after = expand(after)?;
+    Some(inner.iter().flat_map(|one| after.iter().map(move |rest| format!("{before}{one}{rest}"))).collect())
+}
+
+/// Opens `root` if it is a shard, a pattern that stands for shards, or a folder of them (or of `train`, `val` and `test` with shards).
+///
+/// # Errors
+/// [`Error::Shard`], [`Error::Missing`], [`Error::Read`].
+pub fn open(root: &Path) -> Result<Option<Dataset>, Error> {
+    let paths: Vec<PathBuf> = if is_pattern(root) {
+        let bad = || Error::Shard { path: root.to_owned(), reason: "the braces are not of the form {000..146} or {a,b}".into() };
+        let all = root.to_str().and_then(expand).ok_or_else(bad)?;
+        all.into_iter().map(PathBuf::from).collect()
+    } else if root.is_file() {
+        if is_shard(root) { vec![root.to_owned()] } else { Vec::new() }
+    } else {
+        let entries = list(root)?;
+        let folders = entries.iter().filter(|p| p.is_dir() && Split::of_name(&name(p)).is_some());
+        let inner: Vec<PathBuf> = folders.map(|folder| list(folder)).collect::<Result<Vec<_>, _>>()?.concat();
+        entries.into_iter().chain(inner).filter(|p| is_shard(p) && p.is_file()).collect()
+    };
+    if paths.is_empty() {
+        return Ok(None);
+    }
+    if let Some(missing) = paths.iter().find(|p| !p.exists()) {
+        return Err(Error::Missing(missing.clone()));
+    }
+    dataset(root, &paths).map(Some)
+}
+
+fn name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().to_ascii_lowercase()
+}
+
+/// What a shard is for, by its name or its folder's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Split {
+    Train,
+    Val,
+    Test,
+}
+
+impl Split {
+    fn of_name(name: &str) -> Option<Split> {
+        let word: String = name.chars().take_while(char::is_ascii_alphabetic).collect();
+        match word.as_str() {
+            "train" | "training" => Some(Split::Train),
+            "val" | "valid" | "validation" => Some(Split::Val),
+            "test" => Some(Split::Test),
+            _ => None,
+        }
+    }
+
+    fn of(path: &Path) -> Split {
+        let folder = path.parent().map(name).and_then(|name| Split::of_name(&name));
+        Split::of_name(&name(path)).or(folder).unwrap_or(Split::Train)
+    }
+}
+
+fn dataset(root: &Path, paths: &[PathBuf]) -> Result<Dataset, Error> {
+    let mut splits: [(Vec<Unit>, Option<Vec<usize>>); 3] = [(); 3].map(|()| (Vec::new(), Some(Vec::new())));
+    for path in paths {
+        let bad = |error: io::Error| Error::Shard { path: path.clone(), reason: error.to_string() };
+        let is_tar = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("tar"));
+        let found = if is_tar { tar::index(path) } else { parquet::index(path) }.map_err(bad)?;
+        if found.units.iter().all(|unit| unit.images == 0) {
+            return Err(bad(io::Error::other("there are no images in it")));
+        }
+        let (units, labels) = &mut splits[Split::of(path) as usize];
+        units.extend(found.units);
+        *labels = labels.take().zip(found.labels).map(|(all, more)| [all, more].concat());
+    }
+    let most = splits.iter().filter_map(|(_, labels)| labels.as_ref()?.iter().max()).max();
+    let classes = most.map_or(0, |most| most + 1);
+    let [train, val, test] = splits.map(|(units, labels)| {
+        let labels = labels.filter(|_| classes > 1);
+        (!units.is_empty()).then(|| Images::shards(Shards::new(units), labels))
+    });
+    let Some(train) = train else { return Err(Error::Empty(root.to_owned())) };
+    Ok(Dataset {
+        root: root.to_owned(),
+        kind: "shards".into(),
+        classes: if train.labels().is_some() { (0..classes).map(|c| c.to_string()).collect() } else { Vec::new() },
+        train,
+        held_out: val.clone().or(test.clone()),
+        test: test.or(val),
+        skipped: Vec::new(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pattern_counts_and_lists() {
+        let expanded = expand("a/{008..010}.{tar,x}").unwrap();
+        assert_eq!(expanded, ["a/008.tar", "a/008.x", "a/009.tar", "a/009.x", "a/010.tar", "a/010.x"]);
+        assert_eq!(expand("plain"), Some(vec!["plain".into()]));
+        assert_eq!((expand("{1..x}"), expand("{1..2")), (None, None));
+    }
+
+    #[test]
+    fn a_split_is_the_first_word_of_a_name_or_folder() {
+        let of = |path: &str| Split::of(Path::new(path));
+        assert_eq!((of("d/train-00000-of-00002.parquet"), of("d/val_3.tar")), (Split::Train, Split::Val));
+        assert_eq!((of("validation/0.tar"), of("d/test.tar"), of("d/testimony.tar")), (Split::Val, Split::Test, Split::Train));
+    }
+}

@@ -1,0 +1,120 @@
+//! Parquet files with an image column, as Hugging Face writes them: a struct of `bytes` and `path`, or plain bytes. A unit is a row group; when
+//! it is opened its images are laid into a temporary file, so that they are on disk and not in memory.
+
+use std::{fs::File, io, io::Write, path::Path};
+
+use arrow_array::{
+    Array, BinaryArray, LargeBinaryArray, RecordBatch, StringArray, StructArray,
+    cast::AsArray,
+    types::{Int32Type, Int64Type, UInt8Type},
+};
+use arrow_schema::{DataType, Schema};
+use parquet::arrow::{ProjectionMask, arrow_reader::ParquetRecordBatchReaderBuilder};
+
+use super::{Entry, Indexed, Open, Unit};
+
+/// Names that a column of images may have, where it is plain bytes.
+const IMAGES: [&str; 5] = ["image", "img", "jpg", "png", "bytes"];
+
+/// Names that a column of classes may have.
+const LABELS: [&str; 4] = ["label", "labels", "fine_label", "cls"];
+
+fn broken(error: impl std::fmt::Display) -> io::Error {
+    io::Error::other(format!("it is no whole Parquet file ({error})"))
+}
+
+fn is_bytes(of: &DataType) -> bool {
+    matches!(of, DataType::Binary | DataType::LargeBinary)
+}
+
+/// The column of images.
+fn image_column(schema: &Schema) -> io::Result<usize> {
+    let fits = |of: &DataType, name: &str| match of {
+        DataType::Struct(fields) => fields.iter().any(|f| f.name() == "bytes" && is_bytes(f.data_type())),
+        of => is_bytes(of) && IMAGES.contains(&name),
+    };
+    let found = schema.fields().iter().position(|f| fits(f.data_type(), f.name()));
+    found.ok_or_else(|| {
+        let names: Vec<&str> = schema.fields().iter().map(|f| f.name().as_str()).collect();
+        io::Error::other(format!(
+            "it has no column of images, which is a struct with `bytes`, or bytes named {}; its columns are {}",
+            IMAGES.join(", "),
+            names.join(", ")
+        ))
+    })
+}
+
+/// What a file holds: a unit a row group.
+pub(super) fn index(path: &Path) -> io::Result<Indexed> {
+    let builder = ParquetRecordBatchReaderBuilder::try_new(File::open(path)?).map_err(broken)?;
+    image_column(builder.schema())?;
+    let unit = |(group, rows)| Unit { path: path.to_owned(), group: Some(group), images: rows };
+    let groups = builder.metadata().row_groups().iter().map(|group| group.num_rows() as usize);
+    let units = groups.enumerate().map(unit).collect();
+    let label = builder.schema().fields().iter().position(|f| LABELS.contains(&f.name().as_str()));
+    let labels = match label {
+        None => None,
+        Some(column) => {
+            let mask = ProjectionMask::roots(builder.parquet_schema(), [column]);
+            let mut all = Some(Vec::new());
+            for batch in builder.with_projection(mask).build().map_err(broken)? {
+                all = all.zip(classes(&batch.map_err(broken)?)).map(|(all, more)| [all, more].concat());
+            }
+            all
+        }
+    };
+    Ok(Indexed { units, labels })
+}
+
+/// The only column as classes; none where it is of another type, or one is missing or below 0.
+fn classes(batch: &RecordBatch) -> Option<Vec<usize>> {
+    let column = batch.column(0);
+    match column.data_type() {
+        DataType::Int64 => column.as_primitive::<Int64Type>().iter().map(|class| usize::try_from(class?).ok()).collect(),
+        DataType::Int32 => column.as_primitive::<Int32Type>().iter().map(|class| usize::try_from(class?).ok()).collect(),
+        DataType::UInt8 => column.as_primitive::<UInt8Type>().iter().map(|class| Some(class?.into())).collect(),
+        _ => None,
+    }
+}
+
+/// Opens a row group.
+pub(super) fn open(path: &Path, group: usize) -> io::Result<Open> {
+    let builder = ParquetRecordBatchReaderBuilder::try_new(File::open(path)?).map_err(broken)?;
+    let column = image_column(builder.schema())?;
+    let mask = ProjectionMask::roots(builder.parquet_schema(), [column]);
+    let rows = builder.with_projection(mask).with_row_groups(vec![group]).with_batch_size(64).build().map_err(broken)?;
+    let mut file = tempfile::tempfile()?;
+    let (mut entries, mut at) = (Vec::new(), 0);
+    for batch in rows {
+        let batch = batch.map_err(broken)?;
+        let column = batch.column(0);
+        let (images, names) = match column.as_any().downcast_ref::<StructArray>() {
+            Some(of) => (of.column_by_name("bytes").ok_or_else(|| broken("no bytes"))?, of.column_by_name("path")),
+            None => (column, None),
+        };
+        let names = names.and_then(|names| names.as_any().downcast_ref::<StringArray>());
+        for i in 0..batch.num_rows() {
+            let bytes = bytes_of(images.as_ref(), i);
+            let name = names.filter(|names| names.is_valid(i)).map(|names| names.value(i).to_owned());
+            file.write_all(bytes)?;
+            let len = u32::try_from(bytes.len()).map_err(broken)?;
+            let name = name.unwrap_or_else(|| format!("group {group}, row {}", entries.len()));
+            entries.push(Entry { name: name.into(), at, len });
+            at += u64::from(len);
+        }
+    }
+    Ok(Open { file, entries })
+}
+
+/// A row's bytes; none where it is empty.
+fn bytes_of(of: &dyn Array, i: usize) -> &[u8] {
+    if of.is_null(i) {
+        return &[];
+    }
+    let of = of.as_any();
+    match (of.downcast_ref::<BinaryArray>(), of.downcast_ref::<LargeBinaryArray>()) {
+        (Some(of), _) => of.value(i),
+        (_, Some(of)) => of.value(i),
+        _ => &[],
+    }
+}
