@@ -84,6 +84,7 @@ fn a_flipped_sign_of_the_loss_is_divergence() {
     let start = health::measure(&byol, &watch, &device).unwrap();
     let views = &plan.recipe.views;
     let loader = Loader::start(Request {
+        buffer: 1,
         images: data.train.clone(),
         policies: [views.first.clone(), views.second.clone()],
         size: views.size,

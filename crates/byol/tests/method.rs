@@ -42,6 +42,7 @@ fn small(n: usize, set: &[&str]) -> (Plan, Prepared) {
 
 fn loader(plan: &Plan, data: &Prepared) -> Loader {
     Loader::start(Request {
+        buffer: 1,
         images: data.train.clone(),
         policies: [plan.recipe.views.first.clone(), plan.recipe.views.second.clone()],
         size: plan.recipe.views.size,

@@ -168,6 +168,12 @@ impl Progress {
                 self.bar.set_position(*to);
                 (self.began, self.seen) = (None, 0);
             }
+            Event::PassedOver(n, first) => {
+                let head = style("warning:").yellow().bold().for_stderr();
+                self.line(format!(
+                    "{head} {n} images cannot be used and were passed over, see skipped.txt; the first: {first}"
+                ));
+            }
             Event::Checkpoint(_) => {}
         }
     }

@@ -104,10 +104,15 @@ fn walk(folder: &Path, paths: &mut Vec<PathBuf>, seen: &mut HashSet<PathBuf>) ->
     Ok(())
 }
 
+/// Whether files with this extension are images.
+pub(super) fn is_image_name(extension: &str) -> bool {
+    EXTENSIONS.contains(&extension.to_ascii_lowercase().as_str())
+}
+
 /// By its extension; a file of another or no extension by its first bytes.
 fn is_image(path: &Path) -> bool {
     if let Some(extension) = path.extension().and_then(|e| e.to_str())
-        && EXTENSIONS.contains(&extension.to_ascii_lowercase().as_str())
+        && is_image_name(extension)
     {
         return true;
     }

@@ -8,7 +8,9 @@ pub mod folder;
 pub mod idx;
 pub mod labelled;
 pub mod order;
+pub mod pack;
 pub mod prefetch;
+pub mod shards;
 pub mod synthetic;
 
 use std::{
@@ -26,6 +28,7 @@ use sha2::{Digest, Sha256};
 pub use decode::DecodeError;
 pub use order::Order;
 pub use prefetch::{Loader, MicroBatch};
+use shards::Shards;
 
 /// A decoded image: `[height, width, channels]`, row-major, 0..=255.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,6 +45,12 @@ pub struct Image {
 
 /// Channels of all images: every decoder converts to RGB.
 pub const CHANNELS: usize = 3;
+
+/// How many training images of shards are looked at before a run: enough to see that they are images at all.
+const LOOKED_AT: usize = 64;
+
+/// Images of shards among which one is taken, where a few are.
+const NEAR: usize = 4;
 
 /// What can be wrong with data.
 #[derive(Debug, thiserror::Error)]
@@ -106,6 +115,30 @@ pub enum Error {
         /// What is wrong.
         reason: String,
     },
+    /// A file cannot be written.
+    #[error("cannot write {}: {source}; check the disk and who may write there", path.display())]
+    Write {
+        /// Which one.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The folder is taken.
+    #[error("{} holds {what}; choose another folder", path.display())]
+    Occupied {
+        /// Which one.
+        path: PathBuf,
+        /// By what.
+        what: &'static str,
+    },
+    /// A tar or Parquet file that cannot be used.
+    #[error("cannot use {}: {reason}", path.display())]
+    Shard {
+        /// Which one.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
     /// A label where the read-out needs one.
     #[error("{} has no labels; put the images of each class into a subfolder named after it", .0.display())]
     Unlabelled(PathBuf),
@@ -118,6 +151,8 @@ enum Source {
     Files(Arc<Vec<PathBuf>>),
     /// Already decoded.
     Memory(Arc<Vec<Arc<Image>>>),
+    /// Many images a file.
+    Shards(Arc<Shards>),
 }
 
 /// Some images in a fixed order, with or without labels.
@@ -185,6 +220,16 @@ impl Images {
         }
     }
 
+    fn shards(shards: Shards, labels: Option<Vec<usize>>) -> Self {
+        Images {
+            chosen: (0..shards.len()).collect(),
+            source: Source::Shards(Arc::new(shards)),
+            labels,
+            tags: None,
+            kept: None,
+        }
+    }
+
     /// The same images, each with classes of its own.
     fn tagged(self, tags: Vec<Vec<usize>>) -> Self {
         Images { tags: Some(tags), ..self }
@@ -215,6 +260,7 @@ impl Images {
         match &self.source {
             Source::Files(paths) => paths[self.chosen[i]].display().to_string(),
             Source::Memory(_) => format!("image {}", self.chosen[i]),
+            Source::Shards(shards) => shards.name(self.chosen[i]),
         }
     }
 
@@ -222,7 +268,7 @@ impl Images {
     pub fn path(&self, i: usize) -> Option<&Path> {
         match &self.source {
             Source::Files(paths) => Some(&paths[self.chosen[i]]),
-            Source::Memory(_) => None,
+            Source::Memory(_) | Source::Shards(_) => None,
         }
     }
 
@@ -240,6 +286,57 @@ impl Images {
                 Ok(image) => Ok(Arc::new(image)),
                 Err(source) => Err(Error::Image { what: self.name(i), source }),
             },
+            Source::Shards(shards) => {
+                let image = shards.bytes(self.chosen[i]).map_err(DecodeError::Read).and_then(|b| decode::bytes(&b));
+                image.map(Arc::new).map_err(|source| Error::Image { what: self.name(i), source })
+            }
+        }
+    }
+
+    /// The file of image `i`, as it is; none where images are not files.
+    fn file_bytes(&self, i: usize) -> Option<io::Result<Vec<u8>>> {
+        match &self.source {
+            Source::Files(paths) => Some(std::fs::read(&paths[self.chosen[i]])),
+            Source::Shards(shards) => Some(shards.bytes(self.chosen[i])),
+            Source::Memory(_) => None,
+        }
+    }
+
+    /// Image `i`; of shards, which nobody has looked through before, the next one that can be used, and the others are noted
+    /// ([`Images::passed_over`]). So what is trained on depends on the data alone.
+    ///
+    /// # Errors
+    /// As [`Images::get`]; of shards if a shard cannot be read, or too many in a row cannot be used.
+    pub fn get_or_next(&self, i: usize) -> Result<Arc<Image>, Error> {
+        let Source::Shards(shards) = &self.source else { return self.get(i) };
+        let mut at = i;
+        loop {
+            match self.get(at) {
+                Err(Error::Image { what, source }) if !matches!(source, DecodeError::Read(_)) => {
+                    let tried = (at + self.len() - i) % self.len() + 1;
+                    if tried == self.len() || !shards.pass_over(what.clone(), source.to_string(), tried) {
+                        return Err(Error::Image { what, source });
+                    }
+                    at = (at + 1) % self.len();
+                }
+                other => return other,
+            }
+        }
+    }
+
+    /// What could not be used so far, of shards.
+    pub fn passed_over(&self) -> Vec<Skipped> {
+        match &self.source {
+            Source::Shards(shards) => shards.passed_over(),
+            Source::Files(_) | Source::Memory(_) => Vec::new(),
+        }
+    }
+
+    /// The order in which a run takes these images: shuffled, or of shards one after the other through a buffer.
+    pub fn order(&self, seed: u64, buffer: usize) -> Order {
+        match &self.source {
+            Source::Shards(shards) => Order::of_shards(seed, shards.runs(&self.chosen), buffer),
+            Source::Files(_) | Source::Memory(_) => Order::new(seed, self.len()),
         }
     }
 
@@ -260,14 +357,28 @@ impl Images {
         if n == 0 || n >= all { self.clone() } else { self.subset(&(0..n).map(|i| i * all / n).collect::<Vec<_>>()) }
     }
 
+    /// About `n` images that can be used, for a read-out while a run goes on: evenly spread; of shards among the first, so that the others need
+    /// not be opened for them.
+    pub fn sample(&self, n: usize) -> Images {
+        match self.source {
+            Source::Files(_) | Source::Memory(_) => self.spread(n),
+            Source::Shards(_) => {
+                let first: Vec<usize> = (0..self.len().min(NEAR * n.max(1))).collect();
+                self.subset(&first).spread(n).check(0, &|| ()).0
+            }
+        }
+    }
+
     /// Takes `n` evenly spread images out: `(the others, the n)`.
     pub fn hold_out(&self, n: usize) -> (Images, Images) {
-        let all = self.len();
+        // Of shards from the first of them, so that the others need not be opened for a few images.
+        let near = matches!(self.source, Source::Shards(_)).then_some(NEAR * n);
+        let all = self.len().min(near.unwrap_or(usize::MAX));
         // The middle of each stretch, so that the first image of a class folder is not always the one.
         let out: Vec<usize> = (0..n).map(|i| (2 * i + 1) * all / (2 * n)).collect();
-        let mut is_out = vec![false; all];
+        let mut is_out = vec![false; self.len()];
         out.iter().for_each(|p| is_out[*p] = true);
-        let rest: Vec<usize> = (0..all).filter(|p| !is_out[*p]).collect();
+        let rest: Vec<usize> = (0..self.len()).filter(|p| !is_out[*p]).collect();
         (self.subset(&rest), self.subset(&out))
     }
 
@@ -282,9 +393,27 @@ impl Images {
                     hash.update(paths[i].metadata().map_or(0, |m| m.len()).to_le_bytes());
                 }
                 Source::Memory(images) => hash.update(&images[i].pixels),
+                Source::Shards(_) => hash.update((i as u64).to_le_bytes()),
             }
         }
+        if let Source::Shards(shards) = &self.source {
+            hash.update(shards.fingerprint());
+        }
         hash.finalize()[..8].iter().map(|b| format!("{b:02x}")).collect()
+    }
+
+    /// [`Images::check`] of training images: shards are not looked through, but for their first images.
+    fn check_to_train(&self, keep_bytes: usize, looked_at: &(dyn Fn() + Sync)) -> (Images, Vec<Skipped>) {
+        if !matches!(self.source, Source::Shards(_)) {
+            return self.check(keep_bytes, looked_at);
+        }
+        let (_, bad) = self.subset(&(0..self.len().min(LOOKED_AT)).collect::<Vec<_>>()).check(0, looked_at);
+        (self.clone(), bad)
+    }
+
+    /// How many images [`Images::check_to_train`] looks at.
+    fn looked_at(&self) -> usize {
+        if matches!(self.source, Source::Shards(_)) { self.len().min(LOOKED_AT) } else { self.len() }
     }
 
     /// Decodes every image once: those that can be used, kept in memory where all of them take at most `keep_bytes`, and the rest by
@@ -313,7 +442,7 @@ impl Images {
             }
         }
         let mut images = self.subset(&good);
-        let fits = kept.len() == images.len() && matches!(images.source, Source::Files(_));
+        let fits = kept.len() == images.len() && !matches!(images.source, Source::Memory(_));
         images.kept = fits.then_some(kept);
         (images, skipped)
     }
@@ -325,12 +454,15 @@ impl Dataset {
     /// # Errors
     /// All but [`Error::Image`], [`Error::MostlyBad`] and [`Error::Unlabelled`].
     pub fn open(root: &Path) -> Result<Dataset, Error> {
-        if !root.exists() {
+        if !root.exists() && !shards::is_pattern(root) {
             return Err(Error::Missing(root.to_owned()));
         }
         // A folder that cannot be listed is said as such, not as empty.
         if root.is_dir() {
             std::fs::read_dir(root).map_err(|source| Error::Read { path: root.to_owned(), source })?;
+        }
+        if let Some(found) = shards::open(root)? {
+            return Ok(found);
         }
         if let Some(found) = labelled::open(root)? {
             return Ok(found);
@@ -354,8 +486,8 @@ impl Dataset {
     /// # Errors
     /// [`Error::MostlyBad`] if more than half of the training images are bad, [`Error::Empty`] if none is left.
     pub fn check(self, keep_bytes: usize, looked_at: &(dyn Fn() + Sync)) -> Result<Dataset, Error> {
-        let all = self.train.len();
-        let (train, mut skipped) = self.train.check(keep_bytes, looked_at);
+        let all = self.train.looked_at();
+        let (train, mut skipped) = self.train.check_to_train(keep_bytes, looked_at);
         if 2 * skipped.len() > all {
             let first = skipped.first().map_or(String::new(), |s| format!("{}: {}", s.what, s.why));
             return Err(Error::MostlyBad { root: self.root, bad: skipped.len(), all, first });
@@ -377,7 +509,7 @@ impl Dataset {
     /// How many images [`Dataset::check`] will look at.
     pub fn n_images(&self) -> usize {
         let len = |images: &Option<Images>| images.as_ref().map_or(0, Images::len);
-        self.train.len() + len(&self.held_out) + len(&self.test)
+        self.train.looked_at() + len(&self.held_out) + len(&self.test)
     }
 }
 

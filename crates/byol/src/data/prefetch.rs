@@ -10,7 +10,7 @@ use std::{
 
 use rayon::prelude::*;
 
-use super::{Error, Images, Order};
+use super::{Error, Images};
 use crate::views::{self, Policy, Room};
 
 /// Two views of the same images: `[n, size, size, channels]` each, values in 0..1.
@@ -39,6 +39,8 @@ pub struct Request {
     pub size: usize,
     /// Images a micro-batch.
     pub n: usize,
+    /// Images that the buffer mixes, of data in shards.
+    pub buffer: usize,
     /// Names the order and every draw.
     pub seed: u64,
     /// The first micro-batch wanted, from 0.
@@ -71,7 +73,7 @@ impl Loader {
                 .thread_name(|i| format!("views-{i}"))
                 .build()
                 .expect("the system starts threads");
-            let mut order = Order::new(request.seed, request.images.len());
+            let mut order = request.images.order(request.seed, request.buffer);
             let request = Arc::new(request);
             for m in request.first..request.last {
                 let start = m * request.n as u64;
@@ -106,7 +108,7 @@ fn make(request: &Request, wanted: &[(u64, usize)]) -> Result<MicroBatch, Error>
     let (mut v, mut v2) = (vec![0.0; wanted.len() * view], vec![0.0; wanted.len() * view]);
     let places = v.par_chunks_exact_mut(view).zip(v2.par_chunks_exact_mut(view)).zip(wanted.par_iter());
     places.try_for_each_init(Room::default, |room, ((v, v2), &(epoch, index))| {
-        let image = request.images.get(index)?;
+        let image = request.images.get_or_next(index)?;
         for (which, (out, policy)) in [v, v2].into_iter().zip(&request.policies).enumerate() {
             let name = [request.seed, epoch, index as u64, which as u64];
             views::view_into(policy, &image, request.size, name, room, out);

@@ -35,7 +35,7 @@ impl Facts {
         let some = images.spread(256);
         let mut sides = Vec::new();
         for i in 0..some.len() {
-            let image = some.get(i)?;
+            let image = some.get_or_next(i)?;
             sides.push(image.height.min(image.width));
         }
         sides.sort_unstable();

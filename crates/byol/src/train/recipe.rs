@@ -130,11 +130,22 @@ pub struct TrainConfig {
     pub precision: Precision,
     /// Training images to take, evenly spread over the data's own order; 0: all.
     pub limit: usize,
+    /// Images that the buffer mixes, of data in shards: shards are read one after the other, and each image is taken by chance from so
+    /// many that come up next. 4096. Other data are shuffled as a whole.
+    pub shuffle: usize,
 }
 
 impl Default for TrainConfig {
     fn default() -> Self {
-        TrainConfig { epochs: 1000, warmup_epochs: 10, batch: 4096, accumulate: 1, precision: Precision::F32, limit: 0 }
+        TrainConfig {
+            epochs: 1000,
+            warmup_epochs: 10,
+            batch: 4096,
+            accumulate: 1,
+            precision: Precision::F32,
+            limit: 0,
+            shuffle: 4096,
+        }
     }
 }
 

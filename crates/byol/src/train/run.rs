@@ -3,6 +3,7 @@
 //! A run's folder: `plan.toml`, `metrics.jsonl`, `skipped.txt`, `checkpoints/`, `encoder.safetensors`, `best.safetensors`.
 
 use std::{
+    collections::HashSet,
     fs,
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
@@ -81,7 +82,7 @@ impl Prepared {
         let held_out = self.held_out.clone()?;
         let config = plan.recipe.health.clone();
         let labelled = held_out.labels().is_some() && self.train.labels().is_some();
-        let bank = labelled.then(|| self.train.spread(config.bank));
+        let bank = labelled.then(|| self.train.sample(config.bank));
         let views = &plan.recipe.views;
         Some(Watch {
             bank,
@@ -128,6 +129,8 @@ pub enum Event<'a> {
         /// Why it looks collapsed, if it does.
         collapse: Option<&'a str>,
     },
+    /// So many more images of shards cannot be used and were passed over; the first as `path: reason`. All are in `skipped.txt`.
+    PassedOver(usize, &'a str),
     /// A checkpoint is on disk.
     Checkpoint(&'a Path),
     /// The run went back, to learn on with half the learning rate.
@@ -177,6 +180,8 @@ pub struct Run {
     /// The best score without labels so far.
     best: Option<f64>,
     threads: usize,
+    /// Images that could not be used, of those that nobody had looked through.
+    passed_over: usize,
     started: Instant,
 }
 
@@ -306,6 +311,7 @@ impl Run {
             images: data.train.clone(),
             loss_sum: counters.loss_sum,
             loss_count: counters.loss_count,
+            passed_over: 0,
             started: Instant::now(),
             plan,
             byol,
@@ -389,11 +395,32 @@ impl Run {
             policies: [self.plan.recipe.views.first.clone(), self.plan.recipe.views.second.clone()],
             size: self.plan.recipe.views.size,
             n: self.plan.micro_batch(),
+            buffer: self.plan.recipe.train.shuffle,
             seed: self.plan.recipe.seed,
             first: self.byol.k * accumulate,
             last: self.plan.schedule.total * accumulate,
             threads: self.threads,
         })
+    }
+
+    /// Writes down which images could not be used, where nobody had looked through them before.
+    fn note_passed_over(&mut self, tell: &mut impl FnMut(Event)) -> Result<(), Error> {
+        let passed = self.images.passed_over();
+        if passed.len() == self.passed_over {
+            return Ok(());
+        }
+        self.passed_over = passed.len();
+        let path = self.folder.join("skipped.txt");
+        let mut text = fs::read_to_string(&path).unwrap_or_default();
+        let known: HashSet<String> = text.lines().map(str::to_owned).collect();
+        let lines = passed.into_iter().map(|skipped| format!("{}: {}", skipped.what, skipped.why));
+        let new: Vec<String> = lines.filter(|line| !known.contains(line)).collect();
+        if let Some(first) = new.first() {
+            text.extend(new.iter().map(|line| format!("{line}\n")));
+            files::write_whole(&path, text.as_bytes()).map_err(|source| Error::Write { path, source })?;
+            tell(Event::PassedOver(new.len(), first));
+        }
+        Ok(())
     }
 
     /// Back to the last healthy checkpoint, with half the learning rate. The lines of `metrics.jsonl` stay, with one more that says why.
@@ -453,6 +480,7 @@ impl Run {
 
     /// Measures, writes, tells; what has gone wrong, if anything.
     fn end_of_epoch(&mut self, epoch: u64, tell: &mut impl FnMut(Event)) -> Result<Option<Failure>, Error> {
+        self.note_passed_over(tell)?;
         let loss = (self.loss_count > 0).then(|| self.loss_sum / self.loss_count as f64);
         (self.loss_sum, self.loss_count) = (0.0, 0);
         let measure = |watch: &Watch| health::measure(&self.byol, watch, &self.device);

@@ -10,6 +10,7 @@ mod explore;
 mod export;
 mod html;
 mod near;
+mod pack;
 mod pretrain;
 mod resume;
 mod views;
@@ -70,6 +71,8 @@ enum Command {
     Import(export::Import),
     /// Repeat an ablation of the paper on your own images
     Ablate(Box<ablate::Args>),
+    /// Pack a data set into tar shards, to read or stream one after the other
+    Pack(pack::Args),
     /// Draw images beside their two augmented views
     Views(views::Args),
     /// Pretrain on small synthetic images and show what was learned, in a few minutes
@@ -97,6 +100,7 @@ impl Cli {
             Command::Export(args) => export::export(&args),
             Command::Import(args) => export::import(&args),
             Command::Ablate(args) => ablate::run(&args),
+            Command::Pack(args) => pack::run(&args),
             Command::Views(args) => views::run(&args),
             Command::Demo(args) => demo::run(&args),
             Command::Bench(args) => bench::run(&args),

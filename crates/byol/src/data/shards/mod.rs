@@ -19,7 +19,10 @@ use std::{
     },
 };
 
-use super::{Dataset, Error, Images, Skipped, list};
+use super::{
+    Dataset, Error, Images, Skipped, list,
+    pack::{MANIFEST, Manifest},
+};
 
 /// Units that are open at once, at most: fewer than the files that a process may open.
 const MOST_OPEN: usize = 200;
@@ -226,7 +229,10 @@ fn expand(pattern: &str) -> Option<Vec<String>> {
 /// [`Error::Shard`], [`Error::Missing`], [`Error::Read`].
 pub fn open(root: &Path) -> Result<Option<Dataset>, Error> {
     let paths: Vec<PathBuf> = if is_pattern(root) {
-        let bad = || Error::Shard { path: root.to_owned(), reason: "the braces are not of the form {000..146} or {a,b}".into() };
+        let bad = || Error::Shard {
+            path: root.to_owned(),
+            reason: "the braces are not of the form {000..146} or {a,b}".into(),
+        };
         let all = root.to_str().and_then(expand).ok_or_else(bad)?;
         all.into_iter().map(PathBuf::from).collect()
     } else if root.is_file() {
@@ -290,6 +296,7 @@ fn dataset(root: &Path, paths: &[PathBuf]) -> Result<Dataset, Error> {
     }
     let most = splits.iter().filter_map(|(_, labels)| labels.as_ref()?.iter().max()).max();
     let classes = most.map_or(0, |most| most + 1);
+    let names = names(paths);
     let [train, val, test] = splits.map(|(units, labels)| {
         let labels = labels.filter(|_| classes > 1);
         (!units.is_empty()).then(|| Images::shards(Shards::new(units), labels))
@@ -298,12 +305,22 @@ fn dataset(root: &Path, paths: &[PathBuf]) -> Result<Dataset, Error> {
     Ok(Dataset {
         root: root.to_owned(),
         kind: "shards".into(),
-        classes: if train.labels().is_some() { (0..classes).map(|c| c.to_string()).collect() } else { Vec::new() },
+        classes: match train.labels() {
+            Some(_) => (0..classes).map(|c| names.get(c).cloned().unwrap_or_else(|| c.to_string())).collect(),
+            None => Vec::new(),
+        },
         train,
         held_out: val.clone().or(test.clone()),
         test: test.or(val),
         skipped: Vec::new(),
     })
+}
+
+/// Names of the classes, where a manifest beside the shards has them.
+fn names(paths: &[PathBuf]) -> Vec<String> {
+    let manifest = paths[0].with_file_name(MANIFEST);
+    let text = std::fs::read_to_string(manifest).unwrap_or_default();
+    serde_json::from_str::<Manifest>(&text).map(|manifest| manifest.classes).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -322,6 +339,9 @@ mod tests {
     fn a_split_is_the_first_word_of_a_name_or_folder() {
         let of = |path: &str| Split::of(Path::new(path));
         assert_eq!((of("d/train-00000-of-00002.parquet"), of("d/val_3.tar")), (Split::Train, Split::Val));
-        assert_eq!((of("validation/0.tar"), of("d/test.tar"), of("d/testimony.tar")), (Split::Val, Split::Test, Split::Train));
+        assert_eq!(
+            (of("validation/0.tar"), of("d/test.tar"), of("d/testimony.tar")),
+            (Split::Val, Split::Test, Split::Train)
+        );
     }
 }

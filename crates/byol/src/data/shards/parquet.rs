@@ -70,8 +70,12 @@ pub(super) fn index(path: &Path) -> io::Result<Indexed> {
 fn classes(batch: &RecordBatch) -> Option<Vec<usize>> {
     let column = batch.column(0);
     match column.data_type() {
-        DataType::Int64 => column.as_primitive::<Int64Type>().iter().map(|class| usize::try_from(class?).ok()).collect(),
-        DataType::Int32 => column.as_primitive::<Int32Type>().iter().map(|class| usize::try_from(class?).ok()).collect(),
+        DataType::Int64 => {
+            column.as_primitive::<Int64Type>().iter().map(|class| usize::try_from(class?).ok()).collect()
+        }
+        DataType::Int32 => {
+            column.as_primitive::<Int32Type>().iter().map(|class| usize::try_from(class?).ok()).collect()
+        }
         DataType::UInt8 => column.as_primitive::<UInt8Type>().iter().map(|class| Some(class?.into())).collect(),
         _ => None,
     }
@@ -82,7 +86,8 @@ pub(super) fn open(path: &Path, group: usize) -> io::Result<Open> {
     let builder = ParquetRecordBatchReaderBuilder::try_new(File::open(path)?).map_err(broken)?;
     let column = image_column(builder.schema())?;
     let mask = ProjectionMask::roots(builder.parquet_schema(), [column]);
-    let rows = builder.with_projection(mask).with_row_groups(vec![group]).with_batch_size(64).build().map_err(broken)?;
+    let rows =
+        builder.with_projection(mask).with_row_groups(vec![group]).with_batch_size(64).build().map_err(broken)?;
     let mut file = tempfile::tempfile()?;
     let (mut entries, mut at) = (Vec::new(), 0);
     for batch in rows {
@@ -116,5 +121,78 @@ fn bytes_of(of: &dyn Array, i: usize) -> &[u8] {
         (Some(of), _) => of.value(i),
         (_, Some(of)) => of.value(i),
         _ => &[],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use arrow_array::{ArrayRef, Int64Array};
+    use arrow_schema::{Field, Fields};
+    use parquet::arrow::ArrowWriter;
+
+    use super::*;
+    use crate::data::{Dataset, Error};
+
+    fn png(shade: u8) -> Vec<u8> {
+        let mut bytes = io::Cursor::new(Vec::new());
+        image::RgbImage::from_pixel(2, 3, image::Rgb([shade; 3]))
+            .write_to(&mut bytes, image::ImageFormat::Png)
+            .unwrap();
+        bytes.into_inner()
+    }
+
+    /// `n` images, each of its own grey, in the nested form or as plain bytes; a row group has four.
+    fn file(path: &Path, n: usize, nested: bool, column: &str) {
+        let all: Vec<Vec<u8>> = (0..n).map(|i| png(i as u8)).collect();
+        let bytes: ArrayRef = Arc::new(BinaryArray::from_iter_values(&all));
+        let names: ArrayRef = Arc::new(StringArray::from_iter_values((0..n).map(|i| format!("{i}.png"))));
+        let labels: ArrayRef = Arc::new(Int64Array::from_iter_values((0..n).map(|i| i as i64 % 3)));
+        let fields: Fields = vec![
+            Arc::new(Field::new("bytes", DataType::Binary, true)),
+            Arc::new(Field::new("path", DataType::Utf8, true)),
+        ]
+        .into();
+        let images: ArrayRef =
+            if nested { Arc::new(StructArray::new(fields, vec![bytes, names], None)) } else { bytes };
+        let batch = RecordBatch::try_from_iter([(column, images), ("label", labels)]).unwrap();
+        let mut writer = ArrowWriter::try_new(File::create(path).unwrap(), batch.schema(), None).unwrap();
+        for first in (0..n).step_by(4) {
+            writer.write(&batch.slice(first, 4.min(n - first))).unwrap();
+            writer.flush().unwrap();
+        }
+        writer.close().unwrap();
+    }
+
+    #[test]
+    fn images_labels_and_names_come_back_in_both_forms() {
+        let folder = tempfile::tempdir().unwrap();
+        file(&folder.path().join("train-00000-of-00002.parquet"), 10, true, "image");
+        file(&folder.path().join("train-00001-of-00002.parquet"), 3, false, "img");
+        file(&folder.path().join("test-00000-of-00001.parquet"), 5, true, "image");
+        let data = Dataset::open(folder.path()).unwrap();
+        assert_eq!((data.train.len(), data.test.as_ref().unwrap().len()), (13, 5));
+        assert_eq!(data.train.labels().unwrap(), [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 0, 1, 2]);
+        assert_eq!(data.classes, ["0", "1", "2"]);
+        for i in [12, 0, 9, 4, 11] {
+            let image = data.train.get(i).unwrap();
+            assert_eq!((image.height, image.width, image.pixels[0]), (3, 2, if i < 10 { i } else { i - 10 } as u8));
+        }
+        assert_eq!(data.train.name(5), "train-00000-of-00002.parquet/5.png");
+        assert_eq!(data.train.name(10), "train-00001-of-00002.parquet/group 0, row 0");
+    }
+
+    #[test]
+    fn a_file_without_images_names_its_columns_and_a_torn_one_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.parquet");
+        file(&path, 4, false, "sound");
+        let Err(Error::Shard { reason, .. }) = Dataset::open(&path) else { panic!("it has no images") };
+        assert!(reason.contains("sound, label"), "{reason}");
+        file(&path, 4, true, "image");
+        let bytes = std::fs::read(&path).unwrap();
+        std::fs::write(&path, &bytes[..bytes.len() - 9]).unwrap();
+        assert!(matches!(Dataset::open(&path), Err(Error::Shard { .. })));
     }
 }

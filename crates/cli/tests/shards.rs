@@ -1,0 +1,217 @@
+//! Packing, and training on shards, through the real binary.
+
+mod common;
+
+use std::{fs, path::Path, thread, time::Duration};
+
+use common::{byol, bytes, json, newest_state, ok, pictures, pretrain, refused, run, stderr, text};
+
+/// `pictures` and a broken one, packed into shards of a megabyte: there is one.
+fn packed(folder: &Path, n: u32) -> std::path::PathBuf {
+    let (data, shards) = (folder.join("data"), folder.join("shards"));
+    pictures(&data, n);
+    ok(&["pack", text(&data), "-o", text(&shards), "--shard-mb", "1"]);
+    shards
+}
+
+/// Cuts the only shard into shards of some samples each, as other programs name them.
+fn split(shards: &Path, samples: usize) {
+    let file = fs::File::open(shards.join("train-000000.tar")).unwrap();
+    let mut archive = tar::Archive::new(file);
+    let members: Vec<(String, Vec<u8>)> = archive
+        .entries()
+        .unwrap()
+        .map(|entry| {
+            let mut entry = entry.unwrap();
+            let mut bytes = Vec::new();
+            std::io::Read::read_to_end(&mut entry, &mut bytes).unwrap();
+            (entry.path().unwrap().to_string_lossy().into_owned(), bytes)
+        })
+        .collect();
+    for (i, some) in members.chunks(2 * samples).enumerate() {
+        let mut tar = tar::Builder::new(fs::File::create(shards.join(format!("{i:03}.tar"))).unwrap());
+        for (name, bytes) in some {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(bytes.len() as u64);
+            tar.append_data(&mut header, name, &bytes[..]).unwrap();
+        }
+        tar.finish().unwrap();
+    }
+    fs::remove_file(shards.join("train-000000.tar")).unwrap();
+    fs::remove_file(shards.join("manifest.json")).unwrap();
+}
+
+#[test]
+fn shards_hold_the_images_their_names_and_classes_and_leave_out_what_is_broken() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    pictures(&data, 30);
+    fs::write(data.join("even/broken.png"), b"\x89PNG\r\n\x1a\nno").unwrap();
+    let shards = folder.path().join("shards");
+    let result = json(&ok(&["pack", text(&data), "-o", text(&shards), "--json"]));
+    assert_eq!((&result["images"], &result["shards"]), (&30.into(), &1.into()));
+    assert!(result["skipped"][0].as_str().unwrap().contains("broken.png"));
+    // The same command again has nothing to do.
+    let before = fs::metadata(shards.join("train-000000.tar")).unwrap().modified().unwrap();
+    ok(&["pack", text(&data), "-o", text(&shards)]);
+    assert_eq!(before, fs::metadata(shards.join("train-000000.tar")).unwrap().modified().unwrap());
+    let manifest: serde_json::Value = serde_json::from_slice(&fs::read(shards.join("manifest.json")).unwrap()).unwrap();
+    assert_eq!((&manifest["complete"], &manifest["classes"]), (&true.into(), &serde_json::json!(["even", "odd"])));
+    // Other settings do not mix with it.
+    refused(&["pack", text(&data), "-o", text(&shards), "--size", "8"], &["other settings", "another folder"]);
+    refused(&["pack", text(&data), "-o", text(&data)], &["not a packing"]);
+
+    // Vectors of the shards are those of the folder.
+    let (_keep, _, encoder) = common::trained();
+    let (a, b) = (folder.path().join("a.csv"), folder.path().join("b.csv"));
+    fs::remove_file(data.join("even/broken.png")).unwrap();
+    ok(&common::embed(encoder, &data, &a, &[]));
+    ok(&common::embed(encoder, &shards, &b, &[]));
+    let rows = |path: &Path| {
+        let text = fs::read_to_string(path).unwrap();
+        let row = |line: &str| {
+            let (path, rest) = line.split_once(',').unwrap();
+            let (label, vector) = rest.split_once(',').unwrap();
+            (path.rsplit('/').next().unwrap().to_owned(), label.to_owned(), vector.to_owned())
+        };
+        let mut rows: Vec<_> = text.lines().skip(1).map(row).collect();
+        rows.sort();
+        rows
+    };
+    assert_eq!(rows(&a), rows(&b));
+}
+
+#[test]
+fn a_size_shrinks_what_is_larger() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    pictures(&data, 4);
+    image::RgbImage::new(100, 60).save(data.join("even/large.jpg")).unwrap();
+    let shards = folder.path().join("shards");
+    ok(&["pack", text(&data), "-o", text(&shards), "--size", "30"]);
+    let mut archive = tar::Archive::new(fs::File::open(shards.join("train-000000.tar")).unwrap());
+    let mut sizes = Vec::new();
+    for entry in archive.entries().unwrap() {
+        let mut entry = entry.unwrap();
+        let mut bytes = Vec::new();
+        std::io::Read::read_to_end(&mut entry, &mut bytes).unwrap();
+        if let Ok(image) = image::load_from_memory(&bytes) {
+            sizes.push((image.width(), image.height()));
+        }
+    }
+    sizes.sort_unstable();
+    assert_eq!(sizes, [(20, 16), (20, 16), (20, 16), (20, 16), (50, 30)]);
+}
+
+#[test]
+fn a_run_on_shards_that_is_killed_goes_on_to_the_same_bits_and_learns_from_every_image() {
+    let folder = tempfile::tempdir().unwrap();
+    let shards = packed(folder.path(), 48);
+    split(&shards, 10);
+    let whole = folder.path().join("whole");
+    let flags = ["--set", "train.shuffle=6", "--set", "checkpoint.every_steps=4", "--epochs", "8"];
+    let result = json(&ok(&pretrain(&shards, &whole, &[&flags[..], &["--json"]].concat())));
+    assert_eq!(result["finished"], true);
+
+    let killed = folder.path().join("killed");
+    let mut child = byol(&pretrain(&shards, &killed, &flags)).spawn().unwrap();
+    let metrics = killed.join("metrics.jsonl");
+    while fs::read_to_string(&metrics).map_or(0, |text| text.matches("\"step\":").count()) < 15 {
+        assert!(child.try_wait().unwrap().is_none(), "the run is over before it can be killed");
+        thread::sleep(Duration::from_millis(2));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    ok(&["resume", text(&killed)]);
+    assert!(bytes(&whole) == bytes(&killed) && newest_state(&whole) == newest_state(&killed));
+
+    // As a pattern, and with a range.
+    let pattern = shards.join("{000..004}.tar");
+    let again = folder.path().join("again");
+    ok(&pretrain(&pattern, &again, &flags));
+    assert!(bytes(&whole) == bytes(&again));
+}
+
+#[test]
+fn an_image_of_a_shard_that_cannot_be_used_is_passed_over_and_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let shards = packed(folder.path(), 80);
+    let path = shards.join("train-000000.tar");
+    let mut tar = fs::read(&path).unwrap();
+    // The last picture's pixels: behind the 64 that are looked at first.
+    let start = tar.windows(4).rposition(|w| w == b"IDAT").unwrap();
+    tar[start + 8..start + 40].fill(0x55);
+    fs::write(&path, tar).unwrap();
+    let out = folder.path().join("run");
+    let output = ok(&pretrain(&shards, &out, &[]));
+    assert!(stderr(&output).contains("passed over"), "{}", stderr(&output));
+    assert!(fs::read_to_string(out.join("skipped.txt")).unwrap().contains("PNG"));
+}
+
+#[test]
+fn bad_shards_are_refused_in_one_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let shards = packed(folder.path(), 12);
+    let path = shards.join("train-000000.tar");
+    let whole = fs::read(&path).unwrap();
+    let out = folder.path().join("run");
+    let said = |words: &[&str]| {
+        refused(&pretrain(&shards, &out, &[]), words);
+        assert!(!out.exists());
+    };
+    for length in [whole.len() - 1024, whole.len() / 2, 700] {
+        fs::write(&path, &whole[..length]).unwrap();
+        said(&["train-000000.tar", "cut off"]);
+    }
+    fs::write(&path, b"").unwrap();
+    said(&["train-000000.tar"]);
+    let mut empty = tar::Builder::new(fs::File::create(&path).unwrap());
+    let mut header = tar::Header::new_gnu();
+    header.set_size(3);
+    empty.append_data(&mut header, "a.txt", &b"abc"[..]).unwrap();
+    empty.finish().unwrap();
+    said(&["no images"]);
+    refused(&pretrain(&shards.join("{0..3}.tar"), &out, &[]), &["0.tar"]);
+    refused(&pretrain(&shards.join("{a..3}.tar"), &out, &[]), &["braces"]);
+    fs::write(shards.join("train-000000.parquet"), b"PAR1 and no more").unwrap();
+    fs::remove_file(&path).unwrap();
+    said(&["Parquet"]);
+    assert!(!run(&["pack", text(&folder.path().join("none")), "-o", text(&out)]).status.success());
+}
+
+#[test]
+fn a_packing_that_is_stopped_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    // Large enough for several shards of a megabyte.
+    fs::create_dir_all(&data).unwrap();
+    for i in 0..40u32 {
+        let noise = image::RgbImage::from_fn(200, 200, |x, y| {
+            let v = (x * 7919 + y * 104_729 + i * 1_299_709).wrapping_mul(2_654_435_761) >> 8;
+            image::Rgb([v as u8, (v >> 8) as u8, (v >> 16) as u8])
+        });
+        noise.save(data.join(format!("{i}.png"))).unwrap();
+    }
+    let whole = folder.path().join("whole");
+    let result = json(&ok(&["pack", text(&data), "-o", text(&whole), "--shard-mb", "1", "--json"]));
+    assert!(result["shards"].as_u64().unwrap() > 2, "{result}");
+    // As after a crash: the last shard is half written, the manifest knows of the others.
+    let stopped = folder.path().join("stopped");
+    fs::create_dir(&stopped).unwrap();
+    let mut manifest: serde_json::Value =
+        serde_json::from_slice(&fs::read(whole.join("manifest.json")).unwrap()).unwrap();
+    let first = manifest["shards"][0].clone();
+    manifest["done"] = first["images"].clone();
+    manifest["complete"] = false.into();
+    manifest["shards"] = serde_json::json!([first]);
+    fs::write(stopped.join("manifest.json"), manifest.to_string()).unwrap();
+    fs::copy(whole.join("train-000000.tar"), stopped.join("train-000000.tar")).unwrap();
+    fs::write(stopped.join("train-000001.tar.partial"), b"half").unwrap();
+    ok(&["pack", text(&data), "-o", text(&stopped), "--shard-mb", "1"]);
+    let files = |folder: &Path| {
+        let mut all: Vec<_> = fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).collect();
+        all.sort();
+        all.iter().map(|p| (p.file_name().unwrap().to_owned(), fs::read(p).unwrap())).collect::<Vec<_>>()
+    };
+    assert!(files(&whole) == files(&stopped));
+}
