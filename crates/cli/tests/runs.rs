@@ -233,6 +233,31 @@ fn the_benchmarks_measure() {
 }
 
 #[test]
+fn a_plan_says_what_fits_what_does_not_and_how_long_it_takes() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    pictures(&data, 20);
+    let plan = ["plan", text(&data), "--encoders", "resnet18x0.0625", "--device", "cpu"];
+    let with = |more: &[&'static str]| [&plan[..], more].concat();
+    let table = json(&ok(&with(&["--budget", "10m", "--batches", "4,4000000000", "--json"])));
+    assert_eq!((&table["images"], &table["budget_seconds"]), (&20.into(), &600.0.into()));
+    let (fits, not) = (&table["rows"][0], &table["rows"][1]);
+    let number = |of: &serde_json::Value| of.as_f64().unwrap();
+    assert_eq!(fits["fits"], true);
+    assert!(number(&fits["memory_mb"]) > 10.0 && number(&fits["images_per_second"]) > 0.0);
+    let epochs = 600.0 / number(&fits["epoch_seconds"]);
+    assert!((number(&fits["epochs"]) - epochs).abs() < 1e-6 * epochs);
+    assert_eq!(not["fits"], false);
+    let most = not["largest_batch"].as_u64().unwrap();
+    assert!(most.is_power_of_two() && (4..4_000_000_000).contains(&most));
+    let output = ok(&with(&["--batches", "4000000000"]));
+    assert!(String::from_utf8_lossy(&output.stdout).contains("does not fit"));
+    refused(&with(&["--budget", "soon"]), &["90m, 8h or 3d"]);
+    refused(&["plan", text(&data), "--encoders", "vgg16"], &["resnet50 or resnet18x0.25"]);
+    refused(&["plan", text(&folder.path().join("none"))], &["none"]);
+}
+
+#[test]
 fn a_study_is_resumable_and_ends_with_a_table_and_a_plot() {
     let folder = tempfile::tempdir().unwrap();
     let (data, out) = (folder.path().join("data"), folder.path().join("study"));

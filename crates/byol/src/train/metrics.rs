@@ -124,6 +124,18 @@ pub fn curves(path: &Path) -> Curves {
     Curves { epochs, loss }
 }
 
+/// Seconds that a run has taken, by its epochs' lines: the clock begins anew where it was gone on with.
+pub fn seconds(epochs: &[serde_json::Value]) -> f64 {
+    let (mut total, mut last) = (0.0, 0.0);
+    for elapsed in epochs.iter().filter_map(|epoch| epoch["elapsed_s"].as_f64()) {
+        if elapsed < last {
+            total += last;
+        }
+        last = elapsed;
+    }
+    total + last
+}
+
 /// The open file.
 #[derive(Debug)]
 pub struct Metrics {
@@ -167,5 +179,17 @@ impl Metrics {
     /// Bytes written so far, all of the run.
     pub fn bytes(&self) -> u64 {
         self.bytes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_time_of_a_run_is_that_of_all_its_parts() {
+        let epochs = [1.0, 5.0, 2.0, 3.0, 0.5].map(|s| serde_json::json!({ "elapsed_s": s }));
+        assert_eq!(seconds(&epochs), 5.0 + 3.0 + 0.5);
+        assert_eq!(seconds(&[]), 0.0);
     }
 }

@@ -101,7 +101,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         plan.images,
         escaped(&plan.data.display().to_string()),
         plan.recipe.train.epochs,
-        epochs.last().and_then(|e| e["elapsed_s"].as_f64()).unwrap_or(0.0) / 60.0,
+        metrics::seconds(&epochs) / 60.0,
         escaped(&plan.device)
     )?;
     html += "<h2>In plain words</h2>\n";

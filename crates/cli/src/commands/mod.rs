@@ -11,6 +11,7 @@ mod export;
 mod html;
 mod near;
 mod pack;
+mod plan;
 mod pretrain;
 mod resume;
 mod views;
@@ -71,6 +72,8 @@ enum Command {
     Import(export::Import),
     /// Repeat an ablation of the paper on your own images
     Ablate(Box<ablate::Args>),
+    /// Say what a pretraining will take before it begins
+    Plan(plan::Args),
     /// Pack a data set into tar shards, to read or stream one after the other
     Pack(pack::Args),
     /// Draw images beside their two augmented views
@@ -100,6 +103,7 @@ impl Cli {
             Command::Export(args) => export::export(&args),
             Command::Import(args) => export::import(&args),
             Command::Ablate(args) => ablate::run(&args),
+            Command::Plan(args) => plan::run(&args),
             Command::Pack(args) => pack::run(&args),
             Command::Views(args) => views::run(&args),
             Command::Demo(args) => demo::run(&args),

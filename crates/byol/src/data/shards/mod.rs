@@ -292,7 +292,10 @@ fn dataset(root: &Path, paths: &[PathBuf]) -> Result<Dataset, Error> {
         }
         let (units, labels) = &mut splits[Split::of(path) as usize];
         units.extend(found.units);
-        *labels = labels.take().zip(found.labels).map(|(all, more)| [all, more].concat());
+        match (&mut *labels, found.labels) {
+            (Some(all), Some(more)) => all.extend(more),
+            (all, _) => *all = None,
+        }
     }
     let most = splits.iter().filter_map(|(_, labels)| labels.as_ref()?.iter().max()).max();
     let classes = most.map_or(0, |most| most + 1);

@@ -48,19 +48,27 @@ fn image_column(schema: &Schema) -> io::Result<usize> {
 pub(super) fn index(path: &Path) -> io::Result<Indexed> {
     let builder = ParquetRecordBatchReaderBuilder::try_new(File::open(path)?).map_err(broken)?;
     image_column(builder.schema())?;
-    let unit = |(group, rows)| Unit { path: path.to_owned(), group: Some(group), images: rows };
-    let groups = builder.metadata().row_groups().iter().map(|group| group.num_rows() as usize);
-    let units = groups.enumerate().map(unit).collect();
+    // An image is a byte at least: a file that says it has more is broken, and is not believed.
+    let length = path.metadata()?.len();
+    let mut units = Vec::new();
+    for (group, of) in builder.metadata().row_groups().iter().enumerate() {
+        let rows = u64::try_from(of.num_rows()).ok().filter(|rows| *rows <= length);
+        let images = rows.ok_or_else(|| broken(format!("a group of {} rows", of.num_rows())))? as usize;
+        units.push(Unit { path: path.to_owned(), group: Some(group), images });
+    }
     let label = builder.schema().fields().iter().position(|f| LABELS.contains(&f.name().as_str()));
     let labels = match label {
         None => None,
         Some(column) => {
             let mask = ProjectionMask::roots(builder.parquet_schema(), [column]);
-            let mut all = Some(Vec::new());
+            let mut all = Vec::new();
+            let mut whole = true;
             for batch in builder.with_projection(mask).build().map_err(broken)? {
-                all = all.zip(classes(&batch.map_err(broken)?)).map(|(all, more)| [all, more].concat());
+                let some = classes(&batch.map_err(broken)?);
+                whole &= some.is_some();
+                all.extend(some.unwrap_or_default());
             }
-            all
+            whole.then_some(all)
         }
     };
     Ok(Indexed { units, labels })
