@@ -198,36 +198,25 @@ pub struct Dataset {
 }
 
 impl Images {
+    fn new(source: Source, n: usize, labels: Option<Vec<usize>>) -> Self {
+        Images { source, chosen: (0..n).collect(), labels, tags: None, kept: None }
+    }
+
     fn files(paths: Vec<PathBuf>, labels: Option<Vec<usize>>) -> Self {
-        Images {
-            chosen: (0..paths.len()).collect(),
-            source: Source::Files(Arc::new(paths)),
-            labels,
-            tags: None,
-            kept: None,
-        }
+        let n = paths.len();
+        Images::new(Source::Files(Arc::new(paths)), n, labels)
     }
 
     /// Images that are already decoded.
     pub fn memory(images: Vec<Image>, labels: Option<Vec<usize>>) -> Self {
         let images: Vec<_> = images.into_iter().map(Arc::new).collect();
-        Images {
-            chosen: (0..images.len()).collect(),
-            source: Source::Memory(Arc::new(images)),
-            labels,
-            tags: None,
-            kept: None,
-        }
+        let n = images.len();
+        Images::new(Source::Memory(Arc::new(images)), n, labels)
     }
 
     fn shards(shards: Shards, labels: Option<Vec<usize>>) -> Self {
-        Images {
-            chosen: (0..shards.len()).collect(),
-            source: Source::Shards(Arc::new(shards)),
-            labels,
-            tags: None,
-            kept: None,
-        }
+        let n = shards.len();
+        Images::new(Source::Shards(Arc::new(shards)), n, labels)
     }
 
     /// The same images, each with classes of its own.
@@ -407,7 +396,7 @@ impl Images {
         if !matches!(self.source, Source::Shards(_)) {
             return self.check(keep_bytes, looked_at);
         }
-        let (_, bad) = self.subset(&(0..self.len().min(LOOKED_AT)).collect::<Vec<_>>()).check(0, looked_at);
+        let (_, bad) = self.subset(&(0..self.looked_at()).collect::<Vec<_>>()).check(0, looked_at);
         (self.clone(), bad)
     }
 

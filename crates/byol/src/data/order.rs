@@ -73,16 +73,26 @@ impl Order {
 mod tests {
     use super::*;
 
+    fn epoch(order: &mut Order, e: u64) -> Vec<usize> {
+        let n = order.n as u64;
+        (0..n).map(|i| order.at(n * e + i).1).collect()
+    }
+
+    /// Two epochs that differ, of every image once.
+    fn each_once(a: Vec<usize>, b: Vec<usize>) {
+        assert_ne!(a, b);
+        for mut e in [a, b] {
+            e.sort_unstable();
+            assert_eq!(e, (0..e.len()).collect::<Vec<_>>());
+        }
+    }
+
     #[test]
     fn every_epoch_has_every_image_once_in_an_order_of_its_own() {
         let mut order = Order::new(5, 30);
-        let epoch = |order: &mut Order, e: u64| (0..30).map(|i| order.at(30 * e + i).1).collect::<Vec<_>>();
         let (a, b) = (epoch(&mut order, 0), epoch(&mut order, 1));
-        assert_ne!(a, b);
-        for mut e in [a.clone(), b] {
-            e.sort_unstable();
-            assert_eq!(e, (0..30).collect::<Vec<_>>());
-        }
+        assert_eq!(a.len(), 30);
+        each_once(a.clone(), b);
         assert_eq!(epoch(&mut order, 0), a, "going back gives the same");
     }
 
@@ -90,13 +100,9 @@ mod tests {
     fn shards_are_read_one_after_the_other_and_mixed_by_the_buffer() {
         let sizes = vec![40, 10, 50];
         let mut order = Order::of_shards(3, sizes.clone(), 8);
-        let epoch = |order: &mut Order, e: u64| (0..100).map(|i| order.at(100 * e + i).1).collect::<Vec<_>>();
         let (a, b) = (epoch(&mut order, 0), epoch(&mut order, 1));
-        assert_ne!(a, b);
-        for mut e in [a.clone(), b] {
-            e.sort_unstable();
-            assert_eq!(e, (0..100).collect::<Vec<_>>());
-        }
+        assert_eq!(a.len(), 100);
+        each_once(a.clone(), b);
         // An image is never read before the buffer can hold it: at place p no more than p + 8 have come up.
         let of = |image: usize| if image < 40 { 0 } else { 1 + usize::from(image >= 50) };
         let mut seen = Vec::new();

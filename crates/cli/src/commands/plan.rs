@@ -8,7 +8,7 @@ use std::{
 
 use byol::{
     data::{CHANNELS, Dataset},
-    device::{self, Choice},
+    device,
     nn::{Architecture, ResNet, Stem},
     train::{
         auto::{self, Facts},
@@ -17,7 +17,7 @@ use byol::{
 };
 use serde_json::{Value, json};
 
-use super::open;
+use super::{On, open};
 use crate::report::{self, Result, duration, out};
 
 /// Say what a pretraining will take before it begins
@@ -40,15 +40,8 @@ pub struct Args {
     /// Side of a view in pixels [default: as `auto` chooses for the images]
     #[arg(long, value_name = "PX")]
     size: Option<usize>,
-    /// Threads [default: one a core]
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
-    threads: usize,
-    /// auto, cpu, vulkan, metal, wgpu, cuda or rocm
-    #[arg(long, default_value = "auto")]
-    device: Choice,
-    /// Print one JSON object with the results
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    on: On,
 }
 
 /// Seconds.
@@ -124,7 +117,7 @@ impl Trial {
 
 pub fn run(args: &Args) -> Result<ExitCode> {
     let machine = device::machine();
-    let opened = open(args.device)?;
+    let opened = open(args.on.device)?;
     let dataset = Dataset::open(&args.data)?;
     let images = dataset.train.len();
     let facts = Facts::of(&dataset.train, opened.found.kind, &machine)?;
@@ -146,7 +139,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             rows.push(row(which, *batch, trial.as_ref(), images, args.budget.0, free));
         }
     }
-    if args.json {
+    if args.on.json {
         let table: Vec<&Value> = rows.iter().map(|(value, _)| value).collect();
         let result = json!({
             "images": images, "size": size, "device": opened.found.name, "precision": precision,
@@ -231,7 +224,7 @@ fn trial(
             .args(["bench", "--json", "--steps", "2", "--encoder", which.architecture.name()])
             .args(["--width", &which.width.to_string(), "--size", &size.to_string(), "--batch", &batch.to_string()])
             .args(["--hidden", &hidden.to_string(), "--precision", precision])
-            .args(["--threads", &args.threads.to_string(), "--device", device])
+            .args(["--threads", &args.on.threads.to_string(), "--device", device])
             .output()?;
         let Ok(result) = serde_json::from_slice::<Value>(&output.stdout) else {
             let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();

@@ -6,7 +6,7 @@ use std::{fs::File, io, io::Write, path::Path};
 use arrow_array::{
     Array, BinaryArray, LargeBinaryArray, RecordBatch, StringArray, StructArray,
     cast::AsArray,
-    types::{Int32Type, Int64Type, UInt8Type},
+    types::{ArrowPrimitiveType, Int32Type, Int64Type, UInt8Type},
 };
 use arrow_schema::{DataType, Schema};
 use parquet::arrow::{ProjectionMask, arrow_reader::ParquetRecordBatchReaderBuilder};
@@ -76,15 +76,14 @@ pub(super) fn index(path: &Path) -> io::Result<Indexed> {
 
 /// The only column as classes; none where it is of another type, or one is missing or below 0.
 fn classes(batch: &RecordBatch) -> Option<Vec<usize>> {
+    fn whole<T: ArrowPrimitiveType<Native: TryInto<usize>>>(column: &dyn Array) -> Option<Vec<usize>> {
+        column.as_primitive::<T>().iter().map(|class| class?.try_into().ok()).collect()
+    }
     let column = batch.column(0);
     match column.data_type() {
-        DataType::Int64 => {
-            column.as_primitive::<Int64Type>().iter().map(|class| usize::try_from(class?).ok()).collect()
-        }
-        DataType::Int32 => {
-            column.as_primitive::<Int32Type>().iter().map(|class| usize::try_from(class?).ok()).collect()
-        }
-        DataType::UInt8 => column.as_primitive::<UInt8Type>().iter().map(|class| Some(class?.into())).collect(),
+        DataType::Int64 => whole::<Int64Type>(column),
+        DataType::Int32 => whole::<Int32Type>(column),
+        DataType::UInt8 => whole::<UInt8Type>(column),
         _ => None,
     }
 }

@@ -29,10 +29,11 @@ fn members(file: &File) -> io::Result<Vec<Member>> {
     for entry in ::tar::Archive::new(file).entries_with_seek().map_err(broken)? {
         let entry = entry.map_err(broken)?;
         let (at, len) = (entry.raw_file_position(), entry.size());
-        end = at.saturating_add(len.next_multiple_of(512));
-        if end > length {
+        // Whatever a header says: no sum of the two is too large for its type.
+        if at > length || len > length - at {
             return Err(cut_off());
         }
+        end = at + len.next_multiple_of(512);
         if !entry.header().entry_type().is_file() {
             continue;
         }
@@ -93,4 +94,23 @@ pub(super) fn open(path: &Path) -> io::Result<Open> {
     let file = File::open(path)?;
     let (entries, _) = samples(&file)?;
     Ok(Open { file, entries })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_size_beyond_the_file_is_refused_however_large() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.tar");
+        for size in [2000, 1 << 40, i64::MAX as u64, u64::MAX] {
+            let mut header = ::tar::Header::new_gnu();
+            header.set_path("a.jpg").unwrap();
+            header.set_size(size);
+            header.set_cksum();
+            std::fs::write(&path, [&header.as_bytes()[..], &[0; 1024]].concat()).unwrap();
+            assert!(index(&path).is_err(), "{size}");
+        }
+    }
 }
