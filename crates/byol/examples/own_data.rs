@@ -5,7 +5,7 @@ use std::{env::args, error::Error, path::PathBuf, sync::atomic::AtomicBool};
 use byol::{
     data::{Dataset, Image, Images},
     device::{self, Choice},
-    train::{Event, Plan, Prepared, Recipe, Run, recipe::Draft},
+    train::{Event, Place, Plan, Prepared, Recipe, Run, recipe::Draft},
 };
 
 /// Any source will do: a camera, a database, a simulation. Here stripes of every direction, width and colour.
@@ -42,7 +42,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let data = Prepared::new(data, 0, &recipe.health, usize::MAX, &|_| ())?;
     let device = device::open(Choice::Auto)?;
     let plan = Plan::new("stripes", recipe, &data, device.found.choice)?;
-    let mut run = Run::create(&folder, plan, &data, device.device, device::machine().cores, false)?;
+    let mut run = Run::create(&folder, plan, &data, Place::alone(device.device, device::machine().cores), false)?;
     run.go(&AtomicBool::new(false), |event| {
         if let Event::Epoch { epoch, loss: Some(loss), .. } = event {
             println!("epoch {epoch}: loss {loss:.3}");

@@ -12,6 +12,7 @@ use crate::{
     device,
     nn::{Mode, Network, Pass, Tree, Weights},
     optim::{Optimizer, Schedule},
+    ranks::Ranks,
 };
 
 /// The two networks, the optimiser with its momenta, and the step counter: all that a run is.
@@ -31,6 +32,8 @@ pub struct Byol {
     pub schedule: Schedule,
     /// Steps done: the index of the next step, from 0.
     pub k: u64,
+    /// Who shares each batch.
+    pub ranks: Ranks,
 }
 
 /// What is minimised. The default is BYOL; the rest are the paper's ablations of it (§5, appendix F.4).
@@ -73,6 +76,8 @@ pub enum Phase {
     Forward,
     /// ∇θ.
     Backward,
+    /// The mean of ∇θ over all ranks.
+    Exchange,
     /// θ, ξ.
     Update,
 }
@@ -121,13 +126,13 @@ impl Byol {
         let (norm, precision) = (&net.norm, net.precision);
 
         let targets = o.stop_gradient.then(|| {
-            let mode = Mode::Train(&mut self.target.statistics);
+            let mode = Mode::Train(&mut self.target.statistics, net.ranks);
             let mut xi = Pass { params: &self.target.params, norm, precision, mode };
             [net.project(&mut xi, v.clone()), net.project(&mut xi, v2.clone())] //          zξ, z′ξ
         });
 
         let theta = self.online.params.tracked();
-        let mode = Mode::Train(&mut self.online.statistics);
+        let mode = Mode::Train(&mut self.online.statistics, net.ranks);
         let mut online = Pass { params: &theta, norm, precision, mode };
         let z = [v, v2].map(|v| net.project(&mut online, v.autodiff())); //                 zθ, z′θ
         let [q, q2] = if o.predictor { z.clone().map(|z| net.predict(&mut online, z)) } else { z.clone() }; // qθ(zθ)
@@ -182,10 +187,21 @@ impl Byol {
             mean.loss /= n as f64;
             mean.grads = mean.grads.map(|_, g| g.div_scalar(n as f64));
         }
+        if self.ranks != Ranks::ALONE {
+            mean = self.of_all_ranks(mean);
+            done(Phase::Exchange);
+        }
         let _at_work = device::at_work(&self.device());
         let report = self.update(&mean);
         done(Phase::Update);
         Ok(report)
+    }
+
+    /// The mean over all ranks, each with its part of the batch.
+    fn of_all_ranks(&self, own: Gradient) -> Gradient {
+        let mut loss = [own.loss / self.ranks.count() as f64];
+        self.ranks.sum(&mut loss);
+        Gradient { loss: loss[0], grads: self.ranks.mean(own.grads) }
     }
 
     /// Where the weights live.

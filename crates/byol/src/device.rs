@@ -164,6 +164,20 @@ pub struct Machine {
     pub free_mb: u64,
 }
 
+/// Whether this process may use some of the machine's processors only, as launchers of many processes arrange it.
+pub fn is_bound() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+    let count = |range: &str| {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        Some(last.trim().parse::<usize>().ok()? - first.trim().parse::<usize>().ok()? + 1)
+    };
+    let allowed = list.and_then(|list| list.split(',').map(count).sum::<Option<usize>>());
+    let online = std::fs::read_to_string("/sys/devices/system/cpu/online").unwrap_or_default();
+    let online = online.split(',').map(count).sum::<Option<usize>>();
+    matches!((allowed, online), (Some(allowed), Some(online)) if allowed < online)
+}
+
 /// Looks at this machine.
 pub fn machine() -> Machine {
     let system = sysinfo::System::new().ok().map(|mut system| {
@@ -195,9 +209,9 @@ pub fn list() -> Vec<Found> {
     #[cfg(feature = "gpu")]
     all.extend(gpu::adapters().into_iter().map(|a| a.found));
     #[cfg(feature = "cuda")]
-    all.extend(toolkit("cuda"));
+    all.extend(toolkit("cuda", 0).map(|(_, found)| found));
     #[cfg(feature = "rocm")]
-    all.extend(toolkit("rocm"));
+    all.extend(toolkit("rocm", 0).map(|(_, found)| found));
     all
 }
 
@@ -206,20 +220,28 @@ pub fn list() -> Vec<Found> {
 /// # Errors
 /// Any [`Error`]; for `auto` and `cpu` [`Error::InstructionSet`] alone.
 pub fn open(choice: Choice) -> Result<Opened, Error> {
+    open_nth(choice, 0)
+}
+
+/// Opens the `nth` of the devices that suit, from 0, over again where they are fewer: one for each process of a machine.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_nth(choice: Choice, nth: usize) -> Result<Opened, Error> {
     isa::choose()?;
     match choice {
         Choice::Cpu => Ok(cpu()),
-        Choice::Auto => Ok(auto()),
-        Choice::Vulkan => graphics(Some("vulkan")),
-        Choice::Metal => graphics(Some("metal")),
-        Choice::Wgpu => graphics(None),
+        Choice::Auto => Ok(auto(nth)),
+        Choice::Vulkan => graphics(Some("vulkan"), nth),
+        Choice::Metal => graphics(Some("metal"), nth),
+        Choice::Wgpu => graphics(None, nth),
         #[cfg(feature = "cuda")]
-        Choice::Cuda => toolkit("cuda")
-            .map(|found| Opened { device: Device::cuda(0), found })
+        Choice::Cuda => toolkit("cuda", nth)
+            .map(|(i, found)| Opened { device: Device::cuda(i), found })
             .ok_or(Error::NotFound { what: "CUDA" }),
         #[cfg(feature = "rocm")]
-        Choice::Rocm => toolkit("rocm")
-            .map(|found| Opened { device: Device::rocm(0), found })
+        Choice::Rocm => toolkit("rocm", nth)
+            .map(|(i, found)| Opened { device: Device::rocm(i), found })
             .ok_or(Error::NotFound { what: "ROCm" }),
         #[cfg(not(feature = "cuda"))]
         Choice::Cuda => Err(Error::NotBuilt { what: "CUDA", feature: "cuda" }),
@@ -252,19 +274,23 @@ pub fn kernels(precision: Precision) -> Result<&'static Isa, Error> {
     }
 }
 
-/// The first real GPU that starts, toolkits before graphics APIs, else the CPU.
-fn auto() -> Opened {
+/// The `nth` real GPU, toolkits before graphics APIs, or the next that starts, else the CPU.
+#[cfg_attr(not(any(feature = "gpu", feature = "cuda", feature = "rocm")), allow(unused_variables))]
+fn auto(nth: usize) -> Opened {
     #[cfg(feature = "cuda")]
-    if let Ok(opened) = open(Choice::Cuda) {
+    if let Ok(opened) = open_nth(Choice::Cuda, nth) {
         return opened;
     }
     #[cfg(feature = "rocm")]
-    if let Ok(opened) = open(Choice::Rocm) {
+    if let Ok(opened) = open_nth(Choice::Rocm, nth) {
         return opened;
     }
     #[cfg(feature = "gpu")]
-    for adapter in gpu::adapters().iter().filter(|a| a.found.kind == Kind::Gpu) {
-        if let Ok(opened) = adapter.open() {
+    {
+        let mut real: Vec<_> = gpu::adapters().into_iter().filter(|a| a.found.kind == Kind::Gpu).collect();
+        let n = real.len().max(1);
+        real.rotate_left(nth % n);
+        if let Some(opened) = real.iter().find_map(|adapter| adapter.open().ok()) {
             return opened;
         }
     }
@@ -272,25 +298,25 @@ fn auto() -> Opened {
 }
 
 #[cfg(feature = "gpu")]
-fn graphics(api: Option<&'static str>) -> Result<Opened, Error> {
+fn graphics(api: Option<&'static str>, nth: usize) -> Result<Opened, Error> {
     let adapters = gpu::adapters();
     let suits = |a: &&gpu::Adapter| api.is_none_or(|api| a.found.choice == api);
     // A real GPU before a software driver.
-    let real = adapters.iter().filter(suits).find(|a| a.found.kind == Kind::Gpu);
-    match real.or_else(|| adapters.iter().find(suits)) {
+    let real: Vec<_> = adapters.iter().filter(suits).filter(|a| a.found.kind == Kind::Gpu).collect();
+    match real.get(nth % real.len().max(1)).copied().or_else(|| adapters.iter().find(suits)) {
         Some(adapter) => adapter.open(),
         None => Err(Error::NotFound { what: api.unwrap_or("graphics") }),
     }
 }
 
 #[cfg(not(feature = "gpu"))]
-fn graphics(_api: Option<&'static str>) -> Result<Opened, Error> {
+fn graphics(_api: Option<&'static str>, _nth: usize) -> Result<Opened, Error> {
     Err(Error::NotBuilt { what: "GPU support", feature: "gpu" })
 }
 
-/// The first device of a vendor's toolkit.
+/// The `nth` device of a vendor's toolkit, with its number.
 #[cfg(any(feature = "cuda", feature = "rocm"))]
-fn toolkit(which: &'static str) -> Option<Found> {
+fn toolkit(which: &'static str, nth: usize) -> Option<(usize, Found)> {
     use burn::tensor::DeviceType;
     let kind = match which {
         #[cfg(feature = "cuda")]
@@ -300,9 +326,11 @@ fn toolkit(which: &'static str) -> Option<Found> {
         _ => return None,
     };
     let devices = Device::enumerate(kind);
-    let first = devices.iter().next()?;
-    let name = first.identity().map_or_else(|| which.to_owned(), |identity| identity.name);
-    Some(Found { choice: which, name, kind: Kind::Gpu })
+    let n = devices.iter().count();
+    let number = nth.checked_rem(n)?;
+    let device = devices.iter().nth(number)?;
+    let name = device.identity().map_or_else(|| which.to_owned(), |identity| identity.name);
+    Some((number, Found { choice: which, name, kind: Kind::Gpu }))
 }
 
 #[cfg(feature = "gpu")]

@@ -25,5 +25,6 @@ pub mod files;
 pub mod nn;
 pub mod optim;
 pub mod random;
+pub mod ranks;
 pub mod train;
 pub mod views;

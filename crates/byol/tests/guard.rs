@@ -7,7 +7,7 @@ use byol::{
     byol::Gradient,
     data::{Loader, prefetch::Request, synthetic},
     train::{
-        Error, Event, Plan, Prepared, Recipe, Run,
+        Error, Event, Place, Plan, Prepared, Recipe, Run,
         health::{self, Failure, Health, Kind},
         recipe::Draft,
         run::tensors,
@@ -31,7 +31,7 @@ fn plan(set: &[&str]) -> (Plan, Prepared) {
 fn outcome(set: &[&str]) -> (Option<Failure>, Option<Health>) {
     let (plan, data) = plan(set);
     let folder = tempfile::tempdir().unwrap();
-    let mut run = Run::create(&folder.path().join("run"), plan, &data, Device::flex(), 2, false).unwrap();
+    let mut run = Run::create(&folder.path().join("run"), plan, &data, Place::alone(Device::flex(), 2), false).unwrap();
     let mut last = None;
     let result = run.go(&AtomicBool::new(false), |event| {
         if let Event::Epoch { health, .. } = event {
@@ -84,6 +84,7 @@ fn a_flipped_sign_of_the_loss_is_divergence() {
     let start = health::measure(&byol, &watch, &device).unwrap();
     let views = &plan.recipe.views;
     let loader = Loader::start(Request {
+        part: [0, 1],
         buffer: 1,
         images: data.train.clone(),
         policies: [views.first.clone(), views.second.clone()],

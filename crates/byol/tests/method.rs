@@ -13,6 +13,7 @@ use byol::{
         pass::{NormConfig, Statistics},
         tree::host,
     },
+    ranks::Ranks,
     train::{
         Plan, Prepared, Recipe,
         recipe::{Draft, HealthConfig},
@@ -42,6 +43,7 @@ fn small(n: usize, set: &[&str]) -> (Plan, Prepared) {
 
 fn loader(plan: &Plan, data: &Prepared) -> Loader {
     Loader::start(Request {
+        part: [0, 1],
         buffer: 1,
         images: data.train.clone(),
         policies: [plan.recipe.views.first.clone(), plan.recipe.views.second.clone()],
@@ -226,8 +228,12 @@ fn the_fused_layer_is_the_composed_one() {
         let one = |fused: bool| {
             let tracked = params.tracked();
             let mut statistics = Statistics::new([("bn0", 5), ("bn1", 6)], &device);
-            let mut pass =
-                Pass { params: &tracked, norm: &norm, precision: Precision::F32, mode: Mode::Train(&mut statistics) };
+            let mut pass = Pass {
+                params: &tracked,
+                norm: &norm,
+                precision: Precision::F32,
+                mode: Mode::Train(&mut statistics, Ranks::ALONE),
+            };
             let tensor = |values, shape: [usize; 4]| {
                 Tensor::<4>::from_data(TensorData::new(values, shape), &device).autodiff().require_grad()
             };

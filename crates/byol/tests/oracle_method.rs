@@ -12,6 +12,7 @@ use byol::{
         tree::host,
     },
     optim::{AdamW, Lars, Optimizer, Rule, Schedule, Sgd},
+    ranks::Ranks,
 };
 use common::{Case, case, cases, close};
 
@@ -222,8 +223,12 @@ fn batch_norm() {
         let params = params.tracked();
         let (mut statistics, norm) = (one(c), plain_norm());
         let x = flat("x").autodiff().require_grad();
-        let mut pass =
-            Pass { params: &params, norm: &norm, precision: Precision::F32, mode: Mode::Train(&mut statistics) };
+        let mut pass = Pass {
+            params: &params,
+            norm: &norm,
+            precision: Precision::F32,
+            mode: Mode::Train(&mut statistics, Ranks::ALONE),
+        };
         let y = pass.batch_norm("bn", x.clone());
         case.check("y", &host(y.clone()));
         let mut grads = (y * flat("dy").autodiff()).sum().backward();
@@ -241,8 +246,12 @@ fn batch_norm() {
     params.insert("bn.weight", Leaf::new(vec![1.0; 3], &[3], &device));
     params.insert("bn.bias", Leaf::new(vec![0.0; 3], &[3], &device));
     for t in 1..=3 {
-        let mut pass =
-            Pass { params: &params, norm: &norm, precision: Precision::F32, mode: Mode::Train(&mut statistics) };
+        let mut pass = Pass {
+            params: &params,
+            norm: &norm,
+            precision: Precision::F32,
+            mode: Mode::Train(&mut statistics, Ranks::ALONE),
+        };
         pass.batch_norm("bn", case_.tensor::<2>(&format!("x{t}"), &device));
         case_.check(&format!("mean{t}"), &host(statistics.get("bn").mean.clone()));
         case_.check(&format!("var{t}"), &host(statistics.get("bn").var.clone()));
@@ -266,7 +275,12 @@ fn check_resnet(name: &str, net: &ResNet) {
     let mut statistics = net.statistics(&device);
     let nchw = case.tensor::<4>("x", &device).autodiff().require_grad();
     let x = nchw.clone().permute([0, 2, 3, 1]);
-    let mut pass = Pass { params: &params, norm: &norm, precision: Precision::F32, mode: Mode::Train(&mut statistics) };
+    let mut pass = Pass {
+        params: &params,
+        norm: &norm,
+        precision: Precision::F32,
+        mode: Mode::Train(&mut statistics, Ranks::ALONE),
+    };
     let y = net.forward(&mut pass, x.clone());
     case.check("features_train", &host(y.clone()));
 
@@ -344,6 +358,7 @@ fn six_steps_of_training() {
         normalization: Normalization::default(),
         norm: plain_norm(),
         precision: Precision::F32,
+        ranks: Ranks::ALONE,
     };
 
     let of_encoder = [network.encoder.shapes(), network.projector.shapes()].concat();
@@ -366,7 +381,16 @@ fn six_steps_of_training() {
         tau_stays: false,
     };
     let optimizer = Optimizer::new(Rule::Lars(rule), &online.params);
-    let mut byol = Byol { network, objective: Objective::default(), online, target, optimizer, schedule, k: 0 };
+    let mut byol = Byol {
+        network,
+        objective: Objective::default(),
+        online,
+        target,
+        optimizer,
+        schedule,
+        k: 0,
+        ranks: Ranks::ALONE,
+    };
 
     let [steps, _, n, h, w, c] = *case.shape("views") else { panic!("six axes") };
     let views: Vec<f32> = case.f32("views").iter().map(|v| v / 255.0).collect();

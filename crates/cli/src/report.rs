@@ -6,10 +6,14 @@ use std::{
     fmt::Display,
     io::IsTerminal,
     path::Path,
+    sync::OnceLock,
     time::{Duration, Instant},
 };
 
-use byol::train::{Event, Plan, metrics::Split};
+use byol::{
+    ranks::Ranks,
+    train::{Event, Plan, metrics::Split},
+};
 use console::style;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -37,14 +41,30 @@ pub fn line(text: std::fmt::Arguments) {
     }
 }
 
+/// Which of several processes this is; the first alone talks, all say what is wrong with them.
+static RANKS: OnceLock<Ranks> = OnceLock::new();
+
+/// From now on speaks as one of these.
+pub fn tell_as(ranks: Ranks) {
+    RANKS.get_or_init(|| ranks);
+}
+
+fn talks() -> bool {
+    RANKS.get().is_none_or(|ranks| ranks.leads())
+}
+
 /// `error: what, where, remedy`, on one line.
 pub fn error(error: &dyn Error) {
     let text = error.to_string().replace('\n', " ");
-    eprintln!("{} {text}", style("error:").red().bold().for_stderr());
+    let who = RANKS.get().filter(|ranks| ranks.count() > 1).map_or(String::new(), |r| format!("rank {}: ", r.rank()));
+    eprintln!("{} {who}{text}", style("error:").red().bold().for_stderr());
 }
 
 /// Something the user should know that does not stop anything.
 pub fn warning(text: impl Display) {
+    if !talks() {
+        return;
+    }
     eprintln!("{} {text}", style("warning:").yellow().bold().for_stderr());
 }
 
@@ -55,7 +75,9 @@ pub fn shown(path: &Path) -> String {
 
 /// A line of talk.
 pub fn note(text: impl Display) {
-    eprintln!("{text}");
+    if talks() {
+        eprintln!("{text}");
+    }
 }
 
 /// Hours, minutes or seconds, whichever says most.
@@ -97,7 +119,7 @@ pub fn counted<T>(what: &str, work: impl FnOnce(&mut dyn FnMut(u64, u64)) -> T) 
 }
 
 fn target() -> ProgressDrawTarget {
-    if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() }
+    if std::io::stderr().is_terminal() && talks() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() }
 }
 
 /// Shows a run as it goes.
@@ -187,6 +209,7 @@ impl Progress {
             (&mut self.split.data, split.data),
             (&mut self.split.forward, split.forward),
             (&mut self.split.backward, split.backward),
+            (&mut self.split.exchange, split.exchange),
             (&mut self.split.update, split.update),
         ] {
             *sum += one;
@@ -212,13 +235,13 @@ impl Progress {
         );
         if self.bar.is_hidden() && self.last_line.elapsed() > Duration::from_secs(30) {
             self.last_line = Instant::now();
-            eprintln!("step {step}/{}  {message}", self.total);
+            note(format!("step {step}/{}  {message}", self.total));
         }
         self.bar.set_message(message);
     }
 
     fn line(&self, text: String) {
-        if self.bar.is_hidden() { eprintln!("{text}") } else { self.bar.println(text) }
+        if self.bar.is_hidden() { note(text) } else { self.bar.println(text) }
     }
 
     /// Takes the bar away.

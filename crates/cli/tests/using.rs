@@ -161,7 +161,7 @@ fn neighbours_duplicates_outliers_and_a_selection() {
     assert_eq!(names[..2], ["000.png", "copy.png"]);
     assert!(near[1]["cosine"].as_f64().unwrap() > 0.9999);
 
-    let found = json(&ok(&["duplicates", text(&e), "--threshold", "0.99999", "--json"]));
+    let found = json(&ok(&["duplicates", text(&e), "--threshold", "0.1", "--json"]));
     let groups = found["groups"].as_array().unwrap();
     let of_first = groups.iter().find(|g| g[0].as_str().unwrap().ends_with("000.png")).unwrap();
     assert!(of_first.as_array().unwrap().iter().any(|n| n.as_str().unwrap().ends_with("copy.png")));
@@ -169,9 +169,9 @@ fn neighbours_duplicates_outliers_and_a_selection() {
     fs::create_dir(&other).unwrap();
     fs::copy(&first, other.join("leaked.png")).unwrap();
     ok(&embed(encoder, &other, &o, &[]));
-    let found = json(&ok(&["duplicates", text(&e), text(&o), "--threshold", "0.9999", "--json"]));
+    let found = json(&ok(&["duplicates", text(&e), text(&o), "--json"]));
     let pair = &found["pairs"][0];
-    assert!(pair["second"].as_str().unwrap().ends_with("leaked.png") && pair["cosine"].as_f64().unwrap() > 0.9999);
+    assert!(pair["second"].as_str().unwrap().ends_with("leaked.png") && pair["share"].as_f64().unwrap() < 0.01);
 
     let found = json(&ok(&["outliers", text(&e), "-n", "5", "--json"]));
     let scores: Vec<f64> = found["outliers"].as_array().unwrap().iter().map(|o| o["score"].as_f64().unwrap()).collect();
@@ -335,7 +335,7 @@ fn the_map_is_served_to_this_machine_alone() {
     assert_eq!(json("/api/paths")["paths"].as_array().unwrap().len(), n);
     assert_eq!(json("/api/near/3?n=5").as_array().unwrap().len(), 5);
     assert_eq!(json("/api/outliers?n=7").as_array().unwrap().len(), 7);
-    assert!(json("/api/duplicates?threshold=0.9")["groups"].is_array());
+    assert!(json("/api/duplicates?threshold=0.3")["groups"].is_array());
     assert_eq!(json("/api/clusters")["clusters"].as_array().unwrap().len(), n);
     assert!(json("/api/curves")["epochs"].as_array().unwrap().len() > 1);
     let (status, png) = server.get("/thumb/0?px=64");
@@ -372,7 +372,7 @@ fn the_map_is_served_to_this_machine_alone() {
     // Requests that are too large or make no sense.
     assert_eq!(ask(&format!("{{\"rows\":[{}[0,0]]}}", "[0,0],".repeat(300_000)), &[]).0, 413);
     assert_eq!(ask("{\"rows\":[[999,0]]}", &[]).0, 400);
-    assert_eq!(server.get("/api/duplicates?threshold=0").0, 400);
+    assert_eq!(server.get("/api/duplicates?threshold=1").0, 400);
     let (_, head, _) = server.ask("GET /", &[&server.host()], b"");
     assert!(head.to_ascii_lowercase().contains("content-security-policy"), "{head}");
     // The port is taken, and not by 0.0.0.0.

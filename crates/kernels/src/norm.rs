@@ -77,8 +77,8 @@ impl Moments {
         all
     }
 
-    /// Mean and biased variance of all parts together, in their order (Chan et al. 1983).
-    pub fn total(parts: &[Moments], c: usize) -> (Vec<f32>, Vec<f32>) {
+    /// Of all parts together, in their order (Chan et al. 1983).
+    pub fn together(parts: &[Moments], c: usize) -> Moments {
         let mut all = Moments { n: 0.0, mean: vec![0.0; c], squares: vec![0.0; c] };
         for part in parts.iter().filter(|p| p.n > 0.0) {
             let n = all.n + part.n;
@@ -89,15 +89,35 @@ impl Moments {
             }
             all.n = n;
         }
-        let var = all.squares.iter().map(|s| (s / all.n.max(1.0)) as f32);
-        (all.mean.iter().map(|m| *m as f32).collect(), var.collect())
+        all
+    }
+
+    /// As numbers that add up over rows that are elsewhere: rows, Σ y, Σ y². `[1 + 2c]`. In f64 the deviations of f32 values survive it.
+    pub fn sums(&self) -> Vec<f64> {
+        let sum = self.mean.iter().map(|m| m * self.n);
+        let squares = self.mean.iter().zip(&self.squares).map(|(m, s)| s + m * m * self.n);
+        std::iter::once(self.n).chain(sum).chain(squares).collect()
+    }
+
+    /// The way back.
+    pub fn of_sums(sums: &[f64]) -> Moments {
+        let (n, c) = (sums[0], sums.len() / 2);
+        let mean: Vec<f64> = sums[1..=c].iter().map(|s| s / n.max(1.0)).collect();
+        let squares = mean.iter().zip(&sums[1 + c..]).map(|(m, s)| (s - m * m * n).max(0.0)).collect();
+        Moments { n, mean, squares }
+    }
+
+    /// Mean and biased variance.
+    pub fn mean_variance(&self) -> (Vec<f32>, Vec<f32>) {
+        let variance = self.squares.iter().map(|s| (s / self.n.max(1.0)) as f32);
+        (self.mean.iter().map(|m| *m as f32).collect(), variance.collect())
     }
 }
 
 /// Mean and biased variance by channel.
 pub fn moments(isa: &Isa, y: &[f32], c: usize) -> (Vec<f32>, Vec<f32>) {
     let parts: Vec<Moments> = y.par_chunks(task(c)).map(|y| Moments::of(isa, y, c)).collect();
-    Moments::total(&parts, c)
+    Moments::together(&parts, c).mean_variance()
 }
 
 #[inline(always)]
@@ -325,19 +345,24 @@ impl Norm {
         sums
     }
 
-    /// The sums of all `m` rows from those of their parts, in order.
-    pub fn totals(&self, parts: &[Sums], m: usize) -> Totals {
-        let (c, m) = (self.c, m.max(1) as f64);
+    /// The sums of all `m` rows from those of their parts, in order. `elsewhere` adds those of rows that are elsewhere and share the
+    /// statistics to Σ g (y − mean), Σ g and `m`, `[2c + 1]`: they count for dy, while dγ and dβ are of the rows here.
+    pub fn totals(&self, parts: &[Sums], m: usize, elsewhere: impl FnOnce(&mut [f64])) -> Totals {
+        let c = self.c;
         let total = |of: fn(&Sums) -> &Vec<f64>, k: usize| parts.iter().map(|p| of(p)[k]).sum::<f64>();
-        let dgamma: Vec<f64> = (0..c).map(|k| total(|p| &p.0, k) * f64::from(self.inverse[k])).collect();
-        let dbeta: Vec<f64> = (0..c).map(|k| total(|p| &p.1, k)).collect();
+        let mut sums: Vec<f64> = (0..c).map(|k| total(|p| &p.0, k)).chain((0..c).map(|k| total(|p| &p.1, k))).collect();
+        sums.push(m as f64);
+        let narrow = |k: usize, scale: f32| (sums[k] * f64::from(scale)) as f32;
+        let dgamma = (0..c).map(|k| narrow(k, self.inverse[k])).collect();
+        let dbeta = (0..c).map(|k| narrow(c + k, 1.0)).collect();
+        elsewhere(&mut sums);
+        let m = sums[2 * c].max(1.0);
         // dy = γ/σ (g − mean(g) − ŷ mean(g ŷ)) = a g + b (y − mean) + d
-        let scale = |k: usize| f64::from(self.scale[k]);
-        let b = |k: usize| (-scale(k) * dgamma[k] * f64::from(self.inverse[k]) / m) as f32;
-        let d = |k: usize| (-scale(k) * dbeta[k] / m) as f32;
+        let (scale, inverse) = (|k: usize| f64::from(self.scale[k]), |k: usize| f64::from(self.inverse[k]));
+        let b = |k: usize| (-scale(k) * (sums[k] * inverse(k)) * inverse(k) / m) as f32;
+        let d = |k: usize| (-scale(k) * sums[c + k] / m) as f32;
         let (b, d) = ((0..c).map(b).collect::<Vec<_>>(), (0..c).map(d).collect::<Vec<_>>());
-        let narrow = |v: &[f64]| v.iter().map(|v| *v as f32).collect();
-        Totals { dgamma: narrow(&dgamma), dbeta: narrow(&dbeta), b: widened(&b), d: widened(&d) }
+        Totals { dgamma, dbeta, b: widened(&b), d: widened(&d) }
     }
 
     fn slope<'a>(&'a self, totals: &'a Totals) -> Slope<'a> {
@@ -383,8 +408,15 @@ pub struct Gradients {
     pub dbeta: Vec<f32>,
 }
 
-/// Backward of [`affine_act`] with the batch's statistics.
-pub fn backward(isa: &Isa, dout: &[f32], gate: Gate, norm: &Norm, y: &[f32]) -> Gradients {
+/// Backward of [`affine_act`] with the batch's statistics. `elsewhere` as in [`Norm::totals`].
+pub fn backward(
+    isa: &Isa,
+    dout: &[f32],
+    gate: Gate,
+    norm: &Norm,
+    y: &[f32],
+    elsewhere: impl FnOnce(&mut [f64]),
+) -> Gradients {
     let n = task(norm.c);
     let with_skip = matches!(gate, Gate::AddRelu(_) | Gate::Add);
     let mut dskip = unwritten(if with_skip { y.len() } else { 0 });
@@ -399,7 +431,7 @@ pub fn backward(isa: &Isa, dout: &[f32], gate: Gate, norm: &Norm, y: &[f32]) -> 
     };
     // SAFETY: the loop writes every value of its part where it is given one.
     let dskip = unsafe { written(dskip) };
-    let totals = norm.totals(&parts, y.len() / norm.c);
+    let totals = norm.totals(&parts, y.len() / norm.c, elsewhere);
     // A gradient kept for the skip is behind the gate already.
     let (passed, gate) = if with_skip { (&dskip[..], Gate::Open) } else { (dout, gate) };
     let dy = norm.by_y(isa, &totals, passed, y, gate);

@@ -141,7 +141,7 @@ fn the_gradient_in_place_is_the_gradient() {
     for isa in isa::available() {
         let (mean, var) = norm::moments(isa, &y, c);
         let norm = Norm::new(&gamma, &beta, &mean, &norm::inverse_deviation(&var, 1e-5));
-        let totals = norm.totals(&[norm.sums(isa, &dout, &y, Gate::Relu, None)], m);
+        let totals = norm.totals(&[norm.sums(isa, &dout, &y, Gate::Relu, None)], m, |_| ());
         let mut g = dout.clone();
         norm.by_y_in_place(isa, &totals, &mut g, &y);
         assert_eq!(g, norm.by_y(isa, &totals, &dout, &y, Gate::Relu), "{isa:?}");
@@ -164,7 +164,7 @@ fn the_number_of_threads_changes_no_bit() {
                 let inverse = norm::inverse_deviation(&var, 1e-5);
                 let (gamma, beta) = (noise(s.c_out, 4), noise(s.c_out, 6));
                 let used = Norm::new(&gamma, &beta, &mean, &inverse);
-                let g = norm::backward(isa, &dy, Gate::AddRelu(&noise(of_y, 5)), &used, &dy);
+                let g = norm::backward(isa, &dy, Gate::AddRelu(&noise(of_y, 5)), &used, &dy, |_| ());
                 out.extend([mean, var, g.dy, g.dgamma, g.dbeta]);
             }
             out
@@ -204,7 +204,7 @@ fn norm_agrees(isa: &Isa, m: usize, c: usize, relu: bool, with_skip: bool) {
         (false, true) => Gate::Add,
     };
     let used = Norm::new(&gamma, &beta, &mean, &inverse);
-    let g = norm::backward(isa, &dout, gate, &used, &y);
+    let g = norm::backward(isa, &dout, gate, &used, &y, |_| ());
     assert_eq!(g.dskip.is_some(), with_skip);
     for k in 0..c {
         let at = |r: usize| r * c + k;

@@ -1,12 +1,9 @@
-//! What lies near what: exact search, near-duplicates, outliers, and a varied selection. All by the cosine of embeddings from which the
-//! mean of the set is taken away: what all images share says nothing of one.
+//! What lies near what: exact search, outliers, clusters, and a varied selection. All by the cosine of embeddings from which the mean of the
+//! set is taken away: what all images share says nothing of one.
 
-use byol_kernels::{
-    conv::{self, Shape},
-    isa,
-};
 use rayon::prelude::*;
 
+use super::neighbours;
 use crate::eval::{Features, knn};
 
 /// Rows that can be searched.
@@ -16,20 +13,6 @@ pub struct Index {
     /// Without the mean, of unit length.
     unit: Features,
 }
-
-/// Two rows that are alike.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Pair {
-    /// The earlier row, or that of the first set.
-    pub a: usize,
-    /// The later row, or that of the second set.
-    pub b: usize,
-    /// Their cosine.
-    pub cosine: f32,
-}
-
-/// Rows of either side whose cosines are held at once.
-const BLOCK: usize = 1024;
 
 impl Index {
     /// Takes the mean away and scales the rows.
@@ -85,33 +68,14 @@ impl Index {
         knn::largest(&self.cosines(query), k)
     }
 
-    /// All pairs with at least this cosine, of different rows; none if they are more than `most`.
-    pub fn pairs(&self, least: f32, most: usize) -> Option<Vec<Pair>> {
-        self.blocks(most, |a, left| blocks_from(&self.unit, a, &self.unit, a, least, left, |a, b| a < b))
-    }
-
-    /// All pairs of a row here and one of `other`, as [`Index::map`] gives it, with at least this cosine; none if they are more than `most`.
-    pub fn pairs_with(&self, other: &Features, least: f32, most: usize) -> Option<Vec<Pair>> {
-        self.blocks(most, |a, left| blocks_from(&self.unit, a, other, 0, least, left, |_, _| true))
-    }
-
-    /// What `of` finds for each block of rows, as long as it is not too much; it gets how much there may still be.
-    fn blocks(&self, most: usize, of: impl Fn(usize, usize) -> Option<Vec<Pair>>) -> Option<Vec<Pair>> {
-        let mut all = Vec::new();
-        for start in (0..self.unit.n).step_by(BLOCK) {
-            all.extend(of(start, most - all.len())?);
-        }
-        Some(all)
-    }
-
-    /// How far each row is from its `k` nearest others: 1 − their mean cosine, in [0, 2].
-    pub fn outlier_scores(&self, k: usize) -> Vec<f64> {
+    /// How far each row is from its `k` nearest others: 1 − their mean cosine, in [0, 2]. `done` is told how much is done, up to 1.
+    pub fn outlier_scores(&self, k: usize, done: impl FnMut(f64)) -> Vec<f64> {
         let k = k.min(self.unit.n.saturating_sub(1));
         let score = |(i, near): (usize, &Vec<(usize, f32)>)| {
             let others = near.iter().filter(|(j, _)| *j != i).take(k);
             1.0 - others.map(|(_, c)| f64::from(*c)).sum::<f64>() / k.max(1) as f64
         };
-        knn::nearest(&self.unit, &self.unit, k + 1).iter().enumerate().map(score).collect()
+        neighbours::nearest(&self.unit, &self.unit, k + 1, done).iter().enumerate().map(score).collect()
     }
 
     /// `n` rows that cover the set: each the farthest from all before it (k-center greedy, Gonzalez 1985), the first the nearest to the
@@ -164,29 +128,6 @@ impl Index {
     }
 }
 
-/// Groups of rows that hang together by pairs, each in order, the groups by their first row.
-pub fn groups(n: usize, pairs: &[Pair]) -> Vec<Vec<usize>> {
-    let mut parent: Vec<usize> = (0..n).collect();
-    fn root(parent: &mut [usize], mut i: usize) -> usize {
-        while parent[i] != i {
-            parent[i] = parent[parent[i]];
-            i = parent[i];
-        }
-        i
-    }
-    for pair in pairs {
-        let (a, b) = (root(&mut parent, pair.a), root(&mut parent, pair.b));
-        // The earlier row stands for the group.
-        parent[a.max(b)] = a.min(b);
-    }
-    let mut members: std::collections::BTreeMap<usize, Vec<usize>> = std::collections::BTreeMap::new();
-    for i in 0..n {
-        let of = root(&mut parent, i);
-        members.entry(of).or_default().push(i);
-    }
-    members.into_values().filter(|group| group.len() > 1).collect()
-}
-
 fn centred(features: Features, mean: &[f32]) -> Features {
     let mut features = features;
     for row in features.values.chunks_exact_mut(features.dim) {
@@ -195,40 +136,9 @@ fn centred(features: Features, mean: &[f32]) -> Features {
     features.unit()
 }
 
-/// Pairs of the rows `from .. from + BLOCK` of `a` with those of `b` from `first` on; none if they are more than `most`.
-fn blocks_from(
-    a: &Features,
-    from: usize,
-    b: &Features,
-    first: usize,
-    least: f32,
-    most: usize,
-    counts: impl Fn(usize, usize) -> bool + Sync,
-) -> Option<Vec<Pair>> {
-    let dim = a.dim;
-    let rows = &a.values[from * dim..(from + BLOCK).min(a.n) * dim];
-    let n = rows.len() / dim;
-    let mut found = Vec::new();
-    for (block, others) in b.values[first * dim..].chunks(4 * BLOCK * dim).enumerate() {
-        let c_out = others.len() / dim;
-        let s = Shape { n, h: 1, w: 1, c_in: dim, c_out, kernel: 1, stride: 1, padding: 0, dilation: 1 };
-        let cosines = conv::forward(isa::chosen(), &s, rows, others);
-        let of_row = |(i, row): (usize, &[f32])| -> Vec<Pair> {
-            let alike = row.iter().enumerate().filter(|(_, c)| **c >= least);
-            let pair = |(j, c): (usize, &f32)| Pair { a: from + i, b: first + block * 4 * BLOCK + j, cosine: *c };
-            alike.map(pair).filter(|p| counts(p.a, p.b)).collect()
-        };
-        found.par_extend(cosines.par_chunks(c_out).enumerate().flat_map_iter(of_row));
-        if found.len() > most {
-            return None;
-        }
-    }
-    Some(found)
-}
-
 /// a · b, in an order of sums that suits registers.
 #[multiversion::multiversion(targets("x86_64+avx2+fma", "aarch64+neon"))]
-fn dot(a: &[f32], b: &[f32]) -> f32 {
+pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
     let mut sums = [0.0f32; 32];
     let (whole, rest) = a.as_chunks::<32>();
     let (other, other_rest) = b.as_chunks::<32>();
@@ -251,9 +161,9 @@ mod tests {
     }
 
     #[test]
-    fn search_and_pairs_are_those_of_a_plain_search() {
+    fn the_search_is_a_plain_search() {
         let mut features = rows(2500, 37, 1);
-        // Row 2000 is row 3, larger.
+        // Row 2000 is row 3.
         let copy: Vec<f32> = features.row(3).to_vec();
         features.values[2000 * 37..2001 * 37].copy_from_slice(&copy);
         let index = Index::new(features);
@@ -265,31 +175,6 @@ mod tests {
         let mut all: Vec<usize> = (0..2500).collect();
         all.sort_by(|a, b| cosine(3, *b).total_cmp(&cosine(3, *a)));
         assert_eq!(found[2..].iter().map(|f| f.0).collect::<Vec<_>>(), all[2..5]);
-        let pairs = index.pairs(0.6, usize::MAX).unwrap();
-        assert_eq!(index.pairs(0.6, pairs.len() - 1), None);
-        let want = (0..2500).flat_map(|a| (a + 1..2500).map(move |b| (a, b)));
-        let want: Vec<_> = want.filter(|(a, b)| cosine(*a, *b) >= 0.6).collect();
-        let mut got: Vec<_> = pairs.iter().map(|p| (p.a, p.b)).collect();
-        got.sort_unstable();
-        assert_eq!(got, want);
-        assert!(got.contains(&(3, 2000)));
-        let other = Features { n: 2, dim: 37, values: [copy.clone(), vec![0.3; 37]].concat() };
-        let across = index.pairs_with(&index.map(other), 0.999, 100).unwrap();
-        assert_eq!(across.iter().map(|p| (p.a, p.b)).collect::<Vec<_>>(), [(3, 0), (2000, 0)]);
-    }
-
-    #[test]
-    fn two_rows_and_equal_rows_are_compared_as_they_are() {
-        let of = |rows: &[[f32; 3]]| Index::new(Features { n: rows.len(), dim: 3, values: rows.concat() });
-        assert_eq!(of(&[[1.0, 2.0, 3.0]; 2]).pairs(0.99, 9).unwrap().len(), 1);
-        assert_eq!(of(&[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]).pairs(0.5, 9).unwrap().len(), 0);
-        assert_eq!(of(&[[1.0, 2.0, 3.0]; 5]).pairs(0.99, 10).unwrap().len(), 10);
-    }
-
-    #[test]
-    fn pairs_that_share_a_row_are_one_group() {
-        let pair = |a, b| Pair { a, b, cosine: 1.0 };
-        assert_eq!(groups(8, &[pair(5, 6), pair(1, 2), pair(6, 1), pair(3, 7)]), [vec![1, 2, 5, 6], vec![3, 7]]);
     }
 
     #[test]
@@ -300,7 +185,7 @@ mod tests {
         features.values = many.chain([[0.0, 0.0, 0.0, 5.0]]).flatten().collect();
         features.n = 41;
         let index = Index::new(features);
-        let scores = index.outlier_scores(5);
+        let scores = index.outlier_scores(5, |_| ());
         assert_eq!((0..41).max_by(|a, b| scores[*a].total_cmp(&scores[*b])), Some(40));
         let chosen: Vec<usize> = index.varied(3).iter().map(|c| c.0).collect();
         assert!(chosen.contains(&40) && chosen.iter().any(|i| *i < 20) && chosen.iter().any(|i| (20..40).contains(i)));

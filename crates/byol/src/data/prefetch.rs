@@ -37,8 +37,10 @@ pub struct Request {
     pub policies: [Policy; 2],
     /// Side of a view in pixels.
     pub size: usize,
-    /// Images a micro-batch.
+    /// Images a micro-batch, of all ranks together.
     pub n: usize,
+    /// Which of how many equal parts of each micro-batch this loader makes, from 0: `[0, 1]` is the whole.
+    pub part: [usize; 2],
     /// Images that the buffer mixes, of data in shards.
     pub buffer: usize,
     /// Names the order and every draw.
@@ -64,8 +66,9 @@ impl Loader {
     /// Starts the workers. They stop when the loader is dropped.
     ///
     /// # Panics
-    /// If the system starts no thread.
+    /// If the system starts no thread, or the parts of a micro-batch are not equal.
     pub fn start(request: Request) -> Loader {
+        assert!(request.n.is_multiple_of(request.part[1]), "equal parts of a micro-batch");
         let (send, batches) = sync_channel(AHEAD);
         let work = move || {
             let pool = rayon::ThreadPoolBuilder::new()
@@ -76,8 +79,10 @@ impl Loader {
             let mut order = request.images.order(request.seed, request.buffer);
             let request = Arc::new(request);
             for m in request.first..request.last {
-                let start = m * request.n as u64;
-                let wanted: Vec<(u64, usize)> = (0..request.n as u64).map(|i| order.at(start + i)).collect();
+                let [part, parts] = request.part.map(|p| p as u64);
+                let n = request.n as u64 / parts;
+                let start = m * request.n as u64 + part * n;
+                let wanted: Vec<(u64, usize)> = (0..n).map(|i| order.at(start + i)).collect();
                 let batch = pool.install(|| make(&request, &wanted));
                 let failed = batch.is_err();
                 if send.send(batch).is_err() || failed {

@@ -8,6 +8,7 @@ use crate::{
     nn::{Encoder, Leaf, Mode, NormConfig, Pass, Precision, Statistics, Tree, conv_norm_act::ConvNorm, init},
     optim::{Optimizer, Rule, Sgd},
     random::{self, Domain},
+    ranks::Ranks,
     views::{Window, flip, resize},
 };
 
@@ -120,8 +121,12 @@ pub(super) fn train<H: Head, T>(
                 )
                 .autodiff()
         });
-        let mut pass =
-            Pass { params: &theta, norm: &norm, precision: Precision::F32, mode: Mode::Train(&mut statistics) };
+        let mut pass = Pass {
+            params: &theta,
+            norm: &norm,
+            precision: Precision::F32,
+            mode: Mode::Train(&mut statistics, Ranks::ALONE),
+        };
         let map = still.unwrap_or_else(|| encoder.map(&mut pass, x.autodiff()));
         let l = loss(head.forward(&mut pass, map), &wanted);
         done(f64::from(l.clone().without_autodiff().into_scalar::<f32>()));

@@ -7,6 +7,7 @@ use crate::{
     nn::{Encoder, Leaf, Mode, NormConfig, Pass, Precision, Tree, Weights},
     optim::{Optimizer, Rule, Schedule, Sgd},
     random::{self, Domain},
+    ranks::Ranks,
 };
 
 /// The paper's base rates.
@@ -143,8 +144,12 @@ fn train(
         let x = crops(images, &some, start.spec.size, p.seed, CROP, &device)?;
         let of: Vec<usize> = some.iter().map(|(_, i)| labels[*i]).collect();
         let theta = params.tracked();
-        let mut pass =
-            Pass { params: &theta, norm: &norm, precision: Precision::F32, mode: Mode::Train(&mut statistics) };
+        let mut pass = Pass {
+            params: &theta,
+            norm: &norm,
+            precision: Precision::F32,
+            mode: Mode::Train(&mut statistics, Ranks::ALONE),
+        };
         let y = start.represent(&mut pass, x.autodiff());
         let logits = y.matmul(theta.get::<2>(HEAD[0]).transpose()) + theta.get::<1>(HEAD[1]).reshape([1, classes]);
         let loss = cross_entropy(logits, of.into_iter().map(Some));

@@ -67,7 +67,7 @@ impl Map {
 pub fn conv_norm_act(pass: &mut Pass, layer: &ConvNorm, x: impl Into<Map>, then: Then) -> Map {
     let Map(x) = x.into();
     let w = pass.params.get::<4>(&format!("{}.weight", layer.conv));
-    let options = Options { stride: layer.stride, dilation: layer.dilation, precision: pass.precision };
+    let options = Options { stride: layer.stride, dilation: layer.dilation, ..Options::dense(pass) };
     if !has_kernels(&w.device()) {
         return composed(pass, layer, Map(x).done(), then).into();
     }

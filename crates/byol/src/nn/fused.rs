@@ -30,8 +30,11 @@ use byol_kernels::{
     pool::{self, Windows},
 };
 
-use super::pass::Running;
-use crate::device::{self, Precision};
+use super::pass::{Pass, Running};
+use crate::{
+    device::{self, Precision},
+    ranks::Ranks,
+};
 
 /// How a convolution steps, and what it multiplies. Its padding is that which keeps the side of a map at stride 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,12 +45,16 @@ pub struct Options {
     pub dilation: usize,
     /// Of the products.
     pub precision: Precision,
+    /// Whose batches the norms before and behind it see.
+    pub ranks: Ranks,
+    /// Whether a norm follows, which needs the statistics.
+    pub norm_follows: bool,
 }
 
 impl Options {
     /// Skips no pixel.
-    pub fn dense(precision: Precision) -> Options {
-        Options { stride: 1, dilation: 1, precision }
+    pub fn dense(pass: &Pass) -> Options {
+        Options { stride: 1, dilation: 1, precision: pass.precision, ranks: pass.ranks(), norm_follows: true }
     }
 
     /// The kernels.
@@ -60,7 +67,8 @@ impl Options {
 /// through, and count where `pending`.
 #[backend_extension(Autodiff, Flex)]
 pub trait Kernels: Backend {
-    /// y = conv(relu(norm(x)), w), or without `pending` conv(x, w): (y, its mean, its variance).
+    /// y = conv(relu(norm(x)), w), or without `pending` conv(x, w): (y, its mean, its variance), the latter two empty unless a norm
+    /// follows.
     fn conv_forward(
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
@@ -97,6 +105,7 @@ pub trait Kernels: Backend {
         variance: FloatTensor<Self>,
         skip: FloatTensor<Self>,
         eps: f64,
+        ranks: Ranks,
         with_skip: bool,
         relu: bool,
     ) -> FloatTensor<Self>;
@@ -111,6 +120,7 @@ pub trait Kernels: Backend {
         mean: FloatTensor<Self>,
         variance: FloatTensor<Self>,
         eps: f64,
+        ranks: Ranks,
         with_skip: bool,
         relu: bool,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
@@ -201,10 +211,20 @@ impl Kernels for Flex {
             norm::Pending::new(&scale, &shift, true)
         });
         let input = Input { values: values(&x), pending: pending.as_ref() };
+        let of_y = [s.n, s.h_out(), s.w_out(), s.c_out];
+        if !options.norm_follows {
+            let (y, _) = conv::forward_then(isa, &s, input, values(&w), |_, _| ());
+            return (tensor(y, &of_y), empty(), empty());
+        }
         let of_part = |_, y: &mut [f32]| norm::Moments::of(isa, y, s.c_out);
         let (y, parts) = conv::forward_then(isa, &s, input, values(&w), of_part);
-        let (mean, var) = norm::Moments::total(&parts, s.c_out);
-        let of_y = [s.n, s.h_out(), s.w_out(), s.c_out];
+        let mut moments = norm::Moments::together(&parts, s.c_out);
+        if options.ranks != Ranks::ALONE {
+            let mut sums = moments.sums();
+            options.ranks.sum(&mut sums);
+            moments = norm::Moments::of_sums(&sums);
+        }
+        let (mean, var) = moments.mean_variance();
         (tensor(y, &of_y), tensor(mean, &[s.c_out]), tensor(var, &[s.c_out]))
     }
 
@@ -242,7 +262,7 @@ impl Kernels for Flex {
         let (mut g, sums) = conv::backward_data_then(isa, &s, values(&w), values(&dy), |at, g| {
             norm.sums(isa, g, &input.values[at..at + g.len()], Gate::Relu, None)
         });
-        let totals = norm.totals(&sums, s.n * s.h * s.w);
+        let totals = norm.totals(&sums, s.n * s.h * s.w, |sums| options.ranks.sum(sums));
         norm.by_y_in_place(isa, &totals, &mut g, input.values);
         let of_c = |v: Vec<f32>| tensor(v, &[s.c_in]);
         (tensor(g, &of_x), dw, of_c(totals.dgamma), of_c(totals.dbeta))
@@ -256,6 +276,7 @@ impl Kernels for Flex {
         variance: FlexTensor,
         skip: FlexTensor,
         eps: f64,
+        _: Ranks,
         with_skip: bool,
         relu: bool,
     ) -> FlexTensor {
@@ -274,6 +295,7 @@ impl Kernels for Flex {
         mean: FlexTensor,
         variance: FlexTensor,
         eps: f64,
+        ranks: Ranks,
         with_skip: bool,
         relu: bool,
     ) -> (FlexTensor, FlexTensor, FlexTensor, FlexTensor) {
@@ -285,7 +307,7 @@ impl Kernels for Flex {
             (true, true) => Gate::AddRelu(values(&out)),
         };
         let norm = normalisation([&gamma, &beta, &mean, &variance], eps);
-        let g = norm::backward(isa::chosen(), values(&dout), gate, &norm, values(&y));
+        let g = norm::backward(isa::chosen(), values(&dout), gate, &norm, values(&y), |sums| ranks.sum(sums));
         let of_c = |v: Vec<f32>| tensor(v, &gamma.shape());
         let dskip = g.dskip.map_or_else(empty, |dskip| tensor(dskip, &y.shape()));
         (tensor(g.dy, &y.shape()), of_c(g.dgamma), of_c(g.dbeta), dskip)
@@ -412,6 +434,7 @@ impl<B: Backend + Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         variance: FloatTensor<Self>,
         skip: FloatTensor<Self>,
         eps: f64,
+        ranks: Ranks,
         with_skip: bool,
         relu: bool,
     ) -> FloatTensor<Self> {
@@ -425,6 +448,7 @@ impl<B: Backend + Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
             y: F,
             norm: [F; 4],
             eps: f64,
+            ranks: Ranks,
             with_skip: bool,
             relu: bool,
         }
@@ -446,6 +470,7 @@ impl<B: Backend + Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
                     mean,
                     variance,
                     k.eps,
+                    k.ranks,
                     k.with_skip,
                     k.relu,
                 );
@@ -464,9 +489,9 @@ impl<B: Backend + Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         let ((mean, _), (variance, _)) = (mean.into_parts(), variance.into_parts());
         let norm = [gamma, beta, mean, variance];
         let [gamma, beta, mean, variance] = norm.clone();
-        let out = B::norm_act_forward(y.clone(), gamma, beta, mean, variance, skip, eps, with_skip, relu);
+        let out = B::norm_act_forward(y.clone(), gamma, beta, mean, variance, skip, eps, ranks, with_skip, relu);
         match NormAct.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish(Kept { out: out.clone(), y, norm, eps, with_skip, relu }, out),
+            OpsKind::Tracked(prep) => prep.finish(Kept { out: out.clone(), y, norm, eps, ranks, with_skip, relu }, out),
             OpsKind::UnTracked(prep) => prep.finish(out),
         }
     }
@@ -586,6 +611,7 @@ impl<B: Backend + Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         _: FloatTensor<Self>,
         _: FloatTensor<Self>,
         _: f64,
+        _: Ranks,
         _: bool,
         _: bool,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
@@ -604,6 +630,7 @@ pub struct Pending {
     /// Of the batch, biased.
     pub variance: Tensor<1>,
     eps: f64,
+    ranks: Ranks,
 }
 
 /// What a convolution reads.
@@ -633,17 +660,17 @@ pub fn conv(x: Source, w: Tensor<4>, gamma: Tensor<1>, beta: Tensor<1>, options:
     let (y, mean, variance) =
         Dispatch::conv_forward(x.into_dispatch(), w.into_dispatch(), g, b, m, v, options, eps_of_x, pending);
     let (mean, variance) = (Tensor::from_dispatch(mean), Tensor::from_dispatch(variance));
-    Pending { y: Tensor::from_dispatch(y), gamma, beta, mean, variance, eps }
+    Pending { y: Tensor::from_dispatch(y), gamma, beta, mean, variance, eps, ranks: options.ranks }
 }
 
 /// The convolution alone.
 ///
 /// # Shapes
 /// As for [`conv`].
-pub fn conv_alone(x: Source, w: Tensor<4>, precision: Precision) -> Tensor<4> {
+pub fn conv_alone(x: Source, w: Tensor<4>, options: Options) -> Tensor<4> {
     let none = || Tensor::<1>::zeros([1], &w.device());
     let (gamma, beta) = (none(), none());
-    conv(x, w, gamma, beta, Options::dense(precision), 0.0).y
+    conv(x, w, gamma, beta, Options { norm_follows: false, ..options }, 0.0).y
 }
 
 /// act(norm(y) (+ skip)).
@@ -661,6 +688,7 @@ pub fn norm_act(p: Pending, skip: Option<Tensor<4>>, relu: bool) -> Tensor<4> {
         p.variance.into_dispatch(),
         skip.into_dispatch(),
         p.eps,
+        p.ranks,
         with_skip,
         relu,
     ))

@@ -94,10 +94,10 @@ impl Mlp {
         let beta = beta + bias.clone().mul_scalar(0.0);
         let x = Source::Done(x.reshape([n, 1, 1, self.d_in]));
         let w = weight(pass, "fc1.weight", self.hidden, self.d_in);
-        let h = fused::conv(x, w, gamma, beta, Options::dense(pass.precision), pass.norm.eps);
+        let h = fused::conv(x, w, gamma, beta, Options::dense(pass), pass.norm.eps);
         pass.saw(&norm, h.mean.clone() + bias, h.variance.clone());
         let w = weight(pass, "fc2.weight", self.d_out, self.hidden);
-        fused::conv_alone(Source::Pending(h), w, pass.precision).reshape([n, self.d_out])
+        fused::conv_alone(Source::Pending(h), w, Options::dense(pass)).reshape([n, self.d_out])
     }
 
     fn norm_name(&self) -> String {

@@ -15,6 +15,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
 pub use crate::device::Precision;
+use crate::ranks::Ranks;
 pub use mlp::Mlp;
 pub use pass::{Mode, NormConfig, Pass, Running, Statistics};
 pub use resnet::{Architecture, ResNet, Stem};
@@ -188,6 +189,8 @@ pub struct Network {
     pub norm: NormConfig,
     /// Of all products in training.
     pub precision: Precision,
+    /// Whose batches every batch norm sees in training.
+    pub ranks: Ranks,
 }
 
 impl Network {

@@ -5,7 +5,7 @@ use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 
 use super::tree::{Leaf, Tree};
-use crate::device::Precision;
+use crate::{device::Precision, ranks::Ranks};
 
 /// Batch norm's settings.
 ///
@@ -106,8 +106,8 @@ impl Statistics {
 /// Where batch norm takes its statistics from.
 #[derive(Debug)]
 pub enum Mode<'a> {
-    /// The batch; the running statistics move.
-    Train(&'a mut Statistics),
+    /// The batch of these ranks together; the running statistics move.
+    Train(&'a mut Statistics, Ranks),
     /// The running statistics, which stay as they are.
     Eval(&'a Statistics),
 }
@@ -128,12 +128,20 @@ pub struct Pass<'a> {
 impl Pass<'_> {
     /// Whether batch norm uses the batch's statistics.
     pub fn trains(&self) -> bool {
-        matches!(self.mode, Mode::Train(_))
+        matches!(self.mode, Mode::Train(..))
+    }
+
+    /// Whose batches batch norm sees.
+    pub(super) fn ranks(&self) -> Ranks {
+        match self.mode {
+            Mode::Train(_, ranks) => ranks,
+            Mode::Eval(_) => Ranks::ALONE,
+        }
     }
 
     /// Takes a batch's statistics into the running ones; in evaluation they stay as they are.
     pub(super) fn saw(&mut self, name: &str, mean: Tensor<1>, var: Tensor<1>) {
-        if let Mode::Train(statistics) = &mut self.mode {
+        if let Mode::Train(statistics, _) = &mut self.mode {
             statistics.update(name, self.norm, mean.without_autodiff(), var.without_autodiff());
         }
     }
@@ -146,7 +154,7 @@ impl Pass<'_> {
         let gamma = self.params.get::<1>(&format!("{name}.weight"));
         let beta = self.params.get::<1>(&format!("{name}.bias"));
         match &mut self.mode {
-            Mode::Train(statistics) => {
+            Mode::Train(statistics, _) => {
                 let y = burn::tensor::module::batch_norm_train(x, gamma, beta, self.norm.eps);
                 statistics.update(name, self.norm, y.mean.without_autodiff(), y.variance.without_autodiff());
                 y.output

@@ -130,6 +130,17 @@ impl Tree {
         })
     }
 
+    /// The same names, shapes and device, with these values, leaf after leaf.
+    pub fn with_values(&self, values: &[f32]) -> Tree {
+        assert_eq!(values.len(), self.n_parameters(), "as many values as the tree has");
+        let mut rest = values;
+        self.map(|_, old| {
+            let (own, others) = rest.split_at(old.dims()[0]);
+            rest = others;
+            Tensor::from_data(TensorData::new(own.to_vec(), [own.len()]), &old.device())
+        })
+    }
+
     /// Sum of squares of all leaves, in f64 on the host. For reports, not for the update.
     pub fn norm(&self) -> f64 {
         let square = |leaf: &Leaf| f64::from(leaf.value.clone().square().sum().into_scalar::<f32>());

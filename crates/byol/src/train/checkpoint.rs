@@ -20,6 +20,7 @@ use crate::{
         tree::host,
         weights::{from_bytes, serialize, to_bytes},
     },
+    ranks::Ranks,
 };
 
 use super::Plan;
@@ -150,23 +151,7 @@ pub fn save(folder: &Path, byol: &Byol, counters: Counters, plan: &Plan, keep: u
     let path = folder.join(format!("step-{:010}", byol.k));
     let temporary = files::temporary_name(&path);
     let write = |source| Error::Write { path: path.clone(), source };
-    let bytes = serialize(&tensors(byol), HashMap::new());
-    let mut batches = BTreeMap::new();
-    for (who, weights) in [("online", &byol.online), ("target", &byol.target)] {
-        batches.extend(weights.statistics.iter().map(|(name, r)| (format!("{who}.{name}"), r.batches)));
-    }
-    let state = State {
-        version: VERSION,
-        step: byol.k,
-        updates: byol.optimizer.t,
-        batches,
-        metrics_bytes: counters.metrics_bytes,
-        loss_sum: counters.loss_sum,
-        loss_count: counters.loss_count,
-        halvings: counters.halvings,
-        plan: plan_hash(plan),
-        sha256: hex(&Sha256::digest(&bytes)),
-    };
+    let (state, bytes) = packed(byol, counters, plan);
     let written = (|| {
         remove_if_there(&temporary)?;
         fs::create_dir_all(&temporary)?;
@@ -186,6 +171,42 @@ pub fn save(folder: &Path, byol: &Byol, counters: Counters, plan: &Plan, keep: u
         remove_if_there(old).map_err(write)?;
     }
     Ok(path)
+}
+
+fn packed(byol: &Byol, counters: Counters, plan: &Plan) -> (State, Vec<u8>) {
+    let bytes = serialize(&tensors(byol), HashMap::new());
+    let mut batches = BTreeMap::new();
+    for (who, weights) in [("online", &byol.online), ("target", &byol.target)] {
+        batches.extend(weights.statistics.iter().map(|(name, r)| (format!("{who}.{name}"), r.batches)));
+    }
+    let state = State {
+        version: VERSION,
+        step: byol.k,
+        updates: byol.optimizer.t,
+        batches,
+        metrics_bytes: counters.metrics_bytes,
+        loss_sum: counters.loss_sum,
+        loss_count: counters.loss_count,
+        halvings: counters.halvings,
+        plan: plan_hash(plan),
+        sha256: hex(&Sha256::digest(&bytes)),
+    };
+    (state, bytes)
+}
+
+/// Gives all ranks the state of rank 0, so that no other needs its files.
+pub fn share(ranks: Ranks, byol: &mut Byol, counters: Counters, plan: &Plan, device: &Device) -> Counters {
+    if ranks == Ranks::ALONE {
+        return counters;
+    }
+    let own = ranks.leads().then(|| packed(byol, counters, plan));
+    let (state, bytes) = own.map_or((None, Vec::new()), |(state, bytes)| (Some(state), bytes));
+    let (state, bytes) = (ranks.agree(state), ranks.broadcast(bytes));
+    let state = state.expect("rank 0 has a state");
+    if ranks.leads() {
+        return counters;
+    }
+    unpack(byol, state, &bytes, device).expect("rank 0 has packed what this rank unpacks: both run the same program")
 }
 
 /// Removes the checkpoints of later steps than `step`, where one of it or before is left.
@@ -239,15 +260,21 @@ pub fn load_newest(folder: &Path, byol: &mut Byol, plan: &Plan, device: &Device)
     let good = || older.iter().rev().find(|p| read(p, plan, None).is_ok()).cloned();
     let (state, bytes) = read(newest, plan, Some(&good))?;
     let damaged = |reason: String| Error::Damaged { path: newest.clone(), reason, previous: good() };
-    let file = SafeTensors::deserialize(&bytes).map_err(|e| damaged(e.to_string()))?;
-    let leaf = |name: String, shape: &[usize]| -> Result<Leaf, Error> {
-        let tensor = file.tensor(&name).map_err(|_| damaged(format!("no tensor {name}")))?;
+    let counters = unpack(byol, state, &bytes, device).map_err(damaged)?;
+    Ok((newest.clone(), counters))
+}
+
+/// Puts packed tensors and counters into `byol`; what is wrong with them, if anything.
+fn unpack(byol: &mut Byol, state: State, bytes: &[u8], device: &Device) -> Result<Counters, String> {
+    let file = SafeTensors::deserialize(bytes).map_err(|e| e.to_string())?;
+    let leaf = |name: String, shape: &[usize]| -> Result<Leaf, String> {
+        let tensor = file.tensor(&name).map_err(|_| format!("no tensor {name}"))?;
         if tensor.dtype() != Dtype::F32 || tensor.shape() != shape {
-            return Err(damaged(format!("{name} is {:?} {:?}, not f32 {shape:?}", tensor.dtype(), tensor.shape())));
+            return Err(format!("{name} is {:?} {:?}, not f32 {shape:?}", tensor.dtype(), tensor.shape()));
         }
         Ok(Leaf::new(from_bytes(tensor.data()), shape, device))
     };
-    let tree = |prefix: &str, like: &Tree| -> Result<Tree, Error> {
+    let tree = |prefix: &str, like: &Tree| -> Result<Tree, String> {
         let mut tree = Tree::new();
         for (name, old) in like.iter() {
             tree.insert(name, leaf(format!("{prefix}{name}"), &old.shape)?);
@@ -260,7 +287,7 @@ pub fn load_newest(folder: &Path, byol: &mut Byol, plan: &Plan, device: &Device)
         for (name, old) in weights.statistics.iter() {
             let one = |what: &str| leaf(format!("{who}.{name}.{what}"), &old.mean.dims()).map(|l| l.value);
             let batches = state.batches.get(&format!("{who}.{name}"));
-            let batches = *batches.ok_or_else(|| damaged(format!("no counter of {who}.{name}")))?;
+            let batches = *batches.ok_or_else(|| format!("no counter of {who}.{name}"))?;
             statistics.insert(name, Running { mean: one("running_mean")?, var: one("running_var")?, batches });
         }
         weights.statistics = statistics;
@@ -271,7 +298,7 @@ pub fn load_newest(folder: &Path, byol: &mut Byol, plan: &Plan, device: &Device)
     byol.optimizer.t = state.updates;
     byol.k = state.step;
     let State { metrics_bytes, loss_sum, loss_count, halvings, .. } = state;
-    Ok((newest.clone(), Counters { metrics_bytes, loss_sum, loss_count, halvings }))
+    Ok(Counters { metrics_bytes, loss_sum, loss_count, halvings })
 }
 
 /// State and tensors of a checkpoint, checked against its checksum and the plan. `good` finds the one to offer instead.

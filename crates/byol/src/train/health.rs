@@ -63,7 +63,7 @@ pub struct Health {
 }
 
 /// What can go wrong in learning.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Kind {
     /// All images get the same projection: the trivial solution that the paper speaks of (§3.2).
     Constant,
@@ -87,7 +87,7 @@ impl fmt::Display for Kind {
 }
 
 /// A failure, named, with its reason.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Failure {
     /// Which.
     pub kind: Kind,

@@ -19,14 +19,21 @@ pub struct Split {
     pub forward: f64,
     /// Gradients.
     pub backward: f64,
+    /// The mean of the gradients over all ranks; left out where there is one.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub exchange: f64,
     /// θ and ξ.
     pub update: f64,
+}
+
+fn is_zero(seconds: &f64) -> bool {
+    *seconds == 0.0
 }
 
 impl Split {
     /// All of it.
     pub fn total(&self) -> f64 {
-        self.data + self.forward + self.backward + self.update
+        self.data + self.forward + self.backward + self.exchange + self.update
     }
 }
 

@@ -12,7 +12,7 @@ pub mod tensorboard;
 
 pub use plan::Plan;
 pub use recipe::Recipe;
-pub use run::{Event, Outcome, Prepared, Run};
+pub use run::{Event, Outcome, Place, Prepared, Run};
 
 use std::{io, path::PathBuf};
 
@@ -94,6 +94,24 @@ pub enum Error {
         /// What differs.
         reason: String,
     },
+    /// The batch cannot be shared.
+    #[error("{ranks} ranks cannot share each batch: {reason}")]
+    Ranks {
+        /// How many.
+        ranks: usize,
+        /// Why not.
+        reason: String,
+    },
+    /// The ranks do not go together.
+    #[error("rank {rank} has {what} than rank 0; {remedy}")]
+    OtherRank {
+        /// The first that differs.
+        rank: usize,
+        /// What differs.
+        what: String,
+        /// What to do.
+        remedy: &'static str,
+    },
     /// Learning has failed.
     #[error(
         "stopped at step {step}, {failure}; {kept}; try a lower --lr, more --warmup-epochs or a higher --tau, or --on-collapse rollback"
@@ -118,4 +136,11 @@ pub enum Error {
         /// Where to go back to.
         kept: String,
     },
+}
+
+impl Error {
+    /// Whether all ranks have come to it together: then one need say so.
+    pub fn is_of_all_ranks(&self) -> bool {
+        matches!(self, Error::Collapsed { .. } | Error::Diverged { .. } | Error::Ranks { .. } | Error::OtherRank { .. })
+    }
 }

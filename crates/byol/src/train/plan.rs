@@ -16,6 +16,7 @@ use crate::{
         foreign::{self, Preparation},
     },
     optim::{Optimizer, Schedule},
+    ranks::Ranks,
 };
 use burn::tensor::Device;
 
@@ -93,6 +94,25 @@ impl Plan {
         self.recipe.train.batch / self.recipe.train.accumulate
     }
 
+    /// Whether so many ranks can share each batch.
+    ///
+    /// # Errors
+    /// [`Error::Ranks`].
+    pub fn check_ranks(&self, ranks: Ranks) -> Result<(), Error> {
+        let (n, own) = (ranks.count(), self.micro_batch());
+        let refuse = |reason: String| Err(Error::Ranks { ranks: n, reason });
+        if !own.is_multiple_of(n) {
+            let parts = if self.recipe.train.accumulate > 1 { " (a part of the batch)" } else { "" };
+            return refuse(format!(
+                "{own} images{parts} are no multiple of {n}; choose another --batch or number of ranks"
+            ));
+        }
+        if n > 1 && self.recipe.method.beta != 0.0 {
+            return refuse("the negatives of method.beta are those of a whole batch; train it on one".into());
+        }
+        Ok(())
+    }
+
     /// Epochs that are complete after `steps` steps.
     pub fn epochs_done(&self, steps: u64) -> u64 {
         if steps >= self.schedule.total {
@@ -118,6 +138,7 @@ impl Plan {
             normalization: r.normalize.clone(),
             norm: r.norm.clone(),
             precision: r.train.precision,
+            ranks: Ranks::ALONE,
         }
     }
 
@@ -163,7 +184,16 @@ impl Plan {
         };
         let optimizer = Optimizer::new(self.recipe.optimizer.rule(), &online.params);
         let objective = self.recipe.method;
-        Byol { network, objective, online, target, optimizer, schedule: self.schedule.clone(), k: 0 }
+        Byol {
+            network,
+            objective,
+            online,
+            target,
+            optimizer,
+            schedule: self.schedule.clone(),
+            k: 0,
+            ranks: Ranks::ALONE,
+        }
     }
 
     /// As TOML.

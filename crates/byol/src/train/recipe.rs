@@ -128,6 +128,8 @@ pub struct TrainConfig {
     /// f32, or bf16: what convolutions and linear layers multiply, where the processor has such products (AVX512-BF16). All sums, and
     /// all that is kept, are f32 with both. f32.
     pub precision: Precision,
+    /// Of several ranks: batch norm sees the images of all of them, as the reference's does; false: each rank its own. true.
+    pub sync_bn: bool,
     /// Training images to take, evenly spread over the data's own order; 0: all.
     pub limit: usize,
     /// Images that the buffer mixes, of data in shards: shards are read one after the other, and each image is taken by chance from so
@@ -143,6 +145,7 @@ impl Default for TrainConfig {
             batch: 4096,
             accumulate: 1,
             precision: Precision::F32,
+            sync_bn: true,
             limit: 0,
             shuffle: 4096,
         }

@@ -25,6 +25,7 @@ use crate::{
     data::{Dataset, Images, Loader, MicroBatch, prefetch::Request},
     device, files,
     nn::weights,
+    ranks::Ranks,
 };
 
 /// Data ready for a run: what is trained on, what is watched.
@@ -167,7 +168,8 @@ pub struct Run {
     images: Images,
     watch: Option<Watch>,
     device: Device,
-    metrics: Metrics,
+    /// Of the rank that writes.
+    metrics: Option<Metrics>,
     events: Option<EventFile>,
     loss_sum: f64,
     loss_count: u64,
@@ -183,6 +185,27 @@ pub struct Run {
     /// Images that could not be used, of those that nobody had looked through.
     passed_over: usize,
     started: Instant,
+    /// Whether nothing has been written to `metrics.jsonl`.
+    fresh: bool,
+    ranks: Ranks,
+}
+
+/// Where a run computes.
+#[derive(Debug, Clone)]
+pub struct Place {
+    /// Where the weights live.
+    pub device: Device,
+    /// That make views, at least 1.
+    pub threads: usize,
+    /// Who shares each batch. Only rank 0 writes.
+    pub ranks: Ranks,
+}
+
+impl Place {
+    /// A device of one process.
+    pub fn alone(device: Device, threads: usize) -> Place {
+        Place { device, threads, ranks: Ranks::ALONE }
+    }
 }
 
 /// How often a run goes back before it gives up.
@@ -237,19 +260,17 @@ impl Run {
     /// Makes the folder of a new run: plan, skipped images, checkpoint 0.
     ///
     /// # Errors
-    /// [`Error::Occupied`], [`Error::Write`], [`Error::Checkpoint`].
-    pub fn create(
-        folder: &Path,
-        plan: Plan,
-        data: &Prepared,
-        device: Device,
-        threads: usize,
-        tensorboard: bool,
-    ) -> Result<Run, Error> {
+    /// [`Error::Occupied`], [`Error::Write`], [`Error::Checkpoint`], [`Error::Ranks`].
+    pub fn create(folder: &Path, plan: Plan, data: &Prepared, place: Place, tensorboard: bool) -> Result<Run, Error> {
+        device::check(&place.device, plan.recipe.train.precision)?;
+        plan.check_ranks(place.ranks)?;
+        if !place.ranks.leads() {
+            let byol = plan.start(&place.device);
+            return Run::assemble(folder, plan, byol, data, place, Counters::default(), false);
+        }
         must_be_free(folder)?;
-        device::check(&device, plan.recipe.train.precision)?;
         // Before anything is written: the weights to start with may not fit.
-        let byol = plan.begin(&device)?;
+        let byol = plan.begin(&place.device)?;
         let write = |path: &Path, source| Error::Write { path: path.to_owned(), source };
         fs::create_dir_all(checkpoints(folder)).map_err(|e| write(folder, e))?;
         files::write_whole(&plan_file(folder), plan.to_toml().as_bytes()).map_err(|e| write(&plan_file(folder), e))?;
@@ -259,15 +280,16 @@ impl Run {
             files::write_whole(&path, text.as_bytes()).map_err(|e| write(&path, e))?;
         }
         checkpoint::save(&checkpoints(folder), &byol, Counters::default(), &plan, plan.recipe.checkpoint.keep)?;
-        Run::assemble(folder, plan, byol, data, device, threads, Counters::default(), tensorboard)
+        Run::assemble(folder, plan, byol, data, place, Counters::default(), tensorboard)
     }
 
-    /// Goes back to the newest checkpoint of a folder.
+    /// Goes back to the newest checkpoint of a folder, with as many ranks as there are now.
     ///
     /// # Errors
-    /// [`Error::DataChanged`], [`Error::Checkpoint`], [`Error::Write`].
-    pub fn resume(folder: &Path, plan: Plan, data: &Prepared, device: Device, threads: usize) -> Result<Run, Error> {
-        device::check(&device, plan.recipe.train.precision)?;
+    /// [`Error::DataChanged`], [`Error::Checkpoint`], [`Error::Write`], [`Error::Ranks`].
+    pub fn resume(folder: &Path, plan: Plan, data: &Prepared, place: Place) -> Result<Run, Error> {
+        device::check(&place.device, plan.recipe.train.precision)?;
+        plan.check_ranks(place.ranks)?;
         let changed = |reason: String| Error::DataChanged { root: plan.data.clone(), reason };
         if data.train.len() != plan.images {
             return Err(changed(format!("{} usable training images, not {}", data.train.len(), plan.images)));
@@ -275,27 +297,33 @@ impl Run {
         if data.train.fingerprint() != plan.fingerprint {
             return Err(changed("a name or size differs".into()));
         }
-        let mut byol = plan.start(&device);
-        let (_, counters) = checkpoint::load_newest(&checkpoints(folder), &mut byol, &plan, &device)?;
-        byol.schedule.peak = halved(plan.schedule.peak, counters.halvings);
-        let tensorboard = folder.join("tensorboard").is_dir();
-        Run::assemble(folder, plan, byol, data, device, threads, counters, tensorboard)
+        let mut byol = plan.start(&place.device);
+        let mut counters = Counters::default();
+        if place.ranks.leads() {
+            (_, counters) = checkpoint::load_newest(&checkpoints(folder), &mut byol, &plan, &place.device)?;
+        }
+        let tensorboard = place.ranks.leads() && folder.join("tensorboard").is_dir();
+        Run::assemble(folder, plan, byol, data, place, counters, tensorboard)
     }
 
-    #[allow(clippy::too_many_arguments, reason = "the one place where a run's parts meet")]
     fn assemble(
         folder: &Path,
         plan: Plan,
-        byol: Byol,
+        mut byol: Byol,
         data: &Prepared,
-        device: Device,
-        threads: usize,
+        place: Place,
         counters: Counters,
         tensorboard: bool,
     ) -> Result<Run, Error> {
+        let Place { device, threads, ranks } = place;
+        byol.ranks = ranks;
+        byol.network.ranks = if plan.recipe.train.sync_bn { ranks } else { Ranks::ALONE };
+        let counters = checkpoint::share(ranks, &mut byol, counters, &plan, &device);
+        byol.schedule.peak = halved(plan.schedule.peak, counters.halvings);
         let path = folder.join("metrics.jsonl");
         let write = |path: PathBuf| move |source| Error::Write { path, source };
-        let metrics = Metrics::open(&path, counters.metrics_bytes).map_err(write(path.clone()))?;
+        let open = || Metrics::open(&path, counters.metrics_bytes).map_err(write(path.clone()));
+        let metrics = ranks.leads().then(open).transpose()?;
         let board = folder.join("tensorboard");
         let events = tensorboard.then(|| EventFile::create(&board)).transpose().map_err(write(board))?;
         let figures = metrics::figures(&path);
@@ -307,12 +335,14 @@ impl Run {
             start,
             best,
             healthy: byol.k,
-            watch: data.watch(&plan),
+            watch: ranks.leads().then(|| data.watch(&plan)).flatten(),
             images: data.train.clone(),
             loss_sum: counters.loss_sum,
             loss_count: counters.loss_count,
             passed_over: 0,
             started: Instant::now(),
+            fresh: counters.metrics_bytes == 0,
+            ranks,
             plan,
             byol,
             device,
@@ -328,7 +358,7 @@ impl Run {
     /// [`Error::Collapsed`], [`Error::Diverged`], [`Error::Data`], [`Error::Write`], [`Error::Checkpoint`]; the last checkpoint is whole
     /// after each.
     pub fn go(&mut self, stop: &AtomicBool, mut tell: impl FnMut(Event)) -> Result<Outcome, Error> {
-        if self.byol.k == 0 && self.metrics.bytes() == 0 {
+        if self.byol.k == 0 && self.fresh {
             self.end_of_epoch(0, &mut tell)?;
         }
         loop {
@@ -367,7 +397,7 @@ impl Run {
                     OnCollapse::Stop => return Err(Error::Collapsed { step: k, failure, kept: self.last_good() }),
                 }
             }
-            let stopping = stop.load(Ordering::Relaxed) && k < total;
+            let stopping = self.ranks.any(stop.load(Ordering::Relaxed)) && k < total;
             let config = &self.plan.recipe.checkpoint;
             let due = match config.every_steps {
                 0 => epochs > before,
@@ -395,6 +425,7 @@ impl Run {
             policies: [self.plan.recipe.views.first.clone(), self.plan.recipe.views.second.clone()],
             size: self.plan.recipe.views.size,
             n: self.plan.micro_batch(),
+            part: [self.ranks.rank(), self.ranks.count()],
             buffer: self.plan.recipe.train.shuffle,
             seed: self.plan.recipe.seed,
             first: self.byol.k * accumulate,
@@ -430,9 +461,13 @@ impl Run {
             return Err(Error::Collapsed { step: from, failure: why.clone(), kept: self.last_good() });
         }
         let folder = checkpoints(&self.folder);
-        // Checkpoints between two ends of epochs may already be of a failing network.
-        checkpoint::remove_after(&folder, self.healthy)?;
-        let (_, counters) = checkpoint::load_newest(&folder, &mut self.byol, &self.plan, &self.device)?;
+        let mut counters = Counters::default();
+        if self.ranks.leads() {
+            // Checkpoints between two ends of epochs may already be of a failing network.
+            checkpoint::remove_after(&folder, self.healthy)?;
+            (_, counters) = checkpoint::load_newest(&folder, &mut self.byol, &self.plan, &self.device)?;
+        }
+        let counters = checkpoint::share(self.ranks, &mut self.byol, counters, &self.plan, &self.device);
         (self.loss_sum, self.loss_count) = (counters.loss_sum, counters.loss_count);
         self.halvings += 1;
         self.byol.schedule.peak = halved(self.plan.schedule.peak, self.halvings);
@@ -454,6 +489,7 @@ impl Run {
                 Phase::Data => &mut split.data,
                 Phase::Forward => &mut split.forward,
                 Phase::Backward => &mut split.backward,
+                Phase::Exchange => &mut split.exchange,
                 Phase::Update => &mut split.update,
             } += seconds;
         })?;
@@ -478,11 +514,21 @@ impl Run {
         Ok(())
     }
 
-    /// Measures, writes, tells; what has gone wrong, if anything.
+    /// Measures, writes, tells; what has gone wrong, if anything. Rank 0 does, and all learn of it.
     fn end_of_epoch(&mut self, epoch: u64, tell: &mut impl FnMut(Event)) -> Result<Option<Failure>, Error> {
         self.note_passed_over(tell)?;
         let loss = (self.loss_count > 0).then(|| self.loss_sum / self.loss_count as f64);
         (self.loss_sum, self.loss_count) = (0.0, 0);
+        let failure = if self.ranks.leads() { self.measure(epoch, loss, tell)? } else { None };
+        Ok(self.ranks.agree(failure))
+    }
+
+    fn measure(
+        &mut self,
+        epoch: u64,
+        loss: Option<f64>,
+        tell: &mut impl FnMut(Event),
+    ) -> Result<Option<Failure>, Error> {
         let measure = |watch: &Watch| health::measure(&self.byol, watch, &self.device);
         let health = self.watch.as_ref().map(measure).transpose()?;
         let step = self.byol.k;
@@ -514,11 +560,12 @@ impl Run {
         Ok(failure)
     }
 
-    /// Writes a checkpoint, and the encoder as it is now.
+    /// Writes a checkpoint, and the encoder as it is now; its path. Rank 0 does.
     fn checkpoint(&mut self) -> Result<PathBuf, Error> {
+        let Some(metrics) = &mut self.metrics else { return Ok(checkpoints(&self.folder)) };
         let path = self.folder.join("metrics.jsonl");
-        self.metrics.sync().map_err(|source| Error::Write { path, source })?;
-        let (metrics_bytes, halvings) = (self.metrics.bytes(), self.halvings);
+        metrics.sync().map_err(|source| Error::Write { path, source })?;
+        let (metrics_bytes, halvings) = (metrics.bytes(), self.halvings);
         let counters = Counters { metrics_bytes, loss_sum: self.loss_sum, loss_count: self.loss_count, halvings };
         let keep = self.plan.recipe.checkpoint.keep;
         let path = checkpoint::save(&checkpoints(&self.folder), &self.byol, counters, &self.plan, keep)?;
@@ -531,12 +578,16 @@ impl Run {
     }
 
     fn save_as(&self, name: &str) -> Result<(), Error> {
+        if !self.ranks.leads() {
+            return Ok(());
+        }
         Ok(weights::save(&self.folder.join(name), &self.plan.encoder, &self.byol.online)?)
     }
 
     fn write(&mut self, line: &Line) -> Result<(), Error> {
         let path = self.folder.join("metrics.jsonl");
-        self.metrics.write(line).map_err(|source| Error::Write { path, source })
+        let write = |metrics: &mut Metrics| metrics.write(line).map_err(|source| Error::Write { path, source });
+        self.metrics.as_mut().map_or(Ok(()), write)
     }
 
     fn scalars(&mut self, values: &[(&str, f64)]) -> Result<(), Error> {

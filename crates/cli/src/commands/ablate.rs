@@ -17,7 +17,7 @@ use byol::{
     },
     nn::weights,
     train::{
-        self, Outcome, Plan, Prepared, Recipe, Run,
+        self, Outcome, Place, Plan, Prepared, Recipe, Run,
         recipe::Draft,
         run::read_plan,
         studies::{self, Study, Variant},
@@ -91,7 +91,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let threads = set_threads(args.flags.on.threads)?;
     let opened = open(args.flags.on.device)?;
     let said = pretrain::checked(&draft)?;
-    let data = prepare(Dataset::open(&args.data)?, said.train.limit, &said.health)?;
+    let data = prepare(Dataset::open(&args.data)?, said.train.limit, &said.health, 1)?;
     let (base, _) = pretrain::resolved(&draft, said, &data, &opened)?;
     let labelled = eval::labelled(Dataset::open(&args.data)?, base.train.limit)?;
     let study =
@@ -142,9 +142,9 @@ fn one(shared: &Shared, variant: &Variant, folder: &Path, stop: &AtomicBool) -> 
             let folder = folder.display();
             return Err(format!("{folder} holds a run with other settings; choose another --out, or remove it").into());
         }
-        Run::resume(folder, begun, &shared.data, device, shared.threads)?
+        Run::resume(folder, begun, &shared.data, Place::alone(device, shared.threads))?
     } else {
-        Run::create(folder, plan, &shared.data, device, shared.threads, false)?
+        Run::create(folder, plan, &shared.data, Place::alone(device, shared.threads), false)?
     };
     if !learn(run, stop)? {
         return Ok(None);

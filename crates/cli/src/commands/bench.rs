@@ -212,7 +212,7 @@ fn step(args: &Step) -> Result<()> {
             byol.step(1, give, |phase| {
                 let now = began.elapsed().as_secs_f64();
                 let at = match phase {
-                    Phase::Data => None,
+                    Phase::Data | Phase::Exchange => None,
                     Phase::Forward => Some(0),
                     Phase::Backward => Some(1),
                     Phase::Update => Some(2),

@@ -8,7 +8,7 @@ use byol::{
     device::{self, Choice},
     eval::{Features, embed, knn},
     nn::{Encoder, EncoderSpec, Weights},
-    train::{Event, Outcome, Plan, Prepared, Recipe, Run, recipe::Draft},
+    train::{Event, Outcome, Place, Plan, Prepared, Recipe, Run, recipe::Draft},
 };
 
 use super::{INTERRUPTED, set_threads, stop_flag};
@@ -53,7 +53,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     super::pretrain::describe(&plan, &opened.found.name, threads, &out);
 
     let stop = stop_flag();
-    let mut run = Run::create(&out, plan, &data, opened.device, threads, false)?;
+    let mut run = Run::create(&out, plan, &data, Place::alone(opened.device, threads), false)?;
     let before = measure(&run.plan.encoder, &run.byol.online, &data.train, &test)?;
     let mut progress = Progress::new(&run.plan, 0);
     let outcome = run.go(&stop, |event: Event| progress.show(&event));

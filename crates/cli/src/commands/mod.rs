@@ -13,6 +13,7 @@ mod near;
 mod pack;
 mod plan;
 mod pretrain;
+mod ranks;
 mod resume;
 mod views;
 
@@ -90,8 +91,19 @@ impl Cli {
     /// Runs the command.
     pub fn run(self) -> Result<ExitCode> {
         match self.command {
-            Command::Pretrain(args) => pretrain::run(&args),
-            Command::Resume(args) => resume::run(&args),
+            Command::Pretrain(args) => ranks::together(|joined| pretrain::run(&args, joined)),
+            Command::Resume(args) => ranks::together(|joined| resume::run(&args, joined)),
+            other => other.alone(),
+        }
+    }
+}
+
+impl Command {
+    /// Runs a command of one process.
+    fn alone(self) -> Result<ExitCode> {
+        ranks::must_be_alone()?;
+        match self {
+            Command::Pretrain(_) | Command::Resume(_) => unreachable!("run by `Cli::run`"),
             Command::Eval(args) => eval::run(&args),
             Command::Embed(args) => embed::run(&args),
             Command::Explore(args) => explore::run(&args),
@@ -186,7 +198,12 @@ fn pool(threads: usize, of: fn(ThreadPoolBuilder) -> ThreadPoolBuilder) -> Resul
 
 /// Opens the device and says so if it is not what one would think.
 fn open(choice: Choice) -> Result<Opened> {
-    let opened = device::open(choice)?;
+    open_nth(choice, 0)
+}
+
+/// The same for one of several processes of this machine.
+fn open_nth(choice: Choice, nth: usize) -> Result<Opened> {
+    let opened = device::open_nth(choice, nth)?;
     if opened.found.kind == Kind::Software {
         report::warning(format!("{} computes on the processor and is for tests only", opened.found.name));
     }
@@ -208,10 +225,10 @@ fn encoder(path: &Path, opened: &Opened) -> Result<Encoder> {
     }
 }
 
-/// Opens the data, decodes every image once, and says what was skipped.
-fn prepare(dataset: Dataset, limit: usize, health: &HealthConfig) -> Result<Prepared> {
+/// Opens the data, decodes every image once, and says what was skipped. `sharers` processes of this machine do so.
+fn prepare(dataset: Dataset, limit: usize, health: &HealthConfig, sharers: usize) -> Result<Prepared> {
     let bar = report::counter("checking images", 0);
-    let keep = keep_bytes(device::machine().free_mb);
+    let keep = keep_bytes(device::machine().free_mb / sharers as u64);
     let prepared = Prepared::new(dataset, limit, health, keep, &|all| {
         bar.set_length(all as u64);
         bar.inc(1);
@@ -248,8 +265,12 @@ fn stop_at_once() {
 fn stop_flag() -> Arc<AtomicBool> {
     let stop = Arc::new(AtomicBool::new(false));
     let set = stop.clone();
+    // Clusters send SIGUSR1 before the time is up, and launchers pass it on.
+    #[cfg(unix)]
+    let _ = signal_hook::flag::register(signal_hook::consts::SIGUSR1, stop.clone());
     // Without a handler Ctrl-C ends the program at once: the last checkpoint still stands.
     let _ = ctrlc::set_handler(move || {
+        ranks::say_if_left_alone();
         if set.swap(true, Ordering::Relaxed) || AT_ONCE.load(Ordering::Relaxed) {
             std::process::exit(i32::from(INTERRUPTED));
         }
@@ -259,7 +280,8 @@ fn stop_flag() -> Arc<AtomicBool> {
 }
 
 /// Runs a run to its end, showing progress, and prints the result.
-fn train(mut run: Run, json: bool, stop: &AtomicBool) -> Result<ExitCode> {
+fn train(mut run: Run, json: bool, stop: &AtomicBool, joined: &ranks::Joined) -> Result<ExitCode> {
+    let (began, first) = (std::time::Instant::now(), run.byol.k);
     let mut progress = Progress::new(&run.plan, run.byol.k);
     let mut last: Option<serde_json::Value> = None;
     let mut first_knn = None;
@@ -277,6 +299,7 @@ fn train(mut run: Run, json: bool, stop: &AtomicBool) -> Result<ExitCode> {
     });
     progress.finish();
     let outcome = outcome?;
+    joined.report(run.byol.k - first, began.elapsed().as_secs_f64());
     let folder = &run.folder;
     let encoder = folder.join("encoder.safetensors");
     let finished = outcome == Outcome::Finished;
@@ -287,10 +310,13 @@ fn train(mut run: Run, json: bool, stop: &AtomicBool) -> Result<ExitCode> {
             report::note(format!("go on with: byol resume {}", folder.display()));
         }
     }
-    if json {
+    if json && joined.ranks.leads() {
+        let spent = joined.ranks.spent();
         let result = serde_json::json!({
             "run": folder, "encoder": encoder, "finished": finished, "steps": run.byol.k,
             "total_steps": run.plan.schedule.total, "knn_before": first_knn, "last_epoch": last,
+            "ranks": joined.ranks.count(), "seconds": began.elapsed().as_secs_f64(),
+            "exchange": { "messages": spent.messages, "bytes": spent.bytes, "seconds": spent.seconds },
         });
         out!("{result}");
     }

@@ -6,10 +6,7 @@ use std::{
 };
 
 use byol::{
-    apply::{
-        embeddings::Embeddings,
-        search::{Index, groups},
-    },
+    apply::{duplicates, embeddings::Embeddings, neighbours, search::Index},
     data::decode,
     eval::Features,
     nn::weights,
@@ -49,8 +46,9 @@ pub struct Duplicates {
     embeddings: PathBuf,
     /// A second set, embedded by the same encoder
     other: Option<PathBuf>,
-    /// Cosine from which two images count as the same, from -1 to 1
-    #[arg(long, value_name = "X", default_value_t = THRESHOLD, allow_negative_numbers = true)]
+    /// How much nearer to each other than to what is around: their distance as a share of that to their tenth neighbours, from 0 (the
+    /// same) to below 1
+    #[arg(long, value_name = "SHARE", default_value_t = duplicates::SHARE, allow_negative_numbers = true)]
     threshold: f32,
     #[command(flatten)]
     work: Work,
@@ -84,12 +82,6 @@ pub struct Select {
     #[command(flatten)]
     work: Work,
 }
-
-/// From here on two images count as the same (docs/results.md).
-const THRESHOLD: f32 = 0.97;
-
-/// Pairs that are held at most: one GB.
-const MOST_PAIRS: usize = 40_000_000;
 
 fn opened(path: &Path, threads: usize) -> Result<Embeddings> {
     super::set_threads(threads)?;
@@ -150,19 +142,32 @@ pub fn search(args: &Search) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-pub fn duplicates(args: &Duplicates) -> Result<ExitCode> {
-    if !(-1.0..=1.0).contains(&args.threshold) {
-        return Err("--threshold is a cosine, from -1 to 1; the usual value is 0.97".into());
+/// A bar for work that tells its share.
+fn shared<T>(what: &str, work: impl FnOnce(&mut dyn FnMut(f64)) -> T) -> T {
+    report::counted(what, |progress| work(&mut |share| progress((1000.0 * share) as u64, 1000)))
+}
+
+fn say_how(bank: usize, queries: usize) {
+    if neighbours::approximate(bank, queries) {
+        report::note("more than a million millions of comparisons: by a graph of neighbours, which may miss a few");
     }
-    let too_many = || {
-        let (most, threshold) = (MOST_PAIRS / 1_000_000, args.threshold);
-        format!("more than {most} million pairs have a cosine of {threshold} or more; raise --threshold")
-    };
+}
+
+pub fn duplicates(args: &Duplicates) -> Result<ExitCode> {
+    if !(0.0..1.0).contains(&args.threshold) {
+        let usual = duplicates::SHARE;
+        return Err(format!(
+            "--threshold is a share from 0 to below 1, not {}; the usual one is {usual}",
+            args.threshold
+        )
+        .into());
+    }
     let found = opened(&args.embeddings, args.work.threads)?;
     let Some(other) = &args.other else {
         let (paths, index) = (found.paths, Index::new(found.features));
-        let pairs = index.pairs(args.threshold, MOST_PAIRS).ok_or_else(too_many)?;
-        let groups = groups(paths.len(), &pairs);
+        say_how(paths.len(), paths.len());
+        let pairs = shared("comparing", |done| duplicates::within(&index, args.threshold, done));
+        let groups = duplicates::groups(paths.len(), &pairs);
         if args.work.json {
             let named: Vec<Vec<&String>> = groups.iter().map(|g| g.iter().map(|i| &paths[*i]).collect()).collect();
             out!(
@@ -193,17 +198,17 @@ pub fn duplicates(args: &Duplicates) -> Result<ExitCode> {
     }
     let (paths, index) = (found.paths, Index::new(found.features));
     let rows = index.map(second.features);
-    let mut pairs = index.pairs_with(&rows, args.threshold, MOST_PAIRS).ok_or_else(too_many)?;
-    pairs.sort_by(|a, b| b.cosine.total_cmp(&a.cosine).then((a.a, a.b).cmp(&(b.a, b.b))));
+    say_how(paths.len(), rows.n);
+    let pairs = shared("comparing", |done| duplicates::across(&index, &rows, args.threshold, done));
     if args.work.json {
         let pairs: Vec<_> = pairs
             .iter()
-            .map(|p| json!({ "first": paths[p.a], "second": second.paths[p.b], "cosine": p.cosine }))
+            .map(|p| json!({ "first": paths[p.a], "second": second.paths[p.b], "share": p.share }))
             .collect();
         out!("{}", json!({ "rows": [paths.len(), second.paths.len()], "threshold": args.threshold, "pairs": pairs }));
     } else {
         for pair in &pairs {
-            out!("{:.3}  {}  =  {}", pair.cosine, paths[pair.a], second.paths[pair.b]);
+            out!("{:.3}  {}  =  {}", pair.share, paths[pair.a], second.paths[pair.b]);
         }
         let mut leaked: Vec<usize> = pairs.iter().map(|p| p.b).collect();
         leaked.sort_unstable();
@@ -219,7 +224,8 @@ pub fn outliers(args: &Outliers) -> Result<ExitCode> {
     }
     let found = opened(&args.embeddings, args.work.threads)?;
     let (paths, index) = (found.paths, Index::new(found.features));
-    let scores = index.outlier_scores(args.k);
+    say_how(paths.len(), paths.len());
+    let scores = shared("comparing", |done| index.outlier_scores(args.k, done));
     let mut order: Vec<usize> = (0..paths.len()).collect();
     order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]).then(a.cmp(b)));
     order.truncate(args.n);

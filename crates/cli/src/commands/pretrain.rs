@@ -5,15 +5,16 @@ use std::{path::PathBuf, process::ExitCode};
 use byol::{
     data::Dataset,
     device::{self, Choice, Opened},
+    ranks::Ranks,
     train::{
-        self, Plan, Prepared, Recipe, Run,
+        self, Place, Plan, Prepared, Recipe, Run,
         auto::{self, Facts},
         recipe::Draft,
         run::must_be_free,
     },
 };
 
-use super::{open, prepare, set_threads, stop_flag};
+use super::{open_nth, prepare, ranks::Joined, set_threads, stop_flag};
 use crate::report::{self, Result};
 
 /// Train an encoder on the images in a folder
@@ -54,6 +55,9 @@ pub struct Args {
     /// f32, or bf16 on a processor with AVX512-BF16: faster and coarser products, f32 sums
     #[arg(long, value_name = "WHAT", value_parser = ["f32", "bf16"])]
     precision: Option<String>,
+    /// Of several ranks: whether batch norm sees the images of all
+    #[arg(long, value_name = "true|false")]
+    sync_bn: Option<bool>,
     /// Passes over the images
     #[arg(long, value_name = "N")]
     epochs: Option<i64>,
@@ -139,6 +143,7 @@ impl Args {
             ("health.on_collapse", &self.on_collapse, "--on-collapse"),
             ("train.precision", &self.precision, "--precision"),
         ];
+        self.sync_bn.map(|v| draft.say("train.sync_bn", v, "--sync-bn")).transpose()?;
         for (key, value, flag) in names {
             value.as_ref().map(|v| draft.say(key, v.as_str(), flag)).transpose()?;
         }
@@ -149,7 +154,7 @@ impl Args {
     }
 }
 
-pub fn run(args: &Args) -> Result<ExitCode> {
+pub fn run(args: &Args, joined: &Joined) -> Result<ExitCode> {
     let draft = args.draft()?;
     // Everything that can be refused without the data is refused before they are read.
     let checked = checked(&draft)?;
@@ -160,17 +165,35 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             super::free_folder(&format!("byol-runs/{name}"))
         }
     };
-    must_be_free(&out)?;
-    let threads = set_threads(args.threads)?;
-    let opened = open(args.device)?;
-    let data = prepare(Dataset::open(&args.data)?, checked.train.limit, &checked.health)?;
+    if joined.ranks.leads() {
+        must_be_free(&out)?;
+    }
+    let threads = set_threads(joined.threads(args.threads))?;
+    let opened = open_nth(args.device, joined.local[0])?;
+    let data = prepare(Dataset::open(&args.data)?, checked.train.limit, &checked.health, joined.local[1])?;
+    must_see_the_same(joined.ranks, &data)?;
     let (recipe, why) = resolved(&draft, checked, &data, &opened)?;
     why.iter().for_each(|reason| report::note(format!("  auto: {reason}")));
-    let plan = Plan::new(&draft.name, recipe, &data, opened.found.choice)?;
+    // What `auto` chooses depends on the machine: rank 0's is for all.
+    let plan = joined.ranks.agree(Plan::new(&draft.name, recipe, &data, opened.found.choice)?);
     describe(&plan, &opened.found.name, threads, &out);
     let stop = stop_flag();
-    let run = Run::create(&out, plan, &data, opened.device, threads, args.tensorboard)?;
-    super::train(run, args.json, &stop)
+    let place = Place { device: opened.device, threads, ranks: joined.ranks };
+    let run = Run::create(&out, plan, &data, place, args.tensorboard)?;
+    super::train(run, args.json, &stop, joined)
+}
+
+/// Refuses data that differ from rank to rank.
+fn must_see_the_same(ranks: Ranks, data: &Prepared) -> Result<()> {
+    let seen = format!("{} {}", data.train.len(), data.train.fingerprint());
+    match ranks.differs(seen.as_bytes()) {
+        None => Ok(()),
+        Some(rank) => {
+            let what = format!("other images in {}", data.root.display());
+            let remedy = "give all machines the same data, under the same path";
+            Err(train::Error::OtherRank { rank, what, remedy }.into())
+        }
+    }
 }
 
 /// What was said, checked without the data.

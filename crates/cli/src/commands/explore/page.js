@@ -450,21 +450,21 @@ $("colour").addEventListener("change", async () => {
 
 let duplicatesTimer, searched;
 async function duplicates() {
-  const least = Number($("threshold").value);
-  if (least === searched) return;
-  searched = least;
+  const share = Number($("threshold").value);
+  if (share === searched) return;
+  searched = share;
   $("duplicates-say").textContent = "searching …";
-  const answer = await fetch(`/api/duplicates?threshold=${least}`).catch(() => null);
-  if (least !== searched) return;
+  const answer = await fetch(`/api/duplicates?threshold=${share}`).catch(() => null);
+  if (share !== searched) return;
   if (!answer?.ok) {
     searched = undefined;
     // Another search is under way.
     if (answer?.status === 429) { clearTimeout(duplicatesTimer); duplicatesTimer = setTimeout(duplicates, 1000); return; }
-    $("duplicates-say").textContent = answer?.status === 413 ? "too many pairs are as alike as that: ask for more" : "the search failed";
+    $("duplicates-say").textContent = "the search failed";
     return;
   }
   const { groups, all } = await answer.json();
-  if (least !== searched) return;
+  if (share !== searched) return;
   $("duplicates-say").textContent = all ? `${all.toLocaleString()} groups${all > groups.length ? `, the first ${groups.length}` : ""}` : "none";
   $("groups").replaceChildren(...groups.map((g) => {
     const line = text("div", "", "group");
@@ -473,7 +473,7 @@ async function duplicates() {
   }));
 }
 $("threshold").addEventListener("input", () => {
-  $("threshold-value").textContent = Number($("threshold").value).toFixed(3);
+  $("threshold-value").textContent = Number($("threshold").value).toFixed(2);
   clearTimeout(duplicatesTimer);
   duplicatesTimer = setTimeout(duplicates, 300);
 });

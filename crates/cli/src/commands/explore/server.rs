@@ -21,9 +21,10 @@ use axum::{
 };
 use byol::{
     apply::{
+        duplicates,
         embed::{Items, Split},
         map::Method,
-        search::{Index, groups},
+        search::Index,
         sheet,
     },
     data::{Dataset, Image, decode},
@@ -67,9 +68,6 @@ const MOST_BYTES: usize = 1 << 20;
 /// Side of a thumbnail at most.
 const MOST_PIXELS: u32 = 512;
 
-/// Pairs of near-duplicates that are held at most.
-const MOST_PAIRS: usize = 2_000_000;
-
 /// Neighbours that outlier scores look at.
 const NEAR: usize = 10;
 
@@ -103,7 +101,7 @@ impl State {
     }
 
     fn outliers(&self) -> &[f32] {
-        self.outliers.get_or_init(|| self.shown.index.outlier_scores(NEAR).iter().map(|s| *s as f32).collect())
+        self.outliers.get_or_init(|| self.shown.index.outlier_scores(NEAR, |_| ()).iter().map(|s| *s as f32).collect())
     }
 
     fn row(&self, i: usize) -> Value {
@@ -158,7 +156,7 @@ fn router(state: Arc<State>) -> Router {
         .route("/api/row/{i}", get(row))
         .route("/api/near/{i}", get(near))
         .route("/api/outliers", get(outliers))
-        .route("/api/duplicates", get(duplicates))
+        .route("/api/duplicates", get(duplicate_groups))
         .route("/api/clusters", get(clusters))
         .route("/api/probe", post(probe))
         .route("/api/curves", get(curves))
@@ -286,10 +284,9 @@ struct Threshold {
     threshold: Option<f32>,
 }
 
-async fn duplicates(Shared(state): All, Query(asked): Query<Threshold>) -> Result<Json<Value>, StatusCode> {
-    let least = asked.threshold.unwrap_or(0.97);
-    // Below, nearly all pairs of a large set would be held.
-    if !(0.5..=1.0).contains(&least) {
+async fn duplicate_groups(Shared(state): All, Query(asked): Query<Threshold>) -> Result<Json<Value>, StatusCode> {
+    let share = asked.threshold.unwrap_or(duplicates::SHARE);
+    if !(0.0..1.0).contains(&share) {
         return Err(StatusCode::BAD_REQUEST);
     }
     let found = work(move || {
@@ -298,9 +295,8 @@ async fn duplicates(Shared(state): All, Query(asked): Query<Threshold>) -> Resul
             Err(TryLockError::WouldBlock) => return Err(StatusCode::TOO_MANY_REQUESTS),
             alone => alone,
         };
-        // The cosine of a row with itself is 1 but for rounding.
-        let pairs = state.shown.index.pairs(least.min(0.9999), MOST_PAIRS).ok_or(StatusCode::PAYLOAD_TOO_LARGE)?;
-        let mut groups = groups(state.shown.paths.len(), &pairs);
+        let pairs = duplicates::within(&state.shown.index, share, |_| ());
+        let mut groups = duplicates::groups(state.shown.paths.len(), &pairs);
         let all = groups.len();
         groups.truncate(MOST_ROWS / 5);
         let named: Vec<Vec<Value>> =
