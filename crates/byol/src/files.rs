@@ -22,6 +22,26 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
     sync_folder(path.parent())
 }
 
+/// The same, read back before it gets its name.
+///
+/// # Errors
+/// What the system says; one that is not what was written.
+pub fn write_checked(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let temporary = temporary_name(path);
+    let written = (|| {
+        write_whole(&temporary, bytes)?;
+        match fs::read(&temporary)? == bytes {
+            true => fs::rename(&temporary, path),
+            false => Err(io::Error::other("what was read back is not what was written")),
+        }
+    })();
+    if written.is_err() {
+        let _ = fs::remove_file(&temporary); // the first error is the one to report
+        return written;
+    }
+    sync_folder(path.parent())
+}
+
 /// Makes a rename in this folder durable. Folders cannot be opened everywhere; where not, the system decides.
 pub fn sync_folder(folder: Option<&Path>) -> io::Result<()> {
     #[cfg(unix)]

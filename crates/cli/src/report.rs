@@ -73,6 +73,16 @@ pub fn shown(path: &Path) -> String {
     path.display().to_string()
 }
 
+/// A name on one line, whatever characters it has: lists of names are read line by line, and a terminal obeys some of them.
+pub fn plain(name: &str) -> String {
+    name.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
+}
+
+/// `1 group`, `2 groups`.
+pub fn counted_noun(n: usize, noun: &str) -> String {
+    format!("{n} {noun}{}", if n == 1 { "" } else { "s" })
+}
+
 /// A line of talk.
 pub fn note(text: impl Display) {
     if talks() {

@@ -39,6 +39,9 @@ pub enum Error {
         /// What differs.
         what: String,
     },
+    /// Another process writes it.
+    #[error("{} is being written by another byol; wait for it, or choose another -o", .0.display())]
+    Busy(PathBuf),
     /// The encoder computes no numbers.
     #[error(
         "{encoder} gives {value}: its weights are of a run that has diverged; use an earlier one, such as best.safetensors"
@@ -147,6 +150,15 @@ impl Items {
         !self.is_empty() && self.splits.iter().all(|(_, images)| images.labels().is_some())
     }
 
+    /// When the newest of the files was changed, in milliseconds since 1970; 0 where images are no files.
+    pub fn changed(&self) -> u64 {
+        let of = |path: &Path| {
+            let since = path.metadata().ok()?.modified().ok()?.duration_since(std::time::UNIX_EPOCH).ok()?;
+            u64::try_from(since.as_millis()).ok()
+        };
+        (0..self.len()).filter_map(|i| of(self.path(i)?)).max().unwrap_or(0)
+    }
+
     /// A hash of names, sizes and order.
     pub fn fingerprint(&self) -> String {
         self.splits.iter().map(|(_, images)| images.fingerprint()).collect::<Vec<_>>().join("-")
@@ -202,11 +214,24 @@ pub enum Outcome {
     Stopped(usize),
 }
 
+/// What is there of an earlier run.
+struct Begun {
+    file: File,
+    /// Bytes of the first line.
+    head: u64,
+    /// Whole records.
+    whole: usize,
+    /// Those of images that could not be used.
+    unusable: Vec<usize>,
+}
+
 /// The first line of `FILE.partial-rows`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Head {
     origin: Origin,
     dim: usize,
+    /// [`Items::changed`]
+    changed: u64,
 }
 
 /// Batches that are decoded and written together: enough work for all threads.
@@ -244,8 +269,17 @@ impl Job<'_> {
         name.push(".partial-rows");
         let path = PathBuf::from(name);
         let write = |source| embeddings::Error::Write { path: path.clone(), source };
-        let (mut file, mut next) = self.begin(&path, dim)?;
+        let Begun { mut file, head, whole: mut next, unusable } = self.begin(&path, dim)?;
         let size = self.encoder.spec.size;
+        // What could not be used before may have been the disk's fault.
+        for i in unusable {
+            let again = self.records(range.start + i..range.start + i + 1)?;
+            if is_good(&again) {
+                let at = head + (i * record(dim)) as u64;
+                file.seek(SeekFrom::Start(at)).and_then(|_| file.write_all(&again)).map_err(write)?;
+            }
+        }
+        file.seek(SeekFrom::Start(head + (next * record(dim)) as u64)).map_err(write)?;
         done(next, range.len());
         while next < range.len() {
             if stop.load(Ordering::Relaxed) {
@@ -258,23 +292,29 @@ impl Job<'_> {
             done(next, range.len());
         }
         file.sync_all().map_err(write)?;
-        let outcome = self.finish(file, &path, dim, range)?;
-        fs::remove_file(&path).map_err(write)?;
-        Ok(outcome)
+        let outcome = self.finish(file, &path, dim, range);
+        // Data of which most cannot be used have to change, and with them these records.
+        if matches!(outcome, Ok(_) | Err(Error::Data(data::Error::MostlyBad { .. }))) {
+            fs::remove_file(&path).map_err(write)?;
+        }
+        outcome
     }
 
-    /// Opens the partial file behind its last whole record: how many there are.
-    fn begin(&self, path: &Path, dim: usize) -> Result<(File, usize), Error> {
+    /// Opens the partial file, cut behind its last whole record.
+    fn begin(&self, path: &Path, dim: usize) -> Result<Begun, Error> {
         let write = |source| embeddings::Error::Write { path: path.to_owned(), source };
-        let head = Head { origin: self.origin.clone(), dim };
+        let head = Head { origin: self.origin.clone(), dim, changed: self.items.changed() };
         let mut line = serde_json::to_string(&head).expect("a head is plain data");
         line.push('\n');
         let mut file =
             OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(write)?;
+        if let Err(fs::TryLockError::WouldBlock) = file.try_lock() {
+            return Err(Error::Busy(path.to_owned()));
+        }
         let length = file.metadata().map_err(write)?.len();
         if length == 0 {
             file.write_all(line.as_bytes()).map_err(write)?;
-            return Ok((file, 0));
+            return Ok(Begun { file, head: line.len() as u64, whole: 0, unusable: Vec::new() });
         }
         let mut first = String::new();
         // A line is short; what is not one ends the reading too.
@@ -293,18 +333,20 @@ impl Job<'_> {
             };
             return Err(self.other(path, what));
         }
-        // Up to the first that is cut off, is not whole (a system that lost its power leaves zeros), or is of an image that could not be used:
-        // it may have been the disk.
+        // Up to the first that is cut off or not whole: a system that lost its power leaves zeros.
+        let head = first.len() as u64;
         let mut reader = BufReader::new(&file);
-        reader.seek(SeekFrom::Start(first.len() as u64)).map_err(write)?;
-        let (mut one, mut whole) = (vec![0u8; record(dim)], 0u64);
-        while reader.read_exact(&mut one).is_ok() && is_good(&one) {
+        reader.seek(SeekFrom::Start(head)).map_err(write)?;
+        let (mut one, mut whole, mut unusable) = (vec![0u8; record(dim)], 0, Vec::new());
+        while reader.read_exact(&mut one).is_ok() && (is_good(&one) || is_unusable(&one)) {
+            if is_unusable(&one) {
+                unusable.push(whole);
+            }
             whole += 1;
         }
         drop(reader);
-        let end = first.len() as u64 + whole * record(dim) as u64;
-        file.set_len(end).and_then(|()| file.seek(SeekFrom::Start(end))).map_err(write)?;
-        Ok((file, whole as usize))
+        file.set_len(head + (whole * record(dim)) as u64).map_err(write)?;
+        Ok(Begun { file, head, whole, unusable })
     }
 
     fn other(&self, path: &Path, what: &str) -> Error {
@@ -399,6 +441,12 @@ fn checksum(values: &[u8], good: bool) -> u32 {
 fn is_good(record: &[u8]) -> bool {
     let (values, sum) = record.split_at(record.len() - 4);
     sum == checksum(values, true).to_le_bytes()
+}
+
+/// Whether a record is whole, and of an image that could not be used.
+fn is_unusable(record: &[u8]) -> bool {
+    let (values, sum) = record.split_at(record.len() - 4);
+    sum == checksum(values, false).to_le_bytes()
 }
 
 /// Bytes of a record.

@@ -5,7 +5,7 @@
 use std::{
     collections::HashMap,
     fs::{self, File},
-    io::{self, BufRead, BufReader, BufWriter, Read, Seek, Write},
+    io::{self, BufRead, BufReader, BufWriter, Read, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -16,7 +16,10 @@ use arrow_array::{
 use arrow_schema::{ArrowError, DataType, Field, Schema};
 use npyz::WriterBuilder;
 use parquet::{
-    arrow::{ArrowWriter, arrow_reader::ParquetRecordBatchReaderBuilder},
+    arrow::{
+        ArrowWriter,
+        arrow_reader::{ArrowReaderOptions, ParquetRecordBatchReaderBuilder},
+    },
     errors::ParquetError,
     file::{metadata::KeyValue, properties::WriterProperties},
 };
@@ -169,6 +172,7 @@ pub struct Writer {
     origin: Origin,
     dim: usize,
     sink: Sink,
+    _unfinished: Unfinished,
 }
 
 enum Sink {
@@ -202,6 +206,10 @@ impl Writer {
     pub fn new(path: &Path, origin: Origin, n: usize, dim: usize, labelled: bool) -> Result<Writer, Error> {
         let write = |source| Error::Write { path: path.to_owned(), source };
         let create = |path: &Path| File::create(files::temporary_name(path));
+        if path.is_dir() {
+            return Err(write(io::ErrorKind::IsADirectory.into()));
+        }
+        let _unfinished = Unfinished(self::files(path)?);
         let sink = match format(path)? {
             Format::Parquet => {
                 let item = Arc::new(Field::new("item", DataType::Float32, false));
@@ -247,7 +255,7 @@ impl Writer {
                 Sink::Csv(Box::new(writer))
             }
         };
-        Ok(Writer { path: path.to_owned(), origin, dim, sink })
+        Ok(Writer { path: path.to_owned(), origin, dim, sink, _unfinished })
     }
 
     /// Writes some rows.
@@ -292,43 +300,61 @@ impl Writer {
         }
     }
 
-    /// Gives the file its name; those beside it have theirs before.
+    /// Gives the files their names, once all of them are whole on disk. In between there is none of the main name: vectors never stand
+    /// beside the paths of others.
     ///
     /// # Errors
-    /// [`Error::Write`].
+    /// [`Error::Write`]; no file is left behind.
     pub fn finish(self) -> Result<(), Error> {
-        let Writer { path, origin, sink, .. } = self;
+        let Writer { path, origin, sink, _unfinished, .. } = self;
         let write = |source| Error::Write { path: path.clone(), source };
-        let place = |file: File, path: &Path| {
-            file.sync_all()?;
-            fs::rename(files::temporary_name(path), path)
-        };
         let unbuffered = |writer: BufWriter<File>| writer.into_inner().map_err(io::IntoInnerError::into_error);
-        let has_origin = matches!(sink, Sink::Parquet { .. });
-        if !has_origin {
+        let mut beside = Vec::new();
+        if !matches!(sink, Sink::Parquet { .. }) {
             let json = serde_json::to_vec_pretty(&origin).expect("an origin is plain data");
-            files::write_whole(&origin_file(&path), &json).map_err(write)?;
+            let of = origin_file(&path);
+            let file =
+                File::create(files::temporary_name(&of)).and_then(|mut file| file.write_all(&json).map(|()| file));
+            beside.push((file.map_err(write)?, of));
         }
+        let mut unneeded = None;
         let file = match sink {
             Sink::Parquet { writer, .. } => writer.into_inner().map_err(|e| write(of_parquet(e)))?,
             Sink::Npy { rows, paths, labels } => {
-                unbuffered(paths).and_then(|file| place(file, &paths_file(&path))).map_err(write)?;
+                beside.push((unbuffered(paths).map_err(write)?, paths_file(&path)));
                 match labels {
-                    Some(labels) => {
-                        unbuffered(labels).and_then(|file| place(file, &labels_file(&path))).map_err(write)?;
-                    }
+                    Some(labels) => beside.push((unbuffered(labels).map_err(write)?, labels_file(&path))),
                     // Those of a set that this one replaces.
-                    None => match fs::remove_file(labels_file(&path)) {
-                        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(write(e)),
-                        _ => (),
-                    },
+                    None => unneeded = Some(labels_file(&path)),
                 }
                 rows.finish().map_err(write)?;
                 File::options().write(true).open(files::temporary_name(&path)).map_err(write)?
             }
             Sink::Csv(writer) => writer.into_inner().map_err(|e| write(e.into_error()))?,
         };
-        place(file, &path).and_then(|()| files::sync_folder(path.parent())).map_err(write)
+        beside.iter().map(|(file, _)| file).chain([&file]).try_for_each(File::sync_all).map_err(write)?;
+        let remove = |path: &Path| match fs::remove_file(path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+            _ => Ok(()),
+        };
+        if !beside.is_empty() {
+            remove(&path).map_err(write)?;
+        }
+        unneeded.map_or(Ok(()), |path| remove(&path)).map_err(write)?;
+        let place = |path: &Path| fs::rename(files::temporary_name(path), path);
+        beside.iter().map(|(_, path)| path.as_path()).chain([path.as_path()]).try_for_each(place).map_err(write)?;
+        files::sync_folder(path.parent()).map_err(write)
+    }
+}
+
+/// The temporary files of a [`Writer`]: those that have not got their names are removed with it.
+struct Unfinished(Vec<PathBuf>);
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        for path in &self.0 {
+            let _ = fs::remove_file(files::temporary_name(path)); // most are gone under their own names
+        }
     }
 }
 
@@ -380,7 +406,8 @@ impl Embeddings {
         }
         let rows = [found.paths.len(), found.labels.as_ref().map_or(found.paths.len(), Vec::len)];
         if rows != [found.features.n; 2] {
-            return Err(bad(format!("{} rows, but {} paths and {} labels", found.features.n, rows[0], rows[1])));
+            let labels = found.labels.as_ref().map_or(String::new(), |l| format!(" and {} labels", l.len()));
+            return Err(bad(format!("{} rows, but {} paths{labels}", found.features.n, rows[0])));
         }
         if let Some(at) = found.features.values.iter().position(|v| !v.is_finite()) {
             return Err(bad(format!("row {} holds {}", at / found.features.dim, found.features.values[at])));
@@ -396,10 +423,13 @@ impl Embeddings {
 
 fn of_parquet_file(file: File) -> Result<Embeddings, String> {
     let text = |e: &dyn std::fmt::Display| e.to_string();
-    let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|e| text(&e))?;
+    // By Parquet's own types: other writers have large lists or dictionaries in memory, which do not matter here.
+    let options = ArrowReaderOptions::new().with_skip_arrow_metadata(true);
+    let builder = ParquetRecordBatchReaderBuilder::try_new_with_options(file, options).map_err(|e| text(&e))?;
     let entries = builder.metadata().file_metadata().key_value_metadata();
     let json = entries.and_then(|all| all.iter().find(|kv| kv.key == KEY)).and_then(|kv| kv.value.clone());
-    let origin = json.and_then(|json| serde_json::from_str(&json).ok());
+    let of_json = |json: String| serde_json::from_str(&json).map_err(|e| format!("its entry `{KEY}` is broken: {e}"));
+    let origin = json.map(of_json).transpose()?;
     let schema = builder.schema().clone();
     let column = |name: &str| schema.index_of(name).ok();
     let (Some(path), Some(embedding)) = (column("path"), column("embedding")) else {
@@ -499,6 +529,9 @@ fn of_npy_file(mut file: File, path: &Path) -> Result<Embeddings, String> {
     if npy.order() != npyz::Order::C {
         return Err("it is in Fortran order; save it row by row".into());
     }
+    if npy.dtype().descr() != "'<f4'" {
+        return Err(format!("it holds {}, not f32 ('<f4'): save it with .astype('float32')", npy.dtype().descr()));
+    }
     // A header can say anything; memory is asked for what the file holds.
     if n.checked_mul(dim).is_none_or(|values| values > length / 4) {
         return Err(format!("it should hold {n} rows of {dim} numbers, but it is {length} bytes long"));
@@ -522,7 +555,14 @@ fn of_npy_file(mut file: File, path: &Path) -> Result<Embeddings, String> {
     Ok(Embeddings::of(paths, lines(labels_file(path))?, dim as usize, values))
 }
 
-fn of_csv_file(file: File) -> Result<Embeddings, String> {
+fn of_csv_file(mut file: File) -> Result<Embeddings, String> {
+    // A number that is cut off is still a number.
+    let mut last = [0];
+    let end = file.seek(SeekFrom::End(-1)).and_then(|_| file.read_exact(&mut last)).and_then(|()| file.rewind());
+    if end.is_ok() && last != *b"\n" {
+        return Err("it is cut off: its last line has no end".into());
+    }
+    file.rewind().map_err(|e| e.to_string())?;
     let mut reader = csv::Reader::from_reader(BufReader::new(file));
     let head = reader.headers().map_err(|e| e.to_string())?.clone();
     if head.get(0) != Some("path") {

@@ -76,10 +76,10 @@ pub fn write(encoder: &Encoder, path: &Path, normalise: bool, images: &Images) -
     let features = |values: Vec<f32>| Features { n: images.len(), dim: encoder.features(), values };
     match ending.as_deref() {
         Some("safetensors") => {
-            let bytes = weights::to_file(spec, &encoder.weights);
-            let back = weights::parse(path, &bytes, &encoder.device())?;
+            let back = weights::parse(path, &weights::to_file(spec, &encoder.weights, None), &encoder.device())?;
             let check = compare(&features(ours), &features(host(back.embed(x)))).map_err(differs)?;
-            files::write_whole(path, &bytes).map_err(write)?;
+            let bytes = weights::to_file(spec, &encoder.weights, Some((DIFFERENCE, check.to_string())));
+            files::write_checked(path, &bytes).map_err(write)?;
             Ok(check)
         }
         Some("onnx") => {
@@ -94,13 +94,20 @@ pub fn write(encoder: &Encoder, path: &Path, normalise: bool, images: &Images) -
             let input = if normalise { x } else { spec.normalization.forward(x) };
             let theirs = host(back.run(input.permute([0, 3, 1, 2])).map_err(differs)?);
             let check = compare(&features(ours), &features(theirs)).map_err(differs)?;
-            let said =
-                format!("{:e} of features up to {:.3}, {} images", check.difference, check.largest, check.images);
-            model.note("largest difference from byol", said);
-            files::write_whole(path, &model.to_bytes()).map_err(write)?;
+            model.note(DIFFERENCE, check.to_string());
+            files::write_checked(path, &model.to_bytes()).map_err(write)?;
             Ok(check)
         }
         _ => Err(Error::Name(path.to_owned())),
+    }
+}
+
+/// What the difference is called in a file's metadata.
+const DIFFERENCE: &str = "largest difference from byol";
+
+impl std::fmt::Display for Check {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        write!(f, "{:e} of features up to {:.3}, {} images", self.difference, self.largest, self.images)
     }
 }
 

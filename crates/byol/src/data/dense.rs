@@ -143,12 +143,24 @@ pub fn depth(root: &Path) -> Result<DepthSet, Error> {
             found.into_iter().map(|(image, depth)| pair(image, depth)).collect()
         };
         let (train, test) = (split("train")?, split("test")?);
-        if train.is_empty() { every_fifth(root, split("")?)? } else { [train, test] }
+        match (train.is_empty(), test.is_empty()) {
+            (true, _) => every_fifth(root, split("")?)?,
+            (false, true) => every_fifth(root, train)?,
+            (false, false) => [train, test],
+        }
     } else {
         parted(root, "depth", pair)?
     };
     if train.is_empty() || test.is_empty() {
         return Err(too_few(root));
+    }
+    for (pairs, what) in [(&train, "training"), (&test, "test")] {
+        if pairs.iter().all(|pair| pair.depth.metres.iter().all(|m| *m <= 0.0)) {
+            return Err(Error::Dense {
+                root: root.to_owned(),
+                reason: format!("no pixel of the {what} maps has a depth"),
+            });
+        }
     }
     Ok(DepthSet { train, test })
 }
@@ -177,9 +189,15 @@ fn parted<T>(
     if !root.exists() {
         return Err(Error::Missing(root.to_owned()));
     }
+    let dense = |reason: String| Error::Dense { root: root.to_owned(), reason };
     for folder in ["images", other] {
         if !root.join(folder).is_dir() {
-            return Err(Error::Dense { root: root.to_owned(), reason: format!("there is no folder `{folder}`") });
+            return Err(dense(format!("there is no folder `{folder}`")));
+        }
+    }
+    for split in ["train", "val", "test"] {
+        if root.join(other).join(split).is_dir() && !root.join("images").join(split).is_dir() {
+            return Err(dense(format!("there is `{other}/{split}` but no `images/{split}`")));
         }
     }
     let all = |split: &str| -> Result<Vec<T>, Error> {
@@ -221,7 +239,12 @@ fn names<'a>(
 fn matched(root: &Path, other: &str, split: &str) -> Result<Vec<(PathBuf, PathBuf)>, Error> {
     let stems = |folder: &str| -> Result<BTreeMap<String, PathBuf>, Error> {
         let folder = root.join(folder).join(split);
-        let files = list(&folder)?.into_iter().filter(|path| path.is_file());
+        // Desktops leave files of their own: .DS_Store, Thumbs.db.
+        let own = |path: &Path| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            name.starts_with('.') || ["thumbs.db", "desktop.ini"].contains(&name.to_ascii_lowercase().as_str())
+        };
+        let files = list(&folder)?.into_iter().filter(|path| path.is_file() && !own(path));
         Ok(files.filter_map(|path| Some((path.file_stem()?.to_string_lossy().into_owned(), path.clone()))).collect())
     };
     let dense = |reason: String| Error::Dense { root: root.to_owned(), reason };
@@ -310,11 +333,43 @@ fn raw(bytes: &[u8]) -> Result<DynamicImage, DecodeError> {
 /// # Errors
 /// Any [`DecodeError`].
 pub fn mask_of(bytes: &[u8]) -> Result<Mask, DecodeError> {
+    if let Some(mask) = palette_png(bytes)? {
+        return Ok(mask);
+    }
+    if image::guess_format(bytes).ok() == Some(ImageFormat::Jpeg) {
+        return Err(broken("mask", "JPEG changes the numbers of classes; write masks as PNG"));
+    }
     let DynamicImage::ImageLuma8(grey) = raw(bytes)? else {
-        return Err(broken("image", "a mask is 8-bit grey, its values the numbers of classes"));
+        return Err(broken("mask", "a mask is 8-bit grey or has a palette, its values the numbers of classes"));
     };
     let (height, width) = (grey.height() as usize, grey.width() as usize);
     Ok(Mask { height, width, classes: grey.into_raw() })
+}
+
+/// The mask in a PNG with a palette, as Pascal VOC has them: its indices are the numbers of classes. None of another file.
+fn palette_png(bytes: &[u8]) -> Result<Option<Mask>, DecodeError> {
+    if image::guess_format(bytes).ok() != Some(ImageFormat::Png) {
+        return Ok(None);
+    }
+    let wrong = |e: png::DecodingError| broken("PNG", e);
+    let mut decoder = png::Decoder::new(Cursor::new(bytes));
+    decoder.set_transformations(png::Transformations::IDENTITY);
+    let mut reader = decoder.read_info().map_err(wrong)?;
+    let (info, size) = (reader.info(), reader.output_buffer_size());
+    if info.color_type != png::ColorType::Indexed {
+        return Ok(None);
+    }
+    let (width, height, bits) = (info.width as usize, info.height as usize, info.bit_depth as usize);
+    decode::check_size(width, height)?;
+    let mut rows = vec![0; size.ok_or_else(|| broken("PNG", "it is too large"))?];
+    let frame = reader.next_frame(&mut rows).map_err(wrong)?;
+    let at = |row: &[u8], x: usize| {
+        let (byte, left) = (x * bits / 8, 8 - bits - x * bits % 8);
+        (row[byte] >> left) & (0xff >> (8 - bits))
+    };
+    let line = frame.line_size.max(1);
+    let classes = rows.chunks_exact(line).take(height).flat_map(|row| (0..width).map(move |x| at(row, x))).collect();
+    Ok(Some(Mask { height, width, classes }))
 }
 
 /// The depth map in a file's bytes.
@@ -388,5 +443,16 @@ mod tests {
         let grey = image::GrayImage::from_raw(2, 1, vec![3, 255]).unwrap();
         assert_eq!(mask_of(&png(grey.into())).unwrap(), Mask { height: 1, width: 2, classes: vec![3, NO_CLASS] });
         assert!(mask_of(&png(DynamicImage::new_rgb8(2, 1))).is_err());
+        let indexed = |depth: png::BitDepth, rows: &[u8]| {
+            let mut bytes = Vec::new();
+            let mut encoder = png::Encoder::new(&mut bytes, 3, 2);
+            encoder.set_color(png::ColorType::Indexed);
+            encoder.set_depth(depth);
+            encoder.set_palette(vec![0; 12]);
+            encoder.write_header().unwrap().write_image_data(rows).unwrap();
+            mask_of(&bytes).unwrap().classes
+        };
+        assert_eq!(indexed(png::BitDepth::Eight, &[0, 1, 2, 3, 2, 1]), [0, 1, 2, 3, 2, 1]);
+        assert_eq!(indexed(png::BitDepth::Two, &[0b00_01_10_00, 0b11_10_01_00]), [0, 1, 2, 3, 2, 1]);
     }
 }

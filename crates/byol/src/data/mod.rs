@@ -140,7 +140,7 @@ pub enum Error {
         reason: String,
     },
     /// A label where the read-out needs one.
-    #[error("{} has no labels; put the images of each class into a subfolder named after it", .0.display())]
+    #[error("{} has no labels of two classes or more; put the images of each class into a subfolder named after it, or write a labels.csv (of shards: `.cls` files or a column `label`, numbers from 0 to 65535)", .0.display())]
     Unlabelled(PathBuf),
 }
 
@@ -176,6 +176,13 @@ pub struct Skipped {
     pub what: String,
     /// Why.
     pub why: String,
+}
+
+impl Skipped {
+    /// On one line, whatever the decoder says.
+    fn new(what: String, why: &DecodeError) -> Skipped {
+        Skipped { what, why: why.to_string().split_whitespace().collect::<Vec<_>>().join(" ") }
+    }
 }
 
 /// What the data are, once every image has been looked at.
@@ -303,7 +310,7 @@ impl Images {
             match self.get(at) {
                 Err(Error::Image { what, source }) if !matches!(source, DecodeError::Read(_)) => {
                     let tried = (at + self.len() - i) % self.len() + 1;
-                    if tried == self.len() || !shards.pass_over(what.clone(), source.to_string(), tried) {
+                    if tried == self.len() || !shards.pass_over(Skipped::new(what.clone(), &source), tried) {
                         return Err(Error::Image { what, source });
                     }
                     at = (at + 1) % self.len();
@@ -326,6 +333,21 @@ impl Images {
         match &self.source {
             Source::Shards(shards) => Order::of_shards(seed, shards.runs(&self.chosen), buffer),
             Source::Files(_) | Source::Memory(_) => Order::new(seed, self.len()),
+        }
+    }
+
+    /// How far ahead [`Images::coming`] wants to know, in images; 0: not at all.
+    pub fn lookahead(&self) -> usize {
+        match &self.source {
+            Source::Shards(shards) => shards.lookahead(),
+            Source::Files(_) | Source::Memory(_) => 0,
+        }
+    }
+
+    /// Says that image `i` will be wanted soon: what has to be fetched for it is.
+    pub fn coming(&self, i: usize) {
+        if let Source::Shards(shards) = &self.source {
+            shards.fetch_ahead(self.chosen[i]);
         }
     }
 
@@ -355,6 +377,14 @@ impl Images {
                 let first: Vec<usize> = (0..self.len().min(NEAR * n.max(1))).collect();
                 self.subset(&first).spread(n).check(0, &|| ()).0
             }
+        }
+    }
+
+    /// Those of these few images that can be used, and the rest by name; all where somebody has looked at them before.
+    pub fn usable(&self) -> (Images, Vec<Skipped>) {
+        match self.source {
+            Source::Shards(_) => self.check(0, &|| ()),
+            Source::Files(_) | Source::Memory(_) => (self.clone(), Vec::new()),
         }
     }
 
@@ -417,7 +447,7 @@ impl Images {
                     let so_far = total.fetch_add(image.pixels.len(), Ordering::Relaxed) + image.pixels.len();
                     Ok((so_far <= keep_bytes).then_some(image))
                 }
-                Err(Error::Image { what, source }) => Err(Skipped { what, why: source.to_string() }),
+                Err(Error::Image { what, source }) => Err(Skipped::new(what, &source)),
                 Err(other) => Err(Skipped { what: self.name(i), why: other.to_string() }),
             }
         };
@@ -443,7 +473,7 @@ impl Dataset {
     /// # Errors
     /// All but [`Error::Image`], [`Error::MostlyBad`] and [`Error::Unlabelled`].
     pub fn open(root: &Path) -> Result<Dataset, Error> {
-        if !root.exists() && !shards::is_pattern(root) {
+        if !root.exists() && !shards::is_pattern(root) && !shards::is_remote(root) {
             return Err(Error::Missing(root.to_owned()));
         }
         // A folder that cannot be listed is said as such, not as empty.
@@ -475,8 +505,27 @@ impl Dataset {
     /// # Errors
     /// [`Error::MostlyBad`] if more than half of the training images are bad, [`Error::Empty`] if none is left.
     pub fn check(self, keep_bytes: usize, looked_at: &(dyn Fn() + Sync)) -> Result<Dataset, Error> {
-        let all = self.train.looked_at();
-        let (train, mut skipped) = self.train.check_to_train(keep_bytes, looked_at);
+        let (all, found) = (self.train.len(), self.train.check(keep_bytes, looked_at));
+        self.checked(all, found, keep_bytes, looked_at)
+    }
+
+    /// The same for training, which passes over what it cannot use: of training images in shards only the first are looked at.
+    ///
+    /// # Errors
+    /// As [`Dataset::check`].
+    pub fn check_to_train(self, keep_bytes: usize, looked_at: &(dyn Fn() + Sync)) -> Result<Dataset, Error> {
+        let (all, found) = (self.train.looked_at(), self.train.check_to_train(keep_bytes, looked_at));
+        self.checked(all, found, keep_bytes, looked_at)
+    }
+
+    /// Of `all` training images looked at, `train` and others can be used.
+    fn checked(
+        self,
+        all: usize,
+        (train, mut skipped): (Images, Vec<Skipped>),
+        keep_bytes: usize,
+        looked_at: &(dyn Fn() + Sync),
+    ) -> Result<Dataset, Error> {
         if 2 * skipped.len() > all {
             let first = skipped.first().map_or(String::new(), |s| format!("{}: {}", s.what, s.why));
             return Err(Error::MostlyBad { root: self.root, bad: skipped.len(), all, first });
@@ -498,7 +547,7 @@ impl Dataset {
     /// How many images [`Dataset::check`] will look at.
     pub fn n_images(&self) -> usize {
         let len = |images: &Option<Images>| images.as_ref().map_or(0, Images::len);
-        self.train.looked_at() + len(&self.held_out) + len(&self.test)
+        self.train.len() + len(&self.held_out) + len(&self.test)
     }
 }
 

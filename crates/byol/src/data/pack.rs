@@ -17,10 +17,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::{Dataset, Error, Image, Images, decode};
-use crate::{
-    files,
-    random::{self, Domain},
-};
+use crate::files;
 
 /// Images that are made ready at once.
 const AT_ONCE: usize = 256;
@@ -50,6 +47,9 @@ pub struct Shard {
     pub bytes: u64,
     /// Of the whole file, in hexadecimal.
     pub sha256: String,
+    /// The class of each image, where there are classes: who reads the shards from afar need not fetch them all to know.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub labels: Vec<usize>,
 }
 
 /// `manifest.json`.
@@ -111,6 +111,7 @@ pub fn pack(
     let all = splits.iter().map(|(_, images)| images.len()).sum();
     let mut manifest = begin(data, out, packing, &splits)?;
     if manifest.complete {
+        verify(out, &manifest)?;
         progress(all, all);
         return Ok(Outcome::Finished(manifest));
     }
@@ -160,15 +161,49 @@ pub fn pack(
         }
         first += images.len();
     }
+    if manifest.shards.is_empty() {
+        let first = manifest.skipped.first().cloned().unwrap_or_default();
+        return Err(Error::MostlyBad { root: data.root.clone(), bad: manifest.skipped.len(), all, first });
+    }
     manifest.complete = true;
     save(out, &manifest)?;
     Ok(Outcome::Finished(manifest))
 }
 
+/// Whether all shards are as the manifest has them.
+fn verify(out: &Path, manifest: &Manifest) -> Result<(), Error> {
+    let one = |shard: &Shard| {
+        let path = out.join(&shard.file);
+        let bad = |reason: String| {
+            let reason = format!("{reason}; remove {} and pack again", out.join(MANIFEST).display());
+            Error::Shard { path: path.clone(), reason }
+        };
+        let (mut hash, mut some) = (Sha256::new(), vec![0; 1 << 20]);
+        let mut file = File::open(&path).map_err(|e| bad(e.to_string()))?;
+        loop {
+            match io::Read::read(&mut file, &mut some).map_err(|e| bad(e.to_string()))? {
+                0 => break,
+                n => hash.update(&some[..n]),
+            }
+        }
+        match hex(hash) == shard.sha256 {
+            true => Ok(()),
+            false => Err(bad("it is not what was packed: its checksum differs".into())),
+        }
+    };
+    manifest.shards.par_iter().try_for_each(one)
+}
+
+fn hex(hash: Sha256) -> String {
+    hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
+}
+
 /// The splits by name, in the order in which they are packed.
 fn splits(data: &Dataset, seed: u64) -> Vec<(&'static str, Images)> {
-    let mut order: Vec<usize> = (0..data.train.len()).collect();
-    random::shuffle(&mut random::stream(&[Domain::Split as u64, seed]), &mut order);
+    // Shards are read from beginning to end: they are mixed through a buffer, which is large.
+    const BUFFER: usize = 1 << 16;
+    let mut mixed = data.train.order(seed, BUFFER);
+    let order: Vec<usize> = (0..data.train.len() as u64).map(|place| mixed.at(place).1).collect();
     let mut splits = vec![("train", data.train.subset(&order))];
     // With one split beside the training images both fields hold it.
     let same = data.held_out.as_ref().zip(data.test.as_ref()).is_some_and(|(a, b)| a.fingerprint() == b.fingerprint());
@@ -228,7 +263,10 @@ fn ready(root: &Path, images: &Images, i: usize, size: Option<usize>) -> Result<
     let (bytes, name) = match images.file_bytes(i) {
         Some(bytes) => {
             let name = images.path(i).map_or_else(|| PathBuf::from(images.name(i)), Path::to_owned);
-            (bytes.map_err(|e| why(&e))?, stem(name.strip_prefix(root).unwrap_or(&name)))
+            // An archive holds no absolute paths.
+            let inner = name.strip_prefix(root).unwrap_or(&name);
+            let inner: PathBuf = inner.components().filter(|c| matches!(c, std::path::Component::Normal(_))).collect();
+            (bytes.map_err(|e| why(&e))?, stem(&inner))
         }
         None => {
             let image = images.get(i).map_err(|e| e.to_string())?;
@@ -293,6 +331,7 @@ struct Writer {
     file: String,
     tar: tar::Builder<Hashed>,
     images: usize,
+    labels: Vec<usize>,
     /// Of the last image.
     key: String,
 }
@@ -303,7 +342,15 @@ impl Writer {
         let temporary = files::temporary_name(&path);
         let to = File::create(&temporary).map_err(failed(&temporary))?;
         let to = Hashed { file: io::BufWriter::new(to), hash: Sha256::new(), bytes: 0 };
-        Ok(Writer { path, temporary, file, tar: tar::Builder::new(to), images: 0, key: String::new() })
+        Ok(Writer {
+            path,
+            temporary,
+            file,
+            tar: tar::Builder::new(to),
+            images: 0,
+            labels: Vec::new(),
+            key: String::new(),
+        })
     }
 
     fn add(&mut self, image: Ready) -> Result<(), Error> {
@@ -322,11 +369,12 @@ impl Writer {
         }
         self.key = key;
         self.images += 1;
+        self.labels.extend(image.label);
         Ok(())
     }
 
     fn finish(self) -> Result<Shard, Error> {
-        let Writer { path, temporary, file, tar, images, .. } = self;
+        let Writer { path, temporary, file, tar, images, labels, .. } = self;
         let done = (|| {
             let Hashed { file, hash, bytes } = tar.into_inner()?;
             file.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()?;
@@ -335,7 +383,6 @@ impl Writer {
             Ok((hash, bytes))
         })();
         let (hash, bytes) = done.map_err(failed(&path))?;
-        let sha256 = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
-        Ok(Shard { file, images, bytes, sha256 })
+        Ok(Shard { file, images, bytes, sha256: hex(hash), labels })
     }
 }

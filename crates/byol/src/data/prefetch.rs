@@ -77,11 +77,18 @@ impl Loader {
                 .build()
                 .expect("the system starts threads");
             let mut order = request.images.order(request.seed, request.buffer);
+            // A second one runs ahead: each knows one epoch at a time.
+            let (mut ahead, lookahead) = (order.clone(), request.images.lookahead() as u64);
+            let (mut told, end) = (request.first * request.n as u64, request.last * request.n as u64);
             let request = Arc::new(request);
             for m in request.first..request.last {
                 let [part, parts] = request.part.map(|p| p as u64);
                 let n = request.n as u64 / parts;
                 let start = m * request.n as u64 + part * n;
+                while lookahead > 0 && told < (start + n + lookahead).min(end) {
+                    request.images.coming(ahead.at(told).1);
+                    told += 1;
+                }
                 let wanted: Vec<(u64, usize)> = (0..n).map(|i| order.at(start + i)).collect();
                 let batch = pool.install(|| make(&request, &wanted));
                 let failed = batch.is_err();

@@ -8,7 +8,7 @@ use super::{
     Features, batch_for, knn,
     metrics::mean,
     named_views, spectrum,
-    sphere::{alignment, finds_its_own, uniformity},
+    sphere::{alignments, finds_its_own, uniformity},
 };
 use crate::{
     data::{Error, Images},
@@ -37,6 +37,33 @@ pub struct Card {
     pub cosine: f64,
 }
 
+const RETRIEVAL: &str = "finds its own image";
+const CONSISTENCY: &str = "keeps its neighbours";
+const ALIGNMENT: &str = "alignment";
+
+/// Those of the figures that are means over images, image by image: what their intervals are drawn from.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ByImage {
+    /// [`Card::alignment`]
+    pub alignment: Vec<f64>,
+    /// [`Card::retrieval`]
+    pub retrieval: Vec<f64>,
+    /// [`Card::consistency`]
+    pub consistency: Vec<f64>,
+}
+
+impl ByImage {
+    /// Of the figure that [`Card::figures`] calls so, if it is such a mean.
+    pub fn of(&self, figure: &str) -> Option<&[f64]> {
+        match figure {
+            ALIGNMENT => Some(&self.alignment),
+            RETRIEVAL => Some(&self.retrieval),
+            CONSISTENCY => Some(&self.consistency),
+            _ => None,
+        }
+    }
+}
+
 /// How views are made.
 #[derive(Debug, Clone, Copy)]
 pub struct Views<'a> {
@@ -62,19 +89,40 @@ const FIRST_VIEW: u64 = 16;
 /// # Errors
 /// [`Error::Image`] for an image that cannot be decoded any more.
 pub fn measure(encoder: &Encoder, images: &Images, still: &Features, how: Views) -> Result<Card, Error> {
+    Ok(measure_each(encoder, images, still, how)?.0)
+}
+
+/// The same, with the figures by image.
+///
+/// # Errors
+/// As [`measure`].
+pub fn measure_each(
+    encoder: &Encoder,
+    images: &Images,
+    still: &Features,
+    how: Views,
+) -> Result<(Card, ByImage), Error> {
     let moved = views(encoder, images, how)?;
     let of_view = |k: usize| moved.subset(&(0..images.len()).map(|i| i * VIEWS + k).collect::<Vec<_>>());
     let (first, second) = (of_view(0), of_view(1));
-    Ok(Card {
+    let finds = finds_its_own(&first, still).into_iter().map(|found| f64::from(u8::from(found)));
+    let by_image = ByImage {
+        alignment: alignments(&first, &second),
+        retrieval: finds.collect(),
+        consistency: consistencies(&first, still),
+    };
+    let of = |values: &[f64]| mean(values.iter().copied());
+    let card = Card {
         rankme: spectrum::rankme(still),
         lidar: if images.len() > 1 { spectrum::lidar(&moved, VIEWS) } else { 1.0 },
         alpha_req: spectrum::alpha_req(still, 1, still.n.min(still.dim)),
         uniformity: uniformity(still),
-        alignment: alignment(&first, &second),
-        retrieval: mean(finds_its_own(&first, still).into_iter().map(|found| f64::from(u8::from(found)))),
-        consistency: consistency(&first, still),
+        alignment: of(&by_image.alignment),
+        retrieval: of(&by_image.retrieval),
+        consistency: of(&by_image.consistency),
         cosine: mean_cosine(still),
-    })
+    };
+    Ok((card, by_image))
 }
 
 /// Representations of [`VIEWS`] views of each image, side by side, T and T′ in turn.
@@ -90,8 +138,8 @@ fn views(encoder: &Encoder, images: &Images, how: Views) -> Result<Features, Err
     Ok(Features { n: all.len(), dim: encoder.features(), values })
 }
 
-/// Mean share of the neighbours of each row of `still` that its row of `moved` has too; neither counts the image itself.
-fn consistency(moved: &Features, still: &Features) -> f64 {
+/// Share of the neighbours of each row of `still` that its row of `moved` has too; neither counts the image itself.
+fn consistencies(moved: &Features, still: &Features) -> Vec<f64> {
     let (moved, still) = (moved.unit(), still.unit());
     let k = NEIGHBOURS.min((still.n / 4).max(1));
     let neighbours = |of: &Features| -> Vec<Vec<usize>> {
@@ -103,7 +151,7 @@ fn consistency(moved: &Features, still: &Features) -> f64 {
     };
     let shared =
         |(a, b): (Vec<usize>, Vec<usize>)| a.iter().filter(|j| b.contains(j)).count() as f64 / a.len().max(1) as f64;
-    mean(neighbours(&still).into_iter().zip(neighbours(&moved)).map(shared))
+    neighbours(&still).into_iter().zip(neighbours(&moved)).map(shared).collect()
 }
 
 /// Mean cosine of different rows.
@@ -130,12 +178,12 @@ impl Card {
     /// The figures with their names, and which of them are shares.
     pub fn figures(&self) -> [(&'static str, f64, bool); 8] {
         [
-            ("finds its own image", self.retrieval, true),
-            ("keeps its neighbours", self.consistency, true),
+            (RETRIEVAL, self.retrieval, true),
+            (CONSISTENCY, self.consistency, true),
             ("LiDAR", self.lidar, false),
             ("RankMe", self.rankme, false),
             ("α-ReQ", self.alpha_req.unwrap_or(f64::NAN), false),
-            ("alignment", self.alignment, false),
+            (ALIGNMENT, self.alignment, false),
             ("uniformity", self.uniformity, false),
             ("cosine of different images", self.cosine, false),
         ]
@@ -202,6 +250,6 @@ mod tests {
     fn cosines_and_neighbours() {
         let cross = Features { n: 4, dim: 2, values: vec![1.0, 0.0, 0.0, 1.0, -1.0, 0.0, 0.0, -1.0] };
         assert!((mean_cosine(&cross) + 1.0 / 3.0).abs() < 1e-6);
-        assert_eq!(consistency(&cross, &cross), 1.0);
+        assert_eq!(consistencies(&cross, &cross), vec![1.0; cross.n]);
     }
 }

@@ -100,19 +100,33 @@ pub struct Table {
 }
 
 impl Table {
+    /// Whether a file is not there, or of the same data and settings.
+    fn may_replace(&self, path: &Path) -> bool {
+        let Ok(text) = std::fs::read_to_string(path) else { return !path.exists() };
+        let Ok(found) = serde_json::from_str::<serde_json::Value>(&text) else { return true };
+        let same = |key: &str, own: serde_json::Value| found.get(key) == Some(&own);
+        same("data", self.data.clone().into())
+            && same("seed", self.seed.into())
+            && same("settings", self.settings.clone())
+    }
+
     /// The value of that name.
     pub fn value(&self, name: &str) -> Option<f64> {
         self.rows.iter().find(|row| row.name == name).map(|row| row.value)
     }
 
-    /// Writes the table into a run, as `eval/EVALUATION.json`.
+    /// Writes the table into a run, as `eval/EVALUATION.json`; beside one of other data or settings, as `eval/EVALUATION-2.json`, and so on.
     ///
     /// # Errors
     /// What the file system says.
     pub fn save(&self, run: &Path) -> std::io::Result<std::path::PathBuf> {
         let folder = run.join("eval");
         std::fs::create_dir_all(&folder)?;
-        let path = folder.join(format!("{}.json", self.evaluation));
+        let names = (1..).map(|i| match i {
+            1 => format!("{}.json", self.evaluation),
+            i => format!("{}-{i}.json", self.evaluation),
+        });
+        let path = names.map(|name| folder.join(name)).find(|path| self.may_replace(path)).expect("numbers do not end");
         let text = serde_json::to_string_pretty(self).expect("a table is plain data") + "\n";
         files::write_whole(&path, text.as_bytes())?;
         Ok(path)
@@ -136,6 +150,25 @@ mod tests {
             high - low
         };
         assert!(of(400) > 2.0 * of(4000));
+    }
+
+    #[test]
+    fn a_table_replaces_its_like_alone() {
+        let run = tempfile::tempdir().unwrap();
+        let table = |data: &str, value: f64| Table {
+            evaluation: "knn".into(),
+            encoder: "e".into(),
+            data: data.into(),
+            seed: 0,
+            settings: serde_json::json!({ "k": 20 }),
+            rows: vec![Row::plain("x", value)],
+        };
+        let save = |data: &str, value: f64| {
+            let path = table(data, value).save(run.path()).unwrap();
+            path.file_name().unwrap().to_str().unwrap().to_owned()
+        };
+        assert_eq!([save("a", 1.0), save("b", 2.0), save("a", 3.0)], ["knn.json", "knn-2.json", "knn.json"]);
+        assert!(std::fs::read_to_string(run.path().join("eval/knn.json")).unwrap().contains("3.0"));
     }
 
     #[test]

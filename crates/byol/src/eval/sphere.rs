@@ -7,8 +7,13 @@ use super::{Features, metrics::mean};
 /// Mean squared distance of the unit rows of `a` from those of `b`, pair by pair, in [0, 4]: 0 where an image's two views agree (Wang and
 /// Isola 2020, arXiv:2005.10242, α = 2).
 pub fn alignment(a: &Features, b: &Features) -> f64 {
+    mean(alignments(a, b).into_iter())
+}
+
+/// The same row by row.
+pub fn alignments(a: &Features, b: &Features) -> Vec<f64> {
     let (a, b) = (a.unit(), b.unit());
-    mean((0..a.n).map(|i| squared_distance(a.row(i), b.row(i))))
+    (0..a.n).map(|i| squared_distance(a.row(i), b.row(i))).collect()
 }
 
 /// ln of the mean over pairs of exp(−2 ‖x − y‖²) of unit rows, at most 0: lower is more evenly spread (Wang and Isola 2020, t = 2). 0 of

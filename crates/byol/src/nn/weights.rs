@@ -92,11 +92,11 @@ pub(crate) fn from_bytes(bytes: &[u8]) -> Vec<f32> {
 /// [`Error::Write`].
 pub fn save(path: &Path, spec: &EncoderSpec, weights: &Weights) -> Result<(), Error> {
     let write = |source| Error::Write { path: path.to_owned(), source };
-    files::write_whole(path, &to_file(spec, weights)).map_err(write)
+    files::write_whole(path, &to_file(spec, weights, None)).map_err(write)
 }
 
-/// The encoder as the bytes of a file.
-pub(crate) fn to_file(spec: &EncoderSpec, weights: &Weights) -> Vec<u8> {
+/// The encoder as the bytes of a file, with one more entry of metadata where there is something to say.
+pub(crate) fn to_file(spec: &EncoderSpec, weights: &Weights, note: Option<(&str, String)>) -> Vec<u8> {
     let mut tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
     for (name, leaf) in spec.resnet().shapes().iter().filter_map(|(name, _)| Some((name, weights.params.leaf(name)?))) {
         tensors.push((name.clone(), Dtype::F32, leaf.shape.clone(), to_bytes(&leaf.to_vec())));
@@ -111,7 +111,9 @@ pub(crate) fn to_file(spec: &EncoderSpec, weights: &Weights) -> Vec<u8> {
         tensors.push((format!("{name}.num_batches_tracked"), Dtype::I64, vec![], batches.to_le_bytes().to_vec()));
     }
     // One entry: a map of more is written in an order that changes from process to process, and equal encoders are equal files.
-    let metadata = HashMap::from([(KEY.to_owned(), serde_json::to_string(spec).expect("a description is plain data"))]);
+    let mut metadata =
+        HashMap::from([(KEY.to_owned(), serde_json::to_string(spec).expect("a description is plain data"))]);
+    metadata.extend(note.map(|(key, value)| (key.to_owned(), value)));
     serialize(&tensors, metadata)
 }
 

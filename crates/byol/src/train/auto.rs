@@ -30,13 +30,19 @@ impl Facts {
     /// Looks at up to 256 images, evenly spread.
     ///
     /// # Errors
-    /// [`Error::Image`].
+    /// [`Error::Image`] if none of them can be used.
     pub fn of(images: &Images, kind: Kind, machine: &Machine) -> Result<Facts, Error> {
-        let some = images.spread(256);
+        let some = images.sample(256);
         let mut sides = Vec::new();
+        let mut unusable = None;
         for i in 0..some.len() {
-            let image = some.get_or_next(i)?;
-            sides.push(image.height.min(image.width));
+            match some.get(i) {
+                Ok(image) => sides.push(image.height.min(image.width)),
+                Err(error) => unusable = Some(error),
+            }
+        }
+        if let Some(error) = unusable.filter(|_| sides.is_empty()) {
+            return Err(error);
         }
         sides.sort_unstable();
         let shorter_side = sides.get(sides.len() / 2).copied().unwrap_or(0);

@@ -10,7 +10,8 @@ use super::{
 };
 use crate::{
     byol::Byol,
-    data::{CHANNELS, Images},
+    data::{CHANNELS, Images, shards},
+    device::has_kernels,
     nn::{
         EncoderSpec, Mlp, Network, Weights,
         foreign::{self, Preparation},
@@ -46,6 +47,14 @@ pub struct Plan {
     pub recipe: Recipe,
 }
 
+/// A path that means the same from every folder. A pattern of shards names no file, and an address no path.
+fn whole(root: &Path) -> PathBuf {
+    if shards::is_remote(root) {
+        return root.to_owned();
+    }
+    std::fs::canonicalize(root).or_else(|_| std::path::absolute(root)).unwrap_or_else(|_| root.to_owned())
+}
+
 impl Plan {
     /// Resolves a recipe for these images.
     ///
@@ -64,7 +73,7 @@ impl Plan {
         Ok(Plan {
             version: env!("CARGO_PKG_VERSION").into(),
             recipe_name: recipe_name.into(),
-            data: std::fs::canonicalize(root).unwrap_or_else(|_| root.clone()),
+            data: whole(root),
             device: device.into(),
             images: n,
             held_out: data.held_out.as_ref().map_or(0, Images::len),
@@ -98,7 +107,7 @@ impl Plan {
     ///
     /// # Errors
     /// [`Error::Ranks`].
-    pub fn check_ranks(&self, ranks: Ranks) -> Result<(), Error> {
+    pub fn check_ranks(&self, ranks: Ranks, device: &Device) -> Result<(), Error> {
         let (n, own) = (ranks.count(), self.micro_batch());
         let refuse = |reason: String| Err(Error::Ranks { ranks: n, reason });
         if !own.is_multiple_of(n) {
@@ -106,6 +115,11 @@ impl Plan {
             return refuse(format!(
                 "{own} images{parts} are no multiple of {n}; choose another --batch or number of ranks"
             ));
+        }
+        if n > 1 && self.recipe.train.sync_bn && !has_kernels(device) {
+            return refuse(
+                "on this device batch norm sees its own rank's images alone; say so by --sync-bn false".into(),
+            );
         }
         if n > 1 && self.recipe.method.beta != 0.0 {
             return refuse("the negatives of method.beta are those of a whole batch; train it on one".into());

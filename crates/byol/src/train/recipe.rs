@@ -113,9 +113,9 @@ impl Default for HeadsConfig {
     }
 }
 
-/// How long, how many at once.
+/// How long, how many at once. A plan of an earlier version may lack a key.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, default)]
 pub struct TrainConfig {
     /// Passes over the images. 1000 in the paper's main run.
     pub epochs: u64,

@@ -62,15 +62,17 @@ impl Prepared {
         let held_out = dataset.held_out.as_ref().filter(|_| health.images > 0).map(|h| h.spread(health.images));
         let dataset = Dataset { held_out, test: None, ..dataset };
         let all = dataset.n_images();
-        let Dataset { root, kind, classes, train, held_out, skipped, .. } =
-            dataset.check(keep_bytes, &|| looked_at(all))?;
+        let Dataset { root, kind, classes, train, held_out, mut skipped, .. } =
+            dataset.check_to_train(keep_bytes, &|| looked_at(all))?;
         let (train, held_out) = match held_out {
             Some(own) => (train, Some(own)),
             None => match health.images.min(train.len() / 10) {
                 0 => (train, None),
                 n => {
                     let (rest, out) = train.hold_out(n);
-                    (rest, Some(out))
+                    let (out, bad) = out.usable();
+                    skipped.extend(bad);
+                    (rest, (!out.is_empty()).then_some(out))
                 }
             },
         };
@@ -263,7 +265,7 @@ impl Run {
     /// [`Error::Occupied`], [`Error::Write`], [`Error::Checkpoint`], [`Error::Ranks`].
     pub fn create(folder: &Path, plan: Plan, data: &Prepared, place: Place, tensorboard: bool) -> Result<Run, Error> {
         device::check(&place.device, plan.recipe.train.precision)?;
-        plan.check_ranks(place.ranks)?;
+        plan.check_ranks(place.ranks, &place.device)?;
         if !place.ranks.leads() {
             let byol = plan.start(&place.device);
             return Run::assemble(folder, plan, byol, data, place, Counters::default(), false);
@@ -289,7 +291,7 @@ impl Run {
     /// [`Error::DataChanged`], [`Error::Checkpoint`], [`Error::Write`], [`Error::Ranks`].
     pub fn resume(folder: &Path, plan: Plan, data: &Prepared, place: Place) -> Result<Run, Error> {
         device::check(&place.device, plan.recipe.train.precision)?;
-        plan.check_ranks(place.ranks)?;
+        plan.check_ranks(place.ranks, &place.device)?;
         let changed = |reason: String| Error::DataChanged { root: plan.data.clone(), reason };
         if data.train.len() != plan.images {
             return Err(changed(format!("{} usable training images, not {}", data.train.len(), plan.images)));

@@ -23,7 +23,7 @@ use crate::report::{self, Result, out, shown};
 pub struct Args {
     /// An encoder.safetensors, or the folder of a run
     encoder: PathBuf,
-    /// Images: a folder, CIFAR or IDX files
+    /// Images: a folder, CIFAR or IDX files, shards
     data: PathBuf,
     /// Where to: NAME.parquet, NAME.npy (with NAME.paths.txt) or NAME.csv
     #[arg(short, long, value_name = "FILE")]

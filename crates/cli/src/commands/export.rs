@@ -93,7 +93,7 @@ fn images(args: &Export) -> Result<(Images, String)> {
 pub fn export(args: &Export) -> Result<ExitCode> {
     must_be_new(&args.out, args.overwrite)?;
     super::set_threads(0)?;
-    let encoder = super::encoder(&args.encoder, &device::open(Choice::Cpu)?)?;
+    let encoder = super::encoder(&args.encoder, &device::open(Choice::Cpu)?.device)?;
     let (images, which) = images(args)?;
     let check = export::write(&encoder, &args.out, !args.normalized_input, &images)?;
     report::note(format!(
@@ -121,6 +121,13 @@ pub fn import(args: &Import) -> Result<ExitCode> {
     let own = Normalization::default();
     let normalization =
         Normalization { mean: args.mean.clone().unwrap_or(own.mean), std: args.std.clone().unwrap_or(own.std) };
+    let right = |values: &[f32], low: f32| values.len() == 3 && values.iter().all(|v| v.is_finite() && *v > low);
+    if !right(&normalization.mean, f32::NEG_INFINITY) || !right(&normalization.std, 0.0) {
+        return Err("--mean and --std are three numbers each, those of --std above 0: 0.485,0.456,0.406".into());
+    }
+    if args.size == Some(0) {
+        return Err("--size must be at least 1".into());
+    }
     let encoder = foreign::import(&args.file, &Preparation { size: args.size, normalization }, &Device::flex())?;
     weights::save(&args.out, &encoder.spec, &encoder.weights)?;
     let spec = &encoder.spec;

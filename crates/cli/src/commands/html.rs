@@ -73,6 +73,9 @@ td.n{text-align:right;font-variant-numeric:tabular-nums}pre{overflow:auto;backgr
 
 pub fn run(args: &Args) -> Result<ExitCode> {
     must_be_new(&args.out, args.overwrite)?;
+    if let Some(folder) = args.out.parent().filter(|f| !f.as_os_str().is_empty() && !f.is_dir()) {
+        return Err(format!("there is no folder {}; make it, or choose another -o", folder.display()).into());
+    }
     let plan = read_plan(&args.run)?;
     let encoder = args.on.encoder(&args.run)?;
     let dataset = Dataset::open(&plan.data)?;

@@ -154,7 +154,12 @@ impl On {
     /// Sets the threads and opens an encoder on its device.
     fn encoder(&self, path: &Path) -> Result<Encoder> {
         set_threads(self.threads)?;
-        encoder(path, &open(self.device)?)
+        encoder(path, &open(self.device)?.device)
+    }
+
+    /// A second one, where the first is.
+    fn encoder_again(&self, path: &Path, beside: &Encoder) -> Result<Encoder> {
+        encoder(path, &beside.device())
     }
 }
 
@@ -211,8 +216,8 @@ fn open_nth(choice: Choice, nth: usize) -> Result<Opened> {
 }
 
 /// Reads an encoder of images as all data are read, onto a device.
-fn encoder(path: &Path, opened: &Opened) -> Result<Encoder> {
-    let encoder = weights::load(path, &opened.device)?;
+fn encoder(path: &Path, device: &burn::tensor::Device) -> Result<Encoder> {
+    let encoder = weights::load(path, device)?;
     match encoder.spec.channels {
         CHANNELS => Ok(encoder),
         n => {

@@ -107,7 +107,8 @@ pub fn search(args: &Search) -> Result<ExitCode> {
         .into());
     }
     let opened = super::open(args.on.device)?;
-    let encoder = super::encoder(&encoder, &opened)?;
+    let encoder = super::encoder(&encoder, &opened.device)
+        .map_err(|e| format!("{e}; or, if it has moved, say where it is by --encoder"))?;
     if encoder.features() != found.features.dim {
         return Err(format!(
             "{} holds vectors of {} numbers, but {} makes {}; give the encoder that made them by --encoder",
@@ -136,7 +137,7 @@ pub fn search(args: &Search) -> Result<ExitCode> {
         out!("{}", json!({ "image": shown(&args.image), "rows": paths.len(), "search_ms": ms, "neighbours": near }));
     } else {
         for (i, cosine) in near {
-            out!("{cosine:.3}  {}{}", paths[i], label(i).map_or(String::new(), |l| format!("  ({l})")));
+            out!("{cosine:.3}  {}{}", report::plain(&paths[i]), label(i).map_or(String::new(), |l| format!("  ({l})")));
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -177,11 +178,12 @@ pub fn duplicates(args: &Duplicates) -> Result<ExitCode> {
         } else {
             for group in &groups {
                 for (i, row) in group.iter().enumerate() {
-                    out!("{}{}", if i == 0 { "" } else { "  = " }, paths[*row]);
+                    out!("{}{}", if i == 0 { "" } else { "  = " }, report::plain(&paths[*row]));
                 }
             }
             let extra: usize = groups.iter().map(|g| g.len() - 1).sum();
-            report::note(format!("{} groups, {extra} images more than needed, of {}", groups.len(), paths.len()));
+            let groups = report::counted_noun(groups.len(), "group");
+            report::note(format!("{groups}, {extra} images more than needed, of {}", paths.len()));
         }
         return Ok(ExitCode::SUCCESS);
     };
@@ -208,7 +210,7 @@ pub fn duplicates(args: &Duplicates) -> Result<ExitCode> {
         out!("{}", json!({ "rows": [paths.len(), second.paths.len()], "threshold": args.threshold, "pairs": pairs }));
     } else {
         for pair in &pairs {
-            out!("{:.3}  {}  =  {}", pair.share, paths[pair.a], second.paths[pair.b]);
+            out!("{:.3}  {}  =  {}", pair.share, report::plain(&paths[pair.a]), report::plain(&second.paths[pair.b]));
         }
         let mut leaked: Vec<usize> = pairs.iter().map(|p| p.b).collect();
         leaked.sort_unstable();
@@ -233,7 +235,7 @@ pub fn outliers(args: &Outliers) -> Result<ExitCode> {
         let all: Vec<_> = order.iter().map(|i| json!({ "path": paths[*i], "row": i, "score": scores[*i] })).collect();
         out!("{}", json!({ "rows": paths.len(), "k": args.k, "outliers": all }));
     } else {
-        order.iter().for_each(|i| out!("{:.3}  {}", scores[*i], paths[*i]));
+        order.iter().for_each(|i| out!("{:.3}  {}", scores[*i], report::plain(&paths[*i])));
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -251,7 +253,7 @@ pub fn select(args: &Select) -> Result<ExitCode> {
             chosen.iter().map(|(i, c)| json!({ "path": paths[*i], "row": i, "nearest_before": c })).collect();
         out!("{}", json!({ "rows": all, "selected": rows }));
     } else {
-        chosen.iter().for_each(|(i, _)| out!("{}", paths[*i]));
+        chosen.iter().for_each(|(i, _)| out!("{}", report::plain(&paths[*i])));
     }
     Ok(ExitCode::SUCCESS)
 }

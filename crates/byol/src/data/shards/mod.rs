@@ -6,10 +6,12 @@
 //! disk, and what is in memory does not grow with the data.
 
 mod parquet;
+#[cfg(feature = "cloud")]
+mod remote;
 mod tar;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs::File,
     io,
     path::{Path, PathBuf},
@@ -20,15 +22,29 @@ use std::{
 };
 
 use super::{
-    Dataset, Error, Images, Skipped, list,
+    Dataset, Error, Images, Skipped,
+    folder::is_image_name,
+    list,
     pack::{MANIFEST, Manifest},
 };
 
 /// Units that are open at once, at most: fewer than the files that a process may open.
 const MOST_OPEN: usize = 200;
 
+/// The same of fetched shards: what is open stays on the disk, in the cache or not.
+const MOST_OPEN_REMOTE: usize = 24;
+
+/// Shards that are fetched at the same time, ahead of their images.
+const MOST_FETCHED: usize = 2;
+
 /// Images that cannot be used in a row before a run gives up.
 const MOST_BAD: usize = 32;
+
+/// Numbers of classes are below this; larger ones are of something else.
+const MOST_CLASSES: usize = 1 << 16;
+
+/// Shards that a pattern may stand for.
+const MOST_SHARDS: usize = 1 << 20;
 
 /// One image of a unit.
 #[derive(Debug, Clone)]
@@ -49,10 +65,54 @@ struct Open {
 /// What is opened at once: a tar file, or a row group of a Parquet file.
 #[derive(Debug, Clone)]
 struct Unit {
+    /// Its address, where it is remote.
     path: PathBuf,
     /// Of a Parquet file.
     group: Option<usize>,
     images: usize,
+    remote: Option<Arc<Remote>>,
+}
+
+#[cfg(feature = "cloud")]
+use remote::Remote;
+
+/// There is none without the feature `cloud`.
+#[cfg(not(feature = "cloud"))]
+type Remote = std::convert::Infallible;
+
+impl Unit {
+    /// Its file, fetched where it is not here.
+    fn file(&self) -> io::Result<PathBuf> {
+        match &self.remote {
+            None => Ok(self.path.clone()),
+            #[cfg(feature = "cloud")]
+            Some(remote) => remote.file(),
+            #[cfg(not(feature = "cloud"))]
+            Some(never) => match **never {},
+        }
+    }
+
+    /// Whether nothing has to be fetched for it.
+    fn is_here(&self) -> bool {
+        match &self.remote {
+            None => true,
+            #[cfg(feature = "cloud")]
+            Some(remote) => remote.is_here(),
+            #[cfg(not(feature = "cloud"))]
+            Some(never) => match **never {},
+        }
+    }
+
+    /// Length of its file.
+    fn bytes(&self) -> u64 {
+        match &self.remote {
+            None => self.path.metadata().map_or(0, |m| m.len()),
+            #[cfg(feature = "cloud")]
+            Some(remote) => remote.bytes(),
+            #[cfg(not(feature = "cloud"))]
+            Some(never) => match **never {},
+        }
+    }
 }
 
 /// What one file holds.
@@ -74,6 +134,8 @@ pub(super) struct Shards {
     open: Mutex<HashMap<usize, (u64, Slot)>>,
     clock: AtomicU64,
     passed_over: Mutex<Vec<Skipped>>,
+    /// Remote units that are being fetched ahead.
+    fetched: Mutex<HashSet<usize>>,
 }
 
 impl Shards {
@@ -82,7 +144,14 @@ impl Shards {
         for unit in &units {
             starts.push(starts[starts.len() - 1] + unit.images);
         }
-        Shards { units, starts, open: Mutex::default(), clock: AtomicU64::new(0), passed_over: Mutex::default() }
+        Shards {
+            units,
+            starts,
+            open: Mutex::default(),
+            clock: AtomicU64::new(0),
+            passed_over: Mutex::default(),
+            fetched: Mutex::default(),
+        }
     }
 
     /// All images.
@@ -106,7 +175,8 @@ impl Shards {
         let slot = {
             let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
             let now = self.clock.fetch_add(1, Ordering::Relaxed);
-            if open.len() >= MOST_OPEN && !open.contains_key(&unit) {
+            let most = if self.units[unit].remote.is_some() { MOST_OPEN_REMOTE } else { MOST_OPEN };
+            if open.len() >= most && !open.contains_key(&unit) {
                 let oldest = open.iter().min_by_key(|(_, (used, _))| *used).map(|(unit, _)| *unit);
                 oldest.map(|unit| open.remove(&unit));
             }
@@ -119,10 +189,11 @@ impl Shards {
         if let Some(open) = &*slot {
             return Ok(open.clone());
         }
-        let Unit { path, group, images } = &self.units[unit];
+        let Unit { group, images, .. } = &self.units[unit];
+        let path = self.units[unit].file()?;
         let opened = match group {
-            None => tar::open(path)?,
-            Some(group) => parquet::open(path, *group)?,
+            None => tar::open(&path)?,
+            Some(group) => parquet::open(&path, *group)?,
         };
         if opened.entries.len() != *images {
             let why = format!("it holds {} images and held {images} when it was first read", opened.entries.len());
@@ -131,6 +202,31 @@ impl Shards {
         let opened = Arc::new(opened);
         *slot = Some(opened.clone());
         Ok(opened)
+    }
+
+    /// How far ahead of an image its shard is to be fetched, in images; 0 where all shards are here.
+    pub fn lookahead(&self) -> usize {
+        let remote = self.units.iter().filter(|unit| unit.remote.is_some());
+        MOST_FETCHED * remote.map(|unit| unit.images).max().unwrap_or(0)
+    }
+
+    /// Begins to fetch the shard of image `i`, which will be wanted soon, unless it is here or enough others are being fetched.
+    pub fn fetch_ahead(self: &Arc<Self>, i: usize) {
+        let (unit, _) = self.place(i);
+        let mut fetched = self.fetched.lock().unwrap_or_else(PoisonError::into_inner);
+        if fetched.len() >= MOST_FETCHED || fetched.contains(&unit) || self.units[unit].is_here() {
+            return;
+        }
+        fetched.insert(unit);
+        let shards = self.clone();
+        let fetch = move || {
+            // What goes wrong here goes wrong again, and is said, when the image is wanted.
+            let _ = shards.units[unit].file();
+            shards.fetched.lock().unwrap_or_else(PoisonError::into_inner).remove(&unit);
+        };
+        if std::thread::Builder::new().name("fetch".into()).spawn(fetch).is_err() {
+            fetched.remove(&unit);
+        }
     }
 
     /// The bytes of image `i`.
@@ -156,10 +252,9 @@ impl Shards {
     /// What tells these shards from others: names, sizes, numbers of images.
     pub fn fingerprint(&self) -> Vec<u8> {
         let mut all = Vec::new();
-        for Unit { path, group, images } in &self.units {
-            all.extend_from_slice(path.file_name().unwrap_or_default().as_encoded_bytes());
-            let bytes = path.metadata().map_or(0, |m| m.len());
-            for number in [bytes, group.unwrap_or(0) as u64, *images as u64] {
+        for unit in &self.units {
+            all.extend_from_slice(unit.path.file_name().unwrap_or_default().as_encoded_bytes());
+            for number in [unit.bytes(), unit.group.unwrap_or(0) as u64, unit.images as u64] {
                 all.extend_from_slice(&number.to_le_bytes());
             }
         }
@@ -167,10 +262,10 @@ impl Shards {
     }
 
     /// Remembers that an image was passed over; false if it was one too many in a row.
-    pub fn pass_over(&self, what: String, why: String, in_a_row: usize) -> bool {
+    pub fn pass_over(&self, one: Skipped, in_a_row: usize) -> bool {
         let mut all = self.passed_over.lock().unwrap_or_else(PoisonError::into_inner);
-        if !all.iter().any(|known| known.what == what) {
-            all.push(Skipped { what, why });
+        if !all.iter().any(|known| known.what == one.what) {
+            all.push(one);
         }
         in_a_row < MOST_BAD
     }
@@ -208,18 +303,22 @@ pub fn is_pattern(root: &Path) -> bool {
 }
 
 /// All that a pattern stands for, in order: `{000..146}` counts, with the zeros of its first number; `{a,b}` lists. None if a brace has no
-/// end, or a range is not of numbers.
+/// end, a range is not of numbers or falls, or there are too many.
 fn expand(pattern: &str) -> Option<Vec<String>> {
     let Some((before, rest)) = pattern.split_once('{') else { return Some(vec![pattern.to_owned()]) };
     let (inner, after) = rest.split_once('}')?;
     let inner: Vec<String> = match inner.split_once("..") {
         Some((first, last)) => {
             let (from, to) = (first.parse::<u32>().ok()?, last.parse::<u32>().ok()?);
-            (from..=to).map(|i| format!("{i:0width$}", width = first.len())).collect()
+            let few = from <= to && (to - from) as usize <= MOST_SHARDS;
+            few.then(|| (from..=to).map(|i| format!("{i:0width$}", width = first.len())).collect())?
         }
         None => inner.split(',').map(str::to_owned).collect(),
     };
     let after = expand(after)?;
+    if inner.len().saturating_mul(after.len()) > MOST_SHARDS {
+        return None;
+    }
     Some(inner.iter().flat_map(|one| after.iter().map(move |rest| format!("{before}{one}{rest}"))).collect())
 }
 
@@ -228,28 +327,116 @@ fn expand(pattern: &str) -> Option<Vec<String>> {
 /// # Errors
 /// [`Error::Shard`], [`Error::Missing`], [`Error::Read`].
 pub fn open(root: &Path) -> Result<Option<Dataset>, Error> {
+    if is_remote(root) {
+        return open_remote(root).map(Some);
+    }
     let paths: Vec<PathBuf> = if is_pattern(root) {
         let bad = || Error::Shard {
             path: root.to_owned(),
-            reason: "the braces are not of the form {000..146} or {a,b}".into(),
+            reason: "the braces are not of the form {000..146} or {a,b}, or stand for more than a million".into(),
         };
         let all = root.to_str().and_then(expand).ok_or_else(bad)?;
         all.into_iter().map(PathBuf::from).collect()
     } else if root.is_file() {
         if is_shard(root) { vec![root.to_owned()] } else { Vec::new() }
     } else {
-        let entries = list(root)?;
-        let folders = entries.iter().filter(|p| p.is_dir() && Split::of_name(&name(p)).is_some());
-        let inner: Vec<PathBuf> = folders.map(|folder| list(folder)).collect::<Result<Vec<_>, _>>()?.concat();
-        entries.into_iter().chain(inner).filter(|p| is_shard(p) && p.is_file()).collect()
+        of_folder(root)?
     };
     if paths.is_empty() {
         return Ok(None);
     }
-    if let Some(missing) = paths.iter().find(|p| !p.exists()) {
-        return Err(Error::Missing(missing.clone()));
+    let unusable = |path: &Path, reason: &str| Err(Error::Shard { path: path.to_owned(), reason: reason.into() });
+    let mut seen = HashSet::new();
+    for path in &paths {
+        if !path.exists() {
+            return Err(Error::Missing(path.clone()));
+        }
+        if path.is_dir() {
+            return unusable(path, "it is a folder; a pattern stands for tar or Parquet files");
+        }
+        if !seen.insert(path) {
+            return unusable(path, "the pattern stands for it twice");
+        }
     }
-    dataset(root, &paths).map(Some)
+    let index = |path: &PathBuf| {
+        let is_tar = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("tar"));
+        (path.clone(), if is_tar { tar::index(path) } else { parquet::index(path) })
+    };
+    dataset(root, paths.iter().map(index), &names(&paths)).map(Some)
+}
+
+/// Whether this is an address rather than a path: `s3://bucket/shards/{000..146}.tar`.
+pub fn is_remote(root: &Path) -> bool {
+    let scheme = root.to_str().and_then(|text| text.split_once("://"));
+    scheme.is_some_and(|(scheme, _)| !scheme.is_empty() && scheme.chars().all(|c| c.is_ascii_alphanumeric()))
+}
+
+#[cfg(not(feature = "cloud"))]
+fn open_remote(root: &Path) -> Result<Dataset, Error> {
+    let reason = "this byol was built without object stores; build it with --features cloud".into();
+    Err(Error::Shard { path: root.to_owned(), reason })
+}
+
+#[cfg(feature = "cloud")]
+fn open_remote(root: &Path) -> Result<Dataset, Error> {
+    let bad = |error: io::Error| Error::Shard { path: root.to_owned(), reason: error.to_string() };
+    let wrong = |reason: &str| bad(io::Error::other(reason));
+    let text = root.to_str().ok_or_else(|| wrong("an address is plain text"))?;
+    let urls = expand(text).ok_or_else(|| wrong("the braces are not of the form {000..146} or {a,b}"))?;
+    let found: Vec<Arc<Remote>> = remote::find(&urls, is_shard).map_err(bad)?.into_iter().map(Arc::new).collect();
+    let first = found.first().ok_or_else(|| wrong("there are no .tar or .parquet files below it"))?;
+    let manifest = remote::manifest(first);
+    let of = |shard: &Arc<Remote>| -> io::Result<Indexed> {
+        let file = Path::new(shard.url()).file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let listed =
+            manifest.as_ref().and_then(|m| m.shards.iter().find(|s| s.file == file && s.bytes == shard.bytes()));
+        let Some(listed) = listed else {
+            let is_tar = file.to_ascii_lowercase().ends_with(".tar");
+            return shard.index(|path| if is_tar { tar::index(path) } else { parquet::index(path) });
+        };
+        let unit = Unit { path: shard.url().into(), group: None, images: listed.images, remote: Some(shard.clone()) };
+        let labels = (listed.labels.len() == listed.images).then(|| listed.labels.clone());
+        Ok(Indexed { units: vec![unit], labels })
+    };
+    let names = manifest.as_ref().map(|m| m.classes.clone()).unwrap_or_default();
+    let all = found.iter().map(|shard| (PathBuf::from(shard.url()), of(shard)));
+    dataset(root, all, &names)
+}
+
+/// The shards in a folder, or in folders of it that are named after splits, or in `data` below it, where the hub of Hugging Face has them.
+fn of_folder(root: &Path) -> Result<Vec<PathBuf>, Error> {
+    let entries = list(root)?;
+    let folders = entries.iter().filter(|p| p.is_dir() && Split::of_name(&name(p)).is_some());
+    let inner: Vec<PathBuf> = folders.map(|folder| list(folder)).collect::<Result<Vec<_>, _>>()?.concat();
+    let shards: Vec<PathBuf> = entries.iter().chain(&inner).filter(|p| is_shard(p) && p.is_file()).cloned().collect();
+    if let Some(first) = shards.first() {
+        // What of the two is meant, nobody can tell.
+        let image = entries.iter().find(|p| {
+            let extension = p.extension().map(|e| e.to_string_lossy().into_owned()).unwrap_or_default();
+            p.is_file() && is_image_name(&extension)
+        });
+        let folder = || entries.iter().find(|p| p.is_dir() && Split::of_name(&name(p)).is_none() && !hidden(p));
+        return match image.or_else(folder) {
+            None => Ok(shards),
+            Some(other) => Err(Error::Shard {
+                path: first.clone(),
+                reason: format!(
+                    "{} lies beside it; give a folder with shards alone, or with images alone",
+                    other.display()
+                ),
+            }),
+        };
+    }
+    let below = root.join("data");
+    if below.is_dir() {
+        Ok(list(&below)?.into_iter().filter(|p| is_shard(p) && p.is_file()).collect())
+    } else {
+        Ok(shards)
+    }
+}
+
+fn hidden(path: &Path) -> bool {
+    name(path).starts_with('.')
 }
 
 fn name(path: &Path) -> String {
@@ -265,14 +452,14 @@ enum Split {
 }
 
 impl Split {
+    /// The first word of a name that says so: `imagenet1k-validation-00.tar`.
     fn of_name(name: &str) -> Option<Split> {
-        let word: String = name.chars().take_while(char::is_ascii_alphabetic).collect();
-        match word.as_str() {
+        name.split(|c: char| !c.is_ascii_alphabetic()).find_map(|word| match word {
             "train" | "training" => Some(Split::Train),
             "val" | "valid" | "validation" => Some(Split::Val),
             "test" => Some(Split::Test),
             _ => None,
-        }
+        })
     }
 
     fn of(path: &Path) -> Split {
@@ -281,16 +468,20 @@ impl Split {
     }
 }
 
-fn dataset(root: &Path, paths: &[PathBuf]) -> Result<Dataset, Error> {
+/// Of shards, each with what it holds, and the names of the classes, where they are known.
+fn dataset(
+    root: &Path,
+    shards: impl Iterator<Item = (PathBuf, io::Result<Indexed>)>,
+    names: &[String],
+) -> Result<Dataset, Error> {
     let mut splits: [(Vec<Unit>, Option<Vec<usize>>); 3] = [(); 3].map(|()| (Vec::new(), Some(Vec::new())));
-    for path in paths {
+    for (path, found) in shards {
         let bad = |error: io::Error| Error::Shard { path: path.clone(), reason: error.to_string() };
-        let is_tar = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("tar"));
-        let found = if is_tar { tar::index(path) } else { parquet::index(path) }.map_err(bad)?;
+        let found = found.map_err(bad)?;
         if found.units.iter().all(|unit| unit.images == 0) {
             return Err(bad(io::Error::other("there are no images in it")));
         }
-        let (units, labels) = &mut splits[Split::of(path) as usize];
+        let (units, labels) = &mut splits[Split::of(&path) as usize];
         units.extend(found.units);
         match (&mut *labels, found.labels) {
             (Some(all), Some(more)) => all.extend(more),
@@ -299,7 +490,6 @@ fn dataset(root: &Path, paths: &[PathBuf]) -> Result<Dataset, Error> {
     }
     let most = splits.iter().filter_map(|(_, labels)| labels.as_ref()?.iter().max()).max();
     let classes = most.map_or(0, |most| most + 1);
-    let names = names(paths);
     let [train, val, test] = splits.map(|(units, labels)| {
         let labels = labels.filter(|_| classes > 1);
         (!units.is_empty()).then(|| Images::shards(Shards::new(units), labels))
@@ -335,16 +525,18 @@ mod tests {
         let expanded = expand("a/{008..010}.{tar,x}").unwrap();
         assert_eq!(expanded, ["a/008.tar", "a/008.x", "a/009.tar", "a/009.x", "a/010.tar", "a/010.x"]);
         assert_eq!(expand("plain"), Some(vec!["plain".into()]));
-        assert_eq!((expand("{1..x}"), expand("{1..2")), (None, None));
+        assert_eq!((expand("{1..x}"), expand("{1..2"), expand("{3..1}")), (None, None, None));
+        assert_eq!((expand("{0..999999999}"), expand("{0..9999}{0..9999}")), (None, None));
     }
 
     #[test]
-    fn a_split_is_the_first_word_of_a_name_or_folder() {
+    fn a_split_is_a_word_of_a_name_or_folder() {
         let of = |path: &str| Split::of(Path::new(path));
         assert_eq!((of("d/train-00000-of-00002.parquet"), of("d/val_3.tar")), (Split::Train, Split::Val));
         assert_eq!(
             (of("validation/0.tar"), of("d/test.tar"), of("d/testimony.tar")),
             (Split::Val, Split::Test, Split::Train)
         );
+        assert_eq!((of("d/imagenet1k-validation-00.tar"), of("d/imagenet_test_1.tar")), (Split::Val, Split::Test));
     }
 }

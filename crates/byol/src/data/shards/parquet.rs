@@ -6,12 +6,17 @@ use std::{fs::File, io, io::Write, path::Path};
 use arrow_array::{
     Array, BinaryArray, LargeBinaryArray, RecordBatch, StringArray, StructArray,
     cast::AsArray,
-    types::{ArrowPrimitiveType, Int32Type, Int64Type, UInt8Type},
+    types::{
+        ArrowPrimitiveType, Int8Type, Int16Type, Int32Type, Int64Type, UInt8Type, UInt16Type, UInt32Type, UInt64Type,
+    },
 };
 use arrow_schema::{DataType, Schema};
-use parquet::arrow::{ProjectionMask, arrow_reader::ParquetRecordBatchReaderBuilder};
+use parquet::arrow::{
+    ProjectionMask,
+    arrow_reader::{ArrowReaderOptions, ParquetRecordBatchReaderBuilder},
+};
 
-use super::{Entry, Indexed, Open, Unit};
+use super::{Entry, Indexed, MOST_CLASSES, Open, Unit};
 
 /// Names that a column of images may have, where it is plain bytes.
 const IMAGES: [&str; 5] = ["image", "img", "jpg", "png", "bytes"];
@@ -25,6 +30,12 @@ fn broken(error: impl std::fmt::Display) -> io::Error {
 
 fn is_bytes(of: &DataType) -> bool {
     matches!(of, DataType::Binary | DataType::LargeBinary)
+}
+
+/// A reader of a file, by Parquet's own types: those that its writer had in memory (large lists, dictionaries) do not matter.
+fn reader(path: &Path) -> io::Result<ParquetRecordBatchReaderBuilder<File>> {
+    let options = ArrowReaderOptions::new().with_skip_arrow_metadata(true);
+    ParquetRecordBatchReaderBuilder::try_new_with_options(File::open(path)?, options).map_err(broken)
 }
 
 /// The column of images.
@@ -46,7 +57,7 @@ fn image_column(schema: &Schema) -> io::Result<usize> {
 
 /// What a file holds: a unit a row group.
 pub(super) fn index(path: &Path) -> io::Result<Indexed> {
-    let builder = ParquetRecordBatchReaderBuilder::try_new(File::open(path)?).map_err(broken)?;
+    let builder = reader(path)?;
     image_column(builder.schema())?;
     // An image is a byte at least: a file that says it has more is broken, and is not believed.
     let length = path.metadata()?.len();
@@ -54,7 +65,7 @@ pub(super) fn index(path: &Path) -> io::Result<Indexed> {
     for (group, of) in builder.metadata().row_groups().iter().enumerate() {
         let rows = u64::try_from(of.num_rows()).ok().filter(|rows| *rows <= length);
         let images = rows.ok_or_else(|| broken(format!("a group of {} rows", of.num_rows())))? as usize;
-        units.push(Unit { path: path.to_owned(), group: Some(group), images });
+        units.push(Unit { path: path.to_owned(), group: Some(group), images, remote: None });
     }
     let label = builder.schema().fields().iter().position(|f| LABELS.contains(&f.name().as_str()));
     let labels = match label {
@@ -74,15 +85,20 @@ pub(super) fn index(path: &Path) -> io::Result<Indexed> {
     Ok(Indexed { units, labels })
 }
 
-/// The only column as classes; none where it is of another type, or one is missing or below 0.
+/// The only column as classes; none where it is of another type, or one is missing, below 0 or no number of a class.
 fn classes(batch: &RecordBatch) -> Option<Vec<usize>> {
     fn whole<T: ArrowPrimitiveType<Native: TryInto<usize>>>(column: &dyn Array) -> Option<Vec<usize>> {
-        column.as_primitive::<T>().iter().map(|class| class?.try_into().ok()).collect()
+        column.as_primitive::<T>().iter().map(|class| class?.try_into().ok().filter(|c| *c < MOST_CLASSES)).collect()
     }
     let column = batch.column(0);
     match column.data_type() {
         DataType::Int64 => whole::<Int64Type>(column),
         DataType::Int32 => whole::<Int32Type>(column),
+        DataType::Int16 => whole::<Int16Type>(column),
+        DataType::Int8 => whole::<Int8Type>(column),
+        DataType::UInt64 => whole::<UInt64Type>(column),
+        DataType::UInt32 => whole::<UInt32Type>(column),
+        DataType::UInt16 => whole::<UInt16Type>(column),
         DataType::UInt8 => whole::<UInt8Type>(column),
         _ => None,
     }
@@ -90,7 +106,7 @@ fn classes(batch: &RecordBatch) -> Option<Vec<usize>> {
 
 /// Opens a row group.
 pub(super) fn open(path: &Path, group: usize) -> io::Result<Open> {
-    let builder = ParquetRecordBatchReaderBuilder::try_new(File::open(path)?).map_err(broken)?;
+    let builder = reader(path)?;
     let column = image_column(builder.schema())?;
     let mask = ProjectionMask::roots(builder.parquet_schema(), [column]);
     let rows =

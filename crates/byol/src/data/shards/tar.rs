@@ -6,7 +6,7 @@ use std::{
     path::Path,
 };
 
-use super::{Entry, Indexed, Open, Unit};
+use super::{Entry, Indexed, MOST_CLASSES, Open, Unit};
 use crate::data::folder::is_image_name;
 
 /// A file in a tar file.
@@ -63,7 +63,8 @@ fn samples(file: &File) -> io::Result<(Vec<Entry>, Option<Vec<usize>>)> {
     let (mut entries, mut labels, mut unlabelled) = (Vec::new(), Vec::new(), false);
     let members = members(file)?;
     for sample in members.chunk_by(|a, b| a.key == b.key) {
-        let Some(image) = sample.iter().find(|m| is_image_name(&m.extension)) else { continue };
+        let last = |m: &&Member| is_image_name(m.extension.rsplit('.').next().unwrap_or_default());
+        let Some(image) = sample.iter().find(last) else { continue };
         let len = u32::try_from(image.len).map_err(|_| io::Error::other(format!("{} is too large", image.key)))?;
         entries.push(Entry { name: format!("{}.{}", image.key, image.extension).into(), at: image.at, len });
         match sample.iter().find(|m| m.extension == "cls").map(|m| number(file, m)) {
@@ -80,13 +81,17 @@ fn number(mut file: &File, member: &Member) -> io::Result<Option<usize>> {
     let mut text = vec![0; member.len.min(32) as usize];
     file.seek(SeekFrom::Start(member.at))?;
     file.read_exact(&mut text)?;
-    Ok(std::str::from_utf8(&text).ok().and_then(|text| text.trim().parse().ok()))
+    let number = std::str::from_utf8(&text).ok().and_then(|text| text.trim().parse().ok());
+    Ok(number.filter(|class| *class < MOST_CLASSES))
 }
 
 /// What a tar file holds: one unit.
 pub(super) fn index(path: &Path) -> io::Result<Indexed> {
     let (entries, labels) = samples(&File::open(path)?)?;
-    Ok(Indexed { units: vec![Unit { path: path.to_owned(), group: None, images: entries.len() }], labels })
+    Ok(Indexed {
+        units: vec![Unit { path: path.to_owned(), group: None, images: entries.len(), remote: None }],
+        labels,
+    })
 }
 
 /// Opens it.

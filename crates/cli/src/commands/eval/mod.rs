@@ -9,7 +9,11 @@ mod report_card;
 mod segment;
 mod transfer;
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use byol::{
     data::{self, Dataset, Images},
@@ -73,7 +77,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 struct Common {
     /// An encoder.safetensors, or the folder of a run
     encoder: PathBuf,
-    /// Labelled data: class subfolders, CIFAR or IDX files
+    /// Labelled images: class subfolders, labels.csv, CIFAR or IDX files, shards (of segment and depth: images with masks or depth)
     data: PathBuf,
     #[command(flatten)]
     flags: Flags,
@@ -180,15 +184,32 @@ pub fn labelled(dataset: Dataset, limit: usize) -> Result<Labelled> {
     if parted.train.labels().is_none() || parted.test.labels().is_none() {
         return Err(unlabelled.into());
     }
-    let seen = labels(&parted.train);
-    if let Some(class) = labels(&parted.test).iter().find(|class| !seen.contains(class)) {
-        let (name, root) = (&parted.classes[*class], root.display());
+    let (seen, asked) = (labels(&parted.train).iter().copied(), labels(&parted.test).iter().copied());
+    must_be_learnable(&root, seen, asked, |class| parted.classes[class].clone())?;
+    Ok(parted)
+}
+
+/// Refuses what no classifier can learn: one class, or a class that is tested and not trained on.
+pub fn must_be_learnable(
+    root: &Path,
+    trained: impl Iterator<Item = usize>,
+    mut tested: impl Iterator<Item = usize>,
+    name: impl Fn(usize) -> String,
+) -> Result<()> {
+    let (seen, root): (BTreeSet<usize>, _) = (trained.collect(), root.display());
+    if let Some(class) = tested.find(|class| !seen.contains(class)) {
+        let name = name(class);
         return Err(format!(
             "class `{name}` of {root} has test images but no training image; add some, or take more by --limit"
         )
         .into());
     }
-    Ok(parted)
+    match seen.len() {
+        0 | 1 => {
+            Err(format!("the training images of {root} are all of one class; two are needed to tell apart").into())
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Parts data: its own test split, else every fifth image.

@@ -6,11 +6,14 @@ use byol::{
     data::{Dataset, Images},
     device,
     eval::{
-        card::{self, Card},
+        card::{self, ByImage, Card},
         rows::Row,
     },
-    nn::{Encoder, weights},
-    train::run::{keep_bytes, read_plan},
+    nn::Encoder,
+    train::{
+        metrics,
+        run::{keep_bytes, read_plan},
+    },
     views::Policy,
 };
 use console::{Alignment, pad_str};
@@ -41,44 +44,67 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let common = &args.common;
     let encoder = common.encoder()?;
     let random = common.random(&encoder);
-    let baseline = args.baseline.as_ref().map(|path| weights::load(path, &encoder.device())).transpose()?;
+    let baseline = args.baseline.as_ref().map(|path| common.flags.on.encoder_again(path, &encoder)).transpose()?;
     let images = images(args)?;
     let (policies, size) = match read_plan(&common.encoder) {
         Ok(plan) => ([plan.recipe.views.first, plan.recipe.views.second], plan.recipe.views.size),
         Err(_) => ([Policy::default(), Policy::second()], encoder.spec.size),
     };
-    let measure = |encoder: &Encoder| -> Result<Card> {
+    let measure = |encoder: &Encoder| -> Result<(Card, ByImage)> {
         let still = features(encoder, &images, "embedding")?;
         let how = card::Views { policies: [&policies[0], &policies[1]], size, seed: common.flags.seed };
-        Ok(card::measure(encoder, &images, &still, how)?)
+        Ok(card::measure_each(encoder, &images, &still, how)?)
     };
     let mut cards = vec![("this encoder", measure(&encoder)?), ("random weights", measure(&random)?)];
     if let Some(baseline) = &baseline {
         cards.push(("the baseline", measure(baseline)?));
     }
-    let own = cards[0].1;
-    let verdicts: Vec<String> = cards[1..].iter().map(|(name, card)| own.verdict(card, name)).collect();
+    let own = cards[0].1.0;
+    let verdicts: Vec<String> = cards[1..].iter().map(|(name, (card, _))| own.verdict(card, name)).collect();
     let mut rows = Vec::new();
-    for (name, card) in &cards {
+    for (name, (card, by_image)) in &cards {
         for (figure, value, share) in card.figures() {
-            rows.push(Row { share, ..Row::plain(format!("{figure}, {name}"), value) });
+            let called = format!("{figure}, {name}");
+            rows.push(match by_image.of(figure) {
+                Some(each) => {
+                    let mean = |at: &[usize]| at.iter().map(|i| each[*i]).sum::<f64>() / at.len().max(1) as f64;
+                    Row { share, ..Row::sampled(called, each.len(), common.flags.seed, mean) }
+                }
+                // Of a spectrum, or of pairs: drawing images again would count some as their own neighbours.
+                None => Row { share, ..Row::plain(called, value) },
+            });
         }
+    }
+    // An encoder has no projections; the run that made it has measured them.
+    let last = metrics::figures(&common.encoder.join("metrics.jsonl")).pop();
+    if let Some(health) = &last {
+        rows.push(Row::plain("deviation of projections, last epoch of the run", health.projection_std));
+        rows.push(Row::plain("the same if they were spread out", health.projection_std_ideal));
+        rows.push(Row::plain("cosine of projections, last epoch of the run", health.projection_cosine));
     }
     if !common.flags.on.json {
         table(&cards);
+        if let Some(h) = last {
+            out!(
+                "projections, last epoch of the run: deviation {:.4} (spread out {:.4}), cosine {:.3}",
+                h.projection_std,
+                h.projection_std_ideal,
+                h.projection_cosine
+            );
+        }
         verdicts.iter().for_each(|verdict| out!("{verdict}"));
     }
     common.keep("report", serde_json::json!({ "images": images.len(), "verdicts": verdicts }), rows)
 }
 
 /// A figure a line, an encoder a column.
-fn table(cards: &[(&str, Card)]) {
+fn table(cards: &[(&str, (Card, ByImage))]) {
     let cell = |text: &str, width| pad_str(text, width, Alignment::Right, None).into_owned();
     let head: String = cards.iter().map(|(name, _)| cell(name, 16)).collect();
     out!("{}{head}", " ".repeat(28));
-    for i in 0..cards[0].1.figures().len() {
-        let (name, ..) = cards[0].1.figures()[i];
-        let of = |(_, card): &(&str, Card)| {
+    for i in 0..cards[0].1.0.figures().len() {
+        let (name, ..) = cards[0].1.0.figures()[i];
+        let of = |(_, (card, _)): &(&str, (Card, ByImage))| {
             let (_, value, share) = card.figures()[i];
             cell(&Row { share, ..Row::plain("", value) }.shown(), 16)
         };

@@ -1,11 +1,11 @@
 //! `byol eval segment ENCODER DATA`
 
-use std::process::ExitCode;
+use std::{collections::BTreeSet, process::ExitCode};
 
 use byol::{
     data::{
         Image,
-        dense::{self, Mask, NO_CLASS},
+        dense::{self, Mask, NO_CLASS, Pair},
     },
     eval::{
         metrics::Confusion,
@@ -39,6 +39,15 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let encoder = common.encoder()?;
     let mut data = dense::segmentation(&common.data)?;
     data.train = args.head.limited(data.train);
+    let of = |pairs: &[Pair]| -> BTreeSet<usize> {
+        let all = pairs.iter().flat_map(|pair| &pair.mask.classes).filter(|class| **class != NO_CLASS);
+        all.map(|class| usize::from(*class)).collect()
+    };
+    let (seen, asked) = (of(&data.train), of(&data.test));
+    if asked.is_empty() {
+        return Err(format!("no pixel of the test masks of {} has a class", common.data.display()).into());
+    }
+    super::must_be_learnable(&common.data, seen.into_iter(), asked.into_iter(), |class| data.classes[class].clone())?;
     let protocol = args.head.protocol(data.train.iter().map(|pair| &pair.image), common.flags.seed);
     let classes = data.classes.len();
     report::note(format!("{} training images, {} test images, {classes} classes", data.train.len(), data.test.len()));
@@ -60,8 +69,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         let whole = total(&(0..n).collect::<Vec<_>>());
         for (name, iou) in data.classes.iter().zip(whole.iou()) {
             // A class that no test image has and nobody predicts has no IoU.
-            if let Some(value) = iou {
-                rows.push(Row { share: true, ..Row::plain(format!("IoU {name}{who}"), value) });
+            if iou.is_some() {
+                let class = data.classes.iter().position(|c| c == name).expect("its own name");
+                let of = |at: &[usize]| total(at).iou()[class].unwrap_or(0.0);
+                rows.push(Row::share(format!("IoU {name}{who}"), n, common.flags.seed, of));
             }
         }
         pictures.push(predicted);

@@ -48,6 +48,15 @@ fn truth(images: &Images) -> Option<Truth<'_>> {
     images.labels().map(Truth::One).or_else(|| images.tags().map(Truth::Several))
 }
 
+/// Each class of each image.
+fn classes_of(truth: Truth<'_>) -> impl Iterator<Item = usize> + '_ {
+    let (one, several) = match truth {
+        Truth::One(labels) => (labels, &[][..]),
+        Truth::Several(tags) => (&[][..], tags),
+    };
+    one.iter().chain(several.iter().flatten()).copied()
+}
+
 pub fn run(args: &Args) -> Result<ExitCode> {
     if args.epochs == 0 {
         return Err("--epochs must be at least 1".into());
@@ -64,6 +73,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             (Some(train), Some(test)) => (train, test),
             _ => return Err(byol::data::Error::Unlabelled(path.clone()).into()),
         };
+        super::must_be_learnable(path, classes_of(of_train), classes_of(of_test), |c| data.classes[c].clone())?;
         let (classes, n) = (data.classes.len(), data.test.len());
         let measure = Measure::of(&name, matches!(of_test, Truth::Several(_)));
         sets.push(serde_json::json!({ "data": path, "measure": measure.name(), "train_images": data.train.len(), "test_images": n }));

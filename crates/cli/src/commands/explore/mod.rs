@@ -58,6 +58,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         let port = args.port;
         format!("cannot listen on 127.0.0.1:{port}: {e}; choose another --port, or 0 for any that is free")
     })?;
+    if args.what.extension().is_some_and(|e| e == "safetensors") {
+        let what = args.what.display();
+        return Err(format!("{what} is an encoder; give a run's folder, or what `byol embed` wrote").into());
+    }
     let run = args.what.is_dir().then(|| args.what.clone());
     let file = match &run {
         Some(run) => match embedded(args, run)? {
@@ -75,6 +79,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let root = origin.as_ref().map(|o| PathBuf::from(&o.data));
     let state = server::State::new(server::Shown { index, paths, labels, places, method, root, run });
     let address = listener.local_addr()?;
+    if let Some(missing) = state.first_without_image() {
+        report::warning(format!(
+            "{missing} is not to be found below the data's folder; such images have no picture here: embed them again where they are now"
+        ));
+    }
     report::note(format!("open http://{address} in a browser; Ctrl-C ends it"));
     server::serve(listener, Arc::new(state))?;
     Ok(ExitCode::SUCCESS)
@@ -89,13 +98,16 @@ fn embedded(args: &Args, run: &Path) -> Result<Option<PathBuf>> {
     // Another encoder, or another number of images, is another file; the images may have changed since it was written.
     let file = folder.join(format!("{}-{}.parquet", &origin.encoder_sha256[..12], args.limit));
     let same = |e: Embeddings| e.origin.is_some_and(|o| o == origin);
-    if file.exists() && Embeddings::open(&file).is_ok_and(same) {
+    let written = file.metadata().and_then(|m| m.modified()).ok();
+    let written = written.and_then(|at| at.duration_since(std::time::UNIX_EPOCH).ok()).map_or(0, |at| at.as_millis());
+    let newer = written > u128::from(items.changed());
+    if newer && Embeddings::open(&file).is_ok_and(same) {
         return Ok(Some(file));
     }
     fs::create_dir_all(&folder)
         .map_err(|e| format!("cannot make {}: {e}; check that you may write there", folder.display()))?;
     let opened = super::open(args.device)?;
-    let encoder = super::encoder(run, &opened)?;
+    let encoder = super::encoder(run, &opened.device)?;
     let job = Job { encoder: &encoder, items: &items, origin, out: &file };
     let outcome = report::counted("embedding", |progress| {
         job.run(&super::stop_flag(), |done, all| progress(done as u64, all as u64))

@@ -58,7 +58,7 @@ pub struct State {
     clusters: OnceLock<Vec<usize>>,
     searching: Mutex<()>,
     /// The data, where its images are not files: opened when the first is asked for.
-    packed: OnceLock<HashMap<String, Arc<Image>>>,
+    packed: OnceLock<Option<Packed>>,
     address: OnceLock<SocketAddr>,
 }
 
@@ -113,14 +113,18 @@ impl State {
         if let Some(file) = self.file(i) {
             return decode::file(&file).ok().map(Arc::new);
         }
-        let open = || {
-            let dataset = self.shown.root.as_ref().filter(|r| !r.as_os_str().is_empty()).map(|r| Dataset::open(r));
-            let Some(Ok(dataset)) = dataset else { return HashMap::new() };
-            let items = Items::of(dataset, Split::All);
-            let packed = (0..items.len()).filter(|i| items.path(*i).is_none());
-            packed.filter_map(|i| Some((items.name(i), items.get(i).ok()?))).collect()
-        };
-        self.packed.get_or_init(open).get(self.shown.paths.get(i)?).cloned()
+        let packed = self.packed.get_or_init(|| Packed::open(self.shown.root.as_deref()?)).as_ref()?;
+        let place = *packed.places.get(self.shown.paths.get(i)?)?;
+        packed.items.get(place).ok()
+    }
+
+    /// The first of some evenly spread images that there is no picture of.
+    pub fn first_without_image(&self) -> Option<&str> {
+        const LOOKED_AT: usize = 16;
+        let n = self.shown.paths.len();
+        let some = (0..LOOKED_AT.min(n)).map(|k| k * n / LOOKED_AT.min(n));
+        let missing = some.into_iter().find(|i| self.image(*i).is_none());
+        missing.map(|i| self.shown.paths[i].as_str())
     }
 
     /// The file of a row, if it lies in the data.
@@ -128,6 +132,22 @@ impl State {
         let path = std::fs::canonicalize(self.shown.paths.get(i)?).ok()?;
         let root = std::fs::canonicalize(self.shown.root.as_ref()?).ok()?;
         path.starts_with(root).then_some(path)
+    }
+}
+
+/// Images that are no files of their own, by name.
+struct Packed {
+    items: Items,
+    places: HashMap<String, usize>,
+}
+
+impl Packed {
+    fn open(root: &std::path::Path) -> Option<Packed> {
+        let dataset = Dataset::open(Some(root).filter(|r| !r.as_os_str().is_empty())?).ok()?;
+        let items = Items::of(dataset, Split::All);
+        let packed = (0..items.len()).filter(|i| items.path(*i).is_none());
+        let places = packed.map(|i| (items.name(i), i)).collect();
+        Some(Packed { items, places })
     }
 }
 
@@ -178,13 +198,15 @@ fn own(headers: &HeaderMap, port: u16) -> bool {
     // A page from elsewhere says so when it posts, and browsers say it of pictures and the like.
     let origin = said("origin").is_none_or(|o| o.strip_prefix("http://").is_some_and(own));
     let site = said("sec-fetch-site").is_none_or(|site| ["same-origin", "none"].contains(&site));
-    said("host").is_some_and(own) && origin && site
+    let one = headers.get_all("host").iter().count() == 1;
+    one && said("host").is_some_and(own) && origin && site
 }
 
 /// Lets requests through that name this machine as it is, and says to the browser what the page may do.
 async fn guard(Shared(state): All, request: Request<Body>, next: Next) -> Response {
     let port = state.address.get().map_or(0, SocketAddr::port);
-    if !own(request.headers(), port) {
+    // A proxy's form of a request names a host of its own.
+    if !own(request.headers(), port) || request.uri().host().is_some() {
         return (StatusCode::FORBIDDEN, "this page is for this machine alone").into_response();
     }
     let mut response = next.run(request).await;
