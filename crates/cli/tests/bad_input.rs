@@ -242,3 +242,28 @@ fn labels_that_cannot_be_learned_from() {
     fs::write(split.join("labels.csv"), "path,label\ntrain/none.png,a\n").unwrap();
     refuse(&split, &["labels.csv", "line 2 names", "none.png"]);
 }
+
+#[test]
+fn what_no_classifier_can_learn_is_said() {
+    let (folder, _, encoder) = common::trained();
+    let folder = folder.path().join("unlearnable");
+    pictures(&folder, 12);
+    let csv = |lines: &dyn Fn(usize) -> String| {
+        let lines: String =
+            (0..12).map(|i| format!("{}/{i:03}.png,{}\n", if i % 2 == 0 { "even" } else { "odd" }, lines(i))).collect();
+        fs::write(folder.join("labels.csv"), format!("path,label,split\n{lines}")).unwrap();
+    };
+    csv(&|i| format!("same,{}", if i < 8 { "train" } else { "test" }));
+    for what in ["knn", "transfer", "linear"] {
+        refused(&["eval", what, text(encoder), text(&folder), "--device", "cpu"], &["all of one class"]);
+    }
+    csv(&|i| match i {
+        0..4 => "a,train".into(),
+        4..8 => "b,train".into(),
+        8 => "c,test".into(),
+        _ => "a,test".into(),
+    });
+    for what in ["knn", "transfer"] {
+        refused(&["eval", what, text(encoder), text(&folder), "--device", "cpu"], &["class `c`", "no training image"]);
+    }
+}

@@ -215,3 +215,82 @@ fn a_packing_that_is_stopped_goes_on() {
     };
     assert!(files(&whole) == files(&stopped));
 }
+
+#[test]
+fn what_lies_among_shards_and_what_says_their_split() {
+    let folder = tempfile::tempdir().unwrap();
+    let shards = packed(folder.path(), 30);
+    let out = folder.path().join("run");
+    // A shard among images: nobody can tell which is meant.
+    let data = folder.path().join("data");
+    fs::copy(shards.join("train-000000.tar"), data.join("backup.tar")).unwrap();
+    refused(&pretrain(&data, &out, &[]), &["backup.tar", "lies beside it"]);
+    // A name that says so further on, and a hub's layout.
+    let other = folder.path().join("other");
+    fs::create_dir(&other).unwrap();
+    fs::copy(shards.join("train-000000.tar"), other.join("pictures-train-0.tar")).unwrap();
+    fs::copy(shards.join("train-000000.tar"), other.join("pictures-validation-0.tar")).unwrap();
+    let said = stderr(&ok(&pretrain(&other, &out, &[])));
+    assert!(said.contains("30 training images, 30 held out"), "{said}");
+    // A plan that names the data from everywhere.
+    let (near, run) = (folder.path().join("near"), folder.path().join("relative"));
+    fs::create_dir(&near).unwrap();
+    fs::copy(shards.join("train-000000.tar"), near.join("000.tar")).unwrap();
+    let args = pretrain(Path::new("near/{000..000}.tar"), &run, &[]);
+    assert!(byol(&args).current_dir(folder.path()).output().unwrap().status.success());
+    ok(&["resume", text(&run)]);
+}
+
+#[test]
+fn a_packing_is_verified_and_one_of_nothing_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let shards = packed(folder.path(), 12);
+    let path = shards.join("train-000000.tar");
+    let mut bytes = fs::read(&path).unwrap();
+    bytes[600] ^= 1;
+    fs::write(&path, bytes).unwrap();
+    let again = ["pack", text(&folder.path().join("data")), "-o", text(&shards), "--shard-mb", "1"].map(str::to_owned);
+    let again: Vec<&str> = again.iter().map(String::as_str).collect();
+    refused(&again, &["train-000000.tar", "checksum differs"]);
+    fs::remove_file(&path).unwrap();
+    refused(&again, &["train-000000.tar"]);
+    let broken = folder.path().join("broken");
+    fs::create_dir(&broken).unwrap();
+    fs::write(broken.join("a.png"), b"\x89PNG\r\n\x1a\nno").unwrap();
+    refused(&["pack", text(&broken), "-o", text(&folder.path().join("none"))], &["1 of 1 images"]);
+}
+
+#[test]
+fn a_broken_image_among_the_held_out_ends_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    pictures(&data, 300);
+    let shards = folder.path().join("shards");
+    fs::create_dir(&shards).unwrap();
+    let mut tar = tar::Builder::new(fs::File::create(shards.join("0.tar")).unwrap());
+    let mut add = |name: String, bytes: &[u8]| {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(bytes.len() as u64);
+        tar.append_data(&mut header, name, bytes).unwrap();
+    };
+    for i in 0..300u32 {
+        let class = if i % 2 == 0 { "even" } else { "odd" };
+        let bytes = fs::read(data.join(format!("{class}/{i:03}.png"))).unwrap();
+        // Beyond the first 64, which are looked at: every second one of a stretch.
+        let broken = i > 70 && i < 110 && i % 2 == 1;
+        add(format!("{i:03}.png"), if broken { &bytes[..40] } else { &bytes });
+        add(format!("{i:03}.cls"), (i % 2).to_string().as_bytes());
+    }
+    tar.finish().unwrap();
+    drop(tar);
+    let out = folder.path().join("run");
+    ok(&pretrain(&shards, &out, &["--epochs", "1", "--warmup-epochs", "0"]));
+    ok(&["resume", text(&out)]);
+    let listed = fs::read_to_string(out.join("skipped.txt")).unwrap();
+    let mut lines: Vec<&str> = listed.lines().collect();
+    lines.sort_unstable();
+    lines.dedup();
+    assert_eq!(lines.len(), listed.lines().count(), "no image is listed twice: {listed}");
+    let table = json(&ok(&["eval", "knn", text(&out), text(&shards), "--k", "1", "--json", "--device", "cpu"]));
+    assert_eq!(table["rows"].as_array().unwrap().len(), 1);
+}

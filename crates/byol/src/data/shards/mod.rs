@@ -92,6 +92,14 @@ impl Unit {
         }
     }
 
+    /// Fetches it if it is not here and there is room.
+    fn fetch_ahead(&self) {
+        #[cfg(feature = "cloud")]
+        if let Some(remote) = &self.remote {
+            remote.fetch_ahead();
+        }
+    }
+
     /// Whether nothing has to be fetched for it.
     fn is_here(&self) -> bool {
         match &self.remote {
@@ -189,11 +197,19 @@ impl Shards {
         if let Some(open) = &*slot {
             return Ok(open.clone());
         }
-        let Unit { group, images, .. } = &self.units[unit];
-        let path = self.units[unit].file()?;
-        let opened = match group {
-            None => tar::open(&path)?,
-            Some(group) => parquet::open(&path, *group)?,
+        let Unit { group, images, remote, .. } = &self.units[unit];
+        // A fetched file may leave a small cache before it is open.
+        let mut again = if remote.is_some() { 3 } else { 0 };
+        let opened = loop {
+            let path = self.units[unit].file()?;
+            let opened = match group {
+                None => tar::open(&path),
+                Some(group) => parquet::open(&path, *group),
+            };
+            match opened {
+                Err(e) if e.kind() == io::ErrorKind::NotFound && again > 0 => again -= 1,
+                other => break other?,
+            }
         };
         if opened.entries.len() != *images {
             let why = format!("it holds {} images and held {images} when it was first read", opened.entries.len());
@@ -220,8 +236,7 @@ impl Shards {
         fetched.insert(unit);
         let shards = self.clone();
         let fetch = move || {
-            // What goes wrong here goes wrong again, and is said, when the image is wanted.
-            let _ = shards.units[unit].file();
+            shards.units[unit].fetch_ahead();
             shards.fetched.lock().unwrap_or_else(PoisonError::into_inner).remove(&unit);
         };
         if std::thread::Builder::new().name("fetch".into()).spawn(fetch).is_err() {

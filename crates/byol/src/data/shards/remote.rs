@@ -52,16 +52,21 @@ fn runtime() -> &'static Runtime {
 
 /// What went wrong, on one line, with what to do.
 fn said(url: &str, error: &Error) -> io::Error {
-    let first = |text: String| text.lines().next().unwrap_or_default().chars().take(300).collect::<String>();
+    let text = error.to_string();
+    // A listing says it in words alone.
+    let refuses = matches!(error, Error::PermissionDenied { .. } | Error::Unauthenticated { .. })
+        || ["401 Unauthorized", "403 Forbidden"].iter().any(|code| text.contains(code));
     io::Error::other(match error {
-        Error::NotFound { .. } => format!("there is no {url}"),
-        Error::PermissionDenied { .. } | Error::Unauthenticated { .. } => {
-            format!(
-                "{url} is refused to you; set the credentials of its store in the environment (AWS_ACCESS_KEY_ID, …)"
-            )
+        _ if refuses => {
+            let remedy = "set the credentials of its store in the environment (AWS_ACCESS_KEY_ID, …)";
+            format!("{url} is refused to you; {remedy}")
         }
+        Error::NotFound { .. } => format!("there is no {url}"),
         Error::Precondition { .. } => format!("{url} has changed since the run began; start again"),
-        other => format!("{url} cannot be read ({}); check the address and the network", first(other.to_string())),
+        _ => {
+            let first: String = text.lines().next().unwrap_or_default().chars().take(300).collect();
+            format!("{url} cannot be read ({first}); check the address and the network")
+        }
     })
 }
 
@@ -164,27 +169,35 @@ impl Remote {
     /// # Errors
     /// What the store or the disk says, on one line.
     pub fn file(&self) -> io::Result<PathBuf> {
+        self.fetched(true)
+    }
+
+    /// Fetches it, if there is room beside what is being fetched and one more.
+    pub fn fetch_ahead(&self) {
+        // What goes wrong here goes wrong again, and is said, when it is wanted.
+        let _ = self.fetched(false);
+    }
+
+    fn fetched(&self, wanted: bool) -> io::Result<PathBuf> {
         let place = self.place()?;
         let here = || place.metadata().is_ok_and(|m| m.len() == self.bytes);
-        let used = || {
-            let now = File::options().append(true).open(&place).and_then(|file| file.set_modified(SystemTime::now()));
-            let _ = now; // an older date means an earlier end in the cache, no more
-        };
-        if here() {
-            used();
-            return Ok(place);
-        }
-        fs::create_dir_all(cache()?)?;
-        // Of several processes one fetches; the others wait for it.
-        let lock = File::create(place.with_extension("lock"))?;
-        lock.lock()?;
         if !here() {
-            make_room(self.bytes)?;
-            let unfinished = place.with_extension("partial");
-            self.fetch(&unfinished)?;
-            fs::rename(&unfinished, &place)?;
+            fs::create_dir_all(cache()?)?;
+            // Of several processes one fetches; the others wait for it.
+            let lock = File::create(place.with_extension("lock"))?;
+            lock.lock()?;
+            if !here() {
+                let unfinished = place.with_extension(format!("{}.{PARTIAL}", self.bytes));
+                if !make_room(&unfinished, self.bytes, wanted)? {
+                    return Err(io::Error::other("there is no room to fetch ahead"));
+                }
+                self.fetch(&unfinished)?;
+                fs::rename(&unfinished, &place)?;
+            }
+            let _ = fs::remove_file(place.with_extension("lock")); // who waits for it holds it open
         }
-        let _ = fs::remove_file(place.with_extension("lock")); // who waits for it holds it open
+        let now = File::options().append(true).open(&place).and_then(|file| file.set_modified(SystemTime::now()));
+        let _ = now; // an older date means an earlier end in the cache, no more
         Ok(place)
     }
 
@@ -259,8 +272,12 @@ fn cache() -> io::Result<PathBuf> {
         .ok_or_else(|| io::Error::other("there is no folder for fetched shards; name one by BYOL_CACHE"))
 }
 
-/// Removes what was used longest ago until so many bytes more fit.
-fn make_room(bytes: u64) -> io::Result<()> {
+/// The ending of a shard that is being fetched, behind its length to be.
+const PARTIAL: &str = "partial";
+
+/// Removes what was used longest ago until a shard of so many bytes fits beside what is being fetched, and makes its place. False if it does
+/// not fit and is not `wanted` now: then there has to be room for one more.
+fn make_room(unfinished: &Path, bytes: u64, wanted: bool) -> io::Result<bool> {
     let most =
         match std::env::var("BYOL_CACHE_GB") {
             Err(_) => CACHE_GB,
@@ -269,22 +286,46 @@ fn make_room(bytes: u64) -> io::Result<()> {
             })?,
         };
     let most = (most * 1e9) as u64;
-    let mut files: Vec<(SystemTime, u64, PathBuf)> = fs::read_dir(cache()?)?
-        .flatten()
-        .filter(|entry| entry.path().extension().is_some_and(|e| e != "lock" && e != "partial"))
-        .filter_map(|entry| {
-            let meta = entry.metadata().ok()?;
-            Some((meta.modified().ok()?, meta.len(), entry.path()))
-        })
-        .collect();
-    files.sort();
-    let mut total: u64 = files.iter().map(|(_, bytes, _)| bytes).sum();
-    for (_, size, path) in files {
-        if total + bytes <= most {
+    // One at a time, of all processes.
+    let room = File::create(cache()?.join("room.lock"))?;
+    room.lock()?;
+    let mut total = bytes + if wanted { 0 } else { bytes };
+    let mut removable: Vec<(SystemTime, u64, PathBuf)> = Vec::new();
+    for entry in fs::read_dir(cache()?)?.flatten() {
+        let path = entry.path();
+        let ending = path.extension().unwrap_or_default();
+        // What was there when the folder was listed may have got its name since.
+        let Ok(meta) = entry.metadata() else { continue };
+        if ending == "lock" || path == unfinished {
+            continue;
+        }
+        if ending == PARTIAL {
+            // Its length to be counts, unless nobody fetches it any more.
+            let whole = path.with_extension("");
+            let to_be = whole.extension().and_then(|n| n.to_str()?.parse().ok()).unwrap_or(0);
+            let lock = File::open(whole.with_extension("lock"));
+            if lock.is_ok_and(|lock| matches!(lock.try_lock(), Err(fs::TryLockError::WouldBlock))) {
+                total += to_be;
+                continue;
+            }
+        }
+        total += meta.len();
+        removable.push((meta.modified()?, meta.len(), path));
+    }
+    removable.sort();
+    for (_, size, path) in removable {
+        if total <= most {
             break;
         }
-        fs::remove_file(&path)?; // a process that has it open reads on
-        total -= size;
+        // A process that has it open reads on; another may have been faster.
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => total = total.saturating_sub(size),
+        }
     }
-    Ok(())
+    if total > most && !wanted {
+        return Ok(false);
+    }
+    OpenOptions::new().append(true).create(true).open(unfinished)?;
+    Ok(true)
 }
