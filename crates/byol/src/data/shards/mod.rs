@@ -19,6 +19,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use super::{
@@ -36,6 +37,9 @@ const MOST_OPEN_REMOTE: usize = 24;
 
 /// Shards that are fetched at the same time, ahead of their images.
 const MOST_FETCHED: usize = 2;
+
+/// Between two tries to fetch the same shard ahead.
+const FETCHED_AGAIN: Duration = Duration::from_secs(1);
 
 /// Images that cannot be used in a row before a run gives up.
 const MOST_BAD: usize = 32;
@@ -132,6 +136,15 @@ struct Indexed {
 
 type Slot = Arc<Mutex<Option<Arc<Open>>>>;
 
+/// Remote units that are fetched ahead.
+#[derive(Debug, Default)]
+struct Fetched {
+    /// How many are on their way.
+    now: usize,
+    /// When each was last tried.
+    tried: HashMap<usize, Instant>,
+}
+
 /// The images of some shards, numbered through.
 #[derive(Debug)]
 pub(super) struct Shards {
@@ -143,7 +156,7 @@ pub(super) struct Shards {
     clock: AtomicU64,
     passed_over: Mutex<Vec<Skipped>>,
     /// Remote units that are being fetched ahead.
-    fetched: Mutex<HashSet<usize>>,
+    fetched: Mutex<Fetched>,
 }
 
 impl Shards {
@@ -229,18 +242,24 @@ impl Shards {
     /// Begins to fetch the shard of image `i`, which will be wanted soon, unless it is here or enough others are being fetched.
     pub fn fetch_ahead(self: &Arc<Self>, i: usize) {
         let (unit, _) = self.place(i);
+        let known = || self.open.lock().unwrap_or_else(PoisonError::into_inner).contains_key(&unit);
         let mut fetched = self.fetched.lock().unwrap_or_else(PoisonError::into_inner);
-        if fetched.len() >= MOST_FETCHED || fetched.contains(&unit) || self.units[unit].is_here() {
+        // Asked for image by image: where there was no room, there may be some a while later.
+        if fetched.tried.get(&unit).is_some_and(|at| at.elapsed() < FETCHED_AGAIN) || fetched.now >= MOST_FETCHED {
             return;
         }
-        fetched.insert(unit);
+        fetched.tried.insert(unit, Instant::now());
+        // A shard that is open is read from there, whatever the cache has done with its name.
+        if known() || self.units[unit].is_here() {
+            return;
+        }
         let shards = self.clone();
         let fetch = move || {
             shards.units[unit].fetch_ahead();
-            shards.fetched.lock().unwrap_or_else(PoisonError::into_inner).remove(&unit);
+            shards.fetched.lock().unwrap_or_else(PoisonError::into_inner).now -= 1;
         };
-        if std::thread::Builder::new().name("fetch".into()).spawn(fetch).is_err() {
-            fetched.remove(&unit);
+        if std::thread::Builder::new().name("fetch".into()).spawn(fetch).is_ok() {
+            fetched.now += 1;
         }
     }
 
