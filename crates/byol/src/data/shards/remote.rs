@@ -36,8 +36,8 @@ pub(super) struct Remote {
 /// Gigabytes of the cache, unless `BYOL_CACHE_GB` says otherwise.
 const CACHE_GB: f64 = 32.0;
 
-/// Tries without a byte in between before a shard is given up: a minute and a half in all.
-const TRIES: u32 = 8;
+/// Tries without a byte in between before a shard is given up: 100 seconds of waiting in all.
+const TRIES: u32 = 10;
 
 /// Requests of one listing that go on at the same time.
 const TOGETHER: usize = 16;
@@ -247,7 +247,7 @@ impl Remote {
         file.sync_data()
     }
 
-    /// What it holds: looked at once, and remembered beside it.
+    /// What it holds, by looking into it.
     ///
     /// # Errors
     /// As [`Remote::file`]; what is wrong with the shard.
