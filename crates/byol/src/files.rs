@@ -53,6 +53,11 @@ pub fn sync_folder(folder: Option<&Path>) -> io::Result<()> {
     Ok(())
 }
 
+/// Bytes in hexadecimal.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
 /// `path` with `.partial` behind its name: never taken for a finished file.
 pub fn temporary_name(path: &Path) -> PathBuf {
     let mut name = path.file_name().unwrap_or_default().to_owned();

@@ -418,7 +418,7 @@ impl Images {
         if let Source::Shards(shards) = &self.source {
             hash.update(shards.fingerprint());
         }
-        hash.finalize()[..8].iter().map(|b| format!("{b:02x}")).collect()
+        crate::files::hex(&hash.finalize()[..8])
     }
 
     /// [`Images::check`] of training images: shards are not looked through, but for their first images.

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::{Dataset, Error, Image, Images, decode};
-use crate::files;
+use crate::files::{self, hex};
 
 /// Images that are made ready at once.
 const AT_ONCE: usize = 256;
@@ -186,16 +186,12 @@ fn verify(out: &Path, manifest: &Manifest) -> Result<(), Error> {
                 n => hash.update(&some[..n]),
             }
         }
-        match hex(hash) == shard.sha256 {
+        match hex(&hash.finalize()) == shard.sha256 {
             true => Ok(()),
             false => Err(bad("it is not what was packed: its checksum differs".into())),
         }
     };
     manifest.shards.par_iter().try_for_each(one)
-}
-
-fn hex(hash: Sha256) -> String {
-    hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// The splits by name, in the order in which they are packed.
@@ -383,6 +379,6 @@ impl Writer {
             Ok((hash, bytes))
         })();
         let (hash, bytes) = done.map_err(failed(&path))?;
-        Ok(Shard { file, images, bytes, sha256: hex(hash), labels })
+        Ok(Shard { file, images, bytes, sha256: hex(&hash.finalize()), labels })
     }
 }

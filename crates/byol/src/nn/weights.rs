@@ -139,7 +139,7 @@ pub fn resolve(path: &Path) -> PathBuf {
 /// [`Error::Read`].
 pub fn sha256(path: &Path) -> Result<String, Error> {
     let bytes = fs::read(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
-    Ok(Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect())
+    Ok(files::hex(&Sha256::digest(&bytes)))
 }
 
 /// Reads an encoder from a file or a run folder.

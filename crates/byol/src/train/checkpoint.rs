@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 
 use crate::{
     byol::Byol,
-    files,
+    files::{self, hex},
     nn::{
         Leaf, Running, Statistics, Tree,
         tree::host,
@@ -119,10 +119,6 @@ pub struct Counters {
     pub loss_count: u64,
     /// As in [`State`].
     pub halvings: u32,
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 fn plan_hash(plan: &Plan) -> String {

@@ -20,7 +20,10 @@ use tokio::runtime::Runtime;
 use url::Url;
 
 use super::{Indexed, Unit};
-use crate::data::pack::{MANIFEST, Manifest};
+use crate::{
+    data::pack::{MANIFEST, Manifest},
+    files::hex,
+};
 
 /// One shard.
 #[derive(Debug)]
@@ -153,7 +156,7 @@ impl Remote {
             hash.update(part);
             hash.update([0]);
         }
-        let name: String = hash.finalize()[..12].iter().map(|b| format!("{b:02x}")).collect();
+        let name = hex(&hash.finalize()[..12]);
         let ending = Path::new(&self.url).extension().unwrap_or_default();
         Ok(cache()?.join(name).with_extension(ending))
     }
