@@ -223,6 +223,8 @@ fn what_a_store_refuses_is_said_in_a_line() {
     let out = at("out");
     refused(server.byol(&at("cache"), &pretrain("s3://nobucket/shards/{000000..000001}.tar", text(&out))), &["there is no"]);
     refused(server.byol(&at("cache"), &pretrain("s3://bucket/nothing", text(&out))), &["no .tar or .parquet"]);
+    let two = pretrain("s3://{bucket,other}/shards/train-000000.tar", text(&out));
+    refused(server.byol(&at("cache"), &two), &["s3://other", "another store"]);
     let port = server.port;
     let wrong = byol(&pretrain("s3://bucket/shards", text(&out)))
         .env("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{port}"))

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     device,
     nn::{Mode, Network, Pass, Tree, Weights},
-    optim::{Optimizer, Schedule},
+    optim::{LossScale, Optimizer, Schedule},
     ranks::Ranks,
 };
 
@@ -34,6 +34,8 @@ pub struct Byol {
     pub k: u64,
     /// Who shares each batch.
     pub ranks: Ranks,
+    /// Of gradients in f16; none where their range is that of f32.
+    pub scale: Option<LossScale>,
 }
 
 /// What is minimised. The default is BYOL; the rest are the paper's ablations of it (§5, appendix F.4).
@@ -65,6 +67,8 @@ pub struct Report {
     pub eta: f64,
     /// τ of this step.
     pub tau: f64,
+    /// Whether θ and ξ stayed as they were, as the gradient was beyond the range of f16.
+    pub skipped: bool,
 }
 
 /// The parts of a step.
@@ -145,7 +149,10 @@ impl Byol {
         }
         let loss = f64::from(l.clone().without_autodiff().into_scalar::<f32>());
         done(Phase::Forward);
-        let grads = theta.gradients(&mut l.backward()); //                                  ∇θ
+        let s = self.scale.map_or(1.0, |scale| scale.factor);
+        let scaled = if s == 1.0 { l } else { l.mul_scalar(s) };
+        let grads = theta.gradients(&mut scaled.backward()); //                             ∇θ
+        let grads = if s == 1.0 { grads } else { grads.map(|_, g| g.div_scalar(s)) };
         done(Phase::Backward);
         Gradient { loss, grads }
     }
@@ -153,10 +160,14 @@ impl Byol {
     /// θ ← optimizer(θ, ∇θ L, η), then ξ ← τ ξ + (1 − τ) θ, then k ← k + 1.
     pub fn update(&mut self, gradient: &Gradient) -> Report {
         let (eta, tau) = (self.schedule.eta(self.k), self.schedule.tau(self.k));
-        let (theta, xi) = (&self.online.params, &self.target.params);
-        (self.online.params, self.target.params) = self.optimizer.step(theta, xi, &gradient.grads, eta, tau);
         self.k += 1;
-        Report { loss: gradient.loss, eta, tau }
+        let finite = self.scale.is_none() || gradient.grads.norm().is_finite();
+        self.scale = self.scale.map(|scale| scale.after(finite));
+        if finite {
+            let (theta, xi) = (&self.online.params, &self.target.params);
+            (self.online.params, self.target.params) = self.optimizer.step(theta, xi, &gradient.grads, eta, tau);
+        }
+        Report { loss: gradient.loss, eta, tau, skipped: !finite }
     }
 
     /// One step from `n` micro-batches of one batch: the mean of their gradients, one update. With `n` = 1 the paper's step;

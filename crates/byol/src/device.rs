@@ -5,7 +5,10 @@
 
 use std::str::FromStr;
 
-use burn::tensor::Device;
+use burn::{
+    backend::{Backend, DTypeUsage, Dispatch},
+    tensor::{DType, Device, FloatDType, Tensor, TensorData, module::conv2d, ops::ConvOptions},
+};
 use byol_kernels::{
     awake::Awake,
     isa::{self, Isa},
@@ -54,15 +57,38 @@ impl FromStr for Choice {
     }
 }
 
-/// What convolutions and linear layers multiply. Sums, activations, statistics, loss, weights and momenta are f32 with both.
+/// What convolutions and linear layers multiply. Statistics, loss, weights, momenta and target are f32 with all; so are sums and
+/// activations on the CPU, while on a GPU activations are kept as they are multiplied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
     /// 24 bits of fraction.
     #[default]
     F32,
-    /// 8 bits of fraction: faster where the processor multiplies such numbers (AVX512-BF16), and coarser.
+    /// 8 bits of fraction: faster where the processor multiplies such numbers (AVX512-BF16) or the GPU has units for them, and coarser.
     Bf16,
+    /// 11 bits of fraction over a small range, on GPUs: the loss is scaled while it is differentiated ([`crate::optim::LossScale`]).
+    F16,
+}
+
+impl Precision {
+    /// As recipes and the command line have it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Precision::F32 => "f32",
+            Precision::Bf16 => "bf16",
+            Precision::F16 => "f16",
+        }
+    }
+
+    /// What tensors of it hold.
+    pub fn dtype(self) -> FloatDType {
+        match self {
+            Precision::F32 => FloatDType::F32,
+            Precision::Bf16 => FloatDType::BF16,
+            Precision::F16 => FloatDType::F16,
+        }
+    }
 }
 
 /// Why there is no such device.
@@ -87,13 +113,17 @@ pub enum Error {
     /// `BYOL_ISA` names an instruction set that the processor has not.
     #[error(transparent)]
     InstructionSet(#[from] isa::Missing),
-    /// The device multiplies no bf16.
-    #[error("{device} has no products of bf16{}; use --precision f32", if *.cpu { " (AVX512-BF16)" } else { " in byol yet" })]
+    /// The device has no such numbers.
+    #[error("{device} computes no {precision}{what}; use --precision {instead}")]
     Precision {
         /// Its name.
         device: String,
-        /// Whether it is the processor.
-        cpu: bool,
+        /// As asked for.
+        precision: &'static str,
+        /// What it lacks, if that has a name, or what went wrong.
+        what: String,
+        /// What it does compute.
+        instead: &'static str,
     },
     /// It is there but does not start.
     #[error("{name} does not start: {reason}; update its driver or use --device cpu")]
@@ -255,10 +285,78 @@ pub fn open_nth(choice: Choice, nth: usize) -> Result<Opened, Error> {
 /// # Errors
 /// [`Error::Precision`].
 pub fn check(device: &Device, precision: Precision) -> Result<(), Error> {
-    match precision {
-        _ if has_kernels(device) => kernels(precision).map(|_| ()),
-        Precision::F32 => Ok(()),
-        Precision::Bf16 => Err(Error::Precision { device: format!("{device:?}"), cpu: false }),
+    if has_kernels(device) {
+        return kernels(precision).map(|_| ());
+    }
+    if precision == Precision::F32 {
+        return Ok(());
+    }
+    let refuse = |what: String| {
+        let device = name_of(device);
+        Err(Error::Precision { device, precision: precision.name(), what, instead: "f32" })
+    };
+    if !device.supports_dtype(DType::from(precision.dtype())) {
+        return refuse(String::new());
+    }
+    match tried(device, precision) {
+        Ok(off) if off <= MOST_OFF => Ok(()),
+        Ok(off) => refuse(format!(" rightly (a convolution is off by {:.0} %)", 100.0 * off)),
+        Err(()) => refuse(" without failing".into()),
+    }
+}
+
+#[cfg(any(feature = "gpu", feature = "cuda", feature = "rocm"))]
+fn name_of(device: &Device) -> String {
+    device.identity().map_or_else(|| format!("{device:?}"), |identity| identity.name)
+}
+
+#[cfg(not(any(feature = "gpu", feature = "cuda", feature = "rocm")))]
+fn name_of(device: &Device) -> String {
+    format!("{device:?}")
+}
+
+/// How far a product of 16 bits may be from that of f32, as a share of the largest: some sixteen roundings of bf16.
+const MOST_OFF: f64 = 0.06;
+
+/// A small convolution and its gradient in this precision: how far they are from those in f32. Drivers differ in what they say
+/// of themselves, so what counts is what comes out.
+fn tried(device: &Device, precision: Precision) -> Result<f64, ()> {
+    let wave = |n: usize, shape: [usize; 4]| {
+        let values: Vec<f32> = (0..n).map(|i| (0.7 * i as f32).sin()).collect();
+        Tensor::<4>::from_data(TensorData::new(values, shape), device)
+    };
+    let outcome = |kind: FloatDType| {
+        let x = wave(2 * 8 * 64, [2, 8, 8, 8]).cast(kind);
+        let w = wave(8 * 8 * 9, [8, 8, 3, 3]).autodiff().require_grad();
+        let y = conv2d(x.autodiff(), w.clone().cast(kind), None, ConvOptions::new([1, 1], [1, 1], [1, 1], 1));
+        let y = y.cast(FloatDType::F32);
+        let dw = w.grad(&y.clone().square().mean().backward());
+        let dw = dw.map_or_else(|| w.clone().without_autodiff().zeros_like(), |g| g.cast(FloatDType::F32));
+        [y.without_autodiff(), dw].map(|t| t.into_data_as::<f32>().try_into_vec::<f32>().unwrap_or_default())
+    };
+    let compared = || {
+        let off = |(a, b): (&Vec<f32>, &Vec<f32>)| {
+            let largest = a.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+            let apart = a.iter().zip(b).map(|(a, b)| (a - b).abs());
+            // A value that is no number is as far off as can be.
+            let apart = apart.fold(0.0f32, |m, d| if d <= m { m } else { d });
+            if b.len() == a.len() && apart.is_finite() { f64::from(apart / largest) } else { 1.0 }
+        };
+        let (exact, coarse) = (outcome(FloatDType::F32), outcome(precision.dtype()));
+        exact.iter().zip(&coarse).map(off).fold(0.0, f64::max)
+    };
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(compared)).map_err(|_| ())
+}
+
+/// Whether training with bf16 is faster here: AVX512-BF16 in a processor, units for products of matrices in a GPU that computes right.
+pub fn prefers_bf16(opened: &Opened) -> bool {
+    match opened.found.kind {
+        Kind::Cpu => machine().bf16,
+        Kind::Software => false,
+        Kind::Gpu => {
+            let usage = Dispatch::dtype_usage(opened.device.as_dispatch(), DType::BF16);
+            usage.contains(DTypeUsage::Accelerated) && check(&opened.device, Precision::Bf16).is_ok()
+        }
     }
 }
 
@@ -268,9 +366,15 @@ pub fn check(device: &Device, precision: Precision) -> Result<(), Error> {
 /// [`Error::InstructionSet`], [`Error::Precision`].
 pub fn kernels(precision: Precision) -> Result<&'static Isa, Error> {
     let isa = isa::choose()?;
+    let refuse = |what: &str, instead| {
+        let (device, precision) = (machine().cpu, precision.name());
+        Error::Precision { device, precision, what: what.into(), instead }
+    };
     match precision {
         Precision::F32 => Ok(isa),
-        Precision::Bf16 => isa::halves_of(isa).ok_or_else(|| Error::Precision { device: machine().cpu, cpu: true }),
+        Precision::Bf16 => isa::halves_of(isa).ok_or_else(|| refuse(" (AVX512-BF16)", "f32")),
+        Precision::F16 if isa::halves_of(isa).is_some() => Err(refuse("", "bf16")),
+        Precision::F16 => Err(refuse("", "f32")),
     }
 }
 

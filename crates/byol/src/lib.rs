@@ -22,6 +22,7 @@ pub mod data;
 pub mod device;
 pub mod eval;
 pub mod files;
+pub mod finish;
 pub mod nn;
 pub mod optim;
 pub mod random;

@@ -86,6 +86,7 @@ fn a_flipped_sign_of_the_loss_is_divergence() {
     let loader = Loader::start(Request {
         part: [0, 1],
         buffer: 1,
+        crops: false,
         images: data.train.clone(),
         policies: [views.first.clone(), views.second.clone()],
         size: views.size,

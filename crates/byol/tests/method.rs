@@ -45,6 +45,7 @@ fn loader(plan: &Plan, data: &Prepared) -> Loader {
     Loader::start(Request {
         part: [0, 1],
         buffer: 1,
+        crops: false,
         images: data.train.clone(),
         policies: [plan.recipe.views.first.clone(), plan.recipe.views.second.clone()],
         size: plan.recipe.views.size,

@@ -3,7 +3,7 @@
 
 mod common;
 
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{Tensor, TensorData};
 use byol::{
     byol::{Byol, Objective, distance, negatives},
     nn::{
@@ -14,16 +14,7 @@ use byol::{
     optim::{AdamW, Lars, Optimizer, Rule, Schedule, Sgd},
     ranks::Ranks,
 };
-use common::{Case, case, cases, close};
-
-/// The device under test: the CPU, or with `BYOL_TEST_DEVICE=wgpu` the GPU (feature `gpu`).
-fn device() -> Device {
-    #[cfg(feature = "gpu")]
-    if std::env::var("BYOL_TEST_DEVICE").is_ok_and(|d| d == "wgpu") {
-        return byol::device::open(byol::device::Choice::Wgpu).expect("a Vulkan driver, software or not").device;
-    }
-    Device::flex()
-}
+use common::{Case, case, cases, close, device};
 
 /// Batch norm by the fixtures' convention: averages from 0 and 1 with momentum 0.1, not debiased.
 fn plain_norm() -> NormConfig {
@@ -390,6 +381,7 @@ fn six_steps_of_training() {
         schedule,
         k: 0,
         ranks: Ranks::ALONE,
+        scale: None,
     };
 
     let [steps, _, n, h, w, c] = *case.shape("views") else { panic!("six axes") };

@@ -1,6 +1,8 @@
 //! Several ranks walk as one does: the same batches, statistics of all, the mean gradient. Here they are threads; `cli/tests/mpi.rs` has the
 //! same for processes.
 
+mod common;
+
 use std::{path::Path, sync::atomic::AtomicBool, thread};
 
 use burn::tensor::Device;
@@ -30,6 +32,7 @@ fn plan(data: &Prepared, more: &[&str]) -> Plan {
         "health.images=8",
         "optimizer.kind=sgd",
         "optimizer.lr=0.02",
+        "views.finish=cpu",
     ];
     settings.iter().chain(more).for_each(|s| draft.set(s).unwrap());
     Plan::new("test", draft.over(&Recipe::default()).unwrap(), data, "cpu").unwrap()
@@ -51,7 +54,7 @@ fn on_ranks<T: Send>(n: usize, work: impl Fn(Ranks) -> T + Sync) -> Vec<T> {
 }
 
 fn place(ranks: Ranks) -> Place {
-    Place { device: Device::flex(), threads: 1, ranks }
+    Place { device: common::device(), threads: 1, ranks }
 }
 
 /// Losses of a whole run by so many ranks, from its folder's state or anew; it stops after `until` steps.
@@ -138,6 +141,14 @@ fn another_number_of_ranks_goes_on() {
     walk(&parts, 2, &plan, &data, 3);
     walk(&parts, 2, &plan, &data, total);
     assert_eq!(weights_of(&whole), weights_of(&parts));
+}
+
+#[test]
+fn each_rank_hears_what_all_have() {
+    let said = ["", "of the second\n", "ünd third"];
+    let heard = on_ranks(3, |ranks| ranks.gather(said[ranks.rank()].as_bytes()));
+    assert!(heard.iter().all(|all| all == &said.map(|s| s.as_bytes().to_vec())));
+    assert_eq!(Ranks::ALONE.gather(b"one"), [b"one".to_vec()]);
 }
 
 #[test]

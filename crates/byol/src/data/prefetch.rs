@@ -11,9 +11,9 @@ use std::{
 use rayon::prelude::*;
 
 use super::{Error, Images};
-use crate::views::{self, Policy, Room};
+use crate::views::{self, Draw, Policy, Room};
 
-/// Two views of the same images: `[n, size, size, channels]` each, values in 0..1.
+/// Two views of the same images: `[n, size, size, channels]` each, values in 0..1; or their crops, with what is left to the device.
 #[derive(Debug, Clone, PartialEq)]
 pub struct MicroBatch {
     /// Images.
@@ -26,6 +26,9 @@ pub struct MicroBatch {
     pub v: Vec<f32>,
     /// Views by the second policy.
     pub v2: Vec<f32>,
+    /// What is still to be done with each image, by the first policy and the second: then the values are crops as planes,
+    /// `[n, channels, size, size]`. None: they are finished.
+    pub rest: Option<[Vec<Draw>; 2]>,
 }
 
 /// What a loader makes.
@@ -37,6 +40,8 @@ pub struct Request {
     pub policies: [Policy; 2],
     /// Side of a view in pixels.
     pub size: usize,
+    /// Crop alone, and leave the rest to the device.
+    pub crops: bool,
     /// Images a micro-batch, of all ranks together.
     pub n: usize,
     /// Which of how many equal parts of each micro-batch this loader makes, from 0: `[0, 1]` is the whole.
@@ -119,13 +124,20 @@ fn make(request: &Request, wanted: &[(u64, usize)]) -> Result<MicroBatch, Error>
     let view = request.size * request.size * channels;
     let (mut v, mut v2) = (vec![0.0; wanted.len() * view], vec![0.0; wanted.len() * view]);
     let places = v.par_chunks_exact_mut(view).zip(v2.par_chunks_exact_mut(view)).zip(wanted.par_iter());
-    places.try_for_each_init(Room::default, |room, ((v, v2), &(epoch, index))| {
-        let image = request.images.get_or_next(index)?;
+    let rests = places.map_init(Room::default, |room, ((v, v2), &(epoch, index))| {
+        let (image, size) = (request.images.get_or_next(index)?, request.size);
+        let mut rest = Vec::new();
         for (which, (out, policy)) in [v, v2].into_iter().zip(&request.policies).enumerate() {
             let name = [request.seed, epoch, index as u64, which as u64];
-            views::view_into(policy, &image, request.size, name, room, out);
+            match request.crops {
+                true => rest.push(views::crop_into(policy, &image, size, name, room, out)),
+                false => views::view_into(policy, &image, size, name, room, out),
+            }
         }
-        Ok(())
-    })?;
-    Ok(MicroBatch { n: wanted.len(), size: request.size, channels, v, v2 })
+        Ok(<[Draw; 2]>::try_from(rest).ok())
+    });
+    let rests = rests.collect::<Result<Vec<_>, Error>>()?;
+    let rest = request.crops.then(|| rests.into_iter().flatten().map(|[first, second]| (first, second)).unzip());
+    let rest = rest.map(|(first, second)| [first, second]);
+    Ok(MicroBatch { n: wanted.len(), size: request.size, channels, v, v2, rest })
 }

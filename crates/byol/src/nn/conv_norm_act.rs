@@ -96,12 +96,13 @@ pub fn conv_norm_act(pass: &mut Pass, layer: &ConvNorm, x: impl Into<Map>, then:
     }
 }
 
-/// The same of Burn's own operations, for every device.
+/// The same of Burn's own operations, for every device: convolution, skip and ReLU in the pass's precision, the norm in f32.
 pub fn composed(pass: &mut Pass, layer: &ConvNorm, x: Tensor<4>, then: Then) -> Tensor<4> {
     // Burn's operations want [N, C, H, W]. The permutations are views; between two layers they cancel.
     let w = pass.params.get::<4>(&format!("{}.weight", layer.conv));
     let (s, d) = (layer.stride, layer.dilation);
     let p = d * (layer.kernel / 2);
+    let (x, w) = (pass.operand(x), pass.operand(w));
     let y = conv2d(x.permute([0, 3, 1, 2]), w, None, ConvOptions::new([s, s], [p, p], [d, d], 1));
     let y = pass.batch_norm(&layer.norm, y);
     let y = match then {

@@ -2,7 +2,7 @@
 //! normalization, rectified linear units, and a final linear layer with output dimension 256" (arXiv:2006.07733 §3.2). The first
 //! layer has a bias, the second has none; the output is not normalised.
 
-use burn::tensor::{Device, Tensor, activation::relu};
+use burn::tensor::{Device, FloatDType, Tensor, activation::relu};
 
 use super::{
     Init,
@@ -74,11 +74,14 @@ impl Mlp {
         if has_kernels(&x.device()) && pass.trains() {
             return self.fused(pass, x);
         }
-        let weight = |pass: &Pass, tail: &str| pass.params.get::<2>(&format!("{}.{tail}", self.name)).transpose();
+        let linear = |pass: &Pass, x: Tensor<2>, tail: &str| {
+            let w = pass.params.get::<2>(&format!("{}.{tail}", self.name)).transpose();
+            pass.operand(x).matmul(pass.operand(w)).cast(FloatDType::F32)
+        };
         let bias = pass.params.get::<1>(&format!("{}.fc1.bias", self.name));
-        let h = x.matmul(weight(pass, "fc1.weight")) + bias.reshape([1, self.hidden]);
+        let h = linear(pass, x, "fc1.weight") + bias.reshape([1, self.hidden]);
         let h = relu(pass.batch_norm(&self.norm_name(), h));
-        h.matmul(weight(pass, "fc2.weight"))
+        linear(pass, h, "fc2.weight")
     }
 
     /// The same in training by the CPU's kernels: a linear layer is a convolution of maps of one pixel.

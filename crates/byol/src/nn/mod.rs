@@ -5,6 +5,7 @@ pub mod foreign;
 mod fused;
 pub mod init;
 pub mod mlp;
+mod norm;
 pub mod pass;
 pub mod pool;
 pub mod resnet;

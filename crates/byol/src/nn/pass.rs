@@ -4,7 +4,10 @@ use burn::tensor::{Device, Tensor};
 use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 
-use super::tree::{Leaf, Tree};
+use super::{
+    norm,
+    tree::{Leaf, Tree},
+};
 use crate::{device::Precision, ranks::Ranks};
 
 /// Batch norm's settings.
@@ -146,7 +149,12 @@ impl Pass<'_> {
         }
     }
 
-    /// Batch norm over all axes but axis 1.
+    /// What convolutions and linear layers of Burn's operations multiply: `x` in this pass's precision.
+    pub(super) fn operand<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        x.cast(self.precision.dtype())
+    }
+
+    /// Batch norm over all axes but axis 1; in training in f32, whatever `x` is of, over all ranks.
     ///
     /// # Shapes
     /// `x`: `[N, C, …]`; returns the same. Weight and bias `NAME.weight`, `NAME.bias`: `[C]`.
@@ -154,10 +162,10 @@ impl Pass<'_> {
         let gamma = self.params.get::<1>(&format!("{name}.weight"));
         let beta = self.params.get::<1>(&format!("{name}.bias"));
         match &mut self.mode {
-            Mode::Train(statistics, _) => {
-                let y = burn::tensor::module::batch_norm_train(x, gamma, beta, self.norm.eps);
-                statistics.update(name, self.norm, y.mean.without_autodiff(), y.variance.without_autodiff());
-                y.output
+            Mode::Train(statistics, ranks) => {
+                let (y, mean, variance) = norm::batch_norm(x, gamma, beta, self.norm.eps, *ranks);
+                statistics.update(name, self.norm, mean.without_autodiff(), variance.without_autodiff());
+                y
             }
             Mode::Eval(statistics) => {
                 let r = statistics.get(name);

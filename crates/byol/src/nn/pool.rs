@@ -1,6 +1,6 @@
 //! Pooling of maps `[N, H, W, C]`: by the CPU's kernels where there are some, else of Burn's own operations.
 
-use burn::tensor::{Tensor, module::max_pool2d, ops::MaxPoolOptions};
+use burn::tensor::{FloatDType, Tensor, module::max_pool2d, ops::MaxPoolOptions};
 
 use super::fused;
 use crate::device::has_kernels;
@@ -17,14 +17,14 @@ pub fn max_3x3_stride_2(x: Tensor<4>) -> Tensor<4> {
     max_pool2d(x.permute([0, 3, 1, 2]), options).permute([0, 2, 3, 1])
 }
 
-/// The mean of each map.
+/// The mean of each map, in f32.
 ///
 /// # Shapes
-/// `x`: `[N, H, W, C]`; returns `[N, C]`.
+/// `x`: `[N, H, W, C]`, of any precision; returns `[N, C]`.
 pub fn mean(x: Tensor<4>) -> Tensor<2> {
     if has_kernels(&x.device()) {
         return fused::mean(x);
     }
     let [n, _, _, c] = x.dims();
-    x.mean_dim(1).mean_dim(2).reshape([n, c])
+    x.cast(FloatDType::F32).mean_dim(1).mean_dim(2).reshape([n, c])
 }

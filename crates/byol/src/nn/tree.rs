@@ -141,9 +141,13 @@ impl Tree {
         })
     }
 
-    /// Sum of squares of all leaves, in f64 on the host. For reports, not for the update.
+    /// Root of the sum of squares of all leaves, in f64 on the host. For reports, not for the update.
     pub fn norm(&self) -> f64 {
-        let square = |leaf: &Leaf| f64::from(leaf.value.clone().square().sum().into_scalar::<f32>());
-        self.0.values().map(square).sum::<f64>().sqrt()
+        if self.is_empty() {
+            return 0.0;
+        }
+        // Read back together: a device works on its own until somebody waits for it.
+        let squares = self.0.values().map(|leaf| leaf.value.clone().square().sum()).collect();
+        host(Tensor::cat(squares, 0)).into_iter().map(f64::from).sum::<f64>().sqrt()
     }
 }

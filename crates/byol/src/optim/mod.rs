@@ -5,6 +5,7 @@
 pub mod adamw;
 pub mod exclusion;
 pub mod lars;
+pub mod scale;
 pub mod schedule;
 pub mod sgd;
 mod sweep;
@@ -15,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 pub use adamw::AdamW;
 pub use lars::Lars;
+pub use scale::LossScale;
 pub use schedule::Schedule;
 pub use sgd::Sgd;
 

@@ -8,9 +8,10 @@ pub mod threads;
 
 use std::fmt;
 
+use burn::tensor::Tensor;
 use serde::{Serialize, de::DeserializeOwned};
 
-use crate::nn::Tree;
+use crate::nn::{Tree, tree::host};
 
 /// What ranks need of each other. All ranks call the same, in the same order. Sums have the same bits on all ranks.
 pub trait Communicator: Sync {
@@ -113,13 +114,27 @@ impl Ranks {
     /// The mean over all ranks, leaf by leaf; in few large messages, as a message of few numbers costs as much as one of thousands.
     pub fn mean(self, tree: Tree) -> Tree {
         let Some(all) = self.0 else { return tree };
-        let mut values: Vec<f32> = tree.iter().flat_map(|(_, leaf)| leaf.to_vec()).collect();
+        let mut values = host(Tensor::cat(tree.iter().map(|(_, leaf)| leaf.value.clone()).collect(), 0));
         let share = 1.0 / all.ranks() as f32;
         for message in values.chunks_mut(MESSAGE) {
             all.sum(message);
             message.iter_mut().for_each(|v| *v *= share);
         }
         tree.with_values(&values)
+    }
+
+    /// What each rank has, in their order, on all ranks. For little: it goes as numbers.
+    pub fn gather(self, own: &[u8]) -> Vec<Vec<u8>> {
+        let mut lengths = vec![0.0; self.count()];
+        lengths[self.rank()] = own.len() as f64;
+        self.sum(&mut lengths);
+        let lengths: Vec<usize> = lengths.into_iter().map(|n| n as usize).collect();
+        let mut all = vec![0.0; lengths.iter().sum()];
+        let from = lengths[..self.rank()].iter().sum::<usize>();
+        all[from..from + own.len()].iter_mut().zip(own).for_each(|(to, byte)| *to = f64::from(*byte));
+        self.sum(&mut all);
+        let mut rest = all.into_iter().map(|byte| byte as u8);
+        lengths.into_iter().map(|n| rest.by_ref().take(n).collect()).collect()
     }
 
     /// What rank 0 has found, on all ranks.

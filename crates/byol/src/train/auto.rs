@@ -3,7 +3,7 @@
 
 use crate::{
     data::{Error, Images},
-    device::{Kind, Machine, Precision},
+    device::{self, Kind, Machine, Opened, Precision},
     nn::Architecture,
 };
 
@@ -20,7 +20,7 @@ pub struct Facts {
     pub kind: Kind,
     /// Threads that can run at once.
     pub cores: usize,
-    /// Whether the processor is faster with bf16.
+    /// Whether the device is faster with bf16.
     pub bf16: bool,
     /// Memory in MiB.
     pub memory_mb: u64,
@@ -31,7 +31,7 @@ impl Facts {
     ///
     /// # Errors
     /// [`Error::Image`] if none of them can be used.
-    pub fn of(images: &Images, kind: Kind, machine: &Machine) -> Result<Facts, Error> {
+    pub fn of(images: &Images, opened: &Opened, machine: &Machine) -> Result<Facts, Error> {
         let some = images.sample(256);
         let mut sides = Vec::new();
         let mut unusable = None;
@@ -46,7 +46,8 @@ impl Facts {
         }
         sides.sort_unstable();
         let shorter_side = sides.get(sides.len() / 2).copied().unwrap_or(0);
-        let &Machine { cores, bf16, memory_mb, .. } = machine;
+        let &Machine { cores, memory_mb, .. } = machine;
+        let (kind, bf16) = (opened.found.kind, device::prefers_bf16(opened));
         Ok(Facts { images: images.len(), shorter_side, kind, cores, bf16, memory_mb })
     }
 }
@@ -103,10 +104,13 @@ pub fn choose(facts: &Facts, draft: &Draft) -> (Recipe, Vec<String>) {
         why.push(format!("{} for {} images on a GPU", r.encoder.architecture.name(), facts.images));
     }
 
-    let f32_said = said("train.precision").is_some_and(|v| v.as_str() == Some("f32"));
-    if cpu && facts.bf16 && !f32_said {
+    let bf16_fits = said("train.precision").is_none_or(|v| v.as_str() == Some("bf16"));
+    if facts.bf16 && bf16_fits {
         r.train.precision = Precision::Bf16;
-        why.push("products of bf16 with sums of f32: this processor is a fifth to a half faster with them (docs/performance.md)".into());
+        why.push(match cpu {
+            true => "products of bf16 with sums of f32: this processor is a fifth to a half faster with them (docs/performance.md)".into(),
+            false => "products and activations of bf16: this GPU has units for them; --precision f32 for all bits".into(),
+        });
     }
 
     // At least eight updates an epoch; batch norm wants 16 or more.

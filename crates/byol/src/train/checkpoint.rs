@@ -20,6 +20,7 @@ use crate::{
         tree::host,
         weights::{from_bytes, serialize, to_bytes},
     },
+    optim::LossScale,
     ranks::Ranks,
 };
 
@@ -102,6 +103,9 @@ pub struct State {
     /// How often the learning rate has been halved by going back.
     #[serde(default)]
     pub halvings: u32,
+    /// The loss's scale, with f16.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scale: Option<LossScale>,
     /// SHA-256 of the plan.
     pub plan: String,
     /// SHA-256 of `state.safetensors`.
@@ -184,6 +188,7 @@ fn packed(byol: &Byol, counters: Counters, plan: &Plan) -> (State, Vec<u8>) {
         loss_sum: counters.loss_sum,
         loss_count: counters.loss_count,
         halvings: counters.halvings,
+        scale: byol.scale,
         plan: plan_hash(plan),
         sha256: hex(&Sha256::digest(&bytes)),
     };
@@ -293,6 +298,7 @@ fn unpack(byol: &mut Byol, state: State, bytes: &[u8], device: &Device) -> Resul
     byol.optimizer.state = states.collect::<Result<_, _>>()?;
     byol.optimizer.t = state.updates;
     byol.k = state.step;
+    byol.scale = state.scale;
     let State { metrics_bytes, loss_sum, loss_count, halvings, .. } = state;
     Ok(Counters { metrics_bytes, loss_sum, loss_count, halvings })
 }

@@ -53,6 +53,9 @@ pub enum Line {
         eta: f64,
         /// Target decay.
         tau: f64,
+        /// Whether the weights stayed, as the gradient was beyond the range of f16; left out where they moved.
+        #[serde(skip_serializing_if = "std::ops::Not::not")]
+        skipped: bool,
         /// Training images a second.
         images_per_second: f64,
         /// Where the time went.

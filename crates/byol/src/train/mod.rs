@@ -2,6 +2,7 @@
 
 pub mod auto;
 pub mod checkpoint;
+pub mod feed;
 pub mod health;
 pub mod metrics;
 pub mod plan;

@@ -6,17 +6,17 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Error, Prepared,
-    recipe::{Recipe, TargetInit, TauSchedule},
+    recipe::{Finish, Recipe, TargetInit, TauSchedule},
 };
 use crate::{
     byol::Byol,
     data::{CHANNELS, Images, shards},
-    device::has_kernels,
+    device::Precision,
     nn::{
         EncoderSpec, Mlp, Network, Weights,
         foreign::{self, Preparation},
     },
-    optim::{Optimizer, Schedule},
+    optim::{LossScale, Optimizer, Schedule},
     ranks::Ranks,
 };
 use burn::tensor::Device;
@@ -60,8 +60,11 @@ impl Plan {
     ///
     /// # Errors
     /// [`Error::BatchTooLarge`], [`Error::Recipe`].
-    pub fn new(recipe_name: &str, recipe: Recipe, data: &Prepared, device: &str) -> Result<Plan, Error> {
+    pub fn new(recipe_name: &str, mut recipe: Recipe, data: &Prepared, device: &str) -> Result<Plan, Error> {
         recipe.check()?;
+        if device == "cpu" && recipe.views.finish == Finish::Auto {
+            recipe.views.finish = Finish::Cpu; // the host's cores are the device
+        }
         let (root, train) = (&data.root, &data.train);
         let (n, batch) = (train.len(), recipe.train.batch);
         if batch > n {
@@ -107,7 +110,7 @@ impl Plan {
     ///
     /// # Errors
     /// [`Error::Ranks`].
-    pub fn check_ranks(&self, ranks: Ranks, device: &Device) -> Result<(), Error> {
+    pub fn check_ranks(&self, ranks: Ranks) -> Result<(), Error> {
         let (n, own) = (ranks.count(), self.micro_batch());
         let refuse = |reason: String| Err(Error::Ranks { ranks: n, reason });
         if !own.is_multiple_of(n) {
@@ -115,11 +118,6 @@ impl Plan {
             return refuse(format!(
                 "{own} images{parts} are no multiple of {n}; choose another --batch or number of ranks"
             ));
-        }
-        if n > 1 && self.recipe.train.sync_bn && !has_kernels(device) {
-            return refuse(
-                "on this device batch norm sees its own rank's images alone; say so by --sync-bn false".into(),
-            );
         }
         if n > 1 && self.recipe.method.beta != 0.0 {
             return refuse("the negatives of method.beta are those of a whole batch; train it on one".into());
@@ -207,6 +205,7 @@ impl Plan {
             schedule: self.schedule.clone(),
             k: 0,
             ranks: Ranks::ALONE,
+            scale: (self.recipe.train.precision == Precision::F16).then(LossScale::default),
         }
     }
 

@@ -125,8 +125,8 @@ pub struct TrainConfig {
     pub batch: usize,
     /// Micro-batches an update; divides `batch`. 1. More need less memory; only batch norm sees the smaller batch.
     pub accumulate: usize,
-    /// f32, or bf16: what convolutions and linear layers multiply, where the processor has such products (AVX512-BF16). All sums, and
-    /// all that is kept, are f32 with both. f32.
+    /// f32; bf16, where the processor (AVX512-BF16) or the GPU has such numbers; or f16, on GPUs, with a loss that is scaled while it is
+    /// differentiated: what convolutions and linear layers multiply. Statistics, loss, weights, momenta and target are f32 with all. f32.
     pub precision: Precision,
     /// Of several ranks: batch norm sees the images of all of them, as the reference's does; false: each rank its own. true.
     pub sync_bn: bool,
@@ -269,10 +269,27 @@ pub struct ViewsConfig {
     /// Evaluation takes the centre square of this share of the shorter side, in (0, 1]. 0.875 as in the reference; 1 where images are
     /// so small that their border counts.
     pub center: f64,
+    /// Where what follows the crop (flip, colour, grey, blur, solarise) is computed: cpu; device: as operations over a batch; or auto: on
+    /// the device where a batch takes the host's cores longer than a step takes the device, by its first steps. auto.
+    #[serde(default)]
+    pub finish: Finish,
     /// T.
     pub first: Policy,
     /// T′.
     pub second: Policy,
+}
+
+/// Where views are finished.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Finish {
+    /// By what is faster.
+    #[default]
+    Auto,
+    /// By the threads that decode.
+    Cpu,
+    /// Where the networks are.
+    Device,
 }
 
 impl Default for ViewsConfig {
@@ -281,6 +298,7 @@ impl Default for ViewsConfig {
             size: 224,
             eval_size: 0,
             center: reference_center(),
+            finish: Finish::Auto,
             first: Policy::default(),
             second: Policy::second(),
         }

@@ -15,6 +15,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use super::{
     Error, Plan,
     checkpoint::{self, Counters},
+    feed::{self, Feed},
     health::{self, Failure, Health, Kind, Watch},
     metrics::{self, Line, Metrics, Split},
     recipe::{HealthConfig, OnCollapse},
@@ -24,8 +25,10 @@ use crate::{
     byol::{Byol, Phase, Report},
     data::{Dataset, Images, Loader, MicroBatch, prefetch::Request},
     device, files,
+    finish::finish,
     nn::weights,
     ranks::Ranks,
+    views::Draw,
 };
 
 /// Data ready for a run: what is trained on, what is watched.
@@ -167,6 +170,8 @@ pub struct Run {
     pub plan: Plan,
     /// Where it stands.
     pub byol: Byol,
+    /// What was measured to settle where views are finished, where the recipe left that open.
+    pub fed: Option<Feed>,
     images: Images,
     watch: Option<Watch>,
     device: Device,
@@ -262,10 +267,22 @@ impl Run {
     /// Makes the folder of a new run: plan, skipped images, checkpoint 0.
     ///
     /// # Errors
-    /// [`Error::Occupied`], [`Error::Write`], [`Error::Checkpoint`], [`Error::Ranks`].
-    pub fn create(folder: &Path, plan: Plan, data: &Prepared, place: Place, tensorboard: bool) -> Result<Run, Error> {
+    /// [`Error::Occupied`], [`Error::Write`], [`Error::Checkpoint`], [`Error::Ranks`], [`Error::Device`], [`Error::Data`].
+    pub fn create(
+        folder: &Path,
+        mut plan: Plan,
+        data: &Prepared,
+        place: Place,
+        tensorboard: bool,
+    ) -> Result<Run, Error> {
         device::check(&place.device, plan.recipe.train.precision)?;
-        plan.check_ranks(place.ranks, &place.device)?;
+        plan.check_ranks(place.ranks)?;
+        let fed = feed::settle(&mut plan, &data.train, &place)?;
+        let run = Run::begin(folder, plan, data, place, tensorboard)?;
+        Ok(Run { fed, ..run })
+    }
+
+    fn begin(folder: &Path, plan: Plan, data: &Prepared, place: Place, tensorboard: bool) -> Result<Run, Error> {
         if !place.ranks.leads() {
             let byol = plan.start(&place.device);
             return Run::assemble(folder, plan, byol, data, place, Counters::default(), false);
@@ -291,7 +308,7 @@ impl Run {
     /// [`Error::DataChanged`], [`Error::Checkpoint`], [`Error::Write`], [`Error::Ranks`].
     pub fn resume(folder: &Path, plan: Plan, data: &Prepared, place: Place) -> Result<Run, Error> {
         device::check(&place.device, plan.recipe.train.precision)?;
-        plan.check_ranks(place.ranks, &place.device)?;
+        plan.check_ranks(place.ranks)?;
         let changed = |reason: String| Error::DataChanged { root: plan.data.clone(), reason };
         if data.train.len() != plan.images {
             return Err(changed(format!("{} usable training images, not {}", data.train.len(), plan.images)));
@@ -351,6 +368,7 @@ impl Run {
             metrics,
             events,
             threads,
+            fed: None,
         })
     }
 
@@ -422,32 +440,26 @@ impl Run {
     /// Views from the next step on.
     fn loader(&self) -> Loader {
         let accumulate = self.plan.recipe.train.accumulate as u64;
-        Loader::start(Request {
-            images: self.images.clone(),
-            policies: [self.plan.recipe.views.first.clone(), self.plan.recipe.views.second.clone()],
-            size: self.plan.recipe.views.size,
-            n: self.plan.micro_batch(),
-            part: [self.ranks.rank(), self.ranks.count()],
-            buffer: self.plan.recipe.train.shuffle,
-            seed: self.plan.recipe.seed,
-            first: self.byol.k * accumulate,
-            last: self.plan.schedule.total * accumulate,
-            threads: self.threads,
-        })
+        let (first, last) = (self.byol.k * accumulate, self.plan.schedule.total * accumulate);
+        let place = Place { device: self.device.clone(), threads: self.threads, ranks: self.ranks };
+        Loader::start(Request { first, last, ..feed::request(&self.plan, &self.images, &place) })
     }
 
-    /// Writes down which images could not be used, where nobody had looked through them before.
+    /// Writes down which images could not be used on any rank, where nobody had looked through them before.
     fn note_passed_over(&mut self, tell: &mut impl FnMut(Event)) -> Result<(), Error> {
         let passed = self.images.passed_over();
-        if passed.len() == self.passed_over {
+        let new = &passed[self.passed_over.min(passed.len())..];
+        let own: String = new.iter().map(|skipped| format!("{}: {}\n", skipped.what, skipped.why)).collect();
+        self.passed_over = passed.len();
+        let of_all: Vec<u8> = self.ranks.gather(own.as_bytes()).concat();
+        if of_all.is_empty() || !self.ranks.leads() {
             return Ok(());
         }
-        self.passed_over = passed.len();
         let path = self.folder.join("skipped.txt");
         let mut text = fs::read_to_string(&path).unwrap_or_default();
-        let known: HashSet<String> = text.lines().map(str::to_owned).collect();
-        let lines = passed.into_iter().map(|skipped| format!("{}: {}", skipped.what, skipped.why));
-        let new: Vec<String> = lines.filter(|line| !known.contains(line)).collect();
+        let mut known: HashSet<String> = text.lines().map(str::to_owned).collect();
+        let of_all = String::from_utf8_lossy(&of_all);
+        let new: Vec<&str> = of_all.lines().filter(|line| known.insert((*line).to_owned())).collect();
         if let Some(first) = new.first() {
             text.extend(new.iter().map(|line| format!("{line}\n")));
             files::write_whole(&path, text.as_bytes()).map_err(|source| Error::Write { path, source })?;
@@ -503,9 +515,9 @@ impl Run {
         self.loss_count += 1;
         let batch = self.plan.recipe.train.batch as f64;
         let epoch = step as f64 * batch / self.plan.images as f64;
-        let Report { loss, eta, tau } = report;
+        let Report { loss, eta, tau, skipped } = report;
         let images_per_second = batch / split.total();
-        self.write(&Line::Step { step, epoch, loss, eta, tau, images_per_second, seconds: split })?;
+        self.write(&Line::Step { step, epoch, loss, eta, tau, skipped, images_per_second, seconds: split })?;
         self.scalars(&[
             ("loss", loss),
             ("learning rate", eta),
@@ -608,9 +620,15 @@ impl Run {
     }
 }
 
-/// A micro-batch on the device.
+/// A micro-batch on the device, its views finished: `[N, H, W, C]` each.
 pub fn tensors(batch: MicroBatch, device: &Device) -> (Tensor<4>, Tensor<4>) {
-    let shape = [batch.n, batch.size, batch.size, batch.channels];
-    let tensor = |values| Tensor::from_data(TensorData::new(values, shape), device);
-    (tensor(batch.v), tensor(batch.v2))
+    let MicroBatch { n, size, channels, v, v2, rest } = batch;
+    let tensor = |values, shape: [usize; 4]| Tensor::from_data(TensorData::new(values, shape), device);
+    let Some([first, second]) = rest else {
+        let shape = [n, size, size, channels];
+        return (tensor(v, shape), tensor(v2, shape));
+    };
+    let planes = [n, channels, size, size];
+    let view = |crops, draws: &[Draw]| finish(tensor(crops, planes), draws).permute([0, 2, 3, 1]);
+    (view(v, &first), view(v2, &second))
 }

@@ -257,7 +257,8 @@ impl Draw {
         room.view.expect("a view has been made")
     }
 
-    fn apply_in<'a>(&self, image: &Image, size: usize, room: &'a mut Room) -> &'a View {
+    /// The crop alone, resized and cut to 0..1.
+    fn crop_in<'a>(&self, image: &Image, size: usize, room: &'a mut Room) -> (&'a mut View, &'a mut Vec<f32>) {
         let Room { view, values } = room;
         let shape = (size, size, image.channels);
         if view.as_ref().is_none_or(|v| (v.height, v.width, v.channels) != shape) {
@@ -265,6 +266,11 @@ impl Draw {
         }
         let view = view.get_or_insert_with(|| View::new(size, size, image.channels));
         resize::into(image, self.window, view, values);
+        (view, values)
+    }
+
+    fn apply_in<'a>(&self, image: &Image, size: usize, room: &'a mut Room) -> &'a View {
+        let (view, values) = self.crop_in(image, size, room);
         if self.flip {
             flip::left_right(view);
         }
@@ -298,6 +304,20 @@ pub fn view(policy: &Policy, image: &Image, size: usize, name: [u64; 4]) -> View
 /// [`view`] as values `[size, size, channels]` in `out`, without allocating once `room` has the right size.
 pub fn view_into(policy: &Policy, image: &Image, size: usize, name: [u64; 4], room: &mut Room, out: &mut [f32]) {
     drawn(policy, image, name).apply_in(image, size, room).interleave(out);
+}
+
+/// The crop of [`view`] as planes `[channels, size, size]` in `out`, and what is still to be done with it.
+pub fn crop_into(
+    policy: &Policy,
+    image: &Image,
+    size: usize,
+    name: [u64; 4],
+    room: &mut Room,
+    out: &mut [f32],
+) -> Draw {
+    let draw = drawn(policy, image, name);
+    out.copy_from_slice(&draw.crop_in(image, size, room).0.pixels);
+    draw
 }
 
 /// The view for evaluation: the centre square of this share of the shorter side, resized. No draw.

@@ -79,8 +79,8 @@ struct Common {
     /// Threads [default: one a core]
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     threads: usize,
-    /// f32, or bf16 on a processor with AVX512-BF16
-    #[arg(long, value_name = "WHAT", value_parser = ["f32", "bf16"], default_value = "f32")]
+    /// f32; bf16 on a processor with AVX512-BF16 or a GPU that has it; or f16 on a GPU
+    #[arg(long, value_name = "WHAT", value_parser = ["f32", "bf16", "f16"], default_value = "f32")]
     precision: String,
     /// Print one JSON object with the results
     #[arg(long)]

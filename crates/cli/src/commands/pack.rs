@@ -38,6 +38,9 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<ExitCode> {
     set_threads(args.work.threads)?;
     let data = Dataset::open(&args.data)?;
+    if data.train.tags().is_some() {
+        report::warning("the images have several classes each, which shards do not hold: they are packed without any");
+    }
     let packing = Packing { size: args.size.map(|px| px as usize), shard_bytes: args.shard_mb << 20, seed: args.seed };
     let stop = super::stop_flag();
     let outcome = report::counted("packing", |progress| {

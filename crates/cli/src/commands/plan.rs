@@ -22,8 +22,9 @@ use crate::report::{self, Result, duration, out};
 
 /// Say what a pretraining will take before it begins
 ///
-/// Counts the images, takes a few training steps of each encoder on this machine, each in a process of its own, and prints images/s, memory
-/// and time. What will not fit into memory is not tried, and the largest batch that fits is named. Data loading is left out.
+/// Counts the images, takes training steps of two small batches of each encoder on this machine, each in a process of its own, and prints
+/// images/s, memory and time for every batch and number of ranks. Of what will not fit into memory it says what would. Data loading is
+/// left out; several ranks (machines or GPUs like this one, by MPI) are not tried but reckoned: see docs/performance.md.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Images: a folder, CIFAR or IDX files, or shards
@@ -37,6 +38,12 @@ pub struct Args {
     /// Batch sizes to try
     #[arg(long, value_name = "N,…", value_delimiter = ',', default_values_t = [64, 256], value_parser = clap::value_parser!(u32).range(2..))]
     batches: Vec<u32>,
+    /// Numbers of ranks that share each batch, each a machine or GPU like this one
+    #[arg(long, value_name = "N,…", value_delimiter = ',', default_values_t = [1], value_parser = clap::value_parser!(u32).range(1..=4096))]
+    ranks: Vec<u32>,
+    /// Bandwidth between ranks, Gbit/s
+    #[arg(long, value_name = "X", default_value_t = 10.0)]
+    gbit: f64,
     /// Side of a view in pixels [default: as `auto` chooses for the images]
     #[arg(long, value_name = "PX")]
     size: Option<usize>,
@@ -97,9 +104,19 @@ const TRIAL: f64 = 1e10;
 /// Memory that is left to the system and to data loading.
 const SPARE: f64 = 0.9;
 
+/// Length of a projection, as the paper has it.
+const PROJECTION: usize = 256;
+
+/// Seconds that a message takes beside its bytes, in a fast local network.
+const LATENCY: f64 = 20e-6;
+
 /// What two trial steps of an encoder say.
 struct Trial {
     images_per_second: f64,
+    /// Of θ.
+    parameters: f64,
+    /// Batch norms of f and g, and of q.
+    norms: [f64; 2],
     /// In MiB, of a batch of no image, and of each image; none where the memory is the device's own.
     memory: Option<[f64; 2]>,
 }
@@ -109,18 +126,42 @@ impl Trial {
         self.memory.map(|[fixed, image]| fixed + image * f64::from(batch))
     }
 
-    /// The largest power of two that fits.
-    fn largest(&self, free: f64) -> Option<u32> {
-        (1..=14).map(|power| 1 << power).take_while(|batch| self.memory(*batch).is_none_or(|m| m <= free)).last()
+    /// The fewest parts of so many images that fit, each of two images or more.
+    fn parts(&self, images: u32, free: f64) -> Option<u32> {
+        let fits = |part: u32| part >= 2 && self.memory(part).is_none_or(|m| m <= free);
+        (1..=images).filter(|parts| images.is_multiple_of(*parts)).find(|parts| fits(images / parts))
+    }
+
+    /// Seconds a step that ranks talk: the gradient in a ring, and a message for every norm of every pass.
+    fn exchange(&self, ranks: u32, gbit: f64) -> f64 {
+        if ranks == 1 {
+            return 0.0;
+        }
+        let n = f64::from(ranks);
+        let bytes = 2.0 * (n - 1.0) / n * 4.0 * self.parameters;
+        // Forward of two views by both networks, backward by one; q belongs to one.
+        let messages = 6.0 * self.norms[0] + 4.0 * self.norms[1] + 10.0;
+        8.0 * bytes / (gbit * 1e9) + messages * LATENCY * n.log2()
     }
 }
 
+/// A line of the table: which, and of what.
+struct Row<'a> {
+    which: &'a Which,
+    trial: Option<&'a Trial>,
+    batch: u32,
+    ranks: u32,
+}
+
 pub fn run(args: &Args) -> Result<ExitCode> {
+    if !(args.gbit > 0.0 && args.gbit.is_finite()) {
+        return Err("--gbit must be above 0".into());
+    }
     let machine = device::machine();
     let opened = open(args.on.device)?;
     let dataset = Dataset::open(&args.data)?;
     let images = dataset.train.len();
-    let facts = Facts::of(&dataset.train, opened.found.kind, &machine)?;
+    let facts = Facts::of(&dataset.train, &opened, &machine)?;
     let mut draft = Draft::default();
     if let Some(size) = args.size {
         draft.set(&format!("views.size={size}"))?;
@@ -136,69 +177,91 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         let trial = trial(args, which, size, recipe.heads.hidden, &precision, opened.found.choice)?;
         bar.finish_and_clear();
         for batch in &args.batches {
-            rows.push(row(which, *batch, trial.as_ref(), images, args.budget.0, free));
+            for ranks in &args.ranks {
+                let row = Row { which, trial: trial.as_ref(), batch: *batch, ranks: *ranks };
+                rows.push(row.describe(args, images, free));
+            }
         }
     }
     if args.on.json {
         let table: Vec<&Value> = rows.iter().map(|(value, _)| value).collect();
         let result = json!({
             "images": images, "size": size, "device": opened.found.name, "precision": precision,
-            "free_mb": machine.free_mb, "budget_seconds": args.budget.0, "rows": table,
+            "free_mb": machine.free_mb, "budget_seconds": args.budget.0, "gbit": args.gbit, "rows": table,
         });
         out!("{result}");
         return Ok(ExitCode::SUCCESS);
     }
     out!("{images} training images, views of {size} px, {precision}, {}", opened.found.name);
     let head = format!("in {}", duration(args.budget.0));
-    out!("{:<24} {:>6} {:>9} {:>10} {:>14}  {head}", "encoder", "batch", "images/s", "memory", "an epoch");
+    out!(
+        "{:<24} {:>6} {:>5} {:>9} {:>10} {:>14}  {head}",
+        "encoder",
+        "batch",
+        "ranks",
+        "images/s",
+        "memory",
+        "an epoch"
+    );
     for (_, line) in &rows {
         out!("{line}");
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// A row of the table, as data and as text.
-fn row(which: &Which, batch: u32, trial: Option<&Trial>, images: usize, budget: f64, free: f64) -> (Value, String) {
-    let name = which.to_string();
-    let head = json!({ "encoder": which.architecture.name(), "width": which.width, "batch": batch });
-    let with = |more: Value| {
-        let mut all = head.clone();
-        all.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
-        all
-    };
-    let Some(trial) = trial else {
-        let line = format!(
-            "{name:<24} {batch:>6}  does not fit: even a trial of a few images ran out of the {} free",
-            gib(free)
-        );
-        return (with(json!({ "fits": false })), line);
-    };
-    let memory = trial.memory(batch);
-    if let Some(needs) = memory.filter(|needs| *needs > free) {
-        let instead = match trial.largest(free).filter(|most| *most >= 2) {
-            Some(most) => format!("; {most} does, with --accumulate {} for the same update", batch.div_ceil(most)),
-            None => "; no batch does".into(),
+impl Row<'_> {
+    /// As data and as text.
+    fn describe(&self, args: &Args, images: usize, free: f64) -> (Value, String) {
+        let &Row { which, trial, batch, ranks } = self;
+        let name = which.to_string();
+        let line = |rest: String| format!("{name:<24} {batch:>6} {ranks:>5} {rest}");
+        let head = json!({
+            "encoder": which.architecture.name(), "width": which.width, "batch": batch, "ranks": ranks,
+        });
+        let with = |more: Value| {
+            let mut all = head.clone();
+            all.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
+            all
         };
-        let line = format!(
-            "{name:<24} {batch:>6}  does not fit: it needs about {} of the {} free{instead}",
-            gib(needs),
-            gib(free)
-        );
-        return (with(json!({ "fits": false, "memory_mb": needs, "largest_batch": trial.largest(free) })), line);
+        let refuse = |why: String| (with(json!({ "fits": false, "why": why })), line(format!("does not fit: {why}")));
+        if batch as usize > images {
+            return refuse(format!("there are {images} images"));
+        }
+        if !batch.is_multiple_of(ranks) || batch / ranks < 2 {
+            return refuse(format!("{ranks} ranks cannot share {batch} images evenly, two or more each"));
+        }
+        let Some(trial) = trial else {
+            return refuse(format!("even a trial of a few images ran out of the {} free", gib(free)));
+        };
+        let own = batch / ranks;
+        let memory = trial.memory(own);
+        if let Some(needs) = memory.filter(|needs| *needs > free) {
+            let parts = trial.parts(own, free);
+            let instead = match parts {
+                Some(parts) => format!("--accumulate {parts} does, in parts of {}", own / parts),
+                None => "no part of it does".into(),
+            };
+            let why = format!("it needs about {} of the {} free; {instead}", gib(needs), gib(free));
+            let (mut value, line) = refuse(why);
+            value["memory_mb"] = needs.into();
+            value["accumulate"] = parts.into();
+            return (value, line);
+        }
+        let step = f64::from(own) / trial.images_per_second + trial.exchange(ranks, args.gbit);
+        let speed = f64::from(batch) / step;
+        let epoch = images as f64 / speed;
+        let epochs = args.budget.0 / epoch;
+        let text = memory.map_or("?".into(), gib);
+        let line = line(format!(
+            "{speed:>9.1} {text:>10} {:>14}  {} epochs",
+            duration(epoch),
+            if epochs >= 10.0 { format!("{epochs:.0}") } else { format!("{epochs:.1}") }
+        ));
+        let value = with(json!({
+            "fits": true, "memory_mb": memory, "images_per_second": speed, "epoch_seconds": epoch, "epochs": epochs,
+        }));
+        (value, line)
     }
-    let epoch = images as f64 / trial.images_per_second;
-    let epochs = budget / epoch;
-    let text = memory.map_or("?".into(), gib);
-    let line = format!(
-        "{name:<24} {batch:>6} {:>9.1} {text:>10} {:>14}  {} epochs",
-        trial.images_per_second,
-        duration(epoch),
-        if epochs >= 10.0 { format!("{epochs:.0}") } else { format!("{epochs:.1}") }
-    );
-    let value = with(json!({
-        "fits": true, "memory_mb": memory, "images_per_second": trial.images_per_second, "epoch_seconds": epoch, "epochs": epochs,
-    }));
-    (value, line)
 }
 
 fn gib(mb: f64) -> String {
@@ -239,5 +302,36 @@ fn trial(
     let [[_, small], [speed, large]] = [figures[0], figures[1]];
     let image = ((large - small) / f64::from(few)).max(0.0);
     let memory = (device == "cpu" && large.is_finite()).then_some([(small - image * f64::from(few)).max(0.0), image]);
-    Ok(Some(Trial { images_per_second: speed, memory }))
+    let head = |d_in: usize| (d_in + 3 + PROJECTION) * hidden;
+    let encoder: usize = net.shapes().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+    let parameters = (encoder + head(net.features()) + head(PROJECTION)) as f64;
+    let norms = [net.shapes().iter().filter(|(_, shape)| shape.len() == 4).count() as f64 + 1.0, 1.0];
+    Ok(Some(Trial { images_per_second: speed, parameters, norms, memory }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn trial() -> Trial {
+        Trial { images_per_second: 100.0, parameters: 25e6, norms: [54.0, 1.0], memory: Some([100.0, 10.0]) }
+    }
+
+    #[test]
+    fn what_does_not_fit_fits_in_parts_that_divide_it() {
+        let trial = trial();
+        // 90 images at most; 96 in two parts, 97 is a prime.
+        assert_eq!((trial.parts(64, 1000.0), trial.parts(96, 1000.0)), (Some(1), Some(2)));
+        assert_eq!((trial.parts(97, 1000.0), trial.parts(96, 50.0)), (None, None));
+    }
+
+    #[test]
+    fn ranks_pay_for_what_they_say() {
+        let trial = trial();
+        assert_eq!(trial.exchange(1, 10.0), 0.0);
+        // 100 MB of gradient at 10 Gbit/s once round the ring, and 338 messages.
+        let two = 0.08 + 338.0 * LATENCY;
+        assert!((trial.exchange(2, 10.0) - two).abs() < 1e-9);
+        assert!(trial.exchange(8, 10.0) > two && trial.exchange(8, 100.0) < two);
+    }
 }

@@ -4,12 +4,13 @@ use std::{path::PathBuf, process::ExitCode};
 
 use byol::{
     data::Dataset,
-    device::{self, Choice, Opened},
+    device::{self, Choice, Opened, Precision},
     ranks::Ranks,
     train::{
         self, Place, Plan, Prepared, Recipe, Run,
         auto::{self, Facts},
-        recipe::Draft,
+        feed::Feed,
+        recipe::{Draft, Finish},
         run::must_be_free,
     },
 };
@@ -52,9 +53,12 @@ pub struct Args {
     /// Split each batch into N parts to save memory
     #[arg(long, value_name = "N")]
     accumulate: Option<i64>,
-    /// f32, or bf16 on a processor with AVX512-BF16: faster and coarser products, f32 sums
-    #[arg(long, value_name = "WHAT", value_parser = ["f32", "bf16"])]
+    /// What is multiplied: f32; bf16 (processors with AVX512-BF16, GPUs that have it); f16 (GPUs); auto: bf16 where that is faster
+    #[arg(long, value_name = "WHAT", value_parser = ["auto", "f32", "bf16", "f16"])]
     precision: Option<String>,
+    /// Where views are finished after the crop: cpu, device, or auto by the first steps of both [default: auto]
+    #[arg(long, value_name = "WHERE", value_parser = ["auto", "cpu", "device"])]
+    views: Option<String>,
     /// Of several ranks: whether batch norm sees the images of all
     #[arg(long, value_name = "true|false")]
     sync_bn: Option<bool>,
@@ -141,7 +145,8 @@ impl Args {
             ("encoder.from", &self.init, "--init"),
             ("optimizer.kind", &self.optimizer, "--optimizer"),
             ("health.on_collapse", &self.on_collapse, "--on-collapse"),
-            ("train.precision", &self.precision, "--precision"),
+            ("train.precision", &self.precision.clone().filter(|p| p != "auto"), "--precision"),
+            ("views.finish", &self.views, "--views"),
         ];
         self.sync_bn.map(|v| draft.say("train.sync_bn", v, "--sync-bn")).transpose()?;
         for (key, value, flag) in names {
@@ -157,7 +162,7 @@ impl Args {
 pub fn run(args: &Args, joined: &Joined) -> Result<ExitCode> {
     let draft = args.draft()?;
     // Everything that can be refused without the data is refused before they are read.
-    let checked = checked(&draft)?;
+    let mut checked = checked(&draft)?;
     let out = match &args.out {
         Some(out) => out.clone(),
         None => {
@@ -172,6 +177,9 @@ pub fn run(args: &Args, joined: &Joined) -> Result<ExitCode> {
     let opened = open_nth(args.device, joined.local[0])?;
     let data = prepare(Dataset::open(&args.data)?, checked.train.limit, &checked.health, joined.local[1])?;
     must_see_the_same(joined.ranks, &data)?;
+    if args.precision.as_deref() == Some("auto") && device::prefers_bf16(&opened) {
+        checked.train.precision = Precision::Bf16;
+    }
     let (recipe, why) = resolved(&draft, checked, &data, &opened)?;
     why.iter().for_each(|reason| report::note(format!("  auto: {reason}")));
     // What `auto` chooses depends on the machine: rank 0's is for all.
@@ -180,6 +188,15 @@ pub fn run(args: &Args, joined: &Joined) -> Result<ExitCode> {
     let stop = stop_flag();
     let place = Place { device: opened.device, threads, ranks: joined.ranks };
     let run = Run::create(&out, plan, &data, place, args.tensorboard)?;
+    if let Some(Feed { host, device }) = run.fed {
+        let milliseconds = |s: f64| format!("{:.0} ms", 1e3 * s);
+        let what = if run.plan.recipe.views.finish == Finish::Device { "on the device" } else { "by the processor" };
+        report::note(format!(
+            "      views are finished {what}: those of a step take the processor {}, the step takes the device {}",
+            milliseconds(host),
+            milliseconds(device)
+        ));
+    }
     super::train(run, args.json, &stop, joined)
 }
 
@@ -211,7 +228,7 @@ pub fn resolved(draft: &Draft, checked: Recipe, data: &Prepared, opened: &Opened
     if draft.name != "auto" {
         return Ok((checked, Vec::new()));
     }
-    let facts = Facts::of(&data.train, opened.found.kind, &device::machine()).map_err(train::Error::from)?;
+    let facts = Facts::of(&data.train, opened, &device::machine()).map_err(train::Error::from)?;
     let (chosen, why) = auto::choose(&facts, draft);
     Ok((draft.over(&chosen)?, why))
 }

@@ -5,7 +5,7 @@ use std::{path::PathBuf, process::ExitCode};
 use byol::{
     apply::sheet::{self, Tile},
     data::Dataset,
-    device::{Kind, machine},
+    device::{self, Choice, machine},
     train::{
         Recipe,
         auto::{self, Facts},
@@ -60,7 +60,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         report::warning(format!("skipped {}: {}", bad.what, bad.why));
     }
     let recipe = match draft.name.as_str() {
-        "auto" => draft.over(&auto::choose(&Facts::of(&dataset.train, Kind::Cpu, &machine())?, &draft).0)?,
+        "auto" => {
+            draft.over(&auto::choose(&Facts::of(&dataset.train, &device::open(Choice::Cpu)?, &machine())?, &draft).0)?
+        }
         _ => draft.over(&base)?,
     };
     let config = &recipe.views;

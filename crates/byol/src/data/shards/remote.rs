@@ -122,6 +122,9 @@ pub(super) fn find(urls: &[String], is_shard: impl Fn(&Path) -> bool) -> io::Res
         .iter()
         .map(|url| {
             let (_, key) = self::store(url)?;
+            if url.strip_suffix(key.as_ref()).is_some_and(|own| own != base) {
+                return Err(io::Error::other(format!("{url} is in another store than {first}; give one store a run")));
+            }
             Ok(key)
         })
         .collect::<io::Result<_>>()?;
