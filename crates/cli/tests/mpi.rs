@@ -35,7 +35,8 @@ fn output(n: usize, args: &[&str]) -> Option<Output> {
 /// The flags of a small run in which rounding does not grow within a few steps.
 fn flags<'a>(data: &'a str, out: &'a str, more: &[&'a str]) -> Vec<&'a str> {
     let own = ["--precision", "f32", "--optimizer", "sgd", "--lr", "0.02", "--set", "checkpoint.every_steps=2"];
-    [&["pretrain", data, "--out", out][..], &SMALL, &own, more].concat()
+    let buffer = ["--set", "train.shuffle=8"];
+    [&["pretrain", data, "--out", out][..], &SMALL, &own, &buffer, more].concat()
 }
 
 fn losses(run: &Path) -> Vec<f64> {
@@ -47,8 +48,10 @@ fn losses(run: &Path) -> Vec<f64> {
 #[test]
 fn processes_walk_as_one_does_and_another_number_goes_on() {
     let folder = tempfile::tempdir().unwrap();
-    let data = folder.path().join("data");
-    pictures(&data, 40);
+    let (pictured, data) = (folder.path().join("pictures"), folder.path().join("shards"));
+    pictures(&pictured, 40);
+    // Read in sequence, through a buffer: what comes next depends on what came before.
+    ok(&["pack", text(&pictured), "--out", text(&data)]);
     let run = |name: &str| folder.path().join(name);
     ok(&flags(text(&data), text(&run("one")), &[]));
     let one = losses(&run("one"));
