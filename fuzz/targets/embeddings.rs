@@ -3,7 +3,18 @@
 
 use byol::apply::embeddings::Embeddings;
 
+/// A panic of the Parquet library becomes an error; any other is a finding.
+static HOOK: std::sync::Once = std::sync::Once::new();
+
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    HOOK.call_once(|| {
+        let abort = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            if !byol::guarded::is_guarded() {
+                abort(panic);
+            }
+        }));
+    });
     let Some((which, bytes)) = bytes.split_first() else { return };
     let ending = ["parquet", "npy", "csv"][usize::from(*which) % 3];
     let path = std::env::temp_dir().join(format!("byol-fuzz-{}.{ending}", std::process::id()));

@@ -15,6 +15,8 @@ use byol_kernels::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::guarded::guarded;
+
 /// What the user asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Choice {
@@ -291,17 +293,20 @@ pub fn check(device: &Device, precision: Precision) -> Result<(), Error> {
     if precision == Precision::F32 {
         return Ok(());
     }
+    let has = |precision: Precision| device.supports_dtype(DType::from(precision.dtype()));
     let refuse = |what: String| {
         let device = name_of(device);
-        Err(Error::Precision { device, precision: precision.name(), what, instead: "f32" })
+        let f16 = precision == Precision::Bf16 && has(Precision::F16);
+        let instead = if f16 { "f16" } else { "f32" };
+        Err(Error::Precision { device, precision: precision.name(), what, instead })
     };
-    if !device.supports_dtype(DType::from(precision.dtype())) {
+    if !has(precision) {
         return refuse(String::new());
     }
     match tried(device, precision) {
         Ok(off) if off <= MOST_OFF => Ok(()),
         Ok(off) => refuse(format!(" rightly (a convolution is off by {:.0} %)", 100.0 * off)),
-        Err(()) => refuse(" without failing".into()),
+        Err(why) => refuse(format!(" without failing ({why})")),
     }
 }
 
@@ -320,7 +325,7 @@ const MOST_OFF: f64 = 0.06;
 
 /// A small convolution and its gradient in this precision: how far they are from those in f32. Drivers differ in what they say
 /// of themselves, so what counts is what comes out.
-fn tried(device: &Device, precision: Precision) -> Result<f64, ()> {
+fn tried(device: &Device, precision: Precision) -> Result<f64, String> {
     let wave = |n: usize, shape: [usize; 4]| {
         let values: Vec<f32> = (0..n).map(|i| (0.7 * i as f32).sin()).collect();
         Tensor::<4>::from_data(TensorData::new(values, shape), device)
@@ -339,13 +344,13 @@ fn tried(device: &Device, precision: Precision) -> Result<f64, ()> {
             let largest = a.iter().fold(0.0f32, |m, v| m.max(v.abs()));
             let apart = a.iter().zip(b).map(|(a, b)| (a - b).abs());
             // A value that is no number is as far off as can be.
-            let apart = apart.fold(0.0f32, |m, d| if d <= m { m } else { d });
+            let apart = apart.fold(0.0f32, |m, d| if m.is_nan() || d <= m { m } else { d });
             if b.len() == a.len() && apart.is_finite() { f64::from(apart / largest) } else { 1.0 }
         };
         let (exact, coarse) = (outcome(FloatDType::F32), outcome(precision.dtype()));
         exact.iter().zip(&coarse).map(off).fold(0.0, f64::max)
     };
-    std::panic::catch_unwind(std::panic::AssertUnwindSafe(compared)).map_err(|_| ())
+    guarded(compared)
 }
 
 /// Whether training with bf16 is faster here: AVX512-BF16 in a processor, units for products of matrices in a GPU that computes right.

@@ -23,6 +23,7 @@ pub mod device;
 pub mod eval;
 pub mod files;
 pub mod finish;
+pub mod guarded;
 pub mod nn;
 pub mod optim;
 pub mod random;

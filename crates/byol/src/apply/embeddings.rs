@@ -25,7 +25,7 @@ use parquet::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{eval::Features, files};
+use crate::{eval::Features, files, guarded::guarded};
 
 /// What can be wrong with embeddings.
 #[derive(Debug, thiserror::Error)]
@@ -387,7 +387,7 @@ impl Embeddings {
         let file = File::open(path).map_err(read)?;
         let bad = |reason: String| Error::Format { path: path.to_owned(), reason };
         let mut found = match kind {
-            Format::Parquet => of_parquet_file(file).map_err(bad)?,
+            Format::Parquet => guarded(|| of_parquet_file(file)).flatten().map_err(bad)?,
             Format::Npy => of_npy_file(file, path).map_err(bad)?,
             Format::Csv => of_csv_file(file).map_err(bad)?,
         };

@@ -125,15 +125,30 @@ pub enum Error {
         /// Where to go back to.
         kept: String,
     },
+    /// No scale of the loss keeps the gradient in the range of f16.
+    #[error(
+        "the gradient is beyond f16 at step {step}, even of a loss scaled by {factor}; {kept}; start again with --precision bf16 or f32"
+    )]
+    Overflow {
+        /// The step, from 1.
+        step: u64,
+        /// The loss's scale.
+        factor: f64,
+        /// Where to go back to.
+        kept: String,
+    },
     /// NaN or infinity.
     #[error(
-        "the loss is {loss} at step {step}: the run has diverged; {kept}; try a lower --lr or more --warmup-epochs, or --on-collapse rollback"
+        "the loss is {loss} at step {step}: the run has diverged; {kept}; try a lower --lr or more --warmup-epochs, or --on-collapse rollback{}",
+        if *f16 { "; or it is beyond the range of f16: --precision bf16 or f32" } else { "" }
     )]
     Diverged {
         /// The step, from 1.
         step: u64,
         /// The loss.
         loss: f64,
+        /// Whether it was computed in f16.
+        f16: bool,
         /// Where to go back to.
         kept: String,
     },
@@ -142,6 +157,7 @@ pub enum Error {
 impl Error {
     /// Whether all ranks have come to it together: then one need say so.
     pub fn is_of_all_ranks(&self) -> bool {
-        matches!(self, Error::Collapsed { .. } | Error::Diverged { .. } | Error::Ranks { .. } | Error::OtherRank { .. })
+        use Error::*;
+        matches!(self, Collapsed { .. } | Diverged { .. } | Overflow { .. } | Ranks { .. } | OtherRank { .. })
     }
 }

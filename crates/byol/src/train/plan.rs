@@ -119,6 +119,11 @@ impl Plan {
                 "{own} images{parts} are no multiple of {n}; choose another --batch or number of ranks"
             ));
         }
+        if n > 1 && !self.recipe.train.sync_bn && own / n < 2 {
+            return refuse(
+                "each has one image, of which batch norm knows no variance; let it see all by --sync-bn true".into(),
+            );
+        }
         if n > 1 && self.recipe.method.beta != 0.0 {
             return refuse("the negatives of method.beta are those of a whole batch; train it on one".into());
         }

@@ -269,9 +269,9 @@ pub struct ViewsConfig {
     /// Evaluation takes the centre square of this share of the shorter side, in (0, 1]. 0.875 as in the reference; 1 where images are
     /// so small that their border counts.
     pub center: f64,
-    /// Where what follows the crop (flip, colour, grey, blur, solarise) is computed: cpu; device: as operations over a batch; or auto: on
-    /// the device where a batch takes the host's cores longer than a step takes the device, by its first steps. auto.
-    #[serde(default)]
+    /// Where what follows the crop (flip, colour, grey, blur, solarise) is computed: cpu; device: as operations over a batch; or auto:
+    /// where a batch and a step side by side are faster, by what the first ones take. auto. A plan without the key is one of the cpu.
+    #[serde(default = "Finish::cpu", skip_serializing_if = "Finish::is_cpu")]
     pub finish: Finish,
     /// T.
     pub first: Policy,
@@ -290,6 +290,16 @@ pub enum Finish {
     Cpu,
     /// Where the networks are.
     Device,
+}
+
+impl Finish {
+    fn cpu() -> Finish {
+        Finish::Cpu
+    }
+
+    fn is_cpu(&self) -> bool {
+        *self == Finish::Cpu
+    }
 }
 
 impl Default for ViewsConfig {

@@ -277,19 +277,16 @@ impl Run {
     ) -> Result<Run, Error> {
         device::check(&place.device, plan.recipe.train.precision)?;
         plan.check_ranks(place.ranks)?;
-        let fed = feed::settle(&mut plan, &data.train, &place)?;
-        let run = Run::begin(folder, plan, data, place, tensorboard)?;
-        Ok(Run { fed, ..run })
-    }
-
-    fn begin(folder: &Path, plan: Plan, data: &Prepared, place: Place, tensorboard: bool) -> Result<Run, Error> {
         if !place.ranks.leads() {
             let byol = plan.start(&place.device);
-            return Run::assemble(folder, plan, byol, data, place, Counters::default(), false);
+            let fed = feed::settle(&mut plan, &data.train, &place, &byol)?;
+            let run = Run::assemble(folder, plan, byol, data, place, Counters::default(), false)?;
+            return Ok(Run { fed, ..run });
         }
         must_be_free(folder)?;
-        // Before anything is written: the weights to start with may not fit.
+        // Before anything is measured or written: the weights to start with may not fit.
         let byol = plan.begin(&place.device)?;
+        let fed = feed::settle(&mut plan, &data.train, &place, &byol)?;
         let write = |path: &Path, source| Error::Write { path: path.to_owned(), source };
         fs::create_dir_all(checkpoints(folder)).map_err(|e| write(folder, e))?;
         files::write_whole(&plan_file(folder), plan.to_toml().as_bytes()).map_err(|e| write(&plan_file(folder), e))?;
@@ -299,7 +296,8 @@ impl Run {
             files::write_whole(&path, text.as_bytes()).map_err(|e| write(&path, e))?;
         }
         checkpoint::save(&checkpoints(folder), &byol, Counters::default(), &plan, plan.recipe.checkpoint.keep)?;
-        Run::assemble(folder, plan, byol, data, place, Counters::default(), tensorboard)
+        let run = Run::assemble(folder, plan, byol, data, place, Counters::default(), tensorboard)?;
+        Ok(Run { fed, ..run })
     }
 
     /// Goes back to the newest checkpoint of a folder, with as many ranks as there are now.
@@ -509,7 +507,11 @@ impl Run {
         })?;
         let step = self.byol.k;
         if !report.loss.is_finite() {
-            return Err(Error::Diverged { step, loss: report.loss, kept: self.last_good() });
+            let f16 = self.byol.scale.is_some();
+            return Err(Error::Diverged { step, loss: report.loss, f16, kept: self.last_good() });
+        }
+        if let Some(scale) = self.byol.scale.filter(|scale| report.skipped && scale.factor < 1.0) {
+            return Err(Error::Overflow { step, factor: scale.factor, kept: self.last_good() });
         }
         self.loss_sum += report.loss;
         self.loss_count += 1;

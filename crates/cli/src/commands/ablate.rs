@@ -18,7 +18,7 @@ use byol::{
     nn::weights,
     train::{
         self, Outcome, Place, Plan, Prepared, Recipe, Run,
-        recipe::Draft,
+        recipe::{Draft, Finish},
         run::read_plan,
         studies::{self, Study, Variant},
     },
@@ -134,7 +134,10 @@ fn one(shared: &Shared, variant: &Variant, folder: &Path, stop: &AtomicBool) -> 
         draft.say(key, value.clone(), shared.args.study.as_str())?;
     }
     let recipe = draft.over(&shared.base)?;
-    let plan = Plan::new(&draft.name, recipe, &shared.data, shared.opened.found.choice)?;
+    let mut plan = Plan::new(&draft.name, recipe, &shared.data, shared.opened.found.choice)?;
+    if plan.recipe.views.finish == Finish::Auto {
+        plan.recipe.views.finish = Finish::Cpu; // the runs of a study differ in what is studied alone
+    }
     let device = shared.opened.device.clone();
     let run = if folder.join("plan.toml").is_file() {
         let begun = read_plan(folder)?;

@@ -9,7 +9,6 @@ use byol::{
     train::{
         self, Place, Plan, Prepared, Recipe, Run,
         auto::{self, Facts},
-        feed::Feed,
         recipe::{Draft, Finish},
         run::must_be_free,
     },
@@ -53,10 +52,10 @@ pub struct Args {
     /// Split each batch into N parts to save memory
     #[arg(long, value_name = "N")]
     accumulate: Option<i64>,
-    /// What is multiplied: f32; bf16 (processors with AVX512-BF16, GPUs that have it); f16 (GPUs); auto: bf16 where that is faster
+    /// What is multiplied: f32; bf16 (processors with AVX512-BF16, CUDA, ROCm); f16 (GPUs); auto: bf16 where that is faster
     #[arg(long, value_name = "WHAT", value_parser = ["auto", "f32", "bf16", "f16"])]
     precision: Option<String>,
-    /// Where views are finished after the crop: cpu, device, or auto by the first steps of both [default: auto]
+    /// Where views are finished after the crop: cpu, device, or auto: where a few first steps are faster [default: auto]
     #[arg(long, value_name = "WHERE", value_parser = ["auto", "cpu", "device"])]
     views: Option<String>,
     /// Of several ranks: whether batch norm sees the images of all
@@ -177,8 +176,8 @@ pub fn run(args: &Args, joined: &Joined) -> Result<ExitCode> {
     let opened = open_nth(args.device, joined.local[0])?;
     let data = prepare(Dataset::open(&args.data)?, checked.train.limit, &checked.health, joined.local[1])?;
     must_see_the_same(joined.ranks, &data)?;
-    if args.precision.as_deref() == Some("auto") && device::prefers_bf16(&opened) {
-        checked.train.precision = Precision::Bf16;
+    if args.precision.as_deref() == Some("auto") {
+        checked.train.precision = if device::prefers_bf16(&opened) { Precision::Bf16 } else { Precision::F32 };
     }
     let (recipe, why) = resolved(&draft, checked, &data, &opened)?;
     why.iter().for_each(|reason| report::note(format!("  auto: {reason}")));
@@ -187,14 +186,15 @@ pub fn run(args: &Args, joined: &Joined) -> Result<ExitCode> {
     describe(&plan, &opened.found.name, threads, &out);
     let stop = stop_flag();
     let place = Place { device: opened.device, threads, ranks: joined.ranks };
+    if plan.recipe.views.finish == Finish::Auto {
+        report::note("      trying a few steps, to see where views are best finished");
+    }
     let run = Run::create(&out, plan, &data, place, args.tensorboard)?;
-    if let Some(Feed { host, device }) = run.fed {
-        let milliseconds = |s: f64| format!("{:.0} ms", 1e3 * s);
+    if let Some(feed) = run.fed {
         let what = if run.plan.recipe.views.finish == Finish::Device { "on the device" } else { "by the processor" };
+        let [on_host, on_device] = feed.paces().map(|seconds| 1e3 * seconds);
         report::note(format!(
-            "      views are finished {what}: those of a step take the processor {}, the step takes the device {}",
-            milliseconds(host),
-            milliseconds(device)
+            "      views are finished {what}: so many images would take {on_host:.0} ms by the processor, {on_device:.0} ms on the device"
         ));
     }
     super::train(run, args.json, &stop, joined)

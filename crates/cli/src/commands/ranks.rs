@@ -1,6 +1,6 @@
 //! One process of several that `mpirun` has started: which it is, what it leaves to the first, and how all end when one fails.
 
-use std::process::ExitCode;
+use std::{panic::AssertUnwindSafe, process::ExitCode};
 
 use byol::{ranks::Ranks, train};
 
@@ -38,7 +38,13 @@ pub fn together(work: impl FnOnce(&Joined) -> Result<ExitCode>) -> Result<ExitCo
     let joined = join()?;
     let ranks = joined.ranks;
     report::tell_as(ranks);
-    let outcome = same_program(ranks).and_then(|()| work(&joined));
+    let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| same_program(ranks).and_then(|()| work(&joined))));
+    let outcome = match outcome {
+        Ok(outcome) => outcome,
+        // The others would wait for this one: a device that is lost says so by a panic.
+        Err(_) if ranks != Ranks::ALONE => joined.abort(),
+        Err(panic) => std::panic::resume_unwind(panic),
+    };
     let Err(error) = outcome else { return outcome };
     let known_to_all = error.downcast_ref::<train::Error>().is_some_and(train::Error::is_of_all_ranks);
     if known_to_all && !ranks.leads() {

@@ -17,6 +17,7 @@ use parquet::arrow::{
 };
 
 use super::{Entry, Indexed, MOST_CLASSES, Open, Unit};
+use crate::guarded::guarded;
 
 /// Names that a column of images may have, where it is plain bytes.
 const IMAGES: [&str; 5] = ["image", "img", "jpg", "png", "bytes"];
@@ -57,6 +58,15 @@ fn image_column(schema: &Schema) -> io::Result<usize> {
 
 /// What a file holds: a unit a row group.
 pub(super) fn index(path: &Path) -> io::Result<Indexed> {
+    guarded(|| index_of(path)).map_err(broken)?
+}
+
+/// Opens a row group.
+pub(super) fn open(path: &Path, group: usize) -> io::Result<Open> {
+    guarded(|| open_of(path, group)).map_err(broken)?
+}
+
+fn index_of(path: &Path) -> io::Result<Indexed> {
     let builder = reader(path)?;
     image_column(builder.schema())?;
     // An image is a byte at least: a file that says it has more is broken, and is not believed.
@@ -104,8 +114,7 @@ fn classes(batch: &RecordBatch) -> Option<Vec<usize>> {
     }
 }
 
-/// Opens a row group.
-pub(super) fn open(path: &Path, group: usize) -> io::Result<Open> {
+fn open_of(path: &Path, group: usize) -> io::Result<Open> {
     let builder = reader(path)?;
     let column = image_column(builder.schema())?;
     let mask = ProjectionMask::roots(builder.parquet_schema(), [column]);
@@ -217,5 +226,24 @@ mod tests {
         let bytes = std::fs::read(&path).unwrap();
         std::fs::write(&path, &bytes[..bytes.len() - 9]).unwrap();
         assert!(matches!(Dataset::open(&path), Err(Error::Shard { .. })));
+    }
+
+    /// The library panics at some broken pages; found by the fuzz target.
+    #[test]
+    fn a_damaged_page_is_an_error_wherever_it_is_damaged() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.parquet");
+        file(&path, 8, true, "image");
+        let whole = std::fs::read(&path).unwrap();
+        for at in (4..whole.len() - 8).step_by(3) {
+            for flip in [0x01, 0x80] {
+                let mut bytes = whole.clone();
+                bytes[at] ^= flip;
+                std::fs::write(&path, bytes).unwrap();
+                if let Ok(data) = Dataset::open(&path) {
+                    (0..data.train.len().min(8)).for_each(|i| drop(data.train.get(i)));
+                }
+            }
+        }
     }
 }
