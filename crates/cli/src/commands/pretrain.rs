@@ -180,6 +180,7 @@ pub fn run(args: &Args, joined: &Joined) -> Result<ExitCode> {
         checked.train.precision = if device::prefers_bf16(&opened) { Precision::Bf16 } else { Precision::F32 };
     }
     let (recipe, why) = resolved(&draft, checked, &data, &opened)?;
+    device::check(&opened.device, recipe.train.precision).map_err(train::Error::from)?;
     why.iter().for_each(|reason| report::note(format!("  auto: {reason}")));
     // What `auto` chooses depends on the machine: rank 0's is for all.
     let plan = joined.ranks.agree(Plan::new(&draft.name, recipe, &data, opened.found.choice)?);
