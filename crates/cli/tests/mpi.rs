@@ -48,10 +48,8 @@ fn losses(run: &Path) -> Vec<f64> {
 #[test]
 fn processes_walk_as_one_does_and_another_number_goes_on() {
     let folder = tempfile::tempdir().unwrap();
-    let (pictured, data) = (folder.path().join("pictures"), folder.path().join("shards"));
-    pictures(&pictured, 40);
-    // Read in sequence, through a buffer: what comes next depends on what came before.
-    ok(&["pack", text(&pictured), "--out", text(&data)]);
+    let (data, shards) = (folder.path().join("data"), folder.path().join("shards"));
+    pictures(&data, 40);
     let run = |name: &str| folder.path().join(name);
     ok(&flags(text(&data), text(&run("one")), &[]));
     let one = losses(&run("one"));
@@ -67,9 +65,13 @@ fn processes_walk_as_one_does_and_another_number_goes_on() {
             assert!((a - b).abs() < 2e-3 * a, "{n} ranks: {of_ranks:?}, one {one:?}");
         }
     }
-    // Killed in the middle, with two ranks; on with two gives the bits of the run that was not, on with one the same walk.
+    // Killed in the middle, with two ranks that read shards in sequence through a buffer; on with two gives the bits of the run that was
+    // not, on with one all its steps.
+    ok(&["pack", text(&data), "--out", text(&shards)]);
+    let whole = output(2, &flags(text(&shards), text(&run("whole")), &[])).unwrap();
+    assert!(whole.status.success(), "{}", stderr(&whole));
     let killed = run("killed");
-    let mut job = mpirun(2, &flags(text(&data), text(&killed), &[])).unwrap().stderr(Stdio::null()).spawn().unwrap();
+    let mut job = mpirun(2, &flags(text(&shards), text(&killed), &[])).unwrap().stderr(Stdio::null()).spawn().unwrap();
     let began = Instant::now();
     while !killed.join("checkpoints/step-0000000004").exists() && began.elapsed() < Duration::from_secs(60) {
         thread::sleep(Duration::from_millis(2));
@@ -82,7 +84,7 @@ fn processes_walk_as_one_does_and_another_number_goes_on() {
     copy(&killed, &alone);
     let resumed = output(2, &["resume", text(&killed)]).unwrap();
     assert!(resumed.status.success(), "{}", stderr(&resumed));
-    assert!(newest_state(&killed) == newest_state(&run("two")), "the bits of a run that was never stopped");
+    assert!(newest_state(&killed) == newest_state(&run("whole")), "the bits of a run that was never stopped");
     ok(&["resume", text(&alone)]);
     assert_eq!(losses(&alone).len(), one.len());
 }
