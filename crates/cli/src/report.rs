@@ -4,7 +4,7 @@
 use std::{
     error::Error,
     fmt::Display,
-    io::IsTerminal,
+    io::{self, IsTerminal, Write},
     path::Path,
     sync::OnceLock,
     time::{Duration, Instant},
@@ -57,7 +57,14 @@ fn talks() -> bool {
 pub fn error(error: &dyn Error) {
     let text = error.to_string().replace('\n', " ");
     let who = RANKS.get().filter(|ranks| ranks.count() > 1).map_or(String::new(), |r| format!("rank {}: ", r.rank()));
-    eprintln!("{} {who}{text}", style("error:").red().bold().for_stderr());
+    say(format!("{} {who}{text}", style("error:").red().bold().for_stderr()));
+}
+
+/// A line on standard error, in one write: what other processes say there may come between two.
+fn say(mut line: String) {
+    line.push('\n');
+    // Nobody can be told that nobody can be told.
+    let _ = io::stderr().write_all(line.as_bytes());
 }
 
 /// Something the user should know that does not stop anything.
@@ -65,7 +72,7 @@ pub fn warning(text: impl Display) {
     if !talks() {
         return;
     }
-    eprintln!("{} {text}", style("warning:").yellow().bold().for_stderr());
+    say(format!("{} {text}", style("warning:").yellow().bold().for_stderr()));
 }
 
 /// A path as text, whatever its bytes: JSON has text alone.
@@ -86,7 +93,7 @@ pub fn counted_noun(n: usize, noun: &str) -> String {
 /// A line of talk.
 pub fn note(text: impl Display) {
     if talks() {
-        eprintln!("{text}");
+        say(text.to_string());
     }
 }
 

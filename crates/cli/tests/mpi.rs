@@ -146,7 +146,8 @@ fn what_does_not_go_together_is_said_in_a_line() {
         said.lines().find(|line| line.starts_with("error:")).unwrap().to_owned()
     };
     let Some(uneven) = output(3, &flags(text(&data), text(&out), &[])) else { return };
-    assert!(error(uneven).contains("no multiple of 3"));
+    let uneven = error(uneven);
+    assert!(uneven.contains("no multiple of 3"), "{uneven}");
     let mut apart = mpirun(1, &flags(text(&data), text(&out), &[])).unwrap();
     apart.args([":", "-n", "1", env!("CARGO_BIN_EXE_byol")]).args(flags(text(&other), text(&out), &[]));
     assert!(error(apart.output().unwrap()).contains("rank 1 has other images"));
