@@ -70,7 +70,9 @@ function nearestTo(px, py, reach) {
 const canvas = $("points"), over = $("over");
 const gl = canvas.getContext("webgl", { antialias: true });
 const view = { x: 0, y: 0, zoom: 0.95 };
-let program, colourBuffer, uniform, waiting = false;
+let program, places, colourBuffer, uniform, waiting = false;
+// Where no hardware draws, every so many-th point alone while the map moves, and all of them when it rests.
+let thin = 1, drawnAt = -Infinity, resting = 0;
 
 function shader(kind, text) {
   const s = gl.createShader(kind);
@@ -89,17 +91,19 @@ function start() {
     void main() { float r = length(gl_PointCoord - 0.5); if (r > 0.5) discard; gl_FragColor = vec4(c * 0.8, 0.8) * (1.0 - smoothstep(0.4, 0.5, r)); }`));
   gl.linkProgram(program);
   gl.useProgram(program);
-  const places = new Float32Array(2 * n);
-  for (let i = 0; i < n; i++) [places[2 * i], places[2 * i + 1]] = [x[i], y[i]];
+  const xy = new Float32Array(2 * n);
+  for (let i = 0; i < n; i++) [xy[2 * i], xy[2 * i + 1]] = [x[i], y[i]];
   const attribute = (name, data, size, kind, norm) => {
     const buffer = gl.createBuffer(), at = gl.getAttribLocation(program, name);
     gl.bindBuffer(gl.ARRAY_BUFFER, buffer);
     gl.bufferData(gl.ARRAY_BUFFER, data, gl.DYNAMIC_DRAW);
     gl.enableVertexAttribArray(at);
-    gl.vertexAttribPointer(at, size, kind, norm, 0, 0);
-    return buffer;
+    return { buffer, everyNth: (nth) => {
+      gl.bindBuffer(gl.ARRAY_BUFFER, buffer);
+      gl.vertexAttribPointer(at, size, kind, norm, nth * size * data.BYTES_PER_ELEMENT, 0);
+    } };
   };
-  attribute("place", places, 2, gl.FLOAT, false);
+  places = attribute("place", xy, 2, gl.FLOAT, false);
   colourBuffer = attribute("colour", new Uint8Array(3 * n), 3, gl.UNSIGNED_BYTE, true);
   uniform = Object.fromEntries(["middle", "scale", "size"].map((u) => [u, gl.getUniformLocation(program, u)]));
   gl.enable(gl.BLEND);
@@ -125,7 +129,7 @@ function paint() {
     if (selected.size && !selected.has(i)) c = c.map((v) => faded + (v - faded) * 0.15);
     colours.set(c, 3 * i);
   }
-  gl.bindBuffer(gl.ARRAY_BUFFER, colourBuffer);
+  gl.bindBuffer(gl.ARRAY_BUFFER, colourBuffer.buffer);
   gl.bufferData(gl.ARRAY_BUFFER, colours, gl.DYNAMIC_DRAW);
   draw();
 }
@@ -159,8 +163,15 @@ const reach = () => 12 * 2 / Math.max(canvas.clientWidth, 1) / scale()[0];
 function draw() {
   if (!gl || waiting) return;
   waiting = true;
-  requestAnimationFrame(() => {
+  requestAnimationFrame((now) => {
     waiting = false;
+    const took = now - drawnAt, moving = took < 300;
+    drawnAt = now;
+    if (moving && took > 45 && n / thin > 4000) thin = Math.min(16, 2 * thin);
+    else if (moving && took < 20 && thin > 1) thin /= 2;
+    const nth = moving ? thin : 1;
+    clearTimeout(resting);
+    if (nth > 1) resting = setTimeout(() => { drawnAt = -Infinity; draw(); }, 350);
     const ratio = window.devicePixelRatio || 1, w = Math.round(canvas.clientWidth * ratio), h = Math.round(canvas.clientHeight * ratio);
     if (canvas.width !== w || canvas.height !== h) for (const c of [canvas, over]) [c.width, c.height] = [w, h];
     gl.viewport(0, 0, w, h);
@@ -170,7 +181,9 @@ function draw() {
     gl.uniform2f(uniform.scale, ...scale());
     const crowd = Math.sqrt(canvas.clientWidth * canvas.clientHeight / Math.max(1, n)) / 2.2;
     gl.uniform1f(uniform.size, Math.min(14, Math.max(2.5, crowd) * Math.min(4, Math.max(1, Math.sqrt(view.zoom)))) * ratio);
-    gl.drawArrays(gl.POINTS, 0, n);
+    places.everyNth(nth);
+    colourBuffer.everyNth(nth);
+    gl.drawArrays(gl.POINTS, 0, Math.ceil(n / nth));
     marks(ratio);
   });
 }
