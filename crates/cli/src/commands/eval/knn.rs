@@ -1,11 +1,11 @@
 //! `byol eval knn ENCODER DATA`
 
-use std::process::ExitCode;
+use std::{process::ExitCode, time::Instant};
 
 use byol::eval::{knn, rows::Row};
 
 use super::{Common, Limit, features, labels};
-use crate::report::Result;
+use crate::report::{self, Result};
 
 /// Classify each test image by its nearest training images
 ///
@@ -40,8 +40,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         let bank = features(encoder, &data.train, "embedding training images")?;
         let queries = features(encoder, &data.test, "embedding test images")?;
         let (of_bank, of_queries) = (labels(&data.train), labels(&data.test));
+        let began = Instant::now();
         let outcomes =
             knn::classify_each(&bank, of_bank, &queries, of_queries, data.classes.len(), &args.k, args.temperature);
+        let (asked, held, dim, took) = (queries.n, bank.n, bank.dim, began.elapsed().as_secs_f64());
+        report::note(format!("{asked} images compared with {held}, of {dim} numbers each, in {took:.1} s"));
         for (k, outcome) in args.k.iter().zip(outcomes) {
             let name = format!("kNN accuracy, k = {k}{who}");
             rows.push(Row::accuracy(name, common.flags.seed, &outcome.predicted, of_queries));

@@ -1,6 +1,6 @@
 //! `byol eval linear ENCODER DATA`
 
-use std::process::ExitCode;
+use std::{process::ExitCode, time::Instant};
 
 use byol::{
     eval::{
@@ -78,6 +78,9 @@ fn paper(args: &Args, encoder: &Encoder, data: &Labelled) -> Result<(logistic::C
 fn fast(args: &Args, encoder: &Encoder, data: &Labelled) -> Result<(logistic::Classifier, serde_json::Value)> {
     let x = features(encoder, &data.train, "embedding training images")?;
     let out = linear::held_out(x.n, args.common.flags.seed);
+    let began = Instant::now();
     let found = logistic::fit_best(&x, labels(&data.train), data.classes.len(), &logistic::strengths(), &out);
+    let took = began.elapsed().as_secs_f64();
+    report::note(format!("logistic regression of {} x {}, its strength chosen, in {took:.1} s", x.n, x.dim));
     Ok((found.classifier, serde_json::json!({ "l2": found.l2, "held_out": found.held_out })))
 }
