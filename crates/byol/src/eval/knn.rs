@@ -20,11 +20,16 @@ pub struct Outcome {
     pub predicted: Vec<usize>,
 }
 
-/// Queries whose cosines with the whole bank are held at once.
-const TOGETHER: usize = 256;
+/// Cosines that are held at once: 256 MiB. Each product lays out the whole bank anew, so few large ones are faster.
+const AT_ONCE: usize = 1 << 26;
 
 /// The `k` rows of `bank` nearest to each query by cosine, nearest first; of equals the earlier row. Both of unit rows.
 pub fn nearest(bank: &Features, queries: &Features, k: usize) -> Vec<Vec<(usize, f32)>> {
+    nearest_of(bank, queries, k, (AT_ONCE / bank.n.max(1)).clamp(32, 2048))
+}
+
+/// The same, for so many queries together.
+fn nearest_of(bank: &Features, queries: &Features, k: usize, together: usize) -> Vec<Vec<(usize, f32)>> {
     assert_eq!(bank.dim, queries.dim, "rows to compare have the same length");
     if bank.n == 0 || queries.n == 0 {
         return vec![Vec::new(); queries.n];
@@ -36,7 +41,7 @@ pub fn nearest(bank: &Features, queries: &Features, k: usize) -> Vec<Vec<(usize,
         let cosines = conv::forward(isa::chosen(), &s, values, &bank.values);
         cosines.par_chunks(bank.n).map(|row| largest(row, k)).collect()
     };
-    queries.values.chunks(TOGETHER * bank.dim).flat_map(of_some).collect()
+    queries.values.chunks(together * bank.dim).flat_map(of_some).collect()
 }
 
 /// The `k` largest with their positions, largest first; of equals the earlier.
@@ -118,11 +123,11 @@ mod tests {
                 |i: usize| ((i.wrapping_add(salt).wrapping_mul(2_654_435_761) >> 9) % 2000) as f32 / 1000.0 - 1.0;
             Features { n, dim: 7, values: (0..7 * n).map(value).collect() }.unit()
         };
-        let (mut bank, queries) = (rows(700, 1), rows(TOGETHER + 3, 5));
+        let (mut bank, queries) = (rows(700, 1), rows(256 + 3, 5));
         // Twins: the earlier comes first.
         bank.values.copy_within(0..70, 700);
         for k in [1, 3, 20, 699, 1000] {
-            let found = nearest(&bank, &queries, k);
+            let found = nearest_of(&bank, &queries, k, 256);
             assert_eq!(found.len(), queries.n);
             for (q, found) in found.iter().enumerate() {
                 let cosine = |i: usize| bank.row(i).iter().zip(queries.row(q)).map(|(a, b)| a * b).sum::<f32>();
