@@ -22,7 +22,7 @@ use burn::{
 
 use crate::ranks::Ranks;
 
-/// Both passes on one backend.
+/// Both passes on one backend: the same operations on all, but for what differentiates them.
 #[backend_extension(Autodiff, Flex, Cube: cfg(any(feature = "gpu", feature = "cuda", feature = "rocm")))]
 pub trait BatchNorm: Backend {
     /// (γ (x − mean) / σ + β, mean, variance) of `x`: `[N, C, …]`; the rest `[C]`.
@@ -32,19 +32,15 @@ pub trait BatchNorm: Backend {
         beta: FloatTensor<Self>,
         eps: f64,
         ranks: Ranks,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
-
-    /// (dx, dγ, dβ). dx counts what the images of all ranks have to do with the means; dγ and dβ are of the images here.
-    fn norm_backward(
-        dout: FloatTensor<Self>,
-        x: FloatTensor<Self>,
-        gamma: FloatTensor<Self>,
-        mean: FloatTensor<Self>,
-        variance: FloatTensor<Self>,
-        eps: f64,
-        ranks: Ranks,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        forward::<Self>(x, gamma, beta, eps, ranks)
+    }
 }
+
+impl BatchNorm for Flex {}
+
+#[cfg(any(feature = "gpu", feature = "cuda", feature = "rocm"))]
+impl BatchNorm for Cube {}
 
 fn wide<B: Backend>(x: FloatTensor<B>) -> FloatTensor<B> {
     if x.dtype() == DType::F32 { x } else { B::float_cast(x, FloatDType::F32) }
@@ -146,6 +142,7 @@ fn forward<B: Backend>(
     (narrow::<B>(B::float_add(y, channels.broadcast::<B>(beta)), kind), mean, variance)
 }
 
+/// (dx, dγ, dβ). dx counts what the images of all ranks have to do with the means; dγ and dβ are of the images here.
 fn backward<B: Backend>(
     dout: FloatTensor<B>,
     x: FloatTensor<B>,
@@ -170,38 +167,6 @@ fn backward<B: Backend>(
     let dx = B::float_mul(dx, channels.broadcast::<B>(B::float_mul(gamma, inverse)));
     (narrow::<B>(dx, kind), dgamma, dbeta)
 }
-
-macro_rules! composed {
-    ($backend:ty) => {
-        impl BatchNorm for $backend {
-            fn norm_forward(
-                x: FloatTensor<Self>,
-                gamma: FloatTensor<Self>,
-                beta: FloatTensor<Self>,
-                eps: f64,
-                ranks: Ranks,
-            ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-                forward::<Self>(x, gamma, beta, eps, ranks)
-            }
-
-            fn norm_backward(
-                dout: FloatTensor<Self>,
-                x: FloatTensor<Self>,
-                gamma: FloatTensor<Self>,
-                mean: FloatTensor<Self>,
-                variance: FloatTensor<Self>,
-                eps: f64,
-                ranks: Ranks,
-            ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-                backward::<Self>(dout, x, gamma, mean, variance, eps, ranks)
-            }
-        }
-    };
-}
-
-composed!(Flex);
-#[cfg(any(feature = "gpu", feature = "cuda", feature = "rocm"))]
-composed!(Cube);
 
 impl<B: Backend + BatchNorm, C: CheckpointStrategy> BatchNorm for Autodiff<B, C> {
     fn norm_forward(
@@ -228,7 +193,7 @@ impl<B: Backend + BatchNorm, C: CheckpointStrategy> BatchNorm for Autodiff<B, C>
             fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
                 let dout = grads.consume::<B>(&ops.node);
                 let Kept { of: [x, gamma, mean, variance], eps, ranks } = ops.state;
-                let (dx, dgamma, dbeta) = B::norm_backward(dout, x, gamma, mean, variance, eps, ranks);
+                let (dx, dgamma, dbeta) = backward::<B>(dout, x, gamma, mean, variance, eps, ranks);
                 for (node, gradient) in ops.parents.into_iter().zip([dx, dgamma, dbeta]) {
                     if let Some(node) = node {
                         grads.register::<B>(node.id, gradient);
@@ -247,18 +212,6 @@ impl<B: Backend + BatchNorm, C: CheckpointStrategy> BatchNorm for Autodiff<B, C>
             OpsKind::UnTracked(prep) => prep.finish(out),
         };
         (out, of_batch.0, of_batch.1)
-    }
-
-    fn norm_backward(
-        _: FloatTensor<Self>,
-        _: FloatTensor<Self>,
-        _: FloatTensor<Self>,
-        _: FloatTensor<Self>,
-        _: FloatTensor<Self>,
-        _: f64,
-        _: Ranks,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        panic!("a gradient of a gradient is not supported")
     }
 }
 
