@@ -81,7 +81,7 @@ fn a_flipped_sign_of_the_loss_is_divergence() {
     let device = Device::flex();
     let mut byol = plan.start(&device);
     let watch = data.watch(&plan).unwrap();
-    let start = health::measure(&byol, &watch, &device).unwrap();
+    let (start, _) = health::measure(&byol, &watch, &device).unwrap();
     let views = &plan.recipe.views;
     let loader = Loader::start(Request {
         part: [0, 1],
@@ -105,7 +105,7 @@ fn a_flipped_sign_of_the_loss_is_divergence() {
     }
     let last = &losses[losses.len() - 20..];
     let mean = last.iter().sum::<f64>() / last.len() as f64;
-    let health = health::measure(&byol, &watch, &device).unwrap();
+    let (health, _) = health::measure(&byol, &watch, &device).unwrap();
     let failure = health.failure(Some(&start), Some(mean), byol.k);
     assert_eq!(failure.map(|f| f.kind), Some(Kind::Diverged), "mean loss {mean}, {health:?}");
 }

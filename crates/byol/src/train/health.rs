@@ -2,7 +2,7 @@
 //!
 //! They use the online network in evaluation mode and change nothing in it.
 
-use std::fmt;
+use std::{fmt, time::Instant};
 
 use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
@@ -157,11 +157,21 @@ impl Health {
     }
 }
 
-/// Takes the figures. `byol` stays as it is.
+/// Seconds that the figures of one moment took.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct Cost {
+    /// All of them, kNN included.
+    pub health: f64,
+    /// The report card.
+    pub card: f64,
+}
+
+/// Takes the figures, and says what they cost. `byol` stays as it is.
 ///
 /// # Errors
 /// [`Error::Image`] if an image that could be decoded no longer can.
-pub fn measure(byol: &Byol, watch: &Watch, device: &Device) -> Result<Health, Error> {
+pub fn measure(byol: &Byol, watch: &Watch, device: &Device) -> Result<(Health, Cost), Error> {
+    let began = Instant::now();
     let (representations, projections) = forward(byol, &watch.held_out, &watch.spec, device)?;
     let knn = match (&watch.bank, watch.held_out.labels()) {
         (Some(bank), Some(labels)) => {
@@ -172,7 +182,10 @@ pub fn measure(byol: &Byol, watch: &Watch, device: &Device) -> Result<Health, Er
         }
         _ => None,
     };
-    Ok(Health { card: card(byol, watch, &representations)?, ..figures(&representations, &projections, knn) })
+    let of_all = figures(&representations, &projections, knn);
+    let before_card = Instant::now();
+    let health = Health { card: card(byol, watch, &representations)?, ..of_all };
+    Ok((health, Cost { health: began.elapsed().as_secs_f64(), card: before_card.elapsed().as_secs_f64() }))
 }
 
 /// The report card of evenly spread ones of the watched images.

@@ -8,7 +8,7 @@ use std::{
 
 use serde::Serialize;
 
-use super::health::Health;
+use super::health::{Cost, Health};
 
 /// Seconds spent in each part of the steps.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
@@ -75,6 +75,9 @@ pub enum Line {
         /// Why it looks collapsed, if it does.
         #[serde(skip_serializing_if = "Option::is_none")]
         collapse: Option<String>,
+        /// What the figures cost.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        seconds: Option<Cost>,
         /// Since the program started.
         elapsed_s: f64,
     },

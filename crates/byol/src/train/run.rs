@@ -546,7 +546,7 @@ impl Run {
         tell: &mut impl FnMut(Event),
     ) -> Result<Option<Failure>, Error> {
         let measure = |watch: &Watch| health::measure(&self.byol, watch, &self.device);
-        let health = self.watch.as_ref().map(measure).transpose()?;
+        let (health, seconds) = self.watch.as_ref().map(measure).transpose()?.unzip();
         let step = self.byol.k;
         if epoch == 0 {
             self.start.clone_from(&health);
@@ -556,7 +556,8 @@ impl Run {
         let failure = health.as_ref().and_then(|h| h.failure(self.start.as_ref(), of_byol, step));
         let collapse = failure.as_ref().map(Failure::to_string);
         let elapsed_s = self.started.elapsed().as_secs_f64();
-        self.write(&Line::Epoch { epoch, step, loss, health: health.clone(), collapse: collapse.clone(), elapsed_s })?;
+        let (figures, why) = (health.clone(), collapse.clone());
+        self.write(&Line::Epoch { epoch, step, loss, health: figures, collapse: why, seconds, elapsed_s })?;
         if let Some(h) = &health {
             let mut values = vec![
                 ("health/projection std", h.projection_std),
