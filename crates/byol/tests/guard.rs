@@ -52,27 +52,53 @@ fn outcome(set: &[&str]) -> (Option<Failure>, Option<Health>) {
 
 #[test]
 fn five_healthy_runs_are_left_alone() {
-    for seed in 0..5 {
-        let (failure, _) = outcome(&[&format!("seed={seed}")]);
-        assert_eq!(failure, None, "seed {seed}");
+    for set in [
+        &["seed=0"][..],
+        // Long enough for each of the guard's questions.
+        &["seed=1", "train.epochs=26"],
+        &["seed=2", "heads.hidden=256", "views.first.blur=0.5"],
+        &["seed=3", "optimizer.kind=lars", "optimizer.lr=1.0", "optimizer.weight_decay=1e-5"],
+        &["seed=4", "target.tau=0.95", "views.size=24"],
+    ] {
+        let (failure, _) = outcome(set);
+        assert_eq!(failure, None, "{set:?}");
     }
 }
 
 #[test]
 fn induced_failures_are_named() {
-    let mut unnamed = Vec::new();
-    for set in [
-        &["optimizer.lr=4.8"][..],
-        &["method.predictor=false"],
-        &["target.tau=0.0", "target.schedule=constant"],
-        &["method.stop_gradient=false"],
-    ] {
+    let wrong: Vec<_> = [
+        (&["optimizer.lr=4.8"][..], Kind::Constant),
+        (&["method.predictor=false"], Kind::Constant),
+        (&["target.tau=0.0", "target.schedule=constant"], Kind::Constant),
+        (&["method.stop_gradient=false"], Kind::Constant),
+        (&["optimizer.lr=1e-7", "train.epochs=26"], Kind::PredictorLag),
+    ]
+    .into_iter()
+    .filter_map(|(set, kind)| {
         let (failure, last) = outcome(set);
-        if failure.is_none() {
-            unnamed.push((set, last));
-        }
-    }
-    assert!(unnamed.is_empty(), "{unnamed:?}");
+        (failure.as_ref().map(|f| f.kind) != Some(kind)).then_some((set, failure, last))
+    })
+    .collect();
+    assert!(wrong.is_empty(), "{wrong:?}");
+}
+
+#[test]
+fn a_run_that_goes_back_recovers() {
+    let (plan, data) = plan(&["optimizer.lr=4.8", "health.on_collapse=rollback"]);
+    let folder = tempfile::tempdir().unwrap();
+    let mut run = Run::create(&folder.path().join("run"), plan, &data, Place::alone(Device::flex(), 2), false).unwrap();
+    let (mut back, mut last) = (Vec::new(), None);
+    run.go(&AtomicBool::new(false), |event| match event {
+        Event::Rollback { from, to, peak, .. } => back.push((from, to, peak)),
+        Event::Epoch { collapse, .. } => last = Some(collapse.map(str::to_owned)),
+        _ => {}
+    })
+    .unwrap();
+    assert!(!back.is_empty() && back.iter().all(|(from, to, _)| to < from), "{back:?}");
+    assert!(back.windows(2).all(|pair| pair[1].2 == pair[0].2 / 2.0), "{back:?}");
+    println!("{back:?}");
+    assert_eq!(last, Some(None), "healthy at the end, after {back:?}");
 }
 
 #[test]

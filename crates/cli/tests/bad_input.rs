@@ -4,6 +4,7 @@ mod common;
 
 use std::{fs, path::Path};
 
+use byol::nn::{Encoder, EncoderSpec, Normalization};
 use common::{byol, json, ok, pictures, pretrain, refused, run, stderr, text};
 
 fn nothing_at(out: &Path) {
@@ -232,7 +233,7 @@ fn labels_that_cannot_be_learned_from() {
     pictures(&split.join("test"), 8);
     fs::create_dir(split.join("test/rare")).unwrap();
     fs::copy(split.join("test/odd/001.png"), split.join("test/rare/1.png")).unwrap();
-    refuse(&split, &["has no labels"]);
+    refuse(&split, &["class `rare`", "no training image"]);
     fs::write(
         split.join("labels.csv"),
         "path,label,split\ntrain/odd/001.png,a,train\ntrain/even/002.png,b,train\ntest/rare/1.png,rare,test\n",
@@ -266,4 +267,23 @@ fn what_no_classifier_can_learn_is_said() {
     for what in ["knn", "transfer"] {
         refused(&["eval", what, text(encoder), text(&folder), "--device", "cpu"], &["class `c`", "no training image"]);
     }
+}
+
+#[test]
+fn an_encoder_that_does_not_fit_the_data_is_said() {
+    let (folder, data, encoder) = common::trained();
+    let evaluate = |encoder: &Path| run(&["eval", "knn", text(encoder), text(data), "--k", "1", "--device", "cpu"]);
+    let device = burn::tensor::Device::flex();
+    let like = byol::nn::weights::load(encoder, &device).unwrap().spec;
+    let save = |name: &str, spec: EncoderSpec| {
+        let path = folder.path().join(name);
+        let random = Encoder::random(spec, 0, &device);
+        byol::nn::weights::save(&path, &random.spec, &random.weights).unwrap();
+        path
+    };
+    let grey = Normalization { mean: vec![0.5], std: vec![0.2] };
+    let grey = save("grey.safetensors", EncoderSpec { channels: 1, normalization: grey, ..like.clone() });
+    refused(&["eval", "knn", text(&grey), text(data), "--device", "cpu"], &["images of 1 channels", "read as 3"]);
+    let large = evaluate(&save("large.safetensors", EncoderSpec { size: 64, ..like }));
+    assert!(large.status.success() && stderr(&large).contains("the encoder is for 64 px"), "{}", stderr(&large));
 }

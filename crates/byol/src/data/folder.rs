@@ -48,8 +48,11 @@ pub fn open(root: &Path) -> Result<Dataset, Error> {
 
 fn dataset(root: &Path, train: Found, val: Option<Found>, test: Option<Found>) -> Dataset {
     // One numbering of classes for all splits. A split with images outside class folders has no labels.
-    let names: BTreeSet<&String> = train.classes.iter().flatten().collect();
-    let classes: Vec<String> = if names.len() > 1 { names.into_iter().cloned().collect() } else { Vec::new() };
+    let names = |of: &Found| -> BTreeSet<String> { of.classes.iter().flatten().cloned().collect() };
+    let mut all = names(&train);
+    let labelled = all.len() > 1; // folders of which only other splits have several are no classes to learn
+    [&val, &test].into_iter().flatten().for_each(|of| all.extend(names(of)));
+    let classes: Vec<String> = if labelled { all.into_iter().collect() } else { Vec::new() };
     let number = |found: Found| {
         let labels = found.classes.and_then(|of_image| {
             of_image.iter().map(|name| classes.binary_search(name).ok()).collect::<Option<Vec<usize>>>()

@@ -35,6 +35,9 @@ pub struct Card {
     pub consistency: f64,
     /// Mean cosine of different images.
     pub cosine: f64,
+    /// Images that were measured; 0 where an older file does not say.
+    #[serde(default)]
+    pub images: usize,
 }
 
 const RETRIEVAL: &str = "finds its own image";
@@ -121,6 +124,7 @@ pub fn measure_each(
         retrieval: of(&by_image.retrieval),
         consistency: of(&by_image.consistency),
         cosine: mean_cosine(still),
+        images: still.n,
     };
     Ok((card, by_image))
 }
@@ -170,8 +174,8 @@ pub fn mean_cosine(x: &Features) -> f64 {
     if x.n > 1 { (all - own) / (n * (n - 1.0)) } else { 0.0 }
 }
 
-/// By how much the shares of views that find their image, and of neighbours that are kept, have to differ to count: above the chance of a few
-/// hundred images.
+/// By how much of themselves the shares of views that find their image, and of neighbours that are kept, have to differ to count, beside being
+/// beyond chance.
 const CLEARLY: [f64; 2] = [0.25, 0.1];
 
 impl Card {
@@ -190,21 +194,36 @@ impl Card {
     }
 
     /// One number to compare encoders by, higher is better: how many neighbours a view keeps. Of all figures it agrees best with labels on the
-    /// encoders of docs/results.md.
+    /// encoders of docs/results.md. 0 of a collapsed encoder, to which all images are neighbours alike.
     pub fn score(&self) -> f64 {
-        self.consistency
+        if self.is_collapsed() { 0.0 } else { self.consistency }
+    }
+
+    /// Whether all images look alike to the encoder.
+    fn is_collapsed(&self) -> bool {
+        self.cosine > 0.98 || self.rankme < 2.0
+    }
+
+    /// Two standard errors of the difference of two such shares of the images: smaller differences are chance.
+    fn chance(&self, own: f64, than: &Card, other: f64) -> f64 {
+        let variance = |share: f64, n: usize| if n > 0 { share * (1.0 - share) / n as f64 } else { 0.0 };
+        2.0 * (variance(own, self.images) + variance(other, than.images)).sqrt()
     }
 
     /// What the figures say beside those of another encoder, in plain words; `other` names it.
     pub fn verdict(&self, than: &Card, other: &str) -> String {
-        if self.cosine > 0.98 || self.rankme < 2.0 {
+        if self.is_collapsed() {
             return format!(
                 "collapsed: all images look alike to it (mean cosine {:.3}, {:.1} dimensions)",
                 self.cosine, self.rankme
             );
         }
         let signs = [(self.retrieval, than.retrieval), (self.consistency, than.consistency)];
-        let by = signs.map(|(own, other)| own / other.max(1e-9) - 1.0);
+        // A difference that chance makes is none.
+        let by = signs.map(|(own, other)| match (own - other).abs() > self.chance(own, than, other) {
+            true => own / other.max(1e-9) - 1.0,
+            false => 0.0,
+        });
         let better = by.iter().zip(CLEARLY).filter(|(by, clearly)| *by > clearly).count();
         let worse = by.iter().zip(CLEARLY).filter(|(by, clearly)| **by < -clearly).count();
         let figures = format!(
@@ -229,7 +248,7 @@ mod tests {
 
     fn card(retrieval: f64, consistency: f64) -> Card {
         let (rankme, lidar, alpha_req, uniformity, alignment) = (20.0, 30.0, Some(1.0), -2.0, 0.5);
-        Card { rankme, lidar, alpha_req, uniformity, alignment, retrieval, consistency, cosine: 0.2 }
+        Card { rankme, lidar, alpha_req, uniformity, alignment, retrieval, consistency, cosine: 0.2, images: 512 }
     }
 
     #[test]
@@ -244,6 +263,10 @@ mod tests {
         starts(card(0.1, 0.3), "worse than random weights");
         starts(card(0.6, 0.2), "better than random weights in some ways");
         starts(Card { cosine: 0.99, ..card(0.9, 0.9) }, "collapsed");
+        starts(Card { images: 16, ..card(0.3, 0.4) }, "no better than random weights");
+        let few = |found: f64| card(found / 512.0, 0.3);
+        assert!(few(2.0).verdict(&few(1.0), "random weights").starts_with("no better than random weights"));
+        assert_eq!(Card { rankme: 1.0, ..card(1.0, 1.0) }.score(), 0.0, "of a dead network all neighbours are kept");
     }
 
     #[test]

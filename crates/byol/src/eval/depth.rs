@@ -1,5 +1,5 @@
 //! Depth from one image (appendix E; Laina et al. 2016, arXiv:1606.00373): four up-projection blocks of 512, 256, 128 and 64 channels on the
-//! encoder's map, a 3x3 convolution to one value, and the reverse Huber loss.
+//! encoder's map, a 1x1 convolution to one value, and the reverse Huber loss.
 //!
 //! An up-projection doubles the side with zeros between; a branch of 5x5 convolution, ReLU, 3x3 convolution and a branch of a 5x5
 //! convolution are added, with ReLU. Every convolution but the last has a norm.

@@ -56,11 +56,12 @@ pub fn part(labels: &[usize], classes: usize, share: f64, seed: u64) -> Vec<usiz
     chosen
 }
 
-/// Which of some labelled images are held out to choose by: a fifth of each class that has several.
-fn held_out(labels: &[usize], classes: usize) -> Vec<bool> {
+/// Which of some labelled images are held out to choose by: a fifth of each class that has several, at random.
+fn held_out(labels: &[usize], classes: usize, seed: u64) -> Vec<bool> {
     let mut out = vec![false; labels.len()];
     for class in 0..classes {
-        let of: Vec<usize> = (0..labels.len()).filter(|i| labels[*i] == class).collect();
+        let mut of: Vec<usize> = (0..labels.len()).filter(|i| labels[*i] == class).collect();
+        random::shuffle(&mut random::stream(&[Domain::Split as u64, seed, class as u64, 1]), &mut of);
         let n = (of.len() / 5).max(usize::from(of.len() > 1));
         of[..n].iter().for_each(|i| out[*i] = true);
     }
@@ -95,7 +96,7 @@ pub fn choose(
     mut done: impl FnMut(usize),
 ) -> Result<Tuned, Error> {
     let labels = images.labels().expect("fine-tuning has labels");
-    let out = held_out(labels, classes);
+    let out = held_out(labels, classes, p.seed);
     let rows = |of: bool| images.subset(&(0..images.len()).filter(|i| out[*i] == of).collect::<Vec<_>>());
     let (rest, test) = (rows(false), rows(true));
     let mut best: Option<(f64, f64, usize)> = None;
@@ -113,7 +114,8 @@ pub fn choose(
             }
         }
     }
-    let (held_out, rate, epochs) = best.unwrap_or((f64::NAN, settings[0].0, settings[0].1));
+    // With nothing to choose by, the middle rate.
+    let (held_out, rate, epochs) = best.unwrap_or((f64::NAN, p.rates[p.rates.len() / 2], p.epochs[0]));
     let (encoder, classifier) = train(start, images, classes, p, rate, epochs, &mut done)?;
     Ok(Tuned { encoder, classifier, rate, epochs, held_out })
 }

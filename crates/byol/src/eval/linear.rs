@@ -9,6 +9,7 @@ use rayon::prelude::*;
 
 use super::{
     CROP, Features, batch_for, crops, embed,
+    finetune::batch_for as batch_of,
     logistic::{Classifier, Problem},
     metrics,
 };
@@ -27,7 +28,7 @@ pub const RATES: [f64; 5] = [0.4, 0.3, 0.2, 0.1, 0.05];
 pub struct Protocol {
     /// Passes over the training images. 80 as in the reference.
     pub epochs: usize,
-    /// Images an update. 1024 as in the paper.
+    /// Images an update, at most. 1024 as in the paper; with few images an eighth of them, so that an epoch has eight updates.
     pub batch: usize,
     /// Base rates to choose from; the peak is rate × batch / 256.
     pub rates: Vec<f64>,
@@ -98,7 +99,7 @@ pub fn train(
     mut done: impl FnMut(usize),
 ) -> Result<Chosen, Error> {
     let labels = images.labels().expect("a linear evaluation has labels");
-    let (n, batch) = (images.len(), p.batch.min(images.len()));
+    let (n, batch) = (images.len(), batch_of(images.len(), p.batch));
     let out = held_out(n, p.seed);
     let length = classes * (encoder.features() + 1);
     let mut heads: Vec<[Head; 2]> = p.rates.iter().map(|_| [Head::new(length), Head::new(length)]).collect();
@@ -137,7 +138,7 @@ pub fn train(
 
 /// How many images [`train`] takes through the encoder.
 pub fn images_seen(n: usize, p: &Protocol) -> usize {
-    let batch = p.batch.min(n.max(1));
+    let batch = batch_of(n.max(1), p.batch);
     (p.epochs * n / batch).max(1) * batch + n.div_ceil(10)
 }
 

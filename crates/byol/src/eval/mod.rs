@@ -46,6 +46,11 @@ impl Features {
         Features { n: positions.len(), dim: self.dim, values }
     }
 
+    /// Whether all values are numbers.
+    pub fn is_finite(&self) -> bool {
+        self.values.iter().all(|v| v.is_finite())
+    }
+
     /// The same rows scaled to unit length; a row of zeros stays.
     pub fn unit(&self) -> Features {
         let mut values = self.values.clone();

@@ -70,16 +70,20 @@ fn show(value: f64, share: bool) -> String {
     if share { format!("{:.1} %", 100.0 * value) } else { format!("{value:.4}") }
 }
 
-/// The 2.5th and 97.5th percentile of a statistic over samples of `n` positions with replacement (Efron 1979).
+/// The 2.5th and 97.5th percentile of a statistic over samples of `n` positions with replacement (Efron 1979). Samples that have no such
+/// statistic, for which it is no number, do not count.
 pub fn bootstrap(n: usize, seed: u64, statistic: impl Fn(&[usize]) -> f64 + Sync) -> [f64; 2] {
     let draw = |d: usize| {
         let mut rng = random::stream(&[random::Domain::Bootstrap as u64, seed, d as u64]);
         let at: Vec<usize> = (0..n).map(|_| random::below(&mut rng, n)).collect();
         statistic(&at)
     };
-    let mut values: Vec<f64> = (0..DRAWS).into_par_iter().map(draw).collect();
+    let mut values: Vec<f64> = (0..DRAWS).into_par_iter().map(draw).filter(|v| !v.is_nan()).collect();
     values.sort_by(f64::total_cmp);
-    [values[DRAWS / 40], values[DRAWS - 1 - DRAWS / 40]]
+    match values.len().checked_sub(1) {
+        Some(last) => [values[values.len() / 40], values[last - values.len() / 40]],
+        None => [f64::NAN; 2],
+    }
 }
 
 /// All figures of an evaluation with what they rest on.
@@ -106,6 +110,7 @@ impl Table {
         let Ok(found) = serde_json::from_str::<serde_json::Value>(&text) else { return true };
         let same = |key: &str, own: serde_json::Value| found.get(key) == Some(&own);
         same("data", self.data.clone().into())
+            && same("encoder", self.encoder.clone().into())
             && same("seed", self.seed.into())
             && same("settings", self.settings.clone())
     }

@@ -18,7 +18,7 @@ pub enum Measure {
 }
 
 /// Data sets that are scored by the mean over their classes.
-const PER_CLASS: [&str; 4] = ["aircraft", "pets", "caltech", "flowers"];
+const PER_CLASS: [&str; 5] = ["aircraft", "pet", "caltech101", "caltech-101", "flowers"];
 
 impl Measure {
     /// The custom for a data set of this name.

@@ -129,25 +129,37 @@ fn plan_hash(plan: &Plan) -> String {
     hex(&Sha256::digest(plan.to_toml().as_bytes()))
 }
 
+/// The step of a checkpoint, by its name.
+fn step_of(path: &Path) -> Option<u64> {
+    path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()
+}
+
+/// The newest checkpoint that is not after `step`, if there is one.
+pub fn newest_until(folder: &Path, step: u64) -> Option<PathBuf> {
+    list(folder).into_iter().rfind(|path| step_of(path).is_some_and(|s| s <= step))
+}
+
 /// The checkpoints in a folder, the oldest first. Half-written ones have other names.
 pub fn list(folder: &Path) -> Vec<PathBuf> {
     let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
-    let is_one = |p: &PathBuf| {
-        p.file_name()
-            .and_then(|n| n.to_str())
-            .and_then(|n| n.strip_prefix("step-"))
-            .is_some_and(|n| n.parse::<u64>().is_ok())
-    };
-    let mut all: Vec<PathBuf> = entries.flatten().map(|e| e.path()).filter(is_one).collect();
+    let mut all: Vec<PathBuf> = entries.flatten().map(|e| e.path()).filter(|p| step_of(p).is_some()).collect();
     all.sort();
     all
 }
 
-/// Writes a checkpoint into `folder` and removes the oldest beyond `keep`. Returns its path.
+/// Writes a checkpoint into `folder` and removes the oldest beyond `keep`, but for the newest that is not after each of the steps `healthy`: those
+/// to go back to. Returns its path.
 ///
 /// # Errors
 /// [`Error::Write`]; the checkpoints before it are untouched.
-pub fn save(folder: &Path, byol: &Byol, counters: Counters, plan: &Plan, keep: usize) -> Result<PathBuf, Error> {
+pub fn save(
+    folder: &Path,
+    byol: &Byol,
+    counters: Counters,
+    plan: &Plan,
+    keep: usize,
+    healthy: [u64; 2],
+) -> Result<PathBuf, Error> {
     let path = folder.join(format!("step-{:010}", byol.k));
     let temporary = files::temporary_name(&path);
     let write = |source| Error::Write { path: path.clone(), source };
@@ -167,7 +179,8 @@ pub fn save(folder: &Path, byol: &Byol, counters: Counters, plan: &Plan, keep: u
         return Err(write(source));
     }
     let all = list(folder);
-    for old in &all[..all.len().saturating_sub(keep)] {
+    let spared = healthy.map(|step| newest_until(folder, step));
+    for old in all[..all.len().saturating_sub(keep)].iter().filter(|path| !spared.contains(&Some((*path).clone()))) {
         remove_if_there(old).map_err(write)?;
     }
     Ok(path)
@@ -216,9 +229,8 @@ pub fn share(ranks: Ranks, byol: &mut Byol, counters: Counters, plan: &Plan, dev
 /// [`Error::Write`].
 pub fn remove_after(folder: &Path, step: u64) -> Result<(), Error> {
     let all = list(folder);
-    let of = |path: &PathBuf| path.file_name().and_then(|n| n.to_str()?.strip_prefix("step-")?.parse::<u64>().ok());
-    if all.first().and_then(of).is_some_and(|first| first <= step) {
-        for path in all.iter().filter(|path| of(path).is_some_and(|s| s > step)) {
+    if all.first().and_then(|path| step_of(path)).is_some_and(|first| first <= step) {
+        for path in all.iter().filter(|path| step_of(path).is_some_and(|s| s > step)) {
             remove_if_there(path).map_err(|source| Error::Write { path: path.clone(), source })?;
         }
     }

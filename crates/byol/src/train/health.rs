@@ -102,7 +102,7 @@ impl fmt::Display for Failure {
 }
 
 /// Steps before which figures are still those of the start: networks with random weights give all images nearly the same projection.
-const SETTLING: u64 = 200;
+pub(super) const SETTLING: u64 = 200;
 
 /// Steps after which a predictor should have begun to predict.
 const FOLLOWING: u64 = 500;
@@ -117,6 +117,18 @@ const MOST_COSINE: f64 = 0.75;
 const CHANCE: f64 = 4.0;
 
 impl Health {
+    /// Of outputs that are not numbers; `dim` is the length of a projection.
+    fn of_a_broken_network(dim: usize) -> Health {
+        Health {
+            projection_std: f64::NAN,
+            projection_std_ideal: 1.0 / (dim as f64).sqrt(),
+            projection_cosine: f64::NAN,
+            rankme: f64::NAN,
+            card: None,
+            knn: None,
+        }
+    }
+
     /// What has gone wrong by `step`, if anything. `start` are the figures before the first step; `loss` is BYOL's mean loss of the epoch, none
     /// where another one is minimised.
     pub fn failure(&self, start: Option<&Health>, loss: Option<f64>, step: u64) -> Option<Failure> {
@@ -173,6 +185,10 @@ pub struct Cost {
 pub fn measure(byol: &Byol, watch: &Watch, device: &Device) -> Result<(Health, Cost), Error> {
     let began = Instant::now();
     let (representations, projections) = forward(byol, &watch.held_out, &watch.spec, device)?;
+    if !(representations.is_finite() && projections.is_finite()) {
+        let cost = Cost { health: began.elapsed().as_secs_f64(), card: 0.0 };
+        return Ok((Health::of_a_broken_network(projections.dim), cost));
+    }
     let knn = match (&watch.bank, watch.held_out.labels()) {
         (Some(bank), Some(labels)) => {
             let (of_bank, _) = forward(byol, bank, &watch.spec, device)?;
@@ -266,7 +282,7 @@ mod tests {
         assert_eq!(kind(4.5, None), Some(Kind::Diverged));
         let wide = Health { rankme: 20.0, ..good.clone() };
         assert_eq!(kind(1.0, Some(&wide)), Some(Kind::Dimensional));
-        let broken = Health { rankme: f64::NAN, ..good.clone() };
+        let broken = Health::of_a_broken_network(2);
         assert_eq!(broken.failure(None, None, 1).map(|f| f.kind), Some(Kind::Diverged));
     }
 }

@@ -8,7 +8,7 @@ use std::{
 
 use serde::Serialize;
 
-use super::health::{Cost, Health};
+use super::health::{Cost, Health, SETTLING};
 
 /// Seconds spent in each part of the steps.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
@@ -81,6 +81,13 @@ pub enum Line {
         /// Since the program started.
         elapsed_s: f64,
     },
+    /// The run stopped where no number could be trained on any more.
+    Failed {
+        /// At this step.
+        step: u64,
+        /// What had gone wrong.
+        why: String,
+    },
     /// The run went back.
     Rollback {
         /// From after this step.
@@ -108,6 +115,21 @@ pub fn figures(path: &Path) -> Vec<Health> {
     let lines = io::BufRead::lines(io::BufReader::new(file)).map_while(Result::ok);
     let epochs = lines.filter_map(|line| serde_json::from_str::<Epoch>(&line).ok());
     epochs.filter(|epoch| epoch.collapse.is_none()).map(|epoch| epoch.health).collect()
+}
+
+/// The steps of the ends of epochs that were found healthy, of a file that may not be there yet.
+pub fn healthy_steps(path: &Path) -> Vec<u64> {
+    /// As [`Line::Epoch`] writes it.
+    #[derive(serde::Deserialize)]
+    struct Epoch {
+        kind: String,
+        step: u64,
+        collapse: Option<String>,
+    }
+    let Ok(file) = File::open(path) else { return Vec::new() };
+    let lines = io::BufRead::lines(io::BufReader::new(file)).map_while(Result::ok);
+    let epochs = lines.filter_map(|line| serde_json::from_str::<Epoch>(&line).ok());
+    epochs.filter(|e| e.kind == "epoch" && e.collapse.is_none() && e.step >= SETTLING).map(|e| e.step).collect()
 }
 
 /// What the curves of a run are drawn from.

@@ -16,7 +16,7 @@ use super::{
     Error, Plan,
     checkpoint::{self, Counters},
     feed::{self, Feed},
-    health::{self, Failure, Health, Kind, Watch},
+    health::{self, Failure, Health, Kind, SETTLING, Watch},
     metrics::{self, Line, Metrics, Split},
     recipe::{HealthConfig, OnCollapse},
     tensorboard::EventFile,
@@ -184,8 +184,10 @@ pub struct Run {
     halvings: u32,
     /// The figures before the first step.
     start: Option<Health>,
-    /// The last step known to be healthy.
-    healthy: u64,
+    /// The last two ends of epochs that were found healthy, the later one first; 0 where there is none yet.
+    healthy: [u64; 2],
+    /// The furthest step at which the run has gone back.
+    failed_at: u64,
     /// The best score without labels so far.
     best: Option<f64>,
     threads: usize,
@@ -222,6 +224,11 @@ const ROLLBACKS: u32 = 5;
 enum Way {
     Ended(Outcome),
     Failed(Failure),
+}
+
+/// The last two of some steps, the later one first; 0 where there is none.
+fn last_two(steps: impl Iterator<Item = u64>) -> [u64; 2] {
+    steps.fold([0; 2], |[last, _], step| [step, last])
 }
 
 /// The learning rate's peak after so many halvings.
@@ -295,7 +302,7 @@ impl Run {
             let text = data.skipped.join("\n") + "\n";
             files::write_whole(&path, text.as_bytes()).map_err(|e| write(&path, e))?;
         }
-        checkpoint::save(&checkpoints(folder), &byol, Counters::default(), &plan, plan.recipe.checkpoint.keep)?;
+        checkpoint::save(&checkpoints(folder), &byol, Counters::default(), &plan, plan.recipe.checkpoint.keep, [0; 2])?;
         let run = Run::assemble(folder, plan, byol, data, place, Counters::default(), tensorboard)?;
         Ok(Run { fed, ..run })
     }
@@ -351,7 +358,8 @@ impl Run {
             halvings: counters.halvings,
             start,
             best,
-            healthy: byol.k,
+            healthy: last_two(metrics::healthy_steps(&path).into_iter().filter(|step| *step <= byol.k)),
+            failed_at: 0,
             watch: ranks.leads().then(|| data.watch(&plan)).flatten(),
             images: data.train.clone(),
             loss_sum: counters.loss_sum,
@@ -399,6 +407,10 @@ impl Run {
                     let why = format!("the loss is {loss} at step {step}");
                     return Ok(Way::Failed(Failure { kind: Kind::Diverged, why }));
                 }
+                Err(e @ (Error::Diverged { .. } | Error::Overflow { .. })) => {
+                    self.write(&Line::Failed { step: self.byol.k, why: e.to_string() })?;
+                    return Err(e);
+                }
                 other => other?,
             }
             let k = self.byol.k;
@@ -406,13 +418,17 @@ impl Run {
             let epochs = self.plan.epochs_done(k);
             for epoch in before + 1..=epochs {
                 let Some(failure) = self.end_of_epoch(epoch, tell)? else {
-                    self.healthy = k;
+                    if k >= SETTLING {
+                        self.healthy = [k, self.healthy[0]];
+                    }
                     continue;
                 };
                 match on_collapse {
                     OnCollapse::GoOn => {}
                     OnCollapse::Rollback => return Ok(Way::Failed(failure)),
-                    OnCollapse::Stop => return Err(Error::Collapsed { step: k, failure, kept: self.last_good() }),
+                    OnCollapse::Stop => {
+                        return Err(Error::Collapsed { step: k, failure, kept: self.last_good(self.healthy[0]) });
+                    }
                 }
             }
             let stopping = self.ranks.any(stop.load(Ordering::Relaxed)) && k < total;
@@ -466,17 +482,22 @@ impl Run {
         Ok(())
     }
 
-    /// Back to the last healthy checkpoint, with half the learning rate. The lines of `metrics.jsonl` stay, with one more that says why.
+    /// Back to the last healthy checkpoint, with half the learning rate; where the way from there has failed before, to the one before it: its
+    /// network may have been ill already. The lines of `metrics.jsonl` stay, with one more that says why.
     fn roll_back(&mut self, why: &Failure, tell: &mut impl FnMut(Event)) -> Result<(), Error> {
         let from = self.byol.k;
         if self.halvings == ROLLBACKS {
-            return Err(Error::Collapsed { step: from, failure: why.clone(), kept: self.last_good() });
+            return Err(Error::Collapsed { step: from, failure: why.clone(), kept: self.last_good(self.healthy[0]) });
         }
         let folder = checkpoints(&self.folder);
         let mut counters = Counters::default();
+        if from <= self.failed_at {
+            self.healthy = [self.healthy[1]; 2];
+        }
+        self.failed_at = from.max(self.failed_at);
         if self.ranks.leads() {
             // Checkpoints between two ends of epochs may already be of a failing network.
-            checkpoint::remove_after(&folder, self.healthy)?;
+            checkpoint::remove_after(&folder, self.healthy[0])?;
             (_, counters) = checkpoint::load_newest(&folder, &mut self.byol, &self.plan, &self.device)?;
         }
         let counters = checkpoint::share(self.ranks, &mut self.byol, counters, &self.plan, &self.device);
@@ -508,10 +529,10 @@ impl Run {
         let step = self.byol.k;
         if !report.loss.is_finite() {
             let f16 = self.byol.scale.is_some();
-            return Err(Error::Diverged { step, loss: report.loss, f16, kept: self.last_good() });
+            return Err(Error::Diverged { step, loss: report.loss, f16, kept: self.last_good(step) });
         }
         if let Some(scale) = self.byol.scale.filter(|scale| report.skipped && scale.factor < 1.0) {
-            return Err(Error::Overflow { step, factor: scale.factor, kept: self.last_good() });
+            return Err(Error::Overflow { step, factor: scale.factor, kept: self.last_good(step) });
         }
         self.loss_sum += report.loss;
         self.loss_count += 1;
@@ -585,7 +606,8 @@ impl Run {
         let (metrics_bytes, halvings) = (metrics.bytes(), self.halvings);
         let counters = Counters { metrics_bytes, loss_sum: self.loss_sum, loss_count: self.loss_count, halvings };
         let keep = self.plan.recipe.checkpoint.keep;
-        let path = checkpoint::save(&checkpoints(&self.folder), &self.byol, counters, &self.plan, keep)?;
+        let folder = checkpoints(&self.folder);
+        let path = checkpoint::save(&folder, &self.byol, counters, &self.plan, keep, self.healthy)?;
         self.save_encoder()?;
         Ok(path)
     }
@@ -615,8 +637,9 @@ impl Run {
         }
     }
 
-    fn last_good(&self) -> String {
-        match checkpoint::list(&checkpoints(&self.folder)).last() {
+    /// Which checkpoint of step `until` or before is kept, in words.
+    fn last_good(&self, until: u64) -> String {
+        match checkpoint::newest_until(&checkpoints(&self.folder), until) {
             Some(path) => format!("the last good checkpoint is kept: {}", path.display()),
             None => "there is no checkpoint yet".into(),
         }

@@ -97,6 +97,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let study =
         studies::all(base.train.batch).into_iter().find(|s| s.name == args.study).expect("clap checked the name");
     let folder = args.out.clone().unwrap_or_else(|| Path::new("byol-runs").join(study.name));
+    if args.study == "views" && base.views.first.blur == 0.0 && base.views.second.blur == 0.0 {
+        report::warning(
+            "the recipe does not blur, so `no blur` repeats `all`; --set views.first.blur=0.5 --set views.second.blur=0.1 would",
+        );
+    }
     let shared = Shared { args, draft, base, data, labelled, opened, threads };
     let stop = stop_flag();
     let mut rows = Vec::new();
@@ -149,6 +154,11 @@ fn one(shared: &Shared, variant: &Variant, folder: &Path, stop: &AtomicBool) -> 
     } else {
         Run::create(folder, plan, &shared.data, Place::alone(device, shared.threads), false)?
     };
+    // A run that breaks in its first epoch has what it began with.
+    let file = folder.join("encoder.safetensors");
+    if !file.exists() {
+        weights::save(&file, &run.plan.encoder, &run.byol.online)?;
+    }
     if !learn(run, stop)? {
         return Ok(None);
     }

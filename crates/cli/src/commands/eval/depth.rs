@@ -66,10 +66,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         let depths = std::iter::once(&data.test[i].depth).chain(pictures.iter().map(|of| &of[i]));
         std::iter::once(data.test[i].image.clone()).chain(depths.map(|depth| grey(depth, farthest))).collect()
     };
-    common.draw(args.head.picture.as_ref(), "depth.png", &heads::picture(data.test.len(), shown))?;
+    let name = if args.head.frozen { "depth-frozen" } else { "depth" };
+    common.draw(args.head.picture.as_ref(), &format!("{name}.png"), &heads::picture(data.test.len(), shown))?;
     let more = serde_json::json!({});
     let settings = args.head.settings(&protocol, data.train.len(), data.test.len(), more);
-    common.finish(if args.head.frozen { "depth-frozen" } else { "depth" }, settings, rows)
+    common.finish(name, settings, rows)
 }
 
 /// Near is dark, `farthest` is white.

@@ -49,7 +49,8 @@ fn share(text: &str) -> std::result::Result<f64, String> {
         || format!("`{text}` is no share of the labels; give 1%, 10%, 100% or another above 0 and at most 100%");
     let value = match text.strip_suffix('%') {
         Some(percent) => percent.trim().parse::<f64>().map(|p| p / 100.0),
-        None => text.parse(),
+        // `1` alone could be one percent or all.
+        None => text.parse().map(|v| if v < 1.0 { v } else { f64::NAN }),
     };
     value.ok().filter(|v| *v > 0.0 && *v <= 1.0).ok_or_else(wrong)
 }
@@ -60,11 +61,17 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     let common = &args.common;
     let encoder = common.encoder()?;
-    let mut data = common.labelled(&args.limit)?;
+    let mut data = common.labelled(&args.limit, &encoder)?;
     let classes = data.classes.len();
     let part = finetune::part(labels(&data.train), classes, args.labels, common.flags.seed);
     data.train = data.train.subset(&part);
     report::note(format!("{} labelled images of {classes} classes", data.train.len()));
+    if data.train.len() < 2 * classes && args.rates.len() * args.epochs.len() > 1 {
+        report::warning(format!(
+            "one label a class leaves none to choose by: the middle one of --rates and the first of --epochs are taken; give more of them ({} labels in all)",
+            data.train.len()
+        ));
+    }
     let mut rows = Vec::new();
     let mut chosen = Vec::new();
     let mut add = |name: &str, scores: Vec<f64>, setting: serde_json::Value| {
@@ -82,10 +89,13 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         add("frozen", scores, setting);
     }
     let settings = serde_json::json!({
-        "labels": args.labels, "chosen": chosen, "train_images": data.train.len(), "test_images": data.test.len(), "classes": classes,
+        "labels": args.labels, "epochs": args.epochs, "batch": args.batch, "rates": args.rates,
+        "from_scratch": args.from_scratch, "frozen": args.frozen, "chosen": chosen, "train_images": data.train.len(), "test_images": data.test.len(),
+        "classes": classes,
     });
     // The share is part of the name, so that 1 % and 10 % stand side by side.
-    common.finish(&format!("finetune-{}", args.labels * 100.0), settings, rows)
+    let percent = (args.labels * 1e8).round() / 1e6;
+    common.finish(&format!("finetune-{percent}"), settings, rows)
 }
 
 /// Scores of the test images after fine-tuning.

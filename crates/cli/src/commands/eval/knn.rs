@@ -29,12 +29,17 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> Result<ExitCode> {
-    if args.k.contains(&0) || args.temperature.is_nan() || args.temperature <= 0.0 {
-        return Err("--k must be at least 1 and --temperature above 0; the usual values are 20 and 0.07".into());
+    // Below a hundredth exp(1 / T) is near the largest number there is, and the nearest decides alone long before.
+    if args.k.contains(&0) || args.temperature.is_nan() || args.temperature < 0.01 {
+        return Err("--k must be at least 1 and --temperature at least 0.01; the usual values are 20 and 0.07".into());
     }
     let common = &args.common;
     let encoders = common.encoders(args.with_random)?;
-    let data = common.labelled(&args.limit)?;
+    let data = common.labelled(&args.limit, &encoders[0].0)?;
+    if let Some(k) = args.k.iter().find(|k| **k > data.train.len()) {
+        let n = data.train.len();
+        report::warning(format!("k = {k} is more than the {n} training images: all of them vote"));
+    }
     let mut rows = Vec::new();
     for (encoder, who) in &encoders {
         let bank = features(encoder, &data.train, "embedding training images")?;
@@ -51,7 +56,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         }
     }
     let settings = serde_json::json!({
-        "k": args.k, "temperature": args.temperature, "train_images": data.train.len(), "test_images": data.test.len(),
+        "k": args.k, "temperature": args.temperature, "with_random": args.with_random, "train_images": data.train.len(), "test_images": data.test.len(),
         "classes": data.classes.len(),
     });
     common.finish("knn", settings, rows)

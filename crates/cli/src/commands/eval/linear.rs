@@ -33,7 +33,7 @@ pub struct Args {
     /// Passes over the training images
     #[arg(long, value_name = "N", default_value_t = 80)]
     epochs: usize,
-    /// Images an update
+    /// Images an update, at most
     #[arg(long, value_name = "N", default_value_t = 1024)]
     batch: usize,
     /// Learning rates for batch 256 to choose from
@@ -47,7 +47,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     let common = &args.common;
     let encoders = common.encoders(args.with_random)?;
-    let data = common.labelled(&args.limit)?;
+    let data = common.labelled(&args.limit, &encoders[0].0)?;
     let mut rows = Vec::new();
     let mut chosen = Vec::new();
     for (encoder, who) in &encoders {
@@ -58,7 +58,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         rows.extend(top_rows(&scores, &data, common.flags.seed, |top| format!("linear {top}{who}")));
     }
     let settings = serde_json::json!({
-        "fast": args.fast, "chosen": chosen, "train_images": data.train.len(), "test_images": data.test.len(),
+        "fast": args.fast, "epochs": args.epochs, "batch": args.batch, "rates": args.rates,
+        "with_random": args.with_random, "chosen": chosen, "train_images": data.train.len(), "test_images": data.test.len(),
         "classes": data.classes.len(),
     });
     common.finish(if args.fast { "linear-fast" } else { "linear" }, settings, rows)

@@ -116,14 +116,22 @@ impl Common {
         Encoder::random(like.spec.clone(), self.flags.seed, &like.device())
     }
 
-    /// Training and test images, each decoded once.
-    fn labelled(&self, limit: &Limit) -> Result<Labelled> {
-        labelled(Dataset::open(&self.data)?, limit.limit)
+    /// Training and test images for such an encoder, each decoded once.
+    fn labelled(&self, limit: &Limit, encoder: &Encoder) -> Result<Labelled> {
+        let data = labelled(Dataset::open(&self.data)?, limit.limit)?;
+        fits(encoder, &data.train, &self.data)?;
+        Ok(data)
+    }
+
+    /// The run that the encoder is of: its folder, or that of a file in it.
+    fn run(&self) -> Option<&Path> {
+        let folder = if self.encoder.is_file() { self.encoder.parent()? } else { &self.encoder };
+        folder.join("plan.toml").is_file().then_some(folder)
     }
 
     /// Writes a picture where it was asked for, else into the run, if the encoder is of one.
     fn draw(&self, asked: Option<&PathBuf>, name: &str, png: &[u8]) -> Result<()> {
-        let in_run = self.encoder.join("plan.toml").is_file().then(|| self.encoder.join("eval").join(name));
+        let in_run = self.run().map(|run| run.join("eval").join(name));
         let Some(path) = asked.cloned().or(in_run) else { return Ok(()) };
         if let Some(folder) = path.parent().filter(|f| !f.as_os_str().is_empty()) {
             std::fs::create_dir_all(folder)
@@ -152,9 +160,9 @@ impl Common {
             settings,
             rows,
         };
-        if self.encoder.join("plan.toml").is_file() {
-            let path = self.encoder.join("eval");
-            let kept = table.save(&self.encoder).map_err(|e| {
+        if let Some(run) = self.run() {
+            let path = run.join("eval");
+            let kept = table.save(run).map_err(|e| {
                 format!(
                     "cannot write the figures into {}: {e}; free some space or check that you may write there",
                     path.display()
@@ -174,6 +182,20 @@ fn top_rows(scores: &[f64], data: &Labelled, seed: u64, called: impl Fn(&str) ->
     let classes = data.classes.len();
     let row = |(k, top): (usize, &str)| Row::rate(called(top), seed, &in_top(scores, labels(&data.test), classes, k));
     [(1, "top-1"), (5, "top-5")].into_iter().filter(|(k, _)| *k == 1 || classes > *k).map(row).collect()
+}
+
+/// Says so where images are much smaller than those that the encoder has learned from.
+fn fits(encoder: &Encoder, images: &Images, data: &Path) -> Result<()> {
+    let (first, size) = (images.get(0)?, encoder.spec.size);
+    if 2 * first.height.min(first.width) <= size {
+        report::warning(format!(
+            "images of {} have {}x{} px and the encoder is for {size} px: they are enlarged, which it has not learned from",
+            data.display(),
+            first.width,
+            first.height
+        ));
+    }
+    Ok(())
 }
 
 /// Parts data whose images have one label each.
@@ -216,6 +238,22 @@ pub fn must_be_learnable(
 fn parted(dataset: Dataset, limit: usize) -> Result<Labelled> {
     let root = dataset.root.clone();
     let bar = report::counter("checking images", 0);
+    let dataset = match &dataset.test {
+        Some(_) => dataset,
+        None if dataset.train.len() < 2 => {
+            let root = root.display();
+            return Err(
+                format!("{root} has too few images to train on some and test on others; give at least two").into()
+            );
+        }
+        None => {
+            report::note(
+                "no test split: every fifth image is one (pretraining on these data has seen most of them, without labels)",
+            );
+            let (train, test) = dataset.train.hold_out(dataset.train.len().div_ceil(5));
+            Dataset { train, test: Some(test), ..dataset }
+        }
+    };
     let dataset = Dataset { held_out: None, ..dataset }.limit(limit);
     bar.set_length(dataset.n_images() as u64);
     let dataset = dataset.check(keep_bytes(device::machine().free_mb), &|| bar.inc(1))?;
@@ -224,18 +262,10 @@ fn parted(dataset: Dataset, limit: usize) -> Result<Labelled> {
         let n = dataset.skipped.len();
         report::warning(format!("{n} images cannot be used and are skipped; the first: {}: {}", first.what, first.why));
     }
-    let (train, test) = match dataset.test {
-        Some(test) => (dataset.train, test),
-        None => dataset.train.hold_out(dataset.train.len().div_ceil(5)),
+    let Some(test) = dataset.test else {
+        return Err(format!("none of the test images of {} can be used", root.display()).into());
     };
-    if train.is_empty() || test.is_empty() {
-        return Err(format!(
-            "{} has too few images to train on some and test on others; give at least two",
-            root.display()
-        )
-        .into());
-    }
-    Ok(Labelled { train, test, classes: dataset.classes })
+    Ok(Labelled { train: dataset.train, test, classes: dataset.classes })
 }
 
 /// Representations with a progress bar.

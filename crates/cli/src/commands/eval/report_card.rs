@@ -46,12 +46,17 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let random = common.random(&encoder);
     let baseline = args.baseline.as_ref().map(|path| common.flags.on.encoder_again(path, &encoder)).transpose()?;
     let images = images(args)?;
-    let (policies, size) = match read_plan(&common.encoder) {
-        Ok(plan) => ([plan.recipe.views.first, plan.recipe.views.second], plan.recipe.views.size),
-        Err(_) => ([Policy::default(), Policy::second()], encoder.spec.size),
+    let (policies, size) = match common.run().map(read_plan).transpose()? {
+        Some(plan) => ([plan.recipe.views.first, plan.recipe.views.second], plan.recipe.views.size),
+        None => ([Policy::default(), Policy::second()], encoder.spec.size),
     };
     let measure = |encoder: &Encoder| -> Result<(Card, ByImage)> {
         let still = features(encoder, &images, "embedding")?;
+        if !still.is_finite() {
+            return Err(
+                "the encoder's representations are not numbers: its training has diverged; use an earlier one".into()
+            );
+        }
         let how = card::Views { policies: [&policies[0], &policies[1]], size, seed: common.flags.seed };
         Ok(card::measure_each(encoder, &images, &still, how)?)
     };
@@ -60,7 +65,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         cards.push(("the baseline", measure(baseline)?));
     }
     let own = cards[0].1.0;
-    let verdicts: Vec<String> = cards[1..].iter().map(|(name, (card, _))| own.verdict(card, name)).collect();
+    let mut verdicts: Vec<String> = cards[1..].iter().map(|(name, (card, _))| own.verdict(card, name)).collect();
     let mut rows = Vec::new();
     for (name, (card, by_image)) in &cards {
         for (figure, value, share) in card.figures() {
@@ -76,17 +81,24 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         }
     }
     // An encoder has no projections; the run that made it has measured them.
-    let last = metrics::figures(&common.encoder.join("metrics.jsonl")).pop();
-    if let Some(health) = &last {
-        rows.push(Row::plain("deviation of projections, last epoch of the run", health.projection_std));
+    let epochs = common.run().map_or_else(Vec::new, |run| metrics::figures(&run.join("metrics.jsonl")));
+    if let [first, .., last] = &epochs[..]
+        && let (Some(began), Some(ended)) = (first.card, last.card)
+    {
+        verdicts.push(format!("in the run, {}", ended.verdict(&began, "where it began")));
+    }
+    let last = epochs.last();
+    if let Some(health) = last {
+        rows.push(Row::plain("deviation of projections, last healthy epoch of the run", health.projection_std));
         rows.push(Row::plain("the same if they were spread out", health.projection_std_ideal));
-        rows.push(Row::plain("cosine of projections, last epoch of the run", health.projection_cosine));
+        rows.push(Row::plain("cosine of projections, last healthy epoch of the run", health.projection_cosine));
     }
     if !common.flags.on.json {
-        table(&cards);
+        let names: Vec<&str> = cards.iter().map(|(name, _)| *name).collect();
+        table(&names, cards[0].1.0.figures().map(|(name, ..)| name), &rows);
         if let Some(h) = last {
             out!(
-                "projections, last epoch of the run: deviation {:.4} (spread out {:.4}), cosine {:.3}",
+                "projections, last healthy epoch of the run: deviation {:.4} (spread out {:.4}), cosine {:.3}",
                 h.projection_std,
                 h.projection_std_ideal,
                 h.projection_cosine
@@ -94,21 +106,24 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         }
         verdicts.iter().for_each(|verdict| out!("{verdict}"));
     }
-    common.keep("report", serde_json::json!({ "images": images.len(), "verdicts": verdicts }), rows)
+    let settings = serde_json::json!({ "images": images.len(), "baseline": args.baseline, "verdicts": verdicts });
+    common.keep("report", settings, rows)
 }
 
-/// A figure a line, an encoder a column.
-fn table(cards: &[(&str, (Card, ByImage))]) {
-    let cell = |text: &str, width| pad_str(text, width, Alignment::Right, None).into_owned();
-    let head: String = cards.iter().map(|(name, _)| cell(name, 16)).collect();
-    out!("{}{head}", " ".repeat(28));
-    for i in 0..cards[0].1.0.figures().len() {
-        let (name, ..) = cards[0].1.0.figures()[i];
-        let of = |(_, (card, _)): &(&str, (Card, ByImage))| {
-            let (_, value, share) = card.figures()[i];
-            cell(&Row { share, ..Row::plain("", value) }.shown(), 16)
+/// A figure a line, an encoder a column; `rows` are those of one encoder after the other. Behind ± half of the 95 % interval.
+fn table(encoders: &[&str], figures: [&str; 8], rows: &[Row]) {
+    let cell = |text: &str| pad_str(text, 20, Alignment::Right, None).into_owned();
+    out!("{}{}", " ".repeat(28), encoders.iter().map(|name| cell(name)).collect::<String>());
+    for (i, figure) in figures.iter().enumerate() {
+        let of = |row: &Row| match row.interval {
+            Some([low, high]) => {
+                let half = Row { value: (high - low) / 2.0, ..row.clone() };
+                cell(&format!("{} ± {}", row.shown().trim_end_matches(" %"), half.shown()))
+            }
+            None => cell(&row.shown()),
         };
-        out!("{}{}", pad_str(name, 28, Alignment::Left, None), cards.iter().map(of).collect::<String>());
+        let line: String = rows.iter().skip(i).step_by(figures.len()).take(encoders.len()).map(of).collect();
+        out!("{}{line}", pad_str(figure, 28, Alignment::Left, None));
     }
 }
 

@@ -71,7 +71,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             // A class that no test image has and nobody predicts has no IoU.
             if iou.is_some() {
                 let class = data.classes.iter().position(|c| c == name).expect("its own name");
-                let of = |at: &[usize]| total(at).iou()[class].unwrap_or(0.0);
+                // A draw of images may have none of a rare class.
+                let of = |at: &[usize]| total(at).iou()[class].unwrap_or(f64::NAN);
                 rows.push(Row::share(format!("IoU {name}{who}"), n, common.flags.seed, of));
             }
         }
@@ -81,10 +82,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         let masks = std::iter::once(&data.test[i].mask).chain(pictures.iter().map(|of| &of[i]));
         std::iter::once(data.test[i].image.clone()).chain(masks.map(coloured)).collect()
     };
-    common.draw(args.head.picture.as_ref(), "segment.png", &heads::picture(data.test.len(), shown))?;
+    let name = if args.head.frozen { "segment-frozen" } else { "segment" };
+    common.draw(args.head.picture.as_ref(), &format!("{name}.png"), &heads::picture(data.test.len(), shown))?;
     let more = serde_json::json!({ "classes": data.classes });
     let settings = args.head.settings(&protocol, data.train.len(), data.test.len(), more);
-    common.finish(if args.head.frozen { "segment-frozen" } else { "segment" }, settings, rows)
+    common.finish(name, settings, rows)
 }
 
 /// A colour a class; black where there is none.

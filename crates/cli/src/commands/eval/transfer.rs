@@ -73,6 +73,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             (Some(train), Some(test)) => (train, test),
             _ => return Err(byol::data::Error::Unlabelled(path.clone()).into()),
         };
+        super::fits(&encoders[0].0, &data.train, path)?;
         super::must_be_learnable(path, classes_of(of_train), classes_of(of_test), |c| data.classes[c].clone())?;
         let (classes, n) = (data.classes.len(), data.test.len());
         let measure = Measure::of(&name, matches!(of_test, Truth::Several(_)));
@@ -95,7 +96,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             }
         }
     }
-    common.finish("transfer", serde_json::json!({ "sets": sets, "finetune": args.finetune }), rows)
+    common.finish("transfer", serde_json::json!({ "sets": sets, "finetune": args.finetune, "epochs": args.epochs, "with_random": args.with_random }), rows)
 }
 
 /// Scores of the test images after fine-tuning.
