@@ -209,6 +209,24 @@ fn masks_that_do_not_go_with_their_images() {
     refused(&segment, &["names 3 classes, but a mask has class 7"]);
     fs::remove_file(scenes.join("images/03.png")).unwrap();
     refused(&segment, &["03.png has no image"]);
+    // One class, and a class that only test images have.
+    let mask = |i: usize, class: u8| {
+        let path = scenes.join(format!("masks/{i:02}.png"));
+        image::GrayImage::from_pixel(48, 40, image::Luma([class])).save(path).unwrap();
+    };
+    fs::remove_file(scenes.join("masks/03.png")).unwrap();
+    [0, 1, 2, 4, 5].into_iter().for_each(|i| mask(i, 0));
+    refused(&segment, &["all of one class"]);
+    mask(5, 1);
+    refused(&segment, &["has test images but no training image"]);
+    // Depth.
+    let depth = |data: &Path, word: &str| {
+        refused(&["eval", "depth", text(&out), text(data), "--device", "cpu", "--steps", "1"], &[word]);
+    };
+    depth(&scenes, "no folder `depth`");
+    depth(&data, "neither `images` and `depth` nor NYUv2's");
+    fs::create_dir(scenes.join("depth")).unwrap();
+    depth(&scenes, "has no depth");
 }
 
 #[test]

@@ -286,8 +286,9 @@ fn a_study_is_resumable_and_ends_with_a_table_and_a_plot() {
         "train.batch=8",
     ];
     let table = json(&ok(&study));
-    // Six runs, two figures each.
-    assert_eq!(table["rows"].as_array().unwrap().len(), 12);
+    // Six runs and random weights, two figures each.
+    assert_eq!(table["rows"].as_array().unwrap().len(), 14);
+    assert_eq!(table["rows"][12]["name"], "random weights: linear top-1");
     assert!(fs::read_to_string(out.join("target.svg")).unwrap().contains("<circle"));
     let encoder = fs::read(out.join("byol-0.9/encoder.safetensors")).unwrap();
     assert_eq!(json(&ok(&study)), table, "what is done is not done again");

@@ -301,6 +301,10 @@ fn a_foreign_resnet_becomes_an_encoder_and_a_start() {
     ok(&pretrain(data, &out, &["--init", text(&foreign), "--epochs", "2"]));
     let plan = fs::read_to_string(out.join("plan.toml")).unwrap();
     assert!(plan.contains("foreign.safetensors"), "{plan}");
+    // What `auto` would choose is the file's.
+    let auto = at("auto");
+    ok(&["pretrain", text(data), "--out", text(&auto), "--init", text(&foreign), "--epochs", "1", "--hidden", "16"]);
+    assert!(fs::read_to_string(auto.join("plan.toml")).unwrap().contains("width = 0.0625"));
     let other = at("other");
     refused(&pretrain(data, &other, &["--init", text(&foreign), "--width", "0.125"]), &["width 0.0625", "--init"]);
     assert!(!other.exists());

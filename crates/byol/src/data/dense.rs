@@ -144,7 +144,13 @@ pub fn depth(root: &Path) -> Result<DepthSet, Error> {
         };
         let (train, test) = (split("train")?, split("test")?);
         match (train.is_empty(), test.is_empty()) {
-            (true, _) => every_fifth(root, split("")?)?,
+            (true, _) => match split("")? {
+                none if none.is_empty() => {
+                    let reason = "there are neither `images` and `depth` nor NYUv2's `rgb_N` beside `sync_depth_N`";
+                    return Err(Error::Dense { root: root.to_owned(), reason: reason.into() });
+                }
+                all => every_fifth(root, all)?,
+            },
             (false, true) => every_fifth(root, train)?,
             (false, false) => [train, test],
         }

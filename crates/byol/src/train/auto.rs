@@ -58,6 +58,18 @@ const HOUR: f64 = 7.25e5;
 /// The same with bf16.
 const HOUR_OF_BF16: f64 = 8.25e5;
 
+/// Products of a forward pass, as a multiple of ResNet-18's (He et al. 2015, table 1).
+fn products(architecture: Architecture) -> f64 {
+    match architecture {
+        Architecture::Resnet18 => 1.0,
+        Architecture::Resnet34 => 2.0,
+        Architecture::Resnet50 => 2.1,
+        Architecture::Resnet101 => 4.2,
+        Architecture::Resnet152 => 6.3,
+        Architecture::Resnet200 => 8.3,
+    }
+}
+
 /// A recipe for these facts and the reasons, a sentence each.
 pub fn choose(facts: &Facts, draft: &Draft) -> (Recipe, Vec<String>) {
     let mut r = Recipe::default();
@@ -90,19 +102,29 @@ pub fn choose(facts: &Facts, draft: &Draft) -> (Recipe, Vec<String>) {
         ));
     }
 
+    let architecture =
+        said("encoder.architecture").and_then(|v| Architecture::ALL.into_iter().find(|a| Some(a.name()) == v.as_str()));
+    let width = said("encoder.width").and_then(|v| v.as_float().or(v.as_integer().map(|i| i as f64)));
     if cpu {
         r.encoder.architecture = Architecture::Resnet18;
         r.encoder.width = 0.25;
         r.heads.hidden = 1024;
-        why.push(format!(
-            "resnet18 of width {} with heads of 1024: what {} cores train in reasonable time",
-            r.encoder.width, facts.cores
-        ));
     } else {
         let large = facts.images >= 100_000 && r.views.size > 64;
         r.encoder.architecture = if large { Architecture::Resnet50 } else { Architecture::Resnet18 };
-        why.push(format!("{} for {} images on a GPU", r.encoder.architecture.name(), facts.images));
     }
+    let chosen = (architecture.is_none() && width.is_none()).then_some(match cpu {
+        true => format!("with heads of 1024: what {} cores train in reasonable time", facts.cores),
+        false => format!("for {} images on a GPU", facts.images),
+    });
+    r.encoder.architecture = architecture.unwrap_or(r.encoder.architecture);
+    r.encoder.width = width.unwrap_or(r.encoder.width);
+    why.push(format!(
+        "{} of width {} {}",
+        r.encoder.architecture.name(),
+        r.encoder.width,
+        chosen.as_deref().unwrap_or("as was said")
+    ));
 
     let bf16_fits = said("train.precision").is_none_or(|v| v.as_str() == Some("bf16"));
     if facts.bf16 && bf16_fits {
@@ -122,10 +144,10 @@ pub fn choose(facts: &Facts, draft: &Draft) -> (Recipe, Vec<String>) {
     why.push(format!("batch {}: at least eight updates an epoch, at most {most}", r.train.batch));
 
     // A budget of images seen, so that a small folder gets many epochs and a large one few.
-    let width = said("encoder.width").and_then(|v| v.as_float().or(v.as_integer().map(|i| i as f64)));
     let budget = if cpu {
         let hour = if r.train.precision == Precision::Bf16 { HOUR_OF_BF16 } else { HOUR };
-        hour * facts.cores as f64 * (32.0 / r.views.size as f64).powi(2) * (0.25 / width.unwrap_or(0.25)).powf(1.4)
+        hour * facts.cores as f64 * (32.0 / r.views.size as f64).powi(2) * (0.25 / r.encoder.width).powf(1.4)
+            / products(r.encoder.architecture)
     } else {
         40_000_000.0
     };
@@ -138,7 +160,11 @@ pub fn choose(facts: &Facts, draft: &Draft) -> (Recipe, Vec<String>) {
         r.train.epochs,
         r.train.warmup_epochs,
         r.train.epochs as f64 * facts.images as f64 / 1e6,
-        if cpu && said("train.epochs").is_none() { ", an hour or so" } else { "" }
+        match r.train.epochs as f64 * facts.images as f64 / budget {
+            hours if !cpu || !hours.is_finite() => String::new(),
+            ..1.5 => ", an hour or so".into(),
+            hours => format!(", about {hours:.0} hours"),
+        }
     ));
 
     // The reference: 0.996 for 313 thousand steps, 0.99 for 31 to 94 thousand. Lower ones collapsed in short runs (docs/results.md).
@@ -224,5 +250,11 @@ mod tests {
         let (recipe, _) = choose(&Facts { bf16: true, ..facts(50_000, 32, Kind::Cpu) }, &draft);
         assert_eq!((recipe.train.epochs, recipe.train.precision), (33, Precision::Bf16));
         assert!(epochs(1.0, 32) < 10 && epochs(0.25, 64) < 10);
+        let mut draft = Draft::from_recipe("auto").unwrap();
+        draft.set("encoder.architecture=resnet50").unwrap();
+        let (recipe, why) = choose(&facts(1_000_000, 32, Kind::Cpu), &draft);
+        assert_eq!((recipe.encoder.architecture, recipe.train.epochs), (Architecture::Resnet50, 5));
+        assert!(why.iter().any(|w| w == "resnet50 of width 0.25 as was said"), "{why:?}");
+        assert!(why.iter().any(|w| w.ends_with("about 7 hours")), "{why:?}");
     }
 }

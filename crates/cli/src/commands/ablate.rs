@@ -15,7 +15,7 @@ use byol::{
         metrics::in_top,
         rows::{Row, Table},
     },
-    nn::weights,
+    nn::{Encoder, weights},
     train::{
         self, Outcome, Place, Plan, Prepared, Recipe, Run,
         recipe::{Draft, Finish},
@@ -129,7 +129,15 @@ pub fn run(args: &Args) -> Result<ExitCode> {
                 .map(|row| Row { name: format!("{}, {}: {}", variant.name, variant.method, row.name), ..row }),
         );
     }
+    rows.extend(random(&shared)?.into_iter().map(|row| Row { name: format!("random weights: {}", row.name), ..row }));
     finish(&shared, &study, &folder, rows, &points)
+}
+
+/// What a network that has learned nothing gives: only what is above it was learned.
+fn random(shared: &Shared) -> Result<Vec<Row>> {
+    let plan = Plan::new(&shared.draft.name, shared.base.clone(), &shared.data, shared.opened.found.choice)?;
+    let online = plan.start(&shared.opened.device).online;
+    Ok(read_out(shared, &Encoder::new(plan.encoder, online))?.0)
 }
 
 /// Trains and evaluates one run, or what is left of it; none where somebody said stop. The first row is the linear accuracy.
@@ -181,30 +189,36 @@ fn learn(mut run: Run, stop: &AtomicBool) -> Result<bool> {
     }
 }
 
-/// Linear accuracy on features that are computed once, and how spread out the features are.
+/// The figures of a run, which are kept in its folder.
 fn measure(shared: &Shared, folder: &Path) -> Result<Vec<Row>> {
-    let (data, seed) = (&shared.labelled, shared.args.flags.seed);
     let encoder = weights::load(folder, &shared.opened.device)?;
-    let x = eval::features(&encoder, &data.train, "embedding training images")?;
-    let test = eval::features(&encoder, &data.test, "embedding test images")?;
-    let (classes, labels) = (data.classes.len(), eval::labels(&data.test));
-    let out = linear::held_out(x.n, seed);
-    let found = logistic::fit_best(&x, eval::labels(&data.train), classes, &logistic::strengths(), &out);
-    let hits = in_top(&found.classifier.scores(&test), labels, classes, 1);
-    let some = x.subset(&(0..x.n.min(2048)).map(|i| i * x.n / x.n.min(2048)).collect::<Vec<_>>());
-    let rows = vec![Row::rate("linear top-1", seed, &hits), Row::plain("RankMe", byol::eval::spectrum::rankme(&some))];
+    let (rows, settings) = read_out(shared, &encoder)?;
     let table = Table {
         evaluation: "linear-fast".into(),
         encoder: folder.display().to_string(),
         data: shared.args.data.display().to_string(),
-        seed,
-        settings: serde_json::json!({ "l2": found.l2, "held_out": found.held_out }),
+        seed: shared.args.flags.seed,
+        settings,
         rows: rows.clone(),
     };
     table
         .save(folder)
         .map_err(|e| format!("cannot write the figures into {}: {e}; free some space", folder.display()))?;
     Ok(rows)
+}
+
+/// Linear accuracy on features that are computed once, and how spread out the features are; with what was chosen.
+fn read_out(shared: &Shared, encoder: &Encoder) -> Result<(Vec<Row>, serde_json::Value)> {
+    let (data, seed) = (&shared.labelled, shared.args.flags.seed);
+    let x = eval::features(encoder, &data.train, "embedding training images")?;
+    let test = eval::features(encoder, &data.test, "embedding test images")?;
+    let (classes, labels) = (data.classes.len(), eval::labels(&data.test));
+    let out = linear::held_out(x.n, seed);
+    let found = logistic::fit_best(&x, eval::labels(&data.train), classes, &logistic::strengths(), &out);
+    let hits = in_top(&found.classifier.scores(&test), labels, classes, 1);
+    let some = x.subset(&(0..x.n.min(2048)).map(|i| i * x.n / x.n.min(2048)).collect::<Vec<_>>());
+    let rows = vec![Row::rate("linear top-1", seed, &hits), Row::plain("RankMe", byol::eval::spectrum::rankme(&some))];
+    Ok((rows, serde_json::json!({ "l2": found.l2, "held_out": found.held_out })))
 }
 
 /// The table and the plot.

@@ -1,10 +1,17 @@
 //! `byol pretrain DATA`
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use byol::{
     data::Dataset,
     device::{self, Choice, Opened, Precision},
+    nn::{
+        Normalization, Stem,
+        foreign::{self, Preparation},
+    },
     ranks::Ranks,
     train::{
         self, Place, Plan, Prepared, Recipe, Run,
@@ -154,8 +161,30 @@ impl Args {
         for text in &self.set {
             draft.set(text)?;
         }
+        as_begun(&mut draft)?;
         Ok(draft)
     }
+}
+
+/// Where `auto` would choose a network and there are weights to start with, it is that of their file.
+fn as_begun(draft: &mut Draft) -> Result<()> {
+    let Some(from) = draft.get("encoder.from").filter(|_| draft.name == "auto") else { return Ok(()) };
+    let path = Path::new(from.as_str().unwrap_or_default());
+    if path.as_os_str().is_empty() {
+        return Ok(());
+    }
+    let preparation = Preparation { size: None, normalization: Normalization::default() };
+    let spec = foreign::load(path, &preparation, &burn::tensor::Device::flex()).map_err(train::Error::from)?.spec;
+    let stem = if spec.stem == Stem::Cifar { "cifar" } else { "imagenet" };
+    for (key, name) in [("encoder.architecture", spec.architecture.name()), ("encoder.stem", stem)] {
+        if !draft.has(key) {
+            draft.say(key, name, "--init")?;
+        }
+    }
+    if !draft.has("encoder.width") {
+        draft.say("encoder.width", spec.width, "--init")?;
+    }
+    Ok(())
 }
 
 pub fn run(args: &Args, joined: &Joined) -> Result<ExitCode> {
@@ -235,7 +264,7 @@ pub fn resolved(draft: &Draft, checked: Recipe, data: &Prepared, opened: &Opened
 }
 
 /// The plan in a few lines.
-pub fn describe(plan: &Plan, device: &str, threads: usize, out: &std::path::Path) {
+pub fn describe(plan: &Plan, device: &str, threads: usize, out: &Path) {
     let (r, e, s) = (&plan.recipe, &plan.encoder, &plan.schedule);
     let parts = match r.train.accumulate {
         1 => String::new(),

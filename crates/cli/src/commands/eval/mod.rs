@@ -273,7 +273,10 @@ pub fn features(encoder: &Encoder, images: &Images, what: &str) -> Result<Featur
     let bar = report::counter(what, images.len() as u64);
     let features = embed(encoder, images, |n| bar.inc(n as u64))?;
     bar.finish_and_clear();
-    Ok(features)
+    match features.is_finite() {
+        true => Ok(features),
+        false => Err("the encoder gives what is no number: its training has diverged; use an earlier one".into()),
+    }
 }
 
 /// The labels of images that were checked to have some.
