@@ -5,7 +5,7 @@
 #
 # PYTHON: an interpreter with torch. Without parts: all three. `byol` and `torch` train and evaluate, `plot` draws what there is.
 # Environment: CIFAR (folder with train/CLASS/*.jpg and test/CLASS/*.jpg), OUT (folder for runs and results; hour), EVERY (epochs between two
-# evaluations; 3), TORCH (options of torch_train.py), PEERS (folder of torch_train.py; ../shared/peers), BYOL (the program to measure).
+# evaluations; 3), TORCH (options of torch_train.py), PEERS (folder of torch_train.py), BYOL (the program to measure).
 #
 # Time: epochs times the time of one, taken as the quarter point of all epochs' times, so that what else the machine did for a while does not
 # count. byol's includes all that an epoch does (loading, what it watches, checkpoints), PyTorch's its steps alone. A run of byol that is there
@@ -20,7 +20,7 @@ shift
 parts=("$@")
 [ ${#parts[@]} -gt 0 ] || parts=(byol torch plot)
 : "${CIFAR:?set CIFAR to a folder with train/CLASS/*.jpg and test/CLASS/*.jpg}"
-out=${OUT:-hour} every=${EVERY:-3} byol=${BYOL:-target/release/byol} peers=${PEERS:-../shared/peers}
+out=${OUT:-hour} every=${EVERY:-3} byol=${BYOL:-target/release/byol}
 torch=${TORCH:---width 0.25 --hidden 1024 --batch 128 --epochs 28 --warmup-epochs 3 --threads 2 --precision bf16 --compile}
 mkdir -p "$out"
 
@@ -60,7 +60,7 @@ print(f\"byol,{seconds / 60:.2f},{100 * json.load(sys.stdin)['rows'][0]['value']
 }
 
 train_torch() {
-    "$python" "$peers/torch_train.py" --data "$CIFAR" --eval-every "$every" $torch --json "$out/torch.json" >"$out/torch.log" 2>&1
+    "$python" "${PEERS:?set PEERS to the folder of torch_train.py}/torch_train.py" --data "$CIFAR" --eval-every "$every" $torch --json "$out/torch.json" >"$out/torch.log" 2>&1
     "$python" - "$out" <<'PYTHON'
 import json, statistics, sys
 

@@ -3,7 +3,7 @@
 
     planted.py plant FOLDER OUT [--images 2000] [--originals 50]     copies images, plants three altered copies of some
     byol embed ENCODER OUT/images -o OUT/e.npy
-    byol duplicates OUT/e.npy --threshold 0.97 --json | planted.py score OUT
+    byol duplicates OUT/e.npy --threshold 0.5 --json | planted.py score OUT
 
 The copies of an original: written again as JPEG of quality 40; made smaller by a third and larger again; cropped by 8 % on each side. A pair is
 right if both are of the same original. Real images have near-duplicates of their own, which count as wrong here: look at what is printed.

@@ -3,7 +3,7 @@
 #
 #   benches/versus.sh PYTHON [ROW…]
 #
-# PYTHON: an interpreter with torch, torchvision, lightly and onnxruntime. The programs torch_*.py are looked for in $PEERS (default: ../shared/peers).
+# PYTHON: an interpreter with torch, torchvision, lightly and onnxruntime. The programs torch_*.py are looked for in $PEERS (docs/performance.md says what they are).
 # ROW: some of cifar18 resnet50 resnet18 narrow features embed views224 views32 pretrain (default: all of them), and, on a processor with AVX512-BF16,
 # cifar18-bf16 resnet50-bf16 resnet18-bf16 narrow-bf16, where both multiply bf16.
 # Environment: ROUNDS (3), THREADS (2), STEPS (3), EPOCHS (20, of pretrain), PHOTOS and CIFAR (folders of JPEG files for the views; pretrain takes
@@ -18,7 +18,7 @@ usage() { sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 [ $# -ge 1 ] || usage
 python=$1
 shift
-peers=${PEERS:-../shared/peers}
+peers=${PEERS:?set PEERS to the folder of torch_step.py and the other programs to compare with}
 rounds=${ROUNDS:-3} threads=${THREADS:-2} steps=${STEPS:-3}
 byol=${BYOL:-target/release/byol}
 [ -x "$(command -v "$python")" ] || { echo "versus: there is no interpreter $python" >&2; exit 2; }

@@ -32,3 +32,27 @@ fn the_recipe_page_lists_every_key_with_its_default() {
         assert!(same, "{key}: the page says {value}, the program {want}");
     }
 }
+
+#[test]
+fn the_environment_page_lists_every_variable() {
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
+    let page = std::fs::read_to_string(format!("{root}/docs/reference/environment.md")).unwrap();
+    let mut folders =
+        vec![format!("{root}/crates/byol/src"), format!("{root}/crates/cli/src"), format!("{root}/crates/kernels/src")];
+    let mut found = std::collections::BTreeSet::new();
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap().flatten() {
+            let path = entry.path();
+            if path.is_dir() {
+                folders.push(path.to_str().unwrap().to_owned());
+            } else if let Ok(text) = std::fs::read_to_string(&path) {
+                let names = text.split('"').filter(|word| word.starts_with("BYOL_") && !word.starts_with("BYOL_TEST"));
+                let is_name = |word: &&str| word.bytes().all(|b| b.is_ascii_uppercase() || b == b'_');
+                found.extend(names.filter(is_name).map(str::to_owned));
+            }
+        }
+    }
+    assert!(found.contains("BYOL_ISA"), "{found:?}");
+    let missing: Vec<_> = found.iter().filter(|name| !page.contains(&format!("`{name}`"))).collect();
+    assert!(missing.is_empty(), "the page lacks {missing:?}");
+}
