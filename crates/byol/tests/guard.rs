@@ -97,7 +97,6 @@ fn a_run_that_goes_back_recovers() {
     .unwrap();
     assert!(!back.is_empty() && back.iter().all(|(from, to, _)| to < from), "{back:?}");
     assert!(back.windows(2).all(|pair| pair[1].2 == pair[0].2 / 2.0), "{back:?}");
-    println!("{back:?}");
     assert_eq!(last, Some(None), "healthy at the end, after {back:?}");
 }
 

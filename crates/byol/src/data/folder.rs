@@ -50,7 +50,7 @@ fn dataset(root: &Path, train: Found, val: Option<Found>, test: Option<Found>) -
     // One numbering of classes for all splits. A split with images outside class folders has no labels.
     let names = |of: &Found| -> BTreeSet<String> { of.classes.iter().flatten().cloned().collect() };
     let mut all = names(&train);
-    let labelled = all.len() > 1; // folders of which only other splits have several are no classes to learn
+    let labelled = all.len() > 1; // where training images have one folder, what others have are no classes to learn
     [&val, &test].into_iter().flatten().for_each(|of| all.extend(names(of)));
     let classes: Vec<String> = if labelled { all.into_iter().collect() } else { Vec::new() };
     let number = |found: Found| {

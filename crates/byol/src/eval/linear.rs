@@ -8,8 +8,7 @@
 use rayon::prelude::*;
 
 use super::{
-    CROP, Features, batch_for, crops, embed,
-    finetune::batch_for as batch_of,
+    CROP, Features, batch_for, crops, embed, finetune,
     logistic::{Classifier, Problem},
     metrics,
 };
@@ -99,7 +98,7 @@ pub fn train(
     mut done: impl FnMut(usize),
 ) -> Result<Chosen, Error> {
     let labels = images.labels().expect("a linear evaluation has labels");
-    let (n, batch) = (images.len(), batch_of(images.len(), p.batch));
+    let (n, batch) = (images.len(), finetune::batch_for(images.len(), p.batch));
     let out = held_out(n, p.seed);
     let length = classes * (encoder.features() + 1);
     let mut heads: Vec<[Head; 2]> = p.rates.iter().map(|_| [Head::new(length), Head::new(length)]).collect();
@@ -138,7 +137,7 @@ pub fn train(
 
 /// How many images [`train`] takes through the encoder.
 pub fn images_seen(n: usize, p: &Protocol) -> usize {
-    let batch = batch_of(n.max(1), p.batch);
+    let batch = finetune::batch_for(n.max(1), p.batch);
     (p.epochs * n / batch).max(1) * batch + n.div_ceil(10)
 }
 
