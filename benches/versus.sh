@@ -3,7 +3,7 @@
 #
 #   benches/versus.sh PYTHON [ROW…]
 #
-# PYTHON: an interpreter with torch, torchvision, lightly and onnxruntime. The programs torch_*.py are looked for in $PEERS (docs/performance.md says what they are).
+# PYTHON: an interpreter with torch, torchvision, lightly and onnxruntime. The programs torch_*.py are looked for in $PEERS (docs/performance.md says what they do; they are not part of this repository).
 # ROW: some of cifar18 resnet50 resnet18 narrow features embed views224 views32 pretrain (default: all of them), and, on a processor with AVX512-BF16,
 # cifar18-bf16 resnet50-bf16 resnet18-bf16 narrow-bf16, where both multiply bf16.
 # Environment: ROUNDS (3), THREADS (2), STEPS (3), EPOCHS (20, of pretrain), PHOTOS and CIFAR (folders of JPEG files for the views; pretrain takes

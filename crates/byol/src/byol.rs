@@ -61,7 +61,7 @@ impl Default for Objective {
 /// What a step reports.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Report {
-    /// Mean over the batch of both directions' losses, in [0, 8]; about 4 for unrelated directions.
+    /// Mean over the batch of both directions' losses, in [0, 8] and about 4 for unrelated directions; with negatives (β > 0) of another range.
     pub loss: f64,
     /// η of this step.
     pub eta: f64,

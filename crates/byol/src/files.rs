@@ -42,6 +42,16 @@ pub fn write_checked(path: &Path, bytes: &[u8]) -> io::Result<()> {
     sync_folder(path.parent())
 }
 
+/// What to do about a file that cannot be written.
+pub fn remedy(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::NotFound => "make its folder first",
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => "choose a place where you may write",
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "free some space",
+        _ => "free some space or choose another place",
+    }
+}
+
 /// Makes a rename in this folder durable. Folders cannot be opened everywhere; where not, the system decides.
 pub fn sync_folder(folder: Option<&Path>) -> io::Result<()> {
     #[cfg(unix)]

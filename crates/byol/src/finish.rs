@@ -10,6 +10,8 @@ use crate::views::{Draw, blur, jitter::Jitter};
 /// # Shapes
 /// `crops`: planes `[N, 3, S, S]` in 0..1, `draws`: N; returns views of the same shape and range.
 pub fn finish(crops: Tensor<4>, draws: &[Draw]) -> Tensor<4> {
+    // Names all that can be drawn, so that nothing new is forgotten here: the window is the crop, which has been taken.
+    let _ = |Draw { window: _, flip: _, jitter: _, grey: _, blur: _, solarize: _ }: &Draw| ();
     let x = where_so(crops, draws, |d| d.flip, |x, _| x.flip([3]));
     let x = (0..4).fold(x, |x, turn| {
         let operation = |d: &Draw| d.jitter.as_ref().map(|j| j.order[turn]);

@@ -7,10 +7,11 @@ use byol::{
     byol::Gradient,
     data::{Loader, prefetch::Request, synthetic},
     train::{
-        Error, Event, Place, Plan, Prepared, Recipe, Run,
+        Error, Event, Outcome, Place, Plan, Prepared, Recipe, Run,
+        checkpoint::{self, plan_hash},
         health::{self, Failure, Health, Kind},
         recipe::Draft,
-        run::tensors,
+        run::{read_plan, tensors},
     },
 };
 
@@ -41,8 +42,8 @@ fn outcome(set: &[&str]) -> (Option<Failure>, Option<Health>) {
     let failure = match result {
         Ok(_) => None,
         Err(Error::Collapsed { failure, .. }) => Some(failure),
-        Err(Error::Diverged { step, loss, .. }) => {
-            Some(Failure { kind: Kind::Diverged, why: format!("{loss} at step {step}") })
+        Err(Error::Diverged { what, value, step, .. }) => {
+            Some(Failure { kind: Kind::Diverged, why: format!("the {what} is {value} at step {step}") })
         }
         Err(other) => panic!("{set:?}: {other}"),
     };
@@ -98,6 +99,80 @@ fn a_run_that_goes_back_recovers() {
     assert!(!back.is_empty() && back.iter().all(|(from, to, _)| to < from), "{back:?}");
     assert!(back.windows(2).all(|pair| pair[1].2 == pair[0].2 / 2.0), "{back:?}");
     assert_eq!(last, Some(None), "healthy at the end, after {back:?}");
+}
+
+#[test]
+fn the_best_encoder_is_that_of_the_epoch_with_the_best_score() {
+    let (plan, data) = plan(&["train.epochs=6", "train.warmup_epochs=1"]);
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path().join("run");
+    let mut run = Run::create(&folder, plan, &data, Place::alone(Device::flex(), 2), false).unwrap();
+    let (mut scores, mut encoders) = (Vec::new(), Vec::new());
+    let read = |name: &str| std::fs::read(folder.join(name)).unwrap();
+    run.go(&AtomicBool::new(false), |event| match event {
+        Event::Epoch { epoch, health, .. } if epoch > 0 => {
+            scores.push(health.and_then(|h| h.card).map(|card| card.score()).unwrap());
+        }
+        Event::Checkpoint(_) => encoders.push(read("encoder.safetensors")),
+        _ => {}
+    })
+    .unwrap();
+    assert_eq!((scores.len(), encoders.len()), (6, 6));
+    let most = scores.iter().copied().fold(0.0, f64::max);
+    let best = scores.iter().position(|score| *score == most).unwrap();
+    assert!(read("best.safetensors") == encoders[best], "{scores:?}");
+    assert!(best == 5 || encoders[best] != encoders[5], "epochs differ");
+}
+
+#[test]
+fn a_folder_is_of_one_program_at_a_time() {
+    let (plan, data) = plan(&["train.epochs=1", "train.warmup_epochs=0"]);
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path().join("run");
+    let place = || Place::alone(Device::flex(), 2);
+    let run = Run::create(&folder, plan.clone(), &data, place(), false).unwrap();
+    let again = || Run::resume(&folder, plan.clone(), &data, place());
+    assert!(matches!(again(), Err(Error::Busy(path)) if path == folder));
+    drop(run);
+    assert!(again().is_ok());
+}
+
+#[test]
+fn a_plan_of_an_earlier_version_is_gone_on_with() {
+    let (plan, data) = plan(&["train.epochs=1", "train.warmup_epochs=0"]);
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path().join("run");
+    let place = || Place::alone(Device::flex(), 2);
+    drop(Run::create(&folder, plan, &data, place(), false).unwrap());
+    // As a version wrote it that did not know a key yet, and its checkpoint with it.
+    let path = folder.join("plan.toml");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let earlier: String = text.lines().filter(|l| !l.starts_with("sync_bn")).map(|l| format!("{l}\n")).collect();
+    assert_ne!(text, earlier);
+    std::fs::write(&path, &earlier).unwrap();
+    let state = folder.join("checkpoints/step-0000000000/state.json");
+    let [old, new] = [&text, &earlier].map(|text| plan_hash(text));
+    let json = std::fs::read_to_string(&state).unwrap();
+    assert!(json.contains(&old));
+    std::fs::write(&state, json.replace(&old, &new)).unwrap();
+    let plan = read_plan(&folder).unwrap();
+    let mut run = Run::resume(&folder, plan, &data, place()).unwrap();
+    assert_eq!(run.go(&AtomicBool::new(false), |_| ()).unwrap(), Outcome::Finished);
+}
+
+#[test]
+fn weights_that_are_no_numbers_are_not_written_down() {
+    let (plan, data) = plan(&["train.epochs=2", "train.warmup_epochs=0", "health.images=0"]);
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path().join("run");
+    let mut run = Run::create(&folder, plan, &data, Place::alone(Device::flex(), 2), false).unwrap();
+    // An update as large as numbers go: the loss before it is one still.
+    run.byol.schedule.peak = f64::from(f32::MAX);
+    run.byol.schedule.warmup = 0;
+    let failed = run.go(&AtomicBool::new(false), |_| ());
+    assert!(matches!(failed, Err(Error::Diverged { .. })), "{failed:?}");
+    let all = checkpoint::list(&folder.join("checkpoints"));
+    assert!(all.len() == 1 && all[0].ends_with("step-0000000000"), "{all:?}");
 }
 
 #[test]

@@ -9,7 +9,7 @@ use byol::{
     device,
     nn::{
         Leaf, Mode, Pass, Precision, Tree,
-        conv_norm_act::{ConvNorm, Then, composed, conv_norm_act},
+        conv_norm_act::{ConvNorm, Then, composed, conv_norm_act, up_conv_norm_act},
         pass::{NormConfig, Statistics},
         tree::host,
     },
@@ -275,6 +275,63 @@ fn the_fused_layer_is_the_composed_one() {
         for (i, (a, b)) in one(true).iter().zip(&one(false)).enumerate() {
             let most = b.iter().fold(0.0f32, |m, v| m.max(v.abs()));
             assert!(a.iter().zip(b).all(|(a, b)| (a - b).abs() <= 1e-5 + 1e-4 * most), "kernel {kernel}: output {i}");
+        }
+    }
+}
+
+#[test]
+fn an_up_projections_convolution_is_that_of_the_map_with_zeros() {
+    let device = Device::flex();
+    let noise = |n: usize, seed: u64| {
+        let mut rng = byol::random::stream(&[seed]);
+        (0..n).map(|_| byol::random::normal(&mut rng) as f32).collect::<Vec<_>>()
+    };
+    let (n, h, w, c_in, c_out) = (2, 3, 5, 4, 6);
+    let layer = ConvNorm { conv: "conv".into(), norm: "bn".into(), c_in, c_out, kernel: 5, stride: 1, dilation: 1 };
+    let mut params = Tree::new();
+    params.insert("conv.weight", Leaf::new(noise(c_out * c_in * 25, 1), &[c_out, c_in, 5, 5], &device));
+    params.insert("bn.weight", Leaf::new(noise(c_out, 2), &[c_out], &device));
+    params.insert("bn.bias", Leaf::new(noise(c_out, 3), &[c_out], &device));
+    let zeros_between = |x: Tensor<4>| {
+        let x = x.reshape([n * h, w, 1, c_in]);
+        let x = Tensor::cat(vec![x.clone(), x.zeros_like()], 2).reshape([n, h, 1, 2 * w * c_in]);
+        Tensor::cat(vec![x.clone(), x.zeros_like()], 2).reshape([n, 2 * h, 2 * w, c_in])
+    };
+    let norm = NormConfig::default();
+    // By up_conv_norm_act, in its own way and in that of devices without kernels, and by a plain layer on the map with zeros.
+    let one = |direct: bool, relu: bool| {
+        let then = if relu { Then::Relu } else { Then::Nothing };
+        let of = |pass: &mut Pass, x: Tensor<4>| match direct {
+            true => up_conv_norm_act(pass, &layer, x, relu).done(),
+            false => composed(pass, &layer, zeros_between(x), then.clone()),
+        };
+        let tracked = params.tracked();
+        let mut statistics = Statistics::new([("bn", c_out)], &device);
+        let mode = Mode::Train(&mut statistics, Ranks::ALONE);
+        let mut pass = Pass { params: &tracked, norm: &norm, precision: Precision::F32, mode };
+        let x = Tensor::<4>::from_data(TensorData::new(noise(n * h * w * c_in, 4), [n, h, w, c_in]), &device);
+        let leaf = x.clone().autodiff().require_grad();
+        let y = of(&mut pass, leaf.clone());
+        let dy = Tensor::<4>::from_data(TensorData::new(noise(n * 4 * h * w * c_out, 5), y.dims()), &device);
+        let mut grads = (y.clone() * dy.autodiff()).sum().backward();
+        let mut all = vec![host(y), host(leaf.grad_remove(&mut grads).unwrap())];
+        all.extend(tracked.gradients(&mut grads).iter().map(|(_, l)| l.to_vec()));
+        all.push(host(statistics.get("bn").mean.clone()));
+        all.push(host(statistics.get("bn").var.clone()));
+        // In evaluation: folded, and with weights that are tracked, which is composed.
+        for params in [&params, &tracked] {
+            let mode = Mode::Eval(&statistics);
+            let mut pass = Pass { params, norm: &norm, precision: Precision::F32, mode };
+            let x = if params.get::<1>("bn.bias").is_autodiff() { x.clone().autodiff() } else { x.clone() };
+            all.push(host(of(&mut pass, x)));
+        }
+        all
+    };
+    for relu in [true, false] {
+        for (i, (a, b)) in one(true, relu).iter().zip(&one(false, relu)).enumerate() {
+            let most = b.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+            assert_eq!(a.len(), b.len(), "output {i}");
+            assert!(a.iter().zip(b).all(|(a, b)| (a - b).abs() <= 1e-5 + 1e-4 * most), "output {i}, relu: {relu}");
         }
     }
 }

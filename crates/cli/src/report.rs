@@ -242,12 +242,14 @@ impl Progress {
         let s = &self.split;
         let share = |part: f64| format!("{:.0}", 100.0 * part / s.total().max(1e-9));
         let message = format!(
-            "epoch {epoch:.1}/{}  loss {loss:.3}  {:.1} images/s  {left} left  data/forward/backward/update {}/{}/{}/{} %",
+            "epoch {epoch:.1}/{}  loss {loss:.3}  {:.1} images/s  {left} left  data/forward/backward{}/update {}/{}/{}{}/{} %",
             self.epochs,
             self.batch / seconds,
+            if s.exchange > 0.0 { "/exchange" } else { "" },
             share(s.data),
             share(s.forward),
             share(s.backward),
+            if s.exchange > 0.0 { format!("/{}", share(s.exchange)) } else { String::new() },
             share(s.update),
         );
         if self.bar.is_hidden() && self.last_line.elapsed() > Duration::from_secs(30) {

@@ -153,7 +153,12 @@ pub(crate) struct Affine<'a> {
 }
 
 /// scale · y + shift, plus `skip` where there is one, then max(·, 0) where `relu`. `scale`, `shift`: `[c]`.
+///
+/// # Panics
+/// If lengths do not go together.
 pub fn affine_act(isa: &Isa, y: &[f32], scale: &[f32], shift: &[f32], skip: Option<&[f32]>, relu: bool) -> Vec<f32> {
+    assert_eq!(scale.len(), shift.len(), "one of each a channel");
+    assert!(skip.is_none_or(|skip| skip.len() == y.len()), "a skip has the shape of what it is added to");
     let n = task(scale.len());
     let (scale, shift) = (widened(scale), widened(shift));
     let mut out = unwritten(y.len());
@@ -169,6 +174,7 @@ pub fn affine_act(isa: &Isa, y: &[f32], scale: &[f32], shift: &[f32], skip: Opti
 
 /// [`affine_act`] in place and with a scale of 1, on the calling thread: what is left of batch norm once it is folded into the weights.
 pub fn shift_act(isa: &Isa, y: &mut [f32], shift: &[f32], skip: Option<&[f32]>, relu: bool) {
+    assert!(skip.is_none_or(|skip| skip.len() == y.len()), "a skip has the shape of what it is added to");
     let shift = widened(shift);
     // SAFETY: the processor has this instruction set, or it would not be in the table.
     unsafe { (isa.shift_act)(&shift, skip, relu, y) };
@@ -315,7 +321,11 @@ pub struct Totals {
 
 impl Norm {
     /// From γ, β, and the batch's mean and 1 / √(variance + ε), each `[c]`.
+    ///
+    /// # Panics
+    /// If they are not of as many channels.
     pub fn new(gamma: &[f32], beta: &[f32], mean: &[f32], inverse: &[f32]) -> Norm {
+        assert_eq!([beta.len(), mean.len(), inverse.len()], [gamma.len(); 3], "one of each a channel");
         let (scale, shift) = scale_shift(gamma, beta, mean, inverse);
         let (scale, shift, mean) = (widened(&scale), widened(&shift), widened(mean));
         Norm { c: gamma.len(), inverse: inverse.to_vec(), scale, shift, mean }

@@ -45,6 +45,8 @@ impl Windows {
     }
 
     fn check(&self, x: usize) {
+        // A map without a pixel has windows without one, of which nothing would be written.
+        assert!(self.h > 0 && self.w > 0, "{self:?}");
         assert!(self.padding < self.kernel && self.stride > 0 && self.c > 0, "{self:?}");
         assert!(self.kernel <= self.h.min(self.w) + 2 * self.padding, "{self:?}");
         assert_eq!(x, self.n * self.image()[0], "{self:?}");

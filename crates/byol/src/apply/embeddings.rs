@@ -30,6 +30,9 @@ use crate::{eval::Features, files, guarded::guarded};
 /// What can be wrong with embeddings.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// A file of another kind.
+    #[error("{} is not .parquet, .npy or .csv; give a file that `byol embed` wrote", .0.display())]
+    NotEmbeddings(PathBuf),
     /// The name has no known ending.
     #[error("{} is not named .parquet, .npy or .csv; name it so", .0.display())]
     Name(PathBuf),
@@ -42,7 +45,7 @@ pub enum Error {
         source: io::Error,
     },
     /// It cannot be written.
-    #[error("cannot write {}: {source}; free some space or choose another place", path.display())]
+    #[error("cannot write {}: {source}; {}", path.display(), files::remedy(source))]
     Write {
         /// Which file.
         path: PathBuf,
@@ -383,8 +386,8 @@ impl Embeddings {
     /// All but [`Error::Write`].
     pub fn open(path: &Path) -> Result<Embeddings, Error> {
         let read = |source| Error::Read { path: path.to_owned(), source };
-        let kind = format(path)?;
         let file = File::open(path).map_err(read)?;
+        let kind = format(path).map_err(|_| Error::NotEmbeddings(path.to_owned()))?;
         let bad = |reason: String| Error::Format { path: path.to_owned(), reason };
         let mut found = match kind {
             Format::Parquet => guarded(|| of_parquet_file(file)).flatten().map_err(bad)?,

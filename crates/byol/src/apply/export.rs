@@ -26,7 +26,7 @@ pub enum Error {
     #[error(transparent)]
     Encoder(#[from] weights::Error),
     /// It cannot be written.
-    #[error("cannot write {}: {source}; free some space or choose another place", path.display())]
+    #[error("cannot write {}: {source}; {}", path.display(), files::remedy(source))]
     Write {
         /// Which file.
         path: PathBuf,
@@ -139,7 +139,16 @@ mod tests {
         let images = synthetic::dataset(1, 6, 0).train;
         let random = |architecture, stem, size| {
             let normalization = Normalization::default();
-            let spec = EncoderSpec { architecture, width: 0.125, stem, size, center: 1.0, channels: 3, normalization };
+            let spec = EncoderSpec {
+                architecture,
+                width: 0.125,
+                stem,
+                size,
+                center: 1.0,
+                channels: 3,
+                normalization,
+                eps: 1e-3,
+            };
             Encoder::random(spec, 1, &Device::flex())
         };
         let small = random(Architecture::Resnet18, Stem::Cifar, 32);

@@ -210,7 +210,7 @@ impl Builder<'_> {
 pub fn model(encoder: &Encoder, normalise: bool, metadata: &[(&str, String)]) -> Model {
     let (spec, resnet) = (&encoder.spec, encoder.spec.resnet());
     let c = spec.channels;
-    let mut b = Builder { encoder, graph: Graph::default(), eps: crate::nn::NormConfig::default().eps };
+    let mut b = Builder { encoder, graph: Graph::default(), eps: spec.eps };
     b.graph.name = spec.architecture.name().into();
     let side = Extent::Fixed(spec.size as i64);
     let batch = || Extent::Named("N".into());

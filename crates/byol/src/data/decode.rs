@@ -10,6 +10,7 @@ use zune_core::{bytestream::ZCursor, colorspace::ColorSpace, options::DecoderOpt
 use zune_jpeg::JpegDecoder;
 
 use super::{CHANNELS, Image};
+use crate::guarded::guarded;
 
 /// Images of more pixels are refused before anything is allocated: 2^27, about 134 million.
 pub const MOST_PIXELS: usize = 1 << 27;
@@ -60,6 +61,11 @@ pub fn bytes(bytes: &[u8]) -> Result<Image, DecodeError> {
     if bytes.is_empty() {
         return Err(DecodeError::Empty);
     }
+    // A decoder that panics at broken data says no more than that they are broken.
+    guarded(|| of_format(bytes)).unwrap_or_else(|reason| Err(DecodeError::Broken { format: "image", reason }))
+}
+
+fn of_format(bytes: &[u8]) -> Result<Image, DecodeError> {
     match image::guess_format(bytes) {
         Ok(ImageFormat::Jpeg) => jpeg(bytes),
         Ok(ImageFormat::Png) => other(bytes, ImageFormat::Png, "PNG"),

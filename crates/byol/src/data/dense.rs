@@ -9,11 +9,12 @@
 use std::{
     collections::BTreeMap,
     fs,
-    io::Cursor,
+    io::{self, Cursor},
     path::{Path, PathBuf},
 };
 
 use image::{DynamicImage, ImageFormat, ImageReader};
+use rayon::prelude::*;
 use tiff::{
     ColorType, TiffError,
     decoder::{Decoder, DecodingResult},
@@ -95,52 +96,54 @@ pub struct DepthSet {
     pub test: Vec<DepthPair>,
 }
 
-/// Opens a folder of images and masks and decodes all of it.
+/// Opens a folder of images and masks; decodes its test images and `limit` of its training images, evenly spread (0: all).
 ///
 /// # Errors
 /// [`Error::Missing`], [`Error::Read`], [`Error::Image`], [`Error::Dense`].
-pub fn segmentation(root: &Path) -> Result<Segmentation, Error> {
+pub fn segmentation(root: &Path, limit: usize) -> Result<Segmentation, Error> {
     let dense = |reason: String| Error::Dense { root: root.to_owned(), reason };
-    let pair = |path: PathBuf, of_mask: PathBuf| {
+    let pair = |(path, of_mask): (PathBuf, PathBuf)| {
         let (image, mask) = (image(&path)?, mask(&of_mask)?);
         same_size(root, &path, &image, [mask.height, mask.width])?;
         Ok(Pair { path, image, mask })
     };
-    let [train, test] = parted(root, "masks", pair)?;
-    let classes = names(root, train.iter().chain(&test).map(|p| &p.mask), &dense)?;
-    let mut all = Segmentation { train, test, classes };
-    // A void class at the end is no class; one in the middle keeps its number and has no pixels.
-    let void: Vec<u8> = (0..all.classes.len()).filter(|c| is_void(&all.classes[*c])).map(|c| c as u8).collect();
-    for pair in all.train.iter_mut().chain(&mut all.test) {
-        pair.mask.classes.iter_mut().filter(|c| void.contains(c)).for_each(|c| *c = NO_CLASS);
+    let [mut train, mut test] = decoded(parted(root, "masks")?, limit, pair)?;
+    let named = names(root, train.iter().chain(&test).map(|p| &p.mask), &dense)?;
+    // Void classes are none, so that nothing predicts them; the others move up.
+    let (mut number, mut classes) = ([NO_CLASS; 256], Vec::new());
+    for (class, name) in named.into_iter().enumerate().take(usize::from(NO_CLASS)) {
+        if !is_void(&name) {
+            number[class] = classes.len() as u8;
+            classes.push(name);
+        }
     }
-    while all.classes.last().is_some_and(|name| is_void(name)) {
-        all.classes.pop();
+    for pair in train.iter_mut().chain(&mut test) {
+        pair.mask.classes.iter_mut().for_each(|c| *c = number[usize::from(*c)]);
     }
-    if all.classes.len() < 2 {
-        return Err(dense(format!("its masks have {} classes; two are needed", all.classes.len())));
+    match classes.len() {
+        0 | 1 => Err(dense(format!("its masks have {} classes; two are needed", classes.len()))),
+        _ => Ok(Segmentation { train, test, classes }),
     }
-    Ok(all)
 }
 
-/// Opens a folder of images and depth maps and decodes all of it.
+/// Opens a folder of images and depth maps; decodes its test images and `limit` of its training images, evenly spread (0: all).
 ///
 /// # Errors
 /// [`Error::Missing`], [`Error::Read`], [`Error::Image`], [`Error::Dense`].
-pub fn depth(root: &Path) -> Result<DepthSet, Error> {
-    let pair = |path: PathBuf, of_depth: PathBuf| {
+pub fn depth(root: &Path, limit: usize) -> Result<DepthSet, Error> {
+    let pair = |(path, of_depth): (PathBuf, PathBuf)| {
         let (image, depth) = (image(&path)?, depth_map(&of_depth)?);
         same_size(root, &path, &image, [depth.height, depth.width])?;
         Ok(DepthPair { path, image, depth })
     };
-    let [train, test] = if root.is_dir() && !root.join("images").is_dir() {
+    let files = if root.is_dir() && !root.join("images").is_dir() {
         // NYUv2: scenes below splits, or without.
-        let split = |name: &str| -> Result<Vec<DepthPair>, Error> {
+        let split = |name: &str| -> Result<Vec<Files>, Error> {
             let mut found = Vec::new();
             if root.join(name).is_dir() {
                 beside(root, &root.join(name), &mut found)?;
             }
-            found.into_iter().map(|(image, depth)| pair(image, depth)).collect()
+            Ok(found)
         };
         let (train, test) = (split("train")?, split("test")?);
         match (train.is_empty(), test.is_empty()) {
@@ -155,8 +158,9 @@ pub fn depth(root: &Path) -> Result<DepthSet, Error> {
             (false, false) => [train, test],
         }
     } else {
-        parted(root, "depth", pair)?
+        parted(root, "depth")?
     };
+    let [train, test] = decoded(files, limit, pair)?;
     if train.is_empty() || test.is_empty() {
         return Err(too_few(root));
     }
@@ -178,7 +182,24 @@ fn too_few(root: &Path) -> Error {
     }
 }
 
-fn every_fifth<T>(root: &Path, all: Vec<T>) -> Result<[Vec<T>; 2], Error> {
+/// An image and its partner.
+type Files = (PathBuf, PathBuf);
+
+/// Training pairs, `limit` of them, and test pairs.
+fn decoded<T: Send>(
+    [mut train, test]: [Vec<Files>; 2],
+    limit: usize,
+    pair: impl Fn(Files) -> Result<T, Error> + Sync,
+) -> Result<[Vec<T>; 2], Error> {
+    let n = train.len();
+    if limit > 0 && limit < n {
+        train = (0..limit).map(|i| train[i * n / limit].clone()).collect();
+    }
+    let all = |files: Vec<Files>| files.into_par_iter().map(&pair).collect::<Result<Vec<T>, Error>>();
+    Ok([all(train)?, all(test)?])
+}
+
+fn every_fifth(root: &Path, all: Vec<Files>) -> Result<[Vec<Files>; 2], Error> {
     let (mut train, mut test) = (Vec::new(), Vec::new());
     for (i, pair) in all.into_iter().enumerate() {
         if i % 5 == 4 { test.push(pair) } else { train.push(pair) }
@@ -187,11 +208,7 @@ fn every_fifth<T>(root: &Path, all: Vec<T>) -> Result<[Vec<T>; 2], Error> {
 }
 
 /// Training and test pairs of `images` and another folder.
-fn parted<T>(
-    root: &Path,
-    other: &str,
-    pair: impl Fn(PathBuf, PathBuf) -> Result<T, Error>,
-) -> Result<[Vec<T>; 2], Error> {
+fn parted(root: &Path, other: &str) -> Result<[Vec<Files>; 2], Error> {
     if !root.exists() {
         return Err(Error::Missing(root.to_owned()));
     }
@@ -206,9 +223,7 @@ fn parted<T>(
             return Err(dense(format!("there is `{other}/{split}` but no `images/{split}`")));
         }
     }
-    let all = |split: &str| -> Result<Vec<T>, Error> {
-        matched(root, other, split)?.into_iter().map(|(image, other)| pair(image, other)).collect()
-    };
+    let all = |split: &str| matched(root, other, split);
     let split = |name: &str| if root.join("images").join(name).is_dir() { all(name) } else { Ok(Vec::new()) };
     let (train, val, test) = (split("train")?, split("val")?, split("test")?);
     if train.is_empty() {
@@ -231,10 +246,19 @@ fn names<'a>(
     let highest = masks.flat_map(|m| &m.classes).filter(|c| **c != NO_CLASS).max().copied();
     let needed = highest.map_or(0, |c| usize::from(c) + 1);
     let path = root.join("classes.txt");
-    let Ok(text) = fs::read_to_string(&path) else {
-        return Ok((0..needed).map(|c| format!("class {c}")).collect());
+    let bytes = match fs::read(&path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            return Ok((0..needed).map(|c| format!("class {c}")).collect());
+        }
+        read => read.map_err(|source| Error::Read { path, source })?,
     };
-    let classes: Vec<String> = text.lines().map(|l| l.trim().to_owned()).filter(|l| !l.is_empty()).collect();
+    // A line is a class, so one that is empty in between is a class without a name.
+    let text = String::from_utf8_lossy(&bytes);
+    let name = |(class, line): (usize, &str)| match line.trim() {
+        "" => format!("class {class}"),
+        name => name.to_owned(),
+    };
+    let classes: Vec<String> = text.trim_end().lines().enumerate().map(name).collect();
     match classes.len() < needed {
         true => Err(dense(format!("classes.txt names {} classes, but a mask has class {}", classes.len(), needed - 1))),
         false => Ok(classes),
@@ -242,7 +266,8 @@ fn names<'a>(
 }
 
 /// The files of a split, by name; an image without its partner, or a partner without an image, is an error.
-fn matched(root: &Path, other: &str, split: &str) -> Result<Vec<(PathBuf, PathBuf)>, Error> {
+fn matched(root: &Path, other: &str, split: &str) -> Result<Vec<Files>, Error> {
+    let dense = |reason: String| Error::Dense { root: root.to_owned(), reason };
     let stems = |folder: &str| -> Result<BTreeMap<String, PathBuf>, Error> {
         let folder = root.join(folder).join(split);
         // Desktops leave files of their own: .DS_Store, Thumbs.db.
@@ -250,10 +275,16 @@ fn matched(root: &Path, other: &str, split: &str) -> Result<Vec<(PathBuf, PathBu
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             name.starts_with('.') || ["thumbs.db", "desktop.ini"].contains(&name.to_ascii_lowercase().as_str())
         };
-        let files = list(&folder)?.into_iter().filter(|path| path.is_file() && !own(path));
-        Ok(files.filter_map(|path| Some((path.file_stem()?.to_string_lossy().into_owned(), path.clone()))).collect())
+        let mut found = BTreeMap::new();
+        for path in list(&folder)?.into_iter().filter(|path| path.is_file() && !own(path)) {
+            let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+            if let Some(twin) = found.insert(stem, path.clone()) {
+                let (a, b) = (twin.display(), path.display());
+                return Err(dense(format!("{a} and {b} have the same name but for the ending")));
+            }
+        }
+        Ok(found)
     };
-    let dense = |reason: String| Error::Dense { root: root.to_owned(), reason };
     let (images, mut others) = (stems("images")?, stems(other)?);
     let mut all = Vec::with_capacity(images.len());
     for (stem, path) in images {
@@ -272,7 +303,7 @@ fn one(folder: &str) -> &'static str {
 }
 
 /// `rgb_N` beside `sync_depth_N`, at any depth of folders.
-fn beside(root: &Path, folder: &Path, found: &mut Vec<(PathBuf, PathBuf)>) -> Result<(), Error> {
+fn beside(root: &Path, folder: &Path, found: &mut Vec<Files>) -> Result<(), Error> {
     let entries = list(folder)?;
     let stem = |path: &PathBuf| path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
     for path in &entries {

@@ -14,6 +14,7 @@ pub mod shards;
 pub mod synthetic;
 
 use std::{
+    collections::HashSet,
     io,
     path::{Path, PathBuf},
     sync::{
@@ -108,7 +109,7 @@ pub enum Error {
         reason: String,
     },
     /// A `labels.csv` that cannot be used.
-    #[error("{} cannot be used: {reason}; it has the columns path, label and, where there are splits, split", path.display())]
+    #[error("{} cannot be used: {reason}; a labels.csv needs the columns path, label and, where there are splits, split", path.display())]
     Labels {
         /// The file.
         path: PathBuf,
@@ -362,19 +363,49 @@ impl Images {
         }
     }
 
+    /// Whether these are the same images, not others that look alike.
+    pub fn is_same(&self, other: &Images) -> bool {
+        let source = match (&self.source, &other.source) {
+            (Source::Files(a), Source::Files(b)) => Arc::ptr_eq(a, b),
+            (Source::Memory(a), Source::Memory(b)) => Arc::ptr_eq(a, b),
+            (Source::Shards(a), Source::Shards(b)) => Arc::ptr_eq(a, b),
+            _ => false,
+        };
+        source && self.chosen == other.chosen
+    }
+
+    /// These and then others of the same form, looked at by nobody yet; none for shards.
+    pub fn and(&self, other: &Images) -> Option<Images> {
+        fn of<T: Clone>(images: &Images, all: &[T]) -> impl Iterator<Item = T> {
+            images.chosen.iter().map(|i| all[*i].clone())
+        }
+        let source = match (&self.source, &other.source) {
+            (Source::Files(a), Source::Files(b)) => Source::Files(Arc::new(of(self, a).chain(of(other, b)).collect())),
+            (Source::Memory(a), Source::Memory(b)) => {
+                Source::Memory(Arc::new(of(self, a).chain(of(other, b)).collect()))
+            }
+            _ => return None,
+        };
+        let both = |a: &Option<Vec<usize>>, b: &Option<Vec<usize>>| Some([a.as_deref()?, b.as_deref()?].concat());
+        let tags = self.tags.as_ref().zip(other.tags.as_ref()).map(|(a, b)| [&a[..], b].concat());
+        let n = self.len() + other.len();
+        Some(Images { tags, ..Images::new(source, n, both(&self.labels, &other.labels)) })
+    }
+
     /// `n` images evenly spread over this order; all where `n` is 0 or not fewer than there are.
     pub fn spread(&self, n: usize) -> Images {
         let all = self.len();
         if n == 0 || n >= all { self.clone() } else { self.subset(&(0..n).map(|i| i * all / n).collect::<Vec<_>>()) }
     }
 
-    /// About `n` images that can be used, for a read-out while a run goes on: evenly spread; of shards among the first, so that the others need
+    /// About `n` images that can be used, all where `n` is 0, for a read-out while a run goes on: evenly spread; of shards among the first, so that the others need
     /// not be opened for them.
     pub fn sample(&self, n: usize) -> Images {
         match self.source {
             Source::Files(_) | Source::Memory(_) => self.spread(n),
             Source::Shards(_) => {
-                let first: Vec<usize> = (0..self.len().min(NEAR * n.max(1))).collect();
+                let near = if n == 0 { self.len() } else { self.len().min(NEAR * n) };
+                let first: Vec<usize> = (0..near).collect();
                 self.subset(&first).spread(n).check(0, &|| ()).0
             }
         }
@@ -540,7 +571,8 @@ impl Dataset {
         };
         let held_out = look(self.held_out);
         let test = look(self.test);
-        skipped.dedup();
+        let mut known = HashSet::new();
+        skipped.retain(|one| known.insert(one.what.clone()));
         Ok(Dataset { train, held_out, test, skipped, ..self })
     }
 
@@ -576,6 +608,15 @@ mod tests {
         assert_eq!(numbered(10).spread(4).labels().unwrap(), [0, 2, 5, 7]);
         assert_eq!(numbered(3).spread(5).len(), 3);
         assert_eq!(numbered(3).spread(0).len(), 3);
+    }
+
+    #[test]
+    fn two_lots_of_images_are_one() {
+        let (a, b) = numbered(10).hold_out(3);
+        assert!(a.is_same(&a.clone()) && !a.is_same(&b) && !a.is_same(&numbered(7)));
+        let both = b.and(&a).unwrap();
+        assert_eq!(both.labels().unwrap(), [1, 5, 8, 0, 2, 3, 4, 6, 7, 9]);
+        assert_eq!(both.get(3).unwrap().pixels, [0]);
     }
 
     #[test]

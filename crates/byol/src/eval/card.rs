@@ -38,6 +38,9 @@ pub struct Card {
     /// Images that were measured; 0 where an older file does not say.
     #[serde(default)]
     pub images: usize,
+    /// Standard errors of `retrieval` and `consistency`, as means over the images; 0 where an older file does not say.
+    #[serde(default)]
+    pub errors: [f64; 2],
 }
 
 const RETRIEVAL: &str = "finds its own image";
@@ -125,8 +128,15 @@ pub fn measure_each(
         consistency: of(&by_image.consistency),
         cosine: mean_cosine(still),
         images: still.n,
+        errors: [standard_error(&by_image.retrieval), standard_error(&by_image.consistency)],
     };
     Ok((card, by_image))
+}
+
+/// Of the mean of values.
+fn standard_error(values: &[f64]) -> f64 {
+    let (n, middle) = (values.len() as f64, mean(values.iter().copied()));
+    if n < 2.0 { 0.0 } else { (mean(values.iter().map(|v| (v - middle).powi(2))) / (n - 1.0)).sqrt() }
 }
 
 /// Representations of [`VIEWS`] views of each image, side by side, T and T′ in turn.
@@ -204,12 +214,6 @@ impl Card {
         self.cosine > 0.98 || self.rankme < 2.0
     }
 
-    /// Two standard errors of the difference of two such shares of the images: smaller differences are chance.
-    fn chance(&self, own: f64, than: &Card, other: f64) -> f64 {
-        let variance = |share: f64, n: usize| if n > 0 { share * (1.0 - share) / n as f64 } else { 0.0 };
-        2.0 * (variance(own, self.images) + variance(other, than.images)).sqrt()
-    }
-
     /// What the figures say beside those of another encoder, in plain words; `other` names it.
     pub fn verdict(&self, than: &Card, other: &str) -> String {
         if self.is_collapsed() {
@@ -219,10 +223,11 @@ impl Card {
             );
         }
         let signs = [(self.retrieval, than.retrieval), (self.consistency, than.consistency)];
-        // A difference that chance makes is none.
-        let by = signs.map(|(own, other)| match (own - other).abs() > self.chance(own, than, other) {
-            true => own / other.max(1e-9) - 1.0,
-            false => 0.0,
+        // Within two standard errors a difference is chance. They are added as if the images were others, which is careful.
+        let by: [f64; 2] = std::array::from_fn(|i| {
+            let (own, other) = signs[i];
+            let chance = 2.0 * self.errors[i].hypot(than.errors[i]);
+            if (own - other).abs() > chance { own / other.max(1e-9) - 1.0 } else { 0.0 }
         });
         let better = by.iter().zip(CLEARLY).filter(|(by, clearly)| *by > clearly).count();
         let worse = by.iter().zip(CLEARLY).filter(|(by, clearly)| **by < -clearly).count();
@@ -234,6 +239,9 @@ impl Card {
             100.0 * than.consistency
         );
         match (better, worse) {
+            (0, 0) if self.images > 0 => {
+                format!("no better than {other}, as far as {} images can tell: {figures}", self.images)
+            }
             (0, 0) => format!("no better than {other}: {figures}"),
             (_, 0) => format!("better than {other}: {figures}"),
             (0, _) => format!("worse than {other}: {figures}"),
@@ -248,7 +256,8 @@ mod tests {
 
     fn card(retrieval: f64, consistency: f64) -> Card {
         let (rankme, lidar, alpha_req, uniformity, alignment) = (20.0, 30.0, Some(1.0), -2.0, 0.5);
-        Card { rankme, lidar, alpha_req, uniformity, alignment, retrieval, consistency, cosine: 0.2, images: 512 }
+        let (cosine, images, errors) = (0.2, 512, [0.02, 0.01]);
+        Card { rankme, lidar, alpha_req, uniformity, alignment, retrieval, consistency, cosine, images, errors }
     }
 
     #[test]
@@ -263,10 +272,18 @@ mod tests {
         starts(card(0.1, 0.3), "worse than random weights");
         starts(card(0.6, 0.2), "better than random weights in some ways");
         starts(Card { cosine: 0.99, ..card(0.9, 0.9) }, "collapsed");
-        starts(Card { images: 16, ..card(0.3, 0.4) }, "no better than random weights");
-        let few = |found: f64| card(found / 512.0, 0.3);
-        assert!(few(2.0).verdict(&few(1.0), "random weights").starts_with("no better than random weights"));
+        starts(
+            Card { images: 16, errors: [0.12, 0.06], ..card(0.3, 0.4) },
+            "no better than random weights, as far as 16",
+        );
         assert_eq!(Card { rankme: 1.0, ..card(1.0, 1.0) }.score(), 0.0, "of a dead network all neighbours are kept");
+    }
+
+    #[test]
+    fn a_standard_error_is_that_of_the_mean() {
+        let values: Vec<f64> = (0..10).map(|i| f64::from(i % 2)).collect();
+        assert!((standard_error(&values) - (0.25f64 / 9.0).sqrt()).abs() < 1e-12);
+        assert_eq!(standard_error(&[3.0]), 0.0);
     }
 
     #[test]

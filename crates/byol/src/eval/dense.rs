@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use crate::{
     data::{CHANNELS, Image},
-    nn::{Encoder, Leaf, Mode, NormConfig, Pass, Precision, Statistics, Tree, conv_norm_act::ConvNorm, init},
+    nn::{Encoder, Leaf, Mode, Pass, Precision, Statistics, Tree, conv_norm_act::ConvNorm, init},
     optim::{Optimizer, Rule, Sgd},
     random::{self, Domain},
     ranks::Ranks,
@@ -106,7 +106,7 @@ pub(super) fn train<H: Head, T>(
     }
     init_head(&head, p.seed, &mut params, &mut statistics, &device);
     let rule = Rule::Sgd(Sgd { momentum: 0.9, weight_decay: task.weight_decay, nesterov: false });
-    let (mut optimizer, norm) = (Optimizer::new(rule, &params), NormConfig::default());
+    let (mut optimizer, norm) = (Optimizer::new(rule, &params), encoder.spec.norm());
     let mut order = random::endless(Domain::Order, p.seed, n);
     for step in 0..p.steps {
         let some: Vec<(u64, usize)> = order.by_ref().take(p.batch).collect();
@@ -148,7 +148,7 @@ impl<H: Head> Trained<H> {
         let whole = Window { top: 0, left: 0, height: h, width: w };
         let pixels = resize::crop_resize(image, whole, h, w).interleaved();
         let x = Tensor::from_data(TensorData::new(pixels, [1, h, w, CHANNELS]), &self.encoder.device());
-        let norm = NormConfig::default();
+        let norm = self.encoder.spec.norm();
         let mut pass =
             Pass { params: &self.params, norm: &norm, precision: Precision::F32, mode: Mode::Eval(&self.statistics) };
         let map = self.encoder.map(&mut pass, x);

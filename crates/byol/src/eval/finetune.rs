@@ -1,10 +1,16 @@
-//! Semi-supervised fine-tuning (§4.2, appendix D.2): encoder and a new linear layer, trained on a part of the labels. Random crop and flip,
+//! Fine-tuning, semi-supervised (§4.2, appendix D.2) and for transfer: encoder and a new linear layer, trained on labels or a part of them. Random crop and flip,
 //! SGD with Nesterov momentum 0.9, cosine learning rate, no decay; learning rate and epochs are chosen on a held-out fifth of that part.
 
-use super::{CROP, crops, cross_entropy, embed, logistic::Classifier, metrics};
+use burn::tensor::{Tensor, TensorData, activation::relu};
+
+use super::{
+    CROP, crops, cross_entropy, embed,
+    logistic::Classifier,
+    measure::{Judged, Measure, Truth},
+};
 use crate::{
     data::{Error, Images},
-    nn::{Encoder, Leaf, Mode, NormConfig, Pass, Precision, Tree, Weights},
+    nn::{Encoder, Leaf, Mode, Pass, Precision, Tree, Weights},
     optim::{Optimizer, Rule, Schedule, Sgd},
     random::{self, Domain},
     ranks::Ranks,
@@ -37,7 +43,7 @@ pub struct Tuned {
     pub rate: f64,
     /// Passes over the images.
     pub epochs: usize,
-    /// Accuracy with them on the held-out part, by one that did not see it.
+    /// The measure with them on the held-out part, by one that did not see it.
     pub held_out: f64,
 }
 
@@ -56,11 +62,13 @@ pub fn part(labels: &[usize], classes: usize, share: f64, seed: u64) -> Vec<usiz
     chosen
 }
 
-/// Which of some labelled images are held out to choose by: a fifth of each class that has several, at random.
-fn held_out(labels: &[usize], classes: usize, seed: u64) -> Vec<bool> {
-    let mut out = vec![false; labels.len()];
-    for class in 0..classes {
-        let mut of: Vec<usize> = (0..labels.len()).filter(|i| labels[*i] == class).collect();
+/// Which of some labelled images are held out to choose by: a fifth of each class that has several, at random. An image of several classes counts
+/// to its first, one of none to a class of its own.
+fn held_out(truth: Truth, classes: usize, seed: u64) -> Vec<bool> {
+    let mut out = vec![false; truth.len()];
+    let class_of = |i: usize| truth.classes(i).first().copied().unwrap_or(classes);
+    for class in 0..=classes {
+        let mut of: Vec<usize> = (0..truth.len()).filter(|i| class_of(*i) == class).collect();
         random::shuffle(&mut random::stream(&[Domain::Split as u64, seed, class as u64, 1]), &mut of);
         let n = (of.len() / 5).max(usize::from(of.len() > 1));
         of[..n].iter().for_each(|i| out[*i] = true);
@@ -81,22 +89,22 @@ pub fn images_seen(n: usize, p: &Protocol) -> usize {
     if fits > 1 { sweep + last } else { last }
 }
 
-/// Fine-tunes `start` on the images: tries every rate and number of epochs, then trains on all with the best. `done` hears of images.
+/// Fine-tunes `start` on the images: tries every rate and number of epochs, then trains on all with the best by `measure`. `done` hears of images.
 ///
 /// # Errors
 /// [`Error::Image`] for an image that cannot be decoded any more.
 ///
 /// # Panics
-/// If the images have no labels below `classes`, or there is nothing to choose from.
+/// If the images have no labels below `classes`, the measure is not for them, or there is nothing to choose from.
 pub fn choose(
     start: &Encoder,
     images: &Images,
     classes: usize,
+    measure: Measure,
     p: &Protocol,
     mut done: impl FnMut(usize),
 ) -> Result<Tuned, Error> {
-    let labels = images.labels().expect("fine-tuning has labels");
-    let out = held_out(labels, classes, p.seed);
+    let out = held_out(truth_of(images), classes, p.seed);
     let rows = |of: bool| images.subset(&(0..images.len()).filter(|i| out[*i] == of).collect::<Vec<_>>());
     let (rest, test) = (rows(false), rows(true));
     let mut best: Option<(f64, f64, usize)> = None;
@@ -105,12 +113,14 @@ pub fn choose(
     if settings.len() > 1 && !test.is_empty() {
         for (rate, epochs) in &settings {
             let (encoder, classifier) = train(start, &rest, classes, p, *rate, *epochs, &mut done)?;
-            let accuracy = {
-                let scores = classifier.scores(&embed(&encoder, &test, |_| ())?);
-                metrics::accuracy(&metrics::winners(&scores, classes), test.labels().expect("as the images"))
+            let scores = classifier.scores(&embed(&encoder, &test, |_| ())?);
+            // One that has broken is chosen only where all have.
+            let value = match classifier.is_finite() && scores.iter().all(|s| s.is_finite()) {
+                true => Judged::new(measure, &scores, truth_of(&test), classes).of_all(),
+                false => -1.0,
             };
-            if best.is_none_or(|(most, ..)| accuracy > most) {
-                best = Some((accuracy, *rate, *epochs));
+            if best.is_none_or(|(most, ..)| value > most) {
+                best = Some((value, *rate, *epochs));
             }
         }
     }
@@ -118,6 +128,25 @@ pub fn choose(
     let (held_out, rate, epochs) = best.unwrap_or((f64::NAN, p.rates[p.rates.len() / 2], p.epochs[0]));
     let (encoder, classifier) = train(start, images, classes, p, rate, epochs, &mut done)?;
     Ok(Tuned { encoder, classifier, rate, epochs, held_out })
+}
+
+/// Of images that were checked to have labels.
+fn truth_of(images: &Images) -> Truth<'_> {
+    Truth::of(images).expect("fine-tuning has labels")
+}
+
+/// Mean over the images of the sum over the classes of the binary cross-entropy: is the image of it? `logits`: `[N, classes]`, tracked.
+fn each_class_by_itself(logits: Tensor<2>, tags: &[&[usize]]) -> Tensor<1> {
+    let [n, classes] = logits.dims();
+    let mut is_of = vec![0.0f32; n * classes];
+    for (row, tags) in is_of.chunks_exact_mut(classes).zip(tags) {
+        tags.iter().for_each(|class| row[*class] = 1.0);
+    }
+    let is_of = Tensor::<2>::from_data(TensorData::new(is_of, [n, classes]), &logits.device());
+    let is_of = if is_of.is_autodiff() { is_of } else { is_of.autodiff() };
+    // −ln σ(±x) without overflow: max(x, 0) − x y + ln(1 + exp(−|x|)).
+    let each = relu(logits.clone()) - logits.clone() * is_of + logits.abs().neg().exp().log1p();
+    each.sum().div_scalar(n as f64)
 }
 
 /// One fit.
@@ -130,7 +159,7 @@ fn train(
     epochs: usize,
     done: &mut impl FnMut(usize),
 ) -> Result<(Encoder, Classifier), Error> {
-    let (n, labels) = (images.len(), images.labels().expect("fine-tuning has labels"));
+    let (n, truth) = (images.len(), truth_of(images));
     let (batch, device) = (batch_for(n, p.batch), start.device());
     let steps = (epochs * n / batch).max(1);
     let schedule = Schedule::cosine(rate * batch as f64 / 256.0, steps as u64);
@@ -139,12 +168,12 @@ fn train(
     params.insert(HEAD[0], Leaf::new(vec![0.0; classes * features], &[classes, features], &device));
     params.insert(HEAD[1], Leaf::new(vec![0.0; classes], &[classes], &device));
     let rule = Rule::Sgd(Sgd { momentum: 0.9, weight_decay: 0.0, nesterov: true });
-    let (mut optimizer, norm) = (Optimizer::new(rule, &params), NormConfig::default());
+    let (mut optimizer, norm) = (Optimizer::new(rule, &params), start.spec.norm());
     let mut order = random::endless(Domain::Order, p.seed, n);
     for step in 0..steps {
         let some: Vec<(u64, usize)> = order.by_ref().take(batch).collect();
         let x = crops(images, &some, start.spec.size, p.seed, CROP, &device)?;
-        let of: Vec<usize> = some.iter().map(|(_, i)| labels[*i]).collect();
+        let of: Vec<&[usize]> = some.iter().map(|(_, i)| truth.classes(*i)).collect();
         let theta = params.tracked();
         let mut pass = Pass {
             params: &theta,
@@ -154,7 +183,10 @@ fn train(
         };
         let y = start.represent(&mut pass, x.autodiff());
         let logits = y.matmul(theta.get::<2>(HEAD[0]).transpose()) + theta.get::<1>(HEAD[1]).reshape([1, classes]);
-        let loss = cross_entropy(logits, of.into_iter().map(Some));
+        let loss = match truth {
+            Truth::One(_) => cross_entropy(logits, of.into_iter().map(|one| one.first().copied())),
+            Truth::Several(_) => each_class_by_itself(logits, &of),
+        };
         let grads = theta.gradients(&mut loss.backward());
         (params, _) = optimizer.step(&params, &Tree::new(), &grads, schedule.eta(step as u64), 1.0);
         done(some.len());
@@ -173,3 +205,77 @@ fn train(
 
 /// The linear layer, by torchvision's names.
 const HEAD: [&str; 2] = ["fc.weight", "fc.bias"];
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Device;
+
+    use super::*;
+    use crate::{
+        data::synthetic,
+        nn::{Architecture, EncoderSpec, Normalization, Stem, reference_eps, tree::host},
+    };
+
+    #[test]
+    fn a_part_of_the_labels_is_balanced_and_grows() {
+        let labels: Vec<usize> = (0..200).map(|i| if i < 150 { 0 } else { 1 + i % 2 }).collect();
+        let part = |share, seed| part(&labels, 3, share, seed);
+        let few = part(0.15, 7);
+        let of = |part: &[usize], class: usize| part.iter().filter(|i| labels[**i] == class).count();
+        assert_eq!([0, 1, 2].map(|class| of(&few, class)), [10; 3], "as many of every class, however many there are");
+        let more = part(0.3, 7);
+        assert!(few.iter().all(|i| more.contains(i)), "a larger part has the smaller one in it");
+        assert_eq!(few, part(0.15, 7));
+        assert_ne!(few, part(0.15, 8));
+        assert_eq!(part(1.0, 7).len(), 200);
+        assert_eq!(part(0.0001, 7).len(), 3, "at least one of each");
+    }
+
+    #[test]
+    fn what_is_held_out_is_of_every_class() {
+        let labels: Vec<usize> = (0..21).map(|i| if i == 0 { 2 } else { i % 2 }).collect();
+        let out = held_out(Truth::One(&labels), 3, 0);
+        let of = |class: usize| (0..21).filter(|i| out[*i] && labels[*i] == class).count();
+        assert_eq!([of(0), of(1), of(2)], [2, 2, 0], "of a class with one image that stays to be learned from");
+        let tags: Vec<Vec<usize>> = (0..20).map(|i| if i < 10 { vec![] } else { vec![1, 0] }).collect();
+        let out = held_out(Truth::Several(&tags), 3, 0);
+        assert_eq!([0..10, 10..20].map(|of| of.filter(|i| out[*i]).count()), [2, 2]);
+    }
+
+    #[test]
+    fn each_class_has_a_cross_entropy_of_its_own() {
+        let logits =
+            Tensor::<2>::from_data(TensorData::new(vec![0.0f32, 2.0, -1000.0, 1000.0], [2, 2]), &Device::flex());
+        let loss = host(each_class_by_itself(logits.autodiff(), &[&[1], &[1]]))[0];
+        let wanted = 0.5 * (2.0f64.ln() + (1.0 + (-2.0f64).exp()).ln());
+        assert!((f64::from(loss) - wanted).abs() < 1e-6, "{loss} {wanted}");
+    }
+
+    #[test]
+    fn the_encoder_and_its_statistics_move_and_learn() {
+        let spec = EncoderSpec {
+            architecture: Architecture::Resnet18,
+            width: 0.125,
+            stem: Stem::Cifar,
+            size: 32,
+            center: 1.0,
+            channels: 3,
+            normalization: Normalization::default(),
+            eps: reference_eps(),
+        };
+        let start = Encoder::random(spec, 1, &Device::flex());
+        let images = synthetic::dataset(1, 96, 0).train;
+        let p = Protocol { epochs: vec![12], batch: 16, rates: vec![0.5], seed: 0 };
+        let before: Vec<Vec<f32>> = start.weights.params.iter().map(|(_, l)| l.to_vec()).collect();
+        let tuned = choose(&start, &images, synthetic::PATTERNS.len(), Measure::Top1, &p, |_| ()).unwrap();
+        let moved = tuned.encoder.weights.params.iter().zip(&before).filter(|((_, l), b)| l.to_vec() != **b).count();
+        assert_eq!(moved, before.len(), "every tensor of the encoder is trained");
+        let mean = |encoder: &Encoder| host(encoder.weights.statistics.get("bn1").mean.clone());
+        assert_ne!(mean(&tuned.encoder), mean(&start));
+        let unmoved = start.weights.params.iter().zip(&before).all(|((_, l), b)| l.to_vec() == *b);
+        assert!(unmoved, "the encoder that it began with stays as it is");
+        let scores = tuned.classifier.scores(&embed(&tuned.encoder, &images, |_| ()).unwrap());
+        let right = Judged::new(Measure::Top1, &scores, truth_of(&images), synthetic::PATTERNS.len()).of_all();
+        assert!(right > 0.33, "six classes are told apart on what was trained on: {right}");
+    }
+}

@@ -125,8 +125,12 @@ pub fn train(
     let test_labels = test.labels().expect("a part has the labels of the whole");
     let mut best: Option<(f64, usize)> = None;
     for (i, [tried, _]) in heads.iter().enumerate() {
-        let scores = Classifier::new(&tried.theta, classes).scores(&x);
-        let accuracy = metrics::accuracy(&metrics::winners(&scores, classes), test_labels);
+        let classifier = Classifier::new(&tried.theta, classes);
+        // One that has broken says class 0 of everything, and is chosen only where all have.
+        let accuracy = match classifier.is_finite() {
+            true => metrics::accuracy(&metrics::winners(&classifier.scores(&x), classes), test_labels),
+            false => -1.0,
+        };
         if best.is_none_or(|(most, _)| accuracy > most) {
             best = Some((accuracy, i));
         }

@@ -66,6 +66,11 @@ impl Classifier {
         Classifier { w: w.to_vec(), b: b.to_vec(), classes }
     }
 
+    /// Whether all weights are numbers.
+    pub fn is_finite(&self) -> bool {
+        self.w.iter().chain(&self.b).all(|w| w.is_finite())
+    }
+
     /// x Wᵀ + b, `[N, classes]`.
     pub fn scores(&self, x: &Features) -> Vec<f64> {
         let theta = [&self.w[..], &self.b].concat();

@@ -81,6 +81,13 @@ impl Confusion {
         Confusion { classes, counts: vec![0; classes * classes] }
     }
 
+    /// Of one image.
+    pub fn of(predicted: &[u8], labels: &[u8], classes: usize) -> Confusion {
+        let mut one = Confusion::new(classes);
+        one.add(predicted, labels);
+        one
+    }
+
     /// Counts the pixels whose label is a class; labels beyond are ignored.
     pub fn add(&mut self, predicted: &[u8], labels: &[u8]) {
         for (p, l) in predicted.iter().zip(labels) {
@@ -153,19 +160,19 @@ impl Depth {
         self.relative += other.relative;
     }
 
-    /// Share of pixels with max(p / t, t / p) < 1.25ᵏ, for k = 1, 2, 3.
+    /// Share of pixels with max(p / t, t / p) < 1.25ᵏ, for k = 1, 2, 3; NaN of no pixel, as the others.
     pub fn near(&self) -> [f64; 3] {
-        self.near.map(|n| n / self.pixels.max(1.0))
+        self.near.map(|n| n / self.pixels)
     }
 
     /// Root of the mean squared difference, in the truth's unit.
     pub fn rms(&self) -> f64 {
-        (self.squares / self.pixels.max(1.0)).sqrt()
+        (self.squares / self.pixels).sqrt()
     }
 
     /// Mean of |p − t| / t.
     pub fn relative(&self) -> f64 {
-        self.relative / self.pixels.max(1.0)
+        self.relative / self.pixels
     }
 }
 

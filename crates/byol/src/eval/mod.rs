@@ -7,6 +7,7 @@ pub mod finetune;
 pub mod knn;
 pub mod linear;
 pub mod logistic;
+pub mod measure;
 pub mod metrics;
 pub mod rows;
 pub mod segment;

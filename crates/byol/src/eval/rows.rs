@@ -37,6 +37,20 @@ impl Row {
         Row { name: name.into(), value, interval: Some(bootstrap(n, seed, statistic)), share: false }
     }
 
+    /// Shares that are figures of the same sample, with their intervals, of one bootstrap.
+    pub fn shares(
+        names: Vec<String>,
+        n: usize,
+        seed: u64,
+        statistics: impl Fn(&[usize]) -> Vec<f64> + Sync,
+    ) -> Vec<Row> {
+        let values = statistics(&(0..n).collect::<Vec<_>>());
+        assert_eq!(names.len(), values.len(), "each figure has a name");
+        let intervals = bootstrap_all(n, seed, values.len(), statistics);
+        let row = |((name, value), interval)| Row { name, value, interval: Some(interval), share: true };
+        names.into_iter().zip(values).zip(intervals).map(row).collect()
+    }
+
     /// A figure without an interval.
     pub fn plain(name: impl Into<String>, value: f64) -> Row {
         Row { name: name.into(), value, interval: None, share: false }
@@ -73,17 +87,31 @@ fn show(value: f64, share: bool) -> String {
 /// The 2.5th and 97.5th percentile of a statistic over samples of `n` positions with replacement (Efron 1979). Samples that have no such
 /// statistic, for which it is no number, do not count.
 pub fn bootstrap(n: usize, seed: u64, statistic: impl Fn(&[usize]) -> f64 + Sync) -> [f64; 2] {
+    bootstrap_all(n, seed, 1, |at| vec![statistic(at)])[0]
+}
+
+/// The same for `figures` statistics of the same samples.
+fn bootstrap_all(
+    n: usize,
+    seed: u64,
+    figures: usize,
+    statistics: impl Fn(&[usize]) -> Vec<f64> + Sync,
+) -> Vec<[f64; 2]> {
     let draw = |d: usize| {
         let mut rng = random::stream(&[random::Domain::Bootstrap as u64, seed, d as u64]);
         let at: Vec<usize> = (0..n).map(|_| random::below(&mut rng, n)).collect();
-        statistic(&at)
+        statistics(&at)
     };
-    let mut values: Vec<f64> = (0..DRAWS).into_par_iter().map(draw).filter(|v| !v.is_nan()).collect();
-    values.sort_by(f64::total_cmp);
-    match values.len().checked_sub(1) {
-        Some(last) => [values[values.len() / 40], values[last - values.len() / 40]],
-        None => [f64::NAN; 2],
-    }
+    let draws: Vec<Vec<f64>> = (0..DRAWS).into_par_iter().map(draw).collect();
+    let interval = |figure: usize| {
+        let mut values: Vec<f64> = draws.iter().map(|draw| draw[figure]).filter(|v| !v.is_nan()).collect();
+        values.sort_by(f64::total_cmp);
+        match values.len().checked_sub(1) {
+            Some(last) => [values[values.len() / 40], values[last - values.len() / 40]],
+            None => [f64::NAN; 2],
+        }
+    };
+    (0..figures).map(interval).collect()
 }
 
 /// All figures of an evaluation with what they rest on.
@@ -95,10 +123,13 @@ pub struct Table {
     pub encoder: String,
     /// The data.
     pub data: String,
-    /// Names every random draw.
+    /// Seed of all random draws.
     pub seed: u64,
-    /// What else was set.
+    /// What else was set: with data, encoder and seed it says which table may take the place of which.
     pub settings: serde_json::Value,
+    /// What was found beside the figures: the settings that were chosen, verdicts.
+    #[serde(skip_serializing_if = "serde_json::Value::is_null")]
+    pub found: serde_json::Value,
     /// The figures.
     pub rows: Vec<Row>,
 }
@@ -166,6 +197,7 @@ mod tests {
             data: data.into(),
             seed: 0,
             settings: serde_json::json!({ "k": 20 }),
+            found: serde_json::json!({ "chosen": value }),
             rows: vec![Row::plain("x", value)],
         };
         let save = |data: &str, value: f64| {

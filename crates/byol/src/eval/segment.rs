@@ -6,7 +6,6 @@ use burn::tensor::Tensor;
 use super::{
     cross_entropy,
     dense::{self, Head, Protocol, Task, Trained, crops, enlarge},
-    metrics::Confusion,
 };
 use crate::{
     data::{
@@ -94,16 +93,6 @@ impl Segmenter {
         let classes = scores.chunks_exact(self.0.head.classes).map(best).collect();
         Mask { height: image.height, width: image.width, classes }
     }
-}
-
-/// Confusion of each image: what mean IoU and its interval are of.
-pub fn confusions(predicted: &[Mask], pairs: &[Pair], classes: usize) -> Vec<Confusion> {
-    let of = |(predicted, pair): (&Mask, &Pair)| {
-        let mut one = Confusion::new(classes);
-        one.add(&predicted.classes, &pair.mask.classes);
-        one
-    };
-    predicted.iter().zip(pairs).map(of).collect()
 }
 
 /// Mean cross-entropy of the pixels that have a class. `scores`: `[N, H, W, classes]`, tracked.

@@ -11,7 +11,7 @@ use safetensors::{Dtype, SafeTensors};
 
 use super::{
     Architecture, Encoder, EncoderSpec, Leaf, Normalization, Running, Statistics, Stem, Tree, Weights,
-    reference_center,
+    reference_center, reference_eps,
     weights::{self, Error},
 };
 
@@ -215,6 +215,7 @@ impl Names {
             center: if stem == Stem::Cifar { 1.0 } else { reference_center() },
             channels,
             normalization: preparation.normalization.clone(),
+            eps: reference_eps(),
         };
         if channels != 3 {
             return Err(format!("it takes images of {channels} channels, and all images are read as 3"));
@@ -245,6 +246,7 @@ mod tests {
             center: 0.875,
             channels: 3,
             normalization: Normalization::default(),
+            eps: reference_eps(),
         };
         let encoder = Encoder::random(spec, 5, &device);
         let mut tensors: Vec<_> = encoder

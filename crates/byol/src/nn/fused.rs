@@ -633,6 +633,22 @@ pub struct Pending {
     ranks: Ranks,
 }
 
+impl Pending {
+    /// The same of an output whose channels are four maps beside each other, `[N, H, W, 4 C]`, which `arrange` makes one of `C` channels: γ and β
+    /// are of it, and its statistics are those of all four.
+    pub fn of_four(self, arrange: impl Fn(Tensor<4>) -> Tensor<4>) -> Pending {
+        let four = |t: Tensor<1>| {
+            let [c] = t.dims();
+            t.reshape([4, c / 4])
+        };
+        let (means, variances) = (four(self.mean), four(self.variance));
+        let mean = means.clone().mean_dim(0);
+        let between = (means - mean.clone()).square().mean_dim(0);
+        let variance = (variances.mean_dim(0) + between).squeeze_dim(0);
+        Pending { y: arrange(self.y), mean: mean.squeeze_dim(0), variance, ..self }
+    }
+}
+
 /// What a convolution reads.
 #[derive(Debug, Clone)]
 #[allow(clippy::large_enum_variant, reason = "passed once by value; a box would be one more allocation a layer")]

@@ -79,6 +79,14 @@ pub struct EncoderSpec {
     pub channels: usize,
     /// What its input is normalised with.
     pub normalization: Normalization,
+    /// What every norm adds to the variance; above 0.
+    #[serde(default = "reference_eps")]
+    pub eps: f64,
+}
+
+/// The reference's [`EncoderSpec::eps`], torchvision's too, and that of files which do not name it.
+pub fn reference_eps() -> f64 {
+    NormConfig::default().eps
 }
 
 /// The reference's [`EncoderSpec::center`], and that of files which do not name it.
@@ -90,6 +98,11 @@ impl EncoderSpec {
     /// The network without weights.
     pub fn resnet(&self) -> ResNet {
         ResNet::new(self.architecture, self.width, self.stem, self.channels)
+    }
+
+    /// The settings of its norms, for whoever evaluates it or trains it on.
+    pub fn norm(&self) -> NormConfig {
+        NormConfig { eps: self.eps, ..NormConfig::default() }
     }
 }
 
@@ -141,8 +154,7 @@ impl Encoder {
     /// # Shapes
     /// `x`: `[N, H, W, C]` in 0..1, not normalised; returns `[N, F]`.
     pub fn embed(&self, x: Tensor<4>) -> Tensor<2> {
-        // The averaging of variances is over; eps is all that evaluation needs of the norm's settings.
-        let norm = NormConfig::default();
+        let norm = self.spec.norm();
         let mode = Mode::Eval(&self.weights.statistics);
         self.represent(&mut Pass { params: &self.weights.params, norm: &norm, precision: Precision::F32, mode }, x)
     }

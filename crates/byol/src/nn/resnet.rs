@@ -89,6 +89,14 @@ pub enum Stem {
 }
 
 impl Stem {
+    /// As people write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Stem::Imagenet => "ImageNet",
+            Stem::Cifar => "CIFAR",
+        }
+    }
+
     /// The stem for square views of `size` pixels.
     pub fn for_size(size: usize) -> Stem {
         if size <= 64 { Stem::Cifar } else { Stem::Imagenet }

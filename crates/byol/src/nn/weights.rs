@@ -26,7 +26,7 @@ pub enum Error {
         source: io::Error,
     },
     /// The file cannot be written.
-    #[error("cannot write the encoder {}: {source}; free some space or choose another folder", path.display())]
+    #[error("cannot write the encoder {}: {source}; {}", path.display(), crate::files::remedy(source))]
     Write {
         /// Which file.
         path: PathBuf,
@@ -215,6 +215,9 @@ impl EncoderSpec {
         if !(self.center > 0.0 && self.center <= 1.0) {
             return Err(format!("an evaluation window of {} of the shorter side is not in (0, 1]", self.center));
         }
+        if !(self.eps.is_finite() && self.eps > 0.0) {
+            return Err(format!("an epsilon of {} is not above 0", self.eps));
+        }
         if n.mean.len() != self.channels
             || n.std.len() != self.channels
             || n.std.iter().any(|s| s.is_nan() || *s <= 0.0)
@@ -239,6 +242,7 @@ mod tests {
             center: 1.0,
             channels: 3,
             normalization: Normalization::default(),
+            eps: 1e-3,
         };
         let device = Device::flex();
         let resnet = spec.resnet();

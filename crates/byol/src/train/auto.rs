@@ -22,8 +22,6 @@ pub struct Facts {
     pub cores: usize,
     /// Whether the device is faster with bf16.
     pub bf16: bool,
-    /// Memory in MiB.
-    pub memory_mb: u64,
 }
 
 impl Facts {
@@ -46,9 +44,9 @@ impl Facts {
         }
         sides.sort_unstable();
         let shorter_side = sides.get(sides.len() / 2).copied().unwrap_or(0);
-        let &Machine { cores, memory_mb, .. } = machine;
+        let cores = machine.cores;
         let (kind, bf16) = (opened.found.kind, device::prefers_bf16(opened));
-        Ok(Facts { images: images.len(), shorter_side, kind, cores, bf16, memory_mb })
+        Ok(Facts { images: images.len(), shorter_side, kind, cores, bf16 })
     }
 }
 
@@ -140,8 +138,12 @@ pub fn choose(facts: &Facts, draft: &Draft) -> (Recipe, Vec<String>) {
     let few = (facts.images / 8).max(2).min(facts.images.max(2));
     let power = 1usize << few.ilog2();
     r.train.batch = power.min(most);
-    r.train.batch = said_count("train.batch").unwrap_or(r.train.batch);
-    why.push(format!("batch {}: at least eight updates an epoch, at most {most}", r.train.batch));
+    let said_batch = said_count("train.batch");
+    r.train.batch = said_batch.unwrap_or(r.train.batch);
+    why.push(match said_batch {
+        Some(batch) => format!("batch {batch} as was said"),
+        None => format!("batch {}: at least eight updates an epoch, at most {most}", r.train.batch),
+    });
 
     // A budget of images seen, so that a small folder gets many epochs and a large one few.
     let budget = if cpu {
@@ -155,13 +157,16 @@ pub fn choose(facts: &Facts, draft: &Draft) -> (Recipe, Vec<String>) {
     r.train.epochs = epochs.clamp(if cpu { 5 } else { 30 }, 400);
     r.train.epochs = said_count("train.epochs").map_or(r.train.epochs, |e| e as u64);
     r.train.warmup_epochs = (r.train.epochs / 10).clamp(0, 10);
+    let seen = r.train.epochs as f64 * facts.images as f64;
     why.push(format!(
-        "{} epochs, {} of them warm-up: about {:.1} million images seen{}",
+        "{} epochs, {} of them warm-up: {} images seen{}",
         r.train.epochs,
         r.train.warmup_epochs,
-        r.train.epochs as f64 * facts.images as f64 / 1e6,
-        match r.train.epochs as f64 * facts.images as f64 / budget {
+        if seen < 1e5 { format!("{seen:.0}") } else { format!("about {:.1} million", seen / 1e6) },
+        match seen / budget {
             hours if !cpu || !hours.is_finite() => String::new(),
+            ..0.02 => ", about a minute".into(),
+            hours @ ..0.75 => format!(", about {:.0} minutes", (60.0 * hours).max(2.0)),
             ..1.5 => ", an hour or so".into(),
             hours => format!(", about {hours:.0} hours"),
         }
@@ -212,7 +217,7 @@ mod tests {
     use super::*;
 
     fn facts(images: usize, side: usize, kind: Kind) -> Facts {
-        Facts { images, shorter_side: side, kind, cores: 2, bf16: false, memory_mb: 8000 }
+        Facts { images, shorter_side: side, kind, cores: 2, bf16: false }
     }
 
     #[test]

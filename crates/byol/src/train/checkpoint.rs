@@ -24,8 +24,6 @@ use crate::{
     ranks::Ranks,
 };
 
-use super::Plan;
-
 /// Of the layout on disk.
 pub const VERSION: u32 = 1;
 
@@ -66,7 +64,7 @@ pub enum Error {
         previous: Option<PathBuf>,
     },
     /// It cannot be written.
-    #[error("cannot write the checkpoint {}: {source}; free some space (the checkpoint before it is whole), then `byol resume`", path.display())]
+    #[error("cannot write the checkpoint {}: {source}; {} (one before it is whole), then `byol resume`", path.display(), files::remedy(source))]
     Write {
         /// Which one.
         path: PathBuf,
@@ -106,7 +104,7 @@ pub struct State {
     /// The loss's scale, with f16.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scale: Option<LossScale>,
-    /// SHA-256 of the plan.
+    /// SHA-256 of `plan.toml`.
     pub plan: String,
     /// SHA-256 of `state.safetensors`.
     pub sha256: String,
@@ -125,8 +123,9 @@ pub struct Counters {
     pub halvings: u32,
 }
 
-fn plan_hash(plan: &Plan) -> String {
-    hex(&Sha256::digest(plan.to_toml().as_bytes()))
+/// What ties a checkpoint to its run: the hash of `plan.toml` as it stands there, since a later version may write the same plan in other words.
+pub fn plan_hash(text: &str) -> String {
+    hex(&Sha256::digest(text.as_bytes()))
 }
 
 /// The step of a checkpoint, by its name.
@@ -148,7 +147,7 @@ pub fn list(folder: &Path) -> Vec<PathBuf> {
 }
 
 /// Writes a checkpoint into `folder` and removes the oldest beyond `keep`, but for the newest that is not after each of the steps `healthy`: those
-/// to go back to. Returns its path.
+/// to go back to. `plan` is the hash of the run's plan. Returns its path.
 ///
 /// # Errors
 /// [`Error::Write`]; the checkpoints before it are untouched.
@@ -156,7 +155,7 @@ pub fn save(
     folder: &Path,
     byol: &Byol,
     counters: Counters,
-    plan: &Plan,
+    plan: &str,
     keep: usize,
     healthy: [u64; 2],
 ) -> Result<PathBuf, Error> {
@@ -164,13 +163,18 @@ pub fn save(
     let temporary = files::temporary_name(&path);
     let write = |source| Error::Write { path: path.clone(), source };
     let (state, bytes) = packed(byol, counters, plan);
+    let json = serde_json::to_vec_pretty(&state).expect("counters are plain data");
+    let stands = fs::read(path.join("state.json")).ok().and_then(|old| serde_json::from_slice::<State>(&old).ok());
     let written = (|| {
-        remove_if_there(&temporary)?;
+        if stands.is_some_and(|old| old.sha256 == state.sha256) {
+            // A run that went back: the same tensors, other counters. It may be the only checkpoint, so it stays readable throughout.
+            return files::write_whole(&path.join("state.json"), &json);
+        }
+        sweep(folder)?;
         fs::create_dir_all(&temporary)?;
         files::write_whole(&temporary.join("state.safetensors"), &bytes)?;
-        let json = serde_json::to_vec_pretty(&state).expect("counters are plain data");
         files::write_whole(&temporary.join("state.json"), &json)?;
-        remove_if_there(&path)?; // the same step again, after a resume
+        remove(&path)?;
         fs::rename(&temporary, &path)?;
         files::sync_folder(Some(folder))
     })();
@@ -181,12 +185,12 @@ pub fn save(
     let all = list(folder);
     let spared = healthy.map(|step| newest_until(folder, step));
     for old in all[..all.len().saturating_sub(keep)].iter().filter(|path| !spared.contains(&Some((*path).clone()))) {
-        remove_if_there(old).map_err(write)?;
+        remove(old).map_err(write)?;
     }
     Ok(path)
 }
 
-fn packed(byol: &Byol, counters: Counters, plan: &Plan) -> (State, Vec<u8>) {
+fn packed(byol: &Byol, counters: Counters, plan: &str) -> (State, Vec<u8>) {
     let bytes = serialize(&tensors(byol), HashMap::new());
     let mut batches = BTreeMap::new();
     for (who, weights) in [("online", &byol.online), ("target", &byol.target)] {
@@ -202,14 +206,14 @@ fn packed(byol: &Byol, counters: Counters, plan: &Plan) -> (State, Vec<u8>) {
         loss_count: counters.loss_count,
         halvings: counters.halvings,
         scale: byol.scale,
-        plan: plan_hash(plan),
+        plan: plan.to_owned(),
         sha256: hex(&Sha256::digest(&bytes)),
     };
     (state, bytes)
 }
 
 /// Gives all ranks the state of rank 0, so that no other needs its files.
-pub fn share(ranks: Ranks, byol: &mut Byol, counters: Counters, plan: &Plan, device: &Device) -> Counters {
+pub fn share(ranks: Ranks, byol: &mut Byol, counters: Counters, plan: &str, device: &Device) -> Counters {
     if ranks == Ranks::ALONE {
         return counters;
     }
@@ -231,7 +235,28 @@ pub fn remove_after(folder: &Path, step: u64) -> Result<(), Error> {
     let all = list(folder);
     if all.first().and_then(|path| step_of(path)).is_some_and(|first| first <= step) {
         for path in all.iter().filter(|path| step_of(path).is_some_and(|s| s > step)) {
-            remove_if_there(path).map_err(|source| Error::Write { path: path.clone(), source })?;
+            remove(path).map_err(|source| Error::Write { path: path.clone(), source })?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes a checkpoint, which loses its name first: a kill leaves none that is half there.
+fn remove(path: &Path) -> io::Result<()> {
+    let nameless = path.with_extension("removed");
+    remove_if_there(&nameless)?;
+    match fs::rename(path, &nameless) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        renamed => renamed.and_then(|()| files::sync_folder(path.parent())).and_then(|()| remove_if_there(&nameless)),
+    }
+}
+
+/// Removes what a kill has left of checkpoints that were being written or removed.
+fn sweep(folder: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|e| e == "partial" || e == "removed") {
+            remove_if_there(&path)?;
         }
     }
     Ok(())
@@ -263,11 +288,11 @@ fn tensors(byol: &Byol) -> Named {
     all
 }
 
-/// The newest checkpoint, put into `byol` (made by [`Plan::start`]).
+/// The newest checkpoint, put into `byol` (made by [`Plan::start`](super::Plan::start)); `plan` is the hash of the run's plan.
 ///
 /// # Errors
 /// Any but [`Error::Write`]; a damaged one names the good one before it.
-pub fn load_newest(folder: &Path, byol: &mut Byol, plan: &Plan, device: &Device) -> Result<(PathBuf, Counters), Error> {
+pub fn load_newest(folder: &Path, byol: &mut Byol, plan: &str, device: &Device) -> Result<(PathBuf, Counters), Error> {
     let all = list(folder);
     let (newest, older) = all.split_last().ok_or_else(|| Error::None(folder.to_owned()))?;
     let good = || older.iter().rev().find(|p| read(p, plan, None).is_ok()).cloned();
@@ -316,7 +341,7 @@ fn unpack(byol: &mut Byol, state: State, bytes: &[u8], device: &Device) -> Resul
 }
 
 /// State and tensors of a checkpoint, checked against its checksum and the plan. `good` finds the one to offer instead.
-fn read(path: &Path, plan: &Plan, good: Option<&dyn Fn() -> Option<PathBuf>>) -> Result<(State, Vec<u8>), Error> {
+fn read(path: &Path, plan: &str, good: Option<&dyn Fn() -> Option<PathBuf>>) -> Result<(State, Vec<u8>), Error> {
     let previous = || good.and_then(|good| good());
     let load = |name: &str| {
         fs::read(path.join(name)).map_err(|source| Error::Read { path: path.join(name), source, previous: previous() })
@@ -327,7 +352,7 @@ fn read(path: &Path, plan: &Plan, good: Option<&dyn Fn() -> Option<PathBuf>>) ->
     if state.version != VERSION {
         return Err(foreign(format!("it has version {}, this byol writes {VERSION}", state.version)));
     }
-    if state.plan != plan_hash(plan) {
+    if state.plan != plan {
         return Err(foreign("it was written under another plan.toml".into()));
     }
     let bytes = load("state.safetensors")?;
@@ -335,4 +360,52 @@ fn read(path: &Path, plan: &Plan, good: Option<&dyn Fn() -> Option<PathBuf>>) ->
         return Err(damaged("its checksum differs".into()));
     }
     Ok((state, bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        data::synthetic,
+        train::{Plan, Prepared, Recipe, recipe::HealthConfig},
+    };
+
+    fn begun() -> Byol {
+        let mut recipe = Recipe::default();
+        (recipe.encoder.width, recipe.heads.hidden, recipe.heads.projection) = (0.0625, 8, 4);
+        (recipe.train.batch, recipe.views.size) = (4, 8);
+        let none = HealthConfig { images: 0, ..HealthConfig::default() };
+        let data = Prepared::new(synthetic::dataset(1, 10, 0), 0, &none, 0, &|_| ()).unwrap();
+        Plan::new("test", recipe, &data, "cpu").unwrap().start(&Device::flex())
+    }
+
+    #[test]
+    fn the_same_step_again_gets_new_counters_and_stays_readable() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut byol = begun();
+        let save = |byol: &Byol, halvings| {
+            let counters = Counters { halvings, ..Counters::default() };
+            super::save(folder.path(), byol, counters, "plan", 3, [0; 2]).unwrap()
+        };
+        let path = save(&byol, 0);
+        let tensors = path.join("state.safetensors");
+        let written = fs::metadata(&tensors).unwrap().modified().unwrap();
+        // What a kill has left.
+        for name in ["step-0000000007.partial", "step-0000000003.removed"] {
+            fs::create_dir_all(folder.path().join(name)).unwrap();
+        }
+        assert_eq!(save(&byol, 1), path);
+        assert_eq!(fs::metadata(&tensors).unwrap().modified().unwrap(), written, "tensors are not written again");
+        let mut other = begun();
+        let (_, counters) = load_newest(folder.path(), &mut other, "plan", &Device::flex()).unwrap();
+        assert_eq!(counters.halvings, 1);
+        byol.k = 1;
+        save(&byol, 1);
+        let names: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(names.len(), 2, "{names:?}");
+        assert!(matches!(
+            load_newest(folder.path(), &mut other, "another plan", &Device::flex()),
+            Err(Error::Foreign { .. })
+        ));
+    }
 }

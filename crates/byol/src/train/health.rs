@@ -47,6 +47,9 @@ pub struct Watch {
 /// Figures of one moment.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Health {
+    /// Images they are of; 0 where an older file does not say.
+    #[serde(default)]
+    pub images: usize,
     /// Mean over channels of the deviation of the L2-normalised projections. Near 1/√D: spread out; near 0: constant.
     pub projection_std: f64,
     /// 1/√D, what independent directions give.
@@ -104,10 +107,13 @@ impl fmt::Display for Failure {
 /// Steps before which figures are still those of the start: networks with random weights give all images nearly the same projection.
 pub(super) const SETTLING: u64 = 200;
 
+/// Fewer images say nothing of a collapse: they fill few directions whatever the network is.
+pub const FEWEST: usize = 16;
+
 /// Steps after which a predictor should have begun to predict.
 const FOLLOWING: u64 = 500;
 
-/// Share of the deviation of spread-out projections below which they are called alike. Healthy runs have 0.6 and more (docs/results.md).
+/// Share of the deviation of spread-out projections below which they are called alike. The healthy runs of `tests/guard.rs` have 0.6 and more.
 const LEAST_SPREAD: f64 = 0.25;
 
 /// Mean cosine of different images' projections above which they are called alike. Healthy runs have 0.5 and less.
@@ -118,8 +124,9 @@ const CHANCE: f64 = 4.0;
 
 impl Health {
     /// Of outputs that are not numbers; `dim` is the length of a projection.
-    fn of_a_broken_network(dim: usize) -> Health {
+    fn of_a_broken_network(images: usize, dim: usize) -> Health {
         Health {
+            images,
             projection_std: f64::NAN,
             projection_std_ideal: 1.0 / (dim as f64).sqrt(),
             projection_cosine: f64::NAN,
@@ -142,6 +149,21 @@ impl Health {
         if let Some(loss) = loss.filter(|loss| *loss > 1.1 * CHANCE) {
             return failure(Kind::Diverged, format!("the loss is {loss:.2}, and unrelated directions have {CHANCE}"));
         }
+        if self.images >= FEWEST
+            && let Some(collapse) = self.collapse(start)
+        {
+            return Some(collapse);
+        }
+        if let Some(loss) = loss.filter(|loss| step > FOLLOWING && *loss > 0.8 * CHANCE) {
+            let why = format!("after {step} steps the loss is {loss:.2}, and unrelated directions have {CHANCE}");
+            return failure(Kind::PredictorLag, why);
+        }
+        None
+    }
+
+    /// Whether images look alike, to the projector or to the encoder.
+    fn collapse(&self, start: Option<&Health>) -> Option<Failure> {
+        let failure = |kind, why: String| Some(Failure { kind, why });
         if self.projection_std < LEAST_SPREAD * self.projection_std_ideal {
             let (std, ideal) = (self.projection_std, self.projection_std_ideal);
             let why = format!(
@@ -160,10 +182,6 @@ impl Health {
                 self.rankme
             );
             return failure(Kind::Dimensional, why);
-        }
-        if let Some(loss) = loss.filter(|loss| step > FOLLOWING && *loss > 0.8 * CHANCE) {
-            let why = format!("after {step} steps the loss is {loss:.2}, and unrelated directions have {CHANCE}");
-            return failure(Kind::PredictorLag, why);
         }
         None
     }
@@ -187,7 +205,7 @@ pub fn measure(byol: &Byol, watch: &Watch, device: &Device) -> Result<(Health, C
     let (representations, projections) = forward(byol, &watch.held_out, &watch.spec, device)?;
     if !(representations.is_finite() && projections.is_finite()) {
         let cost = Cost { health: began.elapsed().as_secs_f64(), card: 0.0 };
-        return Ok((Health::of_a_broken_network(projections.dim), cost));
+        return Ok((Health::of_a_broken_network(projections.n, projections.dim), cost));
     }
     let knn = match (&watch.bank, watch.held_out.labels()) {
         (Some(bank), Some(labels)) => {
@@ -231,6 +249,7 @@ pub fn figures(representations: &Features, projections: &Features, knn: Option<f
     let deviation = |(s, q): (&f64, &f64)| (q / n - (s / n).powi(2)).max(0.0).sqrt();
     let projection_std = sum.iter().zip(&squares).map(deviation).sum::<f64>() / d as f64;
     Health {
+        images: projections.n,
         projection_std,
         projection_std_ideal: 1.0 / (d as f64).sqrt(),
         projection_cosine: card::mean_cosine(projections),
@@ -265,12 +284,15 @@ mod tests {
 
     #[test]
     fn a_constant_projection_is_a_collapse_and_a_spread_one_is_not() {
-        let constant = rows(&[[1.0, 0.0]; 8]);
-        let spread = rows(&[[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]);
+        let constant = rows(&[[1.0, 0.0]; 16]);
+        let spread = rows(&[[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]].repeat(4));
         let bad = figures(&constant, &constant, None);
         assert!((bad.projection_cosine - 1.0).abs() < 1e-9 && bad.projection_std < 1e-9);
         assert_eq!(bad.failure(None, None, 1000).map(|f| f.kind), Some(Kind::Constant));
         assert_eq!(bad.failure(None, None, 10), None, "so does a network that has learned nothing yet");
+        let few = Health { images: FEWEST - 1, ..bad.clone() };
+        assert_eq!(few.failure(None, Some(1.0), 1000), None, "a few images say nothing of a collapse");
+        assert_eq!(few.failure(None, Some(4.5), 1000).map(|f| f.kind), Some(Kind::Diverged), "the loss still does");
         let good = figures(&spread, &spread, None);
         assert!((good.projection_std - good.projection_std_ideal).abs() < 1e-9);
         assert!((good.rankme - 2.0).abs() < 1e-3);
@@ -282,7 +304,7 @@ mod tests {
         assert_eq!(kind(4.5, None), Some(Kind::Diverged));
         let wide = Health { rankme: 20.0, ..good.clone() };
         assert_eq!(kind(1.0, Some(&wide)), Some(Kind::Dimensional));
-        let broken = Health::of_a_broken_network(2);
+        let broken = Health::of_a_broken_network(64, 2);
         assert_eq!(broken.failure(None, None, 1).map(|f| f.kind), Some(Kind::Diverged));
     }
 }

@@ -117,19 +117,53 @@ pub fn figures(path: &Path) -> Vec<Health> {
     epochs.filter(|epoch| epoch.collapse.is_none()).map(|epoch| epoch.health).collect()
 }
 
-/// The steps of the ends of epochs that were found healthy, of a file that may not be there yet.
-pub fn healthy_steps(path: &Path) -> Vec<u64> {
-    /// As [`Line::Epoch`] writes it.
+/// Where a run was well and where it failed: what going back needs to know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct History {
+    /// The last two ends of epochs that were found healthy, the later one first; 0 where there is none yet.
+    pub healthy: [u64; 2],
+    /// The furthest step from which the run has gone back.
+    pub failed_at: u64,
+}
+
+impl History {
+    /// Nothing was wrong after this step. The first steps are not judged.
+    pub fn was_well(&mut self, step: u64) {
+        if step >= SETTLING {
+            self.healthy = [step, self.healthy[0]];
+        }
+    }
+
+    /// It failed after this step. Where the way to it has failed before, the network it began with counts as ill too.
+    pub fn failed(&mut self, step: u64) {
+        if step <= self.failed_at {
+            self.healthy = [self.healthy[1]; 2];
+        }
+        self.failed_at = step.max(self.failed_at);
+    }
+}
+
+/// What the lines say of it, of a file that may not be there yet.
+pub fn history(path: &Path) -> History {
+    /// As [`Line::Epoch`] and [`Line::Rollback`] write it.
     #[derive(serde::Deserialize)]
-    struct Epoch {
+    struct Event {
         kind: String,
-        step: u64,
+        step: Option<u64>,
+        from: Option<u64>,
         collapse: Option<String>,
     }
-    let Ok(file) = File::open(path) else { return Vec::new() };
+    let mut history = History::default();
+    let Ok(file) = File::open(path) else { return history };
     let lines = io::BufRead::lines(io::BufReader::new(file)).map_while(Result::ok);
-    let epochs = lines.filter_map(|line| serde_json::from_str::<Epoch>(&line).ok());
-    epochs.filter(|e| e.kind == "epoch" && e.collapse.is_none() && e.step >= SETTLING).map(|e| e.step).collect()
+    for event in lines.filter_map(|line| serde_json::from_str::<Event>(&line).ok()) {
+        match (event.kind.as_str(), event.step, event.from) {
+            ("epoch", Some(step), _) if event.collapse.is_none() => history.was_well(step),
+            ("rollback", _, Some(from)) => history.failed(from),
+            _ => {}
+        }
+    }
+    history
 }
 
 /// What the curves of a run are drawn from.
@@ -220,6 +254,35 @@ impl Metrics {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_lines_say_what_going_back_needs_to_know() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let mut metrics = Metrics::open(&path, 0).unwrap();
+        let mut lived = History::default();
+        let epoch = |step, collapse: Option<&str>| {
+            let (health, collapse) = (None, collapse.map(str::to_owned));
+            Line::Epoch { epoch: 1, step, loss: None, health, collapse, seconds: None, elapsed_s: 0.0 }
+        };
+        let back = |from| Line::Rollback { from, to: 0, peak: 0.1, why: "it failed".into() };
+        for step in [100, 300, 600] {
+            metrics.write(&epoch(step, None)).unwrap();
+            lived.was_well(step);
+        }
+        assert_eq!(lived, History { healthy: [600, 300], failed_at: 0 });
+        // It goes back to 600, is well after 900 and fails earlier than before: then 600 is suspect, and 900 with it.
+        metrics.write(&epoch(1200, Some("collapsed"))).unwrap();
+        metrics.write(&back(1200)).unwrap();
+        metrics.write(&epoch(900, None)).unwrap();
+        metrics.write(&back(1100)).unwrap();
+        lived.failed(1200);
+        lived.was_well(900);
+        lived.failed(1100);
+        assert_eq!(lived, History { healthy: [600, 600], failed_at: 1200 });
+        assert_eq!(history(&path), lived);
+        assert_eq!(history(&folder.path().join("none")), History::default());
+    }
 
     #[test]
     fn the_time_of_a_run_is_that_of_all_its_parts() {

@@ -36,7 +36,11 @@ pub enum Error {
     #[error(transparent)]
     Device(#[from] crate::device::Error),
     /// The batch needs more images than there are.
-    #[error("batch {batch} is larger than the data: {images} training images in {}; use --batch {} or less, or add images", root.display(), images)]
+    #[error(
+        "batch {batch} is larger than the data: {images} training images in {}; {}",
+        root.display(),
+        if *images < 2 { "give at least two".into() } else { format!("use --batch {images} or less, or add images") }
+    )]
     BatchTooLarge {
         /// Images an update.
         batch: usize,
@@ -45,6 +49,9 @@ pub enum Error {
         /// The data.
         root: PathBuf,
     },
+    /// The path of the data cannot be written into a plan.
+    #[error("the path of {} is not Unicode, so no plan can hold it; give its folders other names", .0.display())]
+    NotUnicode(PathBuf),
     /// The weights to start with are of another network.
     #[error("{} holds {found}, but the recipe asks for {wanted}; set --encoder, --width or encoder.stem to the file's, or start without --init", path.display())]
     Unlike {
@@ -63,8 +70,11 @@ pub enum Error {
         /// What is in it.
         what: &'static str,
     },
+    /// Another program has the run open.
+    #[error("another byol is training in {}; wait for it to end, or stop it", .0.display())]
+    Busy(PathBuf),
     /// A file of the run cannot be written.
-    #[error("cannot write {}: {source}; free some space or choose another --out (the last checkpoint is whole)", path.display())]
+    #[error("cannot write {}: {source}; {} (a checkpoint that was written before is whole)", path.display(), crate::files::remedy(source))]
     Write {
         /// Which file.
         path: PathBuf,
@@ -115,7 +125,7 @@ pub enum Error {
     },
     /// Learning has failed.
     #[error(
-        "stopped at step {step}, {failure}; {kept}; try a lower --lr, more --warmup-epochs or a higher --tau, or --on-collapse rollback"
+        "stopped at step {step}, {failure}; {kept}; `byol resume` would fail again: begin a new run with a lower --lr, more --warmup-epochs or a higher --tau, or with --on-collapse rollback"
     )]
     Collapsed {
         /// The step, from 1.
@@ -139,14 +149,16 @@ pub enum Error {
     },
     /// NaN or infinity.
     #[error(
-        "the loss is {loss} at step {step}: the run has diverged; {kept}; try a lower --lr or more --warmup-epochs, or --on-collapse rollback{}",
+        "the {what} is {value} at step {step}: the run has diverged; {kept}; `byol resume` would fail again: begin a new run with a lower --lr or more --warmup-epochs, or with --on-collapse rollback{}",
         if *f16 { "; or it is beyond the range of f16: --precision bf16 or f32" } else { "" }
     )]
     Diverged {
+        /// Loss, or norm of the weights.
+        what: &'static str,
+        /// What it is.
+        value: f64,
         /// The step, from 1.
         step: u64,
-        /// The loss.
-        loss: f64,
         /// Whether it was computed in f16.
         f16: bool,
         /// Where to go back to.

@@ -39,6 +39,9 @@ pub struct Plan {
     pub held_out: usize,
     /// A hash of the training images' names, sizes and order.
     pub fingerprint: String,
+    /// The same of the images that are watched, if there are any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held_out_fingerprint: Option<String>,
     /// η and τ.
     pub schedule: Schedule,
     /// The network that is kept.
@@ -59,9 +62,12 @@ impl Plan {
     /// Resolves a recipe for these images.
     ///
     /// # Errors
-    /// [`Error::BatchTooLarge`], [`Error::Recipe`].
+    /// [`Error::BatchTooLarge`], [`Error::NotUnicode`], [`Error::Recipe`].
     pub fn new(recipe_name: &str, mut recipe: Recipe, data: &Prepared, device: &str) -> Result<Plan, Error> {
         recipe.check()?;
+        if whole(&data.root).to_str().is_none() {
+            return Err(Error::NotUnicode(data.root.clone()));
+        }
         if device == "cpu" && recipe.views.finish == Finish::Auto {
             recipe.views.finish = Finish::Cpu; // the host's cores are the device
         }
@@ -81,6 +87,7 @@ impl Plan {
             images: n,
             held_out: data.held_out.as_ref().map_or(0, Images::len),
             fingerprint: train.fingerprint(),
+            held_out_fingerprint: data.held_out.as_ref().map(Images::fingerprint),
             schedule: Schedule {
                 peak: recipe.optimizer.lr * batch as f64 / 256.0,
                 warmup: steps(recipe.train.warmup_epochs),
@@ -96,6 +103,7 @@ impl Plan {
                 center: recipe.views.center,
                 channels: CHANNELS,
                 normalization: recipe.normalize.clone(),
+                eps: recipe.norm.eps,
             },
             recipe,
         })
@@ -174,7 +182,7 @@ impl Plan {
         let kind = |s: &EncoderSpec| (s.architecture, s.width, s.stem, s.channels);
         if kind(&encoder.spec) != kind(&self.encoder) {
             let said = |s: &EncoderSpec| {
-                format!("a {} of width {} with the {:?} stem", s.architecture.name(), s.width, s.stem)
+                format!("a {} of width {} with the {} stem", s.architecture.name(), s.width, s.stem.name())
             };
             let (found, wanted) = (said(&encoder.spec), said(&self.encoder));
             return Err(Error::Unlike { path: from.to_owned(), found, wanted });

@@ -17,7 +17,7 @@ use crate::{
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
-    /// Names every random draw.
+    /// Seed of all random draws.
     pub seed: u64,
     /// The network f.
     pub encoder: EncoderConfig,
@@ -188,6 +188,17 @@ pub enum OptimizerKind {
     Sgd,
     /// Adam with decoupled decay.
     Adamw,
+}
+
+impl OptimizerKind {
+    /// As people write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            OptimizerKind::Lars => "LARS",
+            OptimizerKind::Sgd => "SGD",
+            OptimizerKind::Adamw => "AdamW",
+        }
+    }
 }
 
 impl Default for OptimizerConfig {
@@ -406,7 +417,7 @@ pub enum Error {
         nearest: String,
     },
     /// A value of the wrong type, or none of the choices.
-    #[error("recipe key `{key}`: {reason}")]
+    #[error("recipe key `{key}` {reason}")]
     Value {
         /// The key, or the section.
         key: String,
@@ -535,11 +546,11 @@ impl Draft {
             let old = lookup(&one, &key).cloned();
             insert(&mut one, &key, fit(old, value));
             if let Err(e) = Recipe::deserialize(one) {
-                return Err(Error::Value { key, reason: e.message().trim().to_owned() });
+                return Err(Error::Value { key, reason: format!("cannot be that: {}", e.message().trim()) });
             }
         }
         let recipe = Recipe::deserialize(table)
-            .map_err(|e| Error::Value { key: "recipe".into(), reason: e.message().to_owned() })?;
+            .map_err(|e| Error::Value { key: "recipe".into(), reason: format!("cannot be that: {}", e.message()) })?;
         recipe.check()?;
         Ok(recipe)
     }
@@ -626,7 +637,8 @@ impl Recipe {
         in_range("target.tau", self.target.tau, (0.0..=1.0).contains(&self.target.tau), "from 0 to 1")?;
         in_range("method.beta", self.method.beta, self.method.beta >= 0.0, "at least 0")?;
         in_range("method.alpha", self.method.alpha, self.method.alpha > 0.0, "above 0")?;
-        in_range("health.temperature", self.health.temperature, self.health.temperature > 0.0, "above 0")?;
+        // Below, every vote is beyond the range of numbers.
+        in_range("health.temperature", self.health.temperature, self.health.temperature >= 0.01, "at least 0.01")?;
         in_range(
             "checkpoint.every_minutes",
             self.checkpoint.every_minutes,

@@ -4,10 +4,10 @@
 
 use std::{
     collections::HashSet,
-    fs,
+    fs::{self, File, OpenOptions},
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use burn::tensor::{Device, Tensor, TensorData};
@@ -16,8 +16,8 @@ use super::{
     Error, Plan,
     checkpoint::{self, Counters},
     feed::{self, Feed},
-    health::{self, Failure, Health, Kind, SETTLING, Watch},
-    metrics::{self, Line, Metrics, Split},
+    health::{self, Failure, Health, Kind, Watch},
+    metrics::{self, History, Line, Metrics, Split},
     recipe::{HealthConfig, OnCollapse},
     tensorboard::EventFile,
 };
@@ -62,7 +62,9 @@ impl Prepared {
         looked_at: &(dyn Fn(usize) + Sync),
     ) -> Result<Prepared, Error> {
         let dataset = dataset.limit(limit);
-        let held_out = dataset.held_out.as_ref().filter(|_| health.images > 0).map(|h| h.spread(health.images));
+        // Of one image there is no figure.
+        let held_out = dataset.held_out.as_ref().filter(|h| health.images > 0 && h.len() > 1);
+        let held_out = held_out.map(|h| h.spread(health.images));
         let dataset = Dataset { held_out, test: None, ..dataset };
         let all = dataset.n_images();
         let Dataset { root, kind, classes, train, held_out, mut skipped, .. } =
@@ -70,12 +72,12 @@ impl Prepared {
         let (train, held_out) = match held_out {
             Some(own) => (train, Some(own)),
             None => match health.images.min(train.len() / 10) {
-                0 => (train, None),
+                0 | 1 => (train, None),
                 n => {
                     let (rest, out) = train.hold_out(n);
                     let (out, bad) = out.usable();
                     skipped.extend(bad);
-                    (rest, (!out.is_empty()).then_some(out))
+                    (rest, (out.len() > 1).then_some(out))
                 }
             },
         };
@@ -184,10 +186,8 @@ pub struct Run {
     halvings: u32,
     /// The figures before the first step.
     start: Option<Health>,
-    /// The last two ends of epochs that were found healthy, the later one first; 0 where there is none yet.
-    healthy: [u64; 2],
-    /// The furthest step at which the run has gone back.
-    failed_at: u64,
+    /// Where it was well, where it failed.
+    history: History,
     /// The best score without labels so far.
     best: Option<f64>,
     threads: usize,
@@ -197,6 +197,10 @@ pub struct Run {
     /// Whether nothing has been written to `metrics.jsonl`.
     fresh: bool,
     ranks: Ranks,
+    /// Of `plan.toml` as it stands; on other ranks than the first of nothing.
+    plan_hash: String,
+    /// Held while the run is open, so that no second program writes into its folder. Of the rank that writes.
+    _lock: Option<File>,
 }
 
 /// Where a run computes.
@@ -224,11 +228,6 @@ const ROLLBACKS: u32 = 5;
 enum Way {
     Ended(Outcome),
     Failed(Failure),
-}
-
-/// The last two of some steps, the later one first; 0 where there is none.
-fn last_two(steps: impl Iterator<Item = u64>) -> [u64; 2] {
-    steps.fold([0; 2], |[last, _], step| [step, last])
 }
 
 /// The learning rate's peak after so many halvings.
@@ -265,9 +264,24 @@ pub fn must_be_free(folder: &Path) -> Result<(), Error> {
 /// # Errors
 /// [`Error::Read`], [`Error::BadPlan`].
 pub fn read_plan(folder: &Path) -> Result<Plan, Error> {
+    Plan::parse(&plan_text(folder)?, &plan_file(folder))
+}
+
+fn plan_text(folder: &Path) -> Result<String, Error> {
     let path = plan_file(folder);
-    let text = fs::read_to_string(&path).map_err(|source| Error::Read { path: path.clone(), source })?;
-    Plan::parse(&text, &path)
+    fs::read_to_string(&path).map_err(|source| Error::Read { path, source })
+}
+
+/// Takes the folder for this program until it ends; the system lets go of it then, however that comes. Where folders cannot be locked, as on some
+/// network drives, there is no guard.
+fn lock(folder: &Path) -> Result<File, Error> {
+    let path = folder.join("lock");
+    let open = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
+    let file = open.map_err(|source| Error::Write { path, source })?;
+    match file.try_lock() {
+        Err(fs::TryLockError::WouldBlock) => Err(Error::Busy(folder.to_owned())),
+        _ => Ok(file),
+    }
 }
 
 impl Run {
@@ -296,21 +310,25 @@ impl Run {
         let fed = feed::settle(&mut plan, &data.train, &place, &byol)?;
         let write = |path: &Path, source| Error::Write { path: path.to_owned(), source };
         fs::create_dir_all(checkpoints(folder)).map_err(|e| write(folder, e))?;
-        files::write_whole(&plan_file(folder), plan.to_toml().as_bytes()).map_err(|e| write(&plan_file(folder), e))?;
+        let lock = lock(folder)?;
+        let text = plan.to_toml();
+        files::write_whole(&plan_file(folder), text.as_bytes()).map_err(|e| write(&plan_file(folder), e))?;
         if !data.skipped.is_empty() {
             let path = folder.join("skipped.txt");
             let text = data.skipped.join("\n") + "\n";
             files::write_whole(&path, text.as_bytes()).map_err(|e| write(&path, e))?;
         }
-        checkpoint::save(&checkpoints(folder), &byol, Counters::default(), &plan, plan.recipe.checkpoint.keep, [0; 2])?;
+        let plan_hash = checkpoint::plan_hash(&text);
+        let keep = plan.recipe.checkpoint.keep;
+        checkpoint::save(&checkpoints(folder), &byol, Counters::default(), &plan_hash, keep, [0; 2])?;
         let run = Run::assemble(folder, plan, byol, data, place, Counters::default(), tensorboard)?;
-        Ok(Run { fed, ..run })
+        Ok(Run { fed, plan_hash, _lock: Some(lock), ..run })
     }
 
     /// Goes back to the newest checkpoint of a folder, with as many ranks as there are now.
     ///
     /// # Errors
-    /// [`Error::DataChanged`], [`Error::Checkpoint`], [`Error::Write`], [`Error::Ranks`].
+    /// [`Error::DataChanged`], [`Error::Busy`], [`Error::Checkpoint`], [`Error::Write`], [`Error::Ranks`].
     pub fn resume(folder: &Path, plan: Plan, data: &Prepared, place: Place) -> Result<Run, Error> {
         device::check(&place.device, plan.recipe.train.precision)?;
         plan.check_ranks(place.ranks)?;
@@ -321,13 +339,21 @@ impl Run {
         if data.train.fingerprint() != plan.fingerprint {
             return Err(changed("a name or size differs".into()));
         }
-        let mut byol = plan.start(&place.device);
-        let mut counters = Counters::default();
-        if place.ranks.leads() {
-            (_, counters) = checkpoint::load_newest(&checkpoints(folder), &mut byol, &plan, &place.device)?;
+        if let Some(held_out) = &data.held_out
+            && plan.held_out_fingerprint.as_ref().is_some_and(|print| *print != held_out.fingerprint())
+        {
+            return Err(changed("of the watched ones, a name or size differs".into()));
         }
-        let tensorboard = place.ranks.leads() && folder.join("tensorboard").is_dir();
-        Run::assemble(folder, plan, byol, data, place, counters, tensorboard)
+        let mut byol = plan.start(&place.device);
+        if !place.ranks.leads() {
+            return Run::assemble(folder, plan, byol, data, place, Counters::default(), false);
+        }
+        let lock = lock(folder)?;
+        let plan_hash = checkpoint::plan_hash(&plan_text(folder)?);
+        let (_, counters) = checkpoint::load_newest(&checkpoints(folder), &mut byol, &plan_hash, &place.device)?;
+        let tensorboard = folder.join("tensorboard").is_dir();
+        let run = Run::assemble(folder, plan, byol, data, place, counters, tensorboard)?;
+        Ok(Run { plan_hash, _lock: Some(lock), ..run })
     }
 
     fn assemble(
@@ -342,7 +368,7 @@ impl Run {
         let Place { device, threads, ranks } = place;
         byol.ranks = ranks;
         byol.network.ranks = if plan.recipe.train.sync_bn { ranks } else { Ranks::ALONE };
-        let counters = checkpoint::share(ranks, &mut byol, counters, &plan, &device);
+        let counters = checkpoint::share(ranks, &mut byol, counters, "", &device);
         byol.schedule.peak = halved(plan.schedule.peak, counters.halvings);
         let path = folder.join("metrics.jsonl");
         let write = |path: PathBuf| move |source| Error::Write { path, source };
@@ -352,14 +378,14 @@ impl Run {
         let events = tensorboard.then(|| EventFile::create(&board)).transpose().map_err(write(board))?;
         let figures = metrics::figures(&path);
         let start = figures.first().cloned();
+        let history = metrics::history(&path);
         let best = figures.iter().skip(1).filter_map(|h| h.card).map(|card| card.score()).reduce(f64::max);
         Ok(Run {
             folder: folder.to_owned(),
             halvings: counters.halvings,
             start,
             best,
-            healthy: last_two(metrics::healthy_steps(&path).into_iter().filter(|step| *step <= byol.k)),
-            failed_at: 0,
+            history,
             watch: ranks.leads().then(|| data.watch(&plan)).flatten(),
             images: data.train.clone(),
             loss_sum: counters.loss_sum,
@@ -375,6 +401,8 @@ impl Run {
             events,
             threads,
             fed: None,
+            plan_hash: String::new(),
+            _lock: None,
         })
     }
 
@@ -402,9 +430,23 @@ impl Run {
         let loader = self.loader();
         let mut saved = Instant::now();
         while self.byol.k < total {
-            match self.step(&loader, tell) {
-                Err(Error::Diverged { loss, step, .. }) if on_collapse == OnCollapse::Rollback => {
-                    let why = format!("the loss is {loss} at step {step}");
+            let mut stepped = self.step(&loader, tell);
+            let k = self.byol.k;
+            let [before, epochs] = [k - 1, k].map(|k| self.plan.epochs_done(k));
+            let config = &self.plan.recipe.checkpoint;
+            let due = match config.every_steps {
+                0 => epochs > before,
+                every => k.is_multiple_of(every) || k == total,
+            };
+            // All ranks have to know, because they look at the weights together.
+            let late = self.ranks.any(saved.elapsed().as_secs_f64() > 60.0 * config.every_minutes);
+            let stopping = self.ranks.any(stop.load(Ordering::Relaxed)) && k < total;
+            if stepped.is_ok() && (epochs > before || due || late || stopping) {
+                stepped = self.check_weights();
+            }
+            match stepped {
+                Err(Error::Diverged { what, value, step, .. }) if on_collapse == OnCollapse::Rollback => {
+                    let why = format!("the {what} is {value} at step {step}");
                     return Ok(Way::Failed(Failure { kind: Kind::Diverged, why }));
                 }
                 Err(e @ (Error::Diverged { .. } | Error::Overflow { .. })) => {
@@ -413,31 +455,23 @@ impl Run {
                 }
                 other => other?,
             }
-            let k = self.byol.k;
-            let before = self.plan.epochs_done(k - 1);
-            let epochs = self.plan.epochs_done(k);
             for epoch in before + 1..=epochs {
                 let Some(failure) = self.end_of_epoch(epoch, tell)? else {
-                    if k >= SETTLING {
-                        self.healthy = [k, self.healthy[0]];
-                    }
+                    self.history.was_well(k);
                     continue;
                 };
                 match on_collapse {
                     OnCollapse::GoOn => {}
                     OnCollapse::Rollback => return Ok(Way::Failed(failure)),
                     OnCollapse::Stop => {
-                        return Err(Error::Collapsed { step: k, failure, kept: self.last_good(self.healthy[0]) });
+                        return Err(Error::Collapsed {
+                            step: k,
+                            failure,
+                            kept: self.last_good(self.history.healthy[0]),
+                        });
                     }
                 }
             }
-            let stopping = self.ranks.any(stop.load(Ordering::Relaxed)) && k < total;
-            let config = &self.plan.recipe.checkpoint;
-            let due = match config.every_steps {
-                0 => epochs > before,
-                every => k.is_multiple_of(every) || k == total,
-            };
-            let late = saved.elapsed() > Duration::from_secs_f64(60.0 * config.every_minutes);
             if due || late || stopping {
                 let path = self.checkpoint()?;
                 saved = Instant::now();
@@ -487,20 +521,21 @@ impl Run {
     fn roll_back(&mut self, why: &Failure, tell: &mut impl FnMut(Event)) -> Result<(), Error> {
         let from = self.byol.k;
         if self.halvings == ROLLBACKS {
-            return Err(Error::Collapsed { step: from, failure: why.clone(), kept: self.last_good(self.healthy[0]) });
+            return Err(Error::Collapsed {
+                step: from,
+                failure: why.clone(),
+                kept: self.last_good(self.history.healthy[0]),
+            });
         }
         let folder = checkpoints(&self.folder);
         let mut counters = Counters::default();
-        if from <= self.failed_at {
-            self.healthy = [self.healthy[1]; 2];
-        }
-        self.failed_at = from.max(self.failed_at);
+        self.history.failed(from);
         if self.ranks.leads() {
             // Checkpoints between two ends of epochs may already be of a failing network.
-            checkpoint::remove_after(&folder, self.healthy[0])?;
-            (_, counters) = checkpoint::load_newest(&folder, &mut self.byol, &self.plan, &self.device)?;
+            checkpoint::remove_after(&folder, self.history.healthy[0])?;
+            (_, counters) = checkpoint::load_newest(&folder, &mut self.byol, &self.plan_hash, &self.device)?;
         }
-        let counters = checkpoint::share(self.ranks, &mut self.byol, counters, &self.plan, &self.device);
+        let counters = checkpoint::share(self.ranks, &mut self.byol, counters, &self.plan_hash, &self.device);
         (self.loss_sum, self.loss_count) = (counters.loss_sum, counters.loss_count);
         self.halvings += 1;
         self.byol.schedule.peak = halved(self.plan.schedule.peak, self.halvings);
@@ -529,7 +564,7 @@ impl Run {
         let step = self.byol.k;
         if !report.loss.is_finite() {
             let f16 = self.byol.scale.is_some();
-            return Err(Error::Diverged { step, loss: report.loss, f16, kept: self.last_good(step) });
+            return Err(Error::Diverged { what: "loss", value: report.loss, step, f16, kept: self.last_good(step) });
         }
         if let Some(scale) = self.byol.scale.filter(|scale| report.skipped && scale.factor < 1.0) {
             return Err(Error::Overflow { step, factor: scale.factor, kept: self.last_good(step) });
@@ -549,6 +584,17 @@ impl Run {
         ])?;
         tell(Event::Step { step, epoch, report: &report, split });
         Ok(())
+    }
+
+    /// That θ has no NaN or infinity in it: an update can bring one though its loss was a number, and what is written down must be fit to go on from.
+    fn check_weights(&self) -> Result<(), Error> {
+        let norm = self.byol.online.params.norm();
+        if norm.is_finite() {
+            return Ok(());
+        }
+        let step = self.byol.k;
+        let (f16, kept) = (self.byol.scale.is_some(), self.last_good(step));
+        Err(Error::Diverged { what: "norm of the weights", value: norm, step, f16, kept })
     }
 
     /// Measures, writes, tells; what has gone wrong, if anything. Rank 0 does, and all learn of it.
@@ -607,7 +653,7 @@ impl Run {
         let counters = Counters { metrics_bytes, loss_sum: self.loss_sum, loss_count: self.loss_count, halvings };
         let keep = self.plan.recipe.checkpoint.keep;
         let folder = checkpoints(&self.folder);
-        let path = checkpoint::save(&folder, &self.byol, counters, &self.plan, keep, self.healthy)?;
+        let path = checkpoint::save(&folder, &self.byol, counters, &self.plan_hash, keep, self.history.healthy)?;
         self.save_encoder()?;
         Ok(path)
     }

@@ -108,7 +108,16 @@ fn target() -> Study {
         title: "decay of the target network",
         paper: "a target that is never updated gives 18.8 %, one that is the online network 0.3 %, 0.99 the best, 72.5 % (table 5a)",
         variants: vec![
-            constant("1 (never updated)", 1.0),
+            // The paper's target that stays is a network of its own, not the one that the online network begins as.
+            variant(
+                "1 (never updated)",
+                BYOL,
+                [
+                    ("target.tau", 1.0.into()),
+                    ("target.schedule", "constant".into()),
+                    ("target.init", "independent".into()),
+                ],
+            ),
             constant("0.999", 0.999),
             constant("0.99", 0.99),
             constant("0.9", 0.9),

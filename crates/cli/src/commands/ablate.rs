@@ -63,7 +63,12 @@ impl Args {
         let mut draft = Draft::from_recipe(&self.recipe)?;
         self.epochs.map(|n| draft.say("train.epochs", n, "--epochs")).transpose()?;
         self.limit.map(|n| draft.say("train.limit", n, "--limit")).transpose()?;
-        draft.say("seed", i64::try_from(self.flags.seed)?, "--seed")?;
+        let seed = i64::try_from(self.flags.seed);
+        draft.say(
+            "seed",
+            seed.map_err(|_| format!("--seed is {}; the largest is {}", self.flags.seed, i64::MAX))?,
+            "--seed",
+        )?;
         for text in &self.set {
             draft.set(text)?;
         }
@@ -167,23 +172,35 @@ fn one(shared: &Shared, variant: &Variant, folder: &Path, stop: &AtomicBool) -> 
     if !file.exists() {
         weights::save(&file, &run.plan.encoder, &run.byol.online)?;
     }
-    if !learn(run, stop)? {
-        return Ok(None);
-    }
-    Ok(Some(measure(shared, folder)?))
+    let failed = match learn(run, stop)? {
+        Ended::Stopped => return Ok(None),
+        Ended::Whole => "",
+        Ended::Failed => " (failed: its last checkpoint)",
+    };
+    let rows = measure(shared, folder)?;
+    Ok(Some(rows.into_iter().map(|row| Row { name: format!("{}{failed}", row.name), ..row }).collect()))
 }
 
-/// Whether a run came to its end; one whose numbers broke has ended too, with the weights of its last checkpoint.
-fn learn(mut run: Run, stop: &AtomicBool) -> Result<bool> {
+/// How a run of a study ended.
+enum Ended {
+    /// Somebody said stop.
+    Stopped,
+    /// All steps are done.
+    Whole,
+    /// It diverged or collapsed, which is a result: that of its last checkpoint.
+    Failed,
+}
+
+fn learn(mut run: Run, stop: &AtomicBool) -> Result<Ended> {
     let mut progress = Progress::new(&run.plan, run.byol.k);
     let outcome = run.go(stop, |event| progress.show(&event));
     progress.finish();
     match outcome {
-        Ok(Outcome::Stopped(_)) => Ok(false),
-        Ok(Outcome::Finished) => Ok(true),
-        Err(e @ train::Error::Diverged { .. }) => {
+        Ok(Outcome::Stopped(_)) => Ok(Ended::Stopped),
+        Ok(Outcome::Finished) => Ok(Ended::Whole),
+        Err(e @ (train::Error::Diverged { .. } | train::Error::Overflow { .. } | train::Error::Collapsed { .. })) => {
             report::warning(&e);
-            Ok(true)
+            Ok(Ended::Failed)
         }
         Err(e) => Err(e.into()),
     }
@@ -192,13 +209,14 @@ fn learn(mut run: Run, stop: &AtomicBool) -> Result<bool> {
 /// The figures of a run, which are kept in its folder.
 fn measure(shared: &Shared, folder: &Path) -> Result<Vec<Row>> {
     let encoder = weights::load(folder, &shared.opened.device)?;
-    let (rows, settings) = read_out(shared, &encoder)?;
+    let (rows, found) = read_out(shared, &encoder)?;
     let table = Table {
         evaluation: "linear-fast".into(),
-        encoder: folder.display().to_string(),
-        data: shared.args.data.display().to_string(),
+        encoder: "encoder.safetensors".into(),
+        data: eval::whole(&shared.args.data).display().to_string(),
         seed: shared.args.flags.seed,
-        settings,
+        settings: serde_json::json!({ "study": shared.args.study, "images": shared.labelled.train.len() }),
+        found,
         rows: rows.clone(),
     };
     table
@@ -233,6 +251,7 @@ fn finish(shared: &Shared, study: &Study, folder: &Path, rows: Vec<Row>, points:
             "study": study.title, "paper": study.paper, "epochs": recipe.train.epochs, "batch": recipe.train.batch,
             "encoder": recipe.encoder.architecture.name(), "width": recipe.encoder.width, "images": shared.data.train.len(),
         }),
+        found: serde_json::Value::Null,
         rows,
     };
     let plot = folder.join(format!("{}.svg", study.name));

@@ -70,7 +70,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if args.json {
         let result = serde_json::json!({
             "knn_before": before.accuracy, "knn_after": after.accuracy, "seconds": seconds,
-            "run": out, "encoder": out.join("encoder.safetensors"), "picture": picture,
+            "run": report::shown(&out), "encoder": report::shown(&out.join("encoder.safetensors")),
+            "picture": report::shown(&picture),
         });
         out!("{result}");
     } else {

@@ -19,7 +19,7 @@ use serde_json::json;
 use super::must_be_new;
 use crate::report::{self, Result, out, shown};
 
-/// Write an encoder for other tools
+/// Write an encoder for other tools: ONNX, torchvision, timm
 ///
 /// NAME.safetensors has the names of torchvision's ResNets, which are timm's too, and loads there with strict=True but for the classifier
 /// (with the 3x3 stem for small images after conv1 and maxpool are replaced). NAME.onnx takes a batch of any size. The file is read back

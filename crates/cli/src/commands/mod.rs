@@ -45,45 +45,27 @@ pub struct Cli {
     command: Command,
 }
 
+// What a command says of itself stands at its `Args`; a word here would take its place.
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Train an encoder on the images in a folder
     Pretrain(Box<pretrain::Args>),
-    /// Go on with a run from its newest checkpoint
     Resume(resume::Args),
-    /// Measure what an encoder has learned
     Eval(eval::Args),
-    /// Write one vector an image to a file
     Embed(embed::Args),
-    /// Look at all images as a map in the browser
     Explore(explore::Args),
-    /// Write what a run is and has learned into one HTML file
     Report(html::Args),
-    /// Find the images most like a given one
     Search(near::Search),
-    /// Find images that are nearly the same
     Duplicates(near::Duplicates),
-    /// Find the images that are least like all others
     Outliers(near::Outliers),
-    /// Choose a varied subset, for example to label
     Select(near::Select),
-    /// Write an encoder for other tools: ONNX, torchvision, timm
     Export(export::Export),
-    /// Make an encoder of a ResNet that someone else has trained
     Import(export::Import),
-    /// Repeat an ablation of the paper on your own images
     Ablate(Box<ablate::Args>),
-    /// Say what a pretraining will take before it begins
     Plan(plan::Args),
-    /// Pack a data set into tar shards, to read or stream one after the other
     Pack(pack::Args),
-    /// Draw images beside their two augmented views
     Views(views::Args),
-    /// Pretrain on small synthetic images and show what was learned, in a few minutes
     Demo(demo::Args),
-    /// Measure how fast this machine trains
     Bench(Box<bench::Args>),
-    /// List the devices of this machine
     Devices(devices::Args),
 }
 
@@ -166,7 +148,7 @@ impl On {
 /// Flags of everything that measures.
 #[derive(Debug, Clone, clap::Args)]
 struct Flags {
-    /// Names every random draw
+    /// Seed of all random draws
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
     #[command(flatten)]
@@ -243,10 +225,10 @@ fn prepare(dataset: Dataset, limit: usize, health: &HealthConfig, sharers: usize
     let labels =
         if prepared.classes.is_empty() { "no labels".into() } else { format!("{} classes", prepared.classes.len()) };
     report::note(format!(
-        "{}: {}, {} training images, {} held out to watch, {labels}",
+        "{}: {}, {}, {} held out to watch, {labels}",
         prepared.root.display(),
         prepared.kind,
-        prepared.train.len(),
+        report::counted_noun(prepared.train.len(), "training image"),
         prepared.held_out.as_ref().map_or(0, byol::data::Images::len),
     ));
     if let Some(first) = prepared.skipped.first() {
@@ -318,7 +300,7 @@ fn train(mut run: Run, json: bool, stop: &AtomicBool, joined: &ranks::Joined) ->
     if json && joined.ranks.leads() {
         let spent = joined.ranks.spent();
         let result = serde_json::json!({
-            "run": folder, "encoder": encoder, "finished": finished, "steps": run.byol.k,
+            "run": report::shown(&folder), "encoder": report::shown(&encoder), "finished": finished, "steps": run.byol.k,
             "total_steps": run.plan.schedule.total, "knn_before": first_knn, "last_epoch": last,
             "ranks": joined.ranks.count(), "seconds": began.elapsed().as_secs_f64(),
             "exchange": { "messages": spent.messages, "bytes": spent.bytes, "seconds": spent.seconds },
@@ -338,5 +320,5 @@ fn free_folder(name: &str) -> PathBuf {
 /// Writes a file that must not exist yet, or whose place nobody cares about.
 fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
     byol::files::write_whole(path, bytes)
-        .map_err(|e| format!("cannot write {}: {e}; choose another place or free some space", path.display()).into())
+        .map_err(|e| format!("cannot write {}: {e}; {}", path.display(), byol::files::remedy(&e)).into())
 }

@@ -166,6 +166,12 @@ pub fn duplicates(args: &Duplicates) -> Result<ExitCode> {
     let found = opened(&args.embeddings, args.work.threads)?;
     let Some(other) = &args.other else {
         let (paths, index) = (found.paths, Index::new(found.features));
+        if paths.len() < 100 {
+            report::warning(format!(
+                "{} are few: the tenth neighbour, by whose distance others are called near, is hardly a neighbour; look at what is found",
+                report::counted_noun(paths.len(), "image")
+            ));
+        }
         say_how(paths.len(), paths.len());
         let pairs = shared("comparing", |done| duplicates::within(&index, args.threshold, done));
         let groups = duplicates::groups(paths.len(), &pairs);

@@ -16,7 +16,8 @@ use byol::{
     train::{
         self, Place, Plan, Prepared, Recipe, Run,
         auto::{self, Facts},
-        recipe::{Draft, Finish},
+        health::FEWEST,
+        recipe::{Draft, Finish, OnCollapse},
         run::must_be_free,
     },
 };
@@ -53,7 +54,7 @@ pub struct Args {
     /// Side of the views in pixels
     #[arg(long, value_name = "PX")]
     size: Option<i64>,
-    /// Images an update
+    /// Images per update
     #[arg(long, value_name = "N")]
     batch: Option<i64>,
     /// Split each batch into N parts to save memory
@@ -98,7 +99,7 @@ pub struct Args {
     /// Take N training images, evenly spread over the data's own order
     #[arg(long, value_name = "N")]
     limit: Option<i64>,
-    /// Names every random draw
+    /// Seed of all random draws
     #[arg(long, value_name = "N")]
     seed: Option<i64>,
     /// When learning has failed: stop, rollback (to the last healthy checkpoint, with half the learning rate) or go-on
@@ -275,24 +276,31 @@ pub fn describe(plan: &Plan, device: &str, threads: usize, out: &Path) {
         size => format!("{size} px (evaluation {})", e.size),
     };
     report::note(format!(
-        "plan: {} of width {}, {:?} stem, views of {views}; heads {}-{}; batch {}{parts}; {} epochs = {} steps, {} of warm-up",
+        "plan: {} of width {}, {} stem, views of {views}; heads {}-{}; batch {}{parts}; {} = {}, {} of warm-up",
         e.architecture.name(),
         e.width,
-        e.stem,
+        e.stem.name(),
         r.heads.hidden,
         r.heads.projection,
         r.train.batch,
-        r.train.epochs,
-        s.total,
+        report::counted_noun(r.train.epochs as usize, "epoch"),
+        report::counted_noun(s.total as usize, "step"),
         s.warmup,
     ));
     report::note(format!(
-        "      {:?}, peak rate {:.4}, decay {:e}; tau from {}; seed {}; {device}, {threads} threads; run in {}",
-        r.optimizer.kind,
+        "      {}, peak rate {:.4}, decay {:e}; tau from {}; seed {}; {device}, {}; run in {}",
+        r.optimizer.kind.name(),
         s.peak,
         r.optimizer.weight_decay,
         s.tau_base,
         r.seed,
+        report::counted_noun(threads, "thread"),
         out.display(),
     ));
+    if (1..FEWEST).contains(&plan.held_out) && r.health.on_collapse != OnCollapse::GoOn {
+        report::warning(format!(
+            "only {} watched: too few to tell a collapse by, so none is looked for; put at least {FEWEST} images into `val`",
+            if plan.held_out == 1 { "one image is".into() } else { format!("{} images are", plan.held_out) }
+        ));
+    }
 }

@@ -29,7 +29,7 @@ pub struct Args {
     /// Images, evenly spread over the data
     #[arg(long, value_name = "N", default_value_t = 8)]
     count: usize,
-    /// Names every random draw
+    /// Seed of all random draws
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
     /// The recipe whose views to draw: a name or a TOML file
@@ -52,6 +52,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     draft.over(&base)?;
     if args.count == 0 {
         return Err("--count must be at least 1".into());
+    }
+    if args.out.extension().is_none_or(|e| !e.eq_ignore_ascii_case("png")) {
+        return Err(
+            format!("{} is not named .png, and a PNG is what is written; name it so", args.out.display()).into()
+        );
     }
     let dataset = Dataset::open(&args.data)?;
     let dataset = Dataset { held_out: None, test: None, ..dataset }.limit(args.count);

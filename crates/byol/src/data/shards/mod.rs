@@ -359,7 +359,7 @@ fn expand(pattern: &str) -> Option<Vec<String>> {
 /// Opens `root` if it is a shard, a pattern that stands for shards, or a folder of them (or of `train`, `val` and `test` with shards).
 ///
 /// # Errors
-/// [`Error::Shard`], [`Error::Missing`], [`Error::Read`].
+/// [`Error::Shard`], [`Error::Read`].
 pub fn open(root: &Path) -> Result<Option<Dataset>, Error> {
     if is_remote(root) {
         return open_remote(root).map(Some);
@@ -383,7 +383,8 @@ pub fn open(root: &Path) -> Result<Option<Dataset>, Error> {
     let mut seen = HashSet::new();
     for path in &paths {
         if !path.exists() {
-            return Err(Error::Missing(path.clone()));
+            let reason = "it is not there; check the numbers of the pattern".into();
+            return Err(Error::Shard { path: path.clone(), reason });
         }
         if path.is_dir() {
             return unusable(path, "it is a folder; a pattern stands for tar or Parquet files");

@@ -56,7 +56,7 @@ fn broken(error: io::Error) -> io::Error {
 }
 
 fn cut_off() -> io::Error {
-    io::Error::other("it is cut off: it has no end")
+    io::Error::other("it is cut off: it has no end; copy it again")
 }
 
 fn samples(file: &File) -> io::Result<(Vec<Entry>, Option<Vec<usize>>)> {

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use byol::{
     data::{
         Image,
-        dense::{self, DepthMap, DepthPair},
+        dense::{self, DepthMap},
     },
     eval::{depth::DepthNet, metrics::Depth, rows::Row},
 };
@@ -33,21 +33,21 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     args.head.check()?;
     let common = &args.common;
     let encoder = common.encoder()?;
-    let mut data = dense::depth(&common.data)?;
-    data.train = args.head.limited(data.train);
+    let data = dense::depth(&common.data, args.head.limit)?;
+    super::fit_of(&encoder, &data.train[0].image, &common.data);
     let protocol = args.head.protocol(data.train.iter().map(|pair| &pair.image), common.flags.seed);
-    report::note(format!("{} training images, {} test images", data.train.len(), data.test.len()));
+    report::note(heads::counts(data.train.len(), data.test.len()));
     let mut rows = Vec::new();
-    let mut pictures: Vec<Vec<DepthMap>> = Vec::new();
+    let mut pictures: Vec<Vec<Option<DepthMap>>> = Vec::new();
+    let drawn = heads::drawn(data.test.len());
     for (encoder, who) in [(&encoder, ""), (&common.random(&encoder), ", random encoder")] {
         let trained = heads::train(protocol.steps, who, |done| DepthNet::train(encoder, &data.train, &protocol, done))?;
-        let predicted = heads::predict(&data.test, |pair| trained.predict(&pair.image));
-        let of = |(predicted, pair): (&DepthMap, &DepthPair)| {
+        let (images, predicted): (Vec<_>, Vec<_>) = heads::predict(&data.test, |i, pair| {
+            let depth = trained.predict(&pair.image);
             let mut one = Depth::default();
-            one.add(&predicted.metres, &pair.depth.metres);
-            one
-        };
-        let images: Vec<Depth> = predicted.iter().zip(&data.test).map(of).collect();
+            one.add(&depth.metres, &pair.depth.metres);
+            (one, drawn.contains(&i).then_some(depth))
+        });
         let total = |at: &[usize]| {
             let mut sum = Depth::default();
             at.iter().for_each(|i| sum.merge(&images[*i]));
@@ -63,14 +63,14 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     let shown = |i: usize| {
         let farthest = data.test[i].depth.metres.iter().copied().fold(f32::MIN_POSITIVE, f32::max);
-        let depths = std::iter::once(&data.test[i].depth).chain(pictures.iter().map(|of| &of[i]));
+        let depths = std::iter::once(&data.test[i].depth).chain(pictures.iter().filter_map(|of| of[i].as_ref()));
         std::iter::once(data.test[i].image.clone()).chain(depths.map(|depth| grey(depth, farthest))).collect()
     };
     let name = if args.head.frozen { "depth-frozen" } else { "depth" };
-    common.draw(args.head.picture.as_ref(), &format!("{name}.png"), &heads::picture(data.test.len(), shown))?;
+    let picture = heads::picture(&drawn, shown);
     let more = serde_json::json!({});
     let settings = args.head.settings(&protocol, data.train.len(), data.test.len(), more);
-    common.finish(name, settings, rows)
+    common.finish_drawn(name, settings, rows, args.head.picture.as_deref(), &picture)
 }
 
 /// Near is dark, `farthest` is white.

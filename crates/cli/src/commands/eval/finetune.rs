@@ -6,6 +6,7 @@ use byol::{
     eval::{
         finetune::{self, Protocol},
         linear,
+        measure::Measure,
     },
     nn::Encoder,
 };
@@ -29,13 +30,13 @@ pub struct Args {
     /// Baseline: the same network from random weights
     #[arg(long)]
     from_scratch: bool,
-    /// Baseline: a linear classifier on the frozen encoder, with the same labels
+    /// Baseline: a linear classifier on the frozen encoder, with the same labels, the rates of `byol eval linear` and the largest of --epochs
     #[arg(long)]
     frozen: bool,
     /// Passes over the images, to choose from
     #[arg(long, value_name = "N,…", value_delimiter = ',', default_values_t = [30, 50])]
     epochs: Vec<usize>,
-    /// Images an update, at most
+    /// Images per update, at most
     #[arg(long, value_name = "N", default_value_t = 1024)]
     batch: usize,
     /// Learning rates for batch 256 to choose from
@@ -90,12 +91,13 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     let settings = serde_json::json!({
         "labels": args.labels, "epochs": args.epochs, "batch": args.batch, "rates": args.rates,
-        "from_scratch": args.from_scratch, "frozen": args.frozen, "chosen": chosen, "train_images": data.train.len(), "test_images": data.test.len(),
+        "from_scratch": args.from_scratch, "frozen": args.frozen, "train_images": data.train.len(), "test_images": data.test.len(),
         "classes": classes,
     });
     // The share is part of the name, so that 1 % and 10 % stand side by side.
     let percent = (args.labels * 1e8).round() / 1e6;
-    common.finish(&format!("finetune-{percent}"), settings, rows)
+    let found = serde_json::json!({ "chosen": chosen });
+    common.finish(&format!("finetune-{percent}"), settings, found, rows)
 }
 
 /// Scores of the test images after fine-tuning.
@@ -104,8 +106,10 @@ fn tuned(args: &Args, start: &Encoder, data: &Labelled, what: &str) -> Result<(V
     let protocol =
         Protocol { epochs: epochs.clone(), batch: *batch, rates: rates.clone(), seed: args.common.flags.seed };
     let bar = report::counter(what, finetune::images_seen(data.train.len(), &protocol) as u64);
-    let found = finetune::choose(start, &data.train, data.classes.len(), &protocol, |n| bar.inc(n as u64))?;
+    let found =
+        finetune::choose(start, &data.train, data.classes.len(), Measure::Top1, &protocol, |n| bar.inc(n as u64))?;
     bar.finish_and_clear();
+    super::must_be_finite(&found.classifier)?;
     let test = features(&found.encoder, &data.test, "embedding test images")?;
     let setting = serde_json::json!({ "rate": found.rate, "epochs": found.epochs, "held_out": found.held_out });
     Ok((found.classifier.scores(&test), setting))

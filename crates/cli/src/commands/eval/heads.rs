@@ -15,7 +15,7 @@ use crate::report::{self, Result};
 pub struct HeadArgs {
     /// Take N training images, evenly spread (0: all)
     #[arg(long, value_name = "N", default_value_t = 0)]
-    limit: usize,
+    pub limit: usize,
     /// Train the head alone
     #[arg(long)]
     pub frozen: bool,
@@ -46,15 +46,6 @@ impl HeadArgs {
         Ok(())
     }
 
-    /// As many of the training pairs as were asked for.
-    pub fn limited<T: Clone>(&self, all: Vec<T>) -> Vec<T> {
-        let n = all.len();
-        if self.limit == 0 || self.limit >= n {
-            return all;
-        }
-        (0..self.limit).map(|i| all[i * n / self.limit].clone()).collect()
-    }
-
     /// The protocol for such training images.
     pub fn protocol<'a>(&self, images: impl Iterator<Item = &'a Image>, seed: u64) -> Protocol {
         let shortest = images.map(|image| image.height.min(image.width)).min().unwrap_or(32);
@@ -77,6 +68,11 @@ impl HeadArgs {
     }
 }
 
+/// How many images there are, in words.
+pub fn counts(train: usize, test: usize) -> String {
+    format!("{}, {}", report::counted_noun(train, "training image"), report::counted_noun(test, "test image"))
+}
+
 /// Trains a head with a progress bar. Refuses one whose loss is no number.
 pub fn train<T>(steps: usize, who: &str, train: impl FnOnce(&mut dyn FnMut(f64)) -> T) -> Result<T> {
     let bar = report::counter(&format!("training the head{who}"), steps as u64);
@@ -94,18 +90,23 @@ pub fn train<T>(steps: usize, who: &str, train: impl FnOnce(&mut dyn FnMut(f64))
     }
 }
 
-/// Each test image through the trained network, with a progress bar.
-pub fn predict<P, T>(pairs: &[P], one: impl Fn(&P) -> T) -> Vec<T> {
+/// Each test image and its number through the trained network, with a progress bar.
+pub fn predict<P, A, B>(pairs: &[P], one: impl Fn(usize, &P) -> (A, B)) -> (Vec<A>, Vec<B>) {
     let bar = report::counter("predicting test images", pairs.len() as u64);
-    let predicted = pairs.iter().inspect(|_| bar.inc(1)).map(one).collect();
+    let predicted = pairs.iter().enumerate().inspect(|_| bar.inc(1)).map(|(i, pair)| one(i, pair)).unzip();
     bar.finish_and_clear();
     predicted
 }
 
-/// A row for each of six evenly spread ones of `n` images: what `row` shows of it.
-pub fn picture(n: usize, row: impl Fn(usize) -> Vec<Image>) -> Vec<u8> {
-    const SIDE: u32 = 240;
+/// Which of `n` images are drawn: six, evenly spread.
+pub fn drawn(n: usize) -> Vec<usize> {
     let rows = n.min(6);
-    let tiles = |k: usize| row(k * n / rows).iter().map(|image| Tile::image(image, SIDE)).collect();
-    sheet::png(&(0..rows).map(tiles).collect::<Vec<_>>(), SIDE)
+    (0..rows).map(|k| k * n / rows).collect()
+}
+
+/// A row for each of these images: what `row` shows of it.
+pub fn picture(drawn: &[usize], row: impl Fn(usize) -> Vec<Image>) -> Vec<u8> {
+    const SIDE: u32 = 240;
+    let tiles = |i: &usize| row(*i).iter().map(|image| Tile::image(image, SIDE)).collect();
+    sheet::png(&drawn.iter().map(tiles).collect::<Vec<_>>(), SIDE)
 }

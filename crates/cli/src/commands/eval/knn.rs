@@ -59,5 +59,5 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         "k": args.k, "temperature": args.temperature, "with_random": args.with_random, "train_images": data.train.len(), "test_images": data.test.len(),
         "classes": data.classes.len(),
     });
-    common.finish("knn", settings, rows)
+    common.finish("knn", settings, serde_json::Value::Null, rows)
 }

@@ -33,7 +33,7 @@ pub struct Args {
     /// Passes over the training images
     #[arg(long, value_name = "N", default_value_t = 80)]
     epochs: usize,
-    /// Images an update, at most
+    /// Images per update, at most
     #[arg(long, value_name = "N", default_value_t = 1024)]
     batch: usize,
     /// Learning rates for batch 256 to choose from
@@ -59,10 +59,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     let settings = serde_json::json!({
         "fast": args.fast, "epochs": args.epochs, "batch": args.batch, "rates": args.rates,
-        "with_random": args.with_random, "chosen": chosen, "train_images": data.train.len(), "test_images": data.test.len(),
+        "with_random": args.with_random, "train_images": data.train.len(), "test_images": data.test.len(),
         "classes": data.classes.len(),
     });
-    common.finish(if args.fast { "linear-fast" } else { "linear" }, settings, rows)
+    let found = serde_json::json!({ "chosen": chosen });
+    common.finish(if args.fast { "linear-fast" } else { "linear" }, settings, found, rows)
 }
 
 /// By gradient descent on crops.
@@ -72,6 +73,7 @@ fn paper(args: &Args, encoder: &Encoder, data: &Labelled) -> Result<(logistic::C
     let bar = report::counter("training the classifier", linear::images_seen(data.train.len(), &protocol) as u64);
     let found = linear::train(encoder, &data.train, data.classes.len(), &protocol, |n| bar.inc(n as u64))?;
     bar.finish_and_clear();
+    super::must_be_finite(&found.classifier)?;
     Ok((found.classifier, serde_json::json!({ "rate": found.rate, "held_out": found.held_out })))
 }
 

@@ -16,10 +16,11 @@ use std::{
 };
 
 use byol::{
-    data::{self, Dataset, Images},
+    data::{self, Dataset, Image, Images},
     device,
     eval::{
         Features, embed,
+        logistic::Classifier,
         metrics::in_top,
         rows::{Row, Table},
     },
@@ -28,6 +29,7 @@ use byol::{
 };
 use clap::Subcommand;
 use console::{Alignment, measure_text_width, pad_str};
+use serde_json::Value;
 
 use super::Flags;
 use crate::report::{self, Result, out};
@@ -44,19 +46,12 @@ pub struct Args {
 
 #[derive(Debug, Subcommand)]
 enum What {
-    /// Classify each test image by its nearest training images
     Knn(knn::Args),
-    /// Train a linear classifier on the frozen encoder
     Linear(linear::Args),
-    /// Fine-tune the encoder with a classifier on a part of the labels
     Finetune(finetune::Args),
-    /// Say without labels whether the encoder has learned anything
     Report(report_card::Args),
-    /// Train a segmentation head on the encoder
     Segment(segment::Args),
-    /// Train a depth head on the encoder
     Depth(depth::Args),
-    /// Evaluate the encoder on several labelled data sets
     Transfer(transfer::Args),
 }
 
@@ -77,7 +72,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 struct Common {
     /// An encoder.safetensors, or the folder of a run
     encoder: PathBuf,
-    /// Labelled images: class subfolders, labels.csv, CIFAR or IDX files, shards (of segment and depth: images with masks or depth)
+    /// Images: of `report` any; of `segment` and `depth` a folder with `images/` and `masks/` or `depth/`; of the others labelled ones, in class
+    /// subfolders, with a labels.csv, CIFAR or IDX files, or shards
     data: PathBuf,
     #[command(flatten)]
     flags: Flags,
@@ -129,51 +125,76 @@ impl Common {
         folder.join("plan.toml").is_file().then_some(folder)
     }
 
-    /// Writes a picture where it was asked for, else into the run, if the encoder is of one.
-    fn draw(&self, asked: Option<&PathBuf>, name: &str, png: &[u8]) -> Result<()> {
-        let in_run = self.run().map(|run| run.join("eval").join(name));
-        let Some(path) = asked.cloned().or(in_run) else { return Ok(()) };
+    /// Prints the figures and keeps them in the run, if the encoder is of one. `found` is what was chosen or said besides.
+    fn finish(&self, evaluation: &str, settings: Value, found: Value, rows: Vec<Row>) -> Result<ExitCode> {
+        if !self.flags.on.json {
+            print(&rows);
+        }
+        self.keep(evaluation, settings, found, rows)?;
+        Ok(ExitCode::SUCCESS)
+    }
+
+    /// The same with a picture: where it was asked for, else beside the figures.
+    fn finish_drawn(
+        &self,
+        evaluation: &str,
+        settings: Value,
+        rows: Vec<Row>,
+        asked: Option<&Path>,
+        png: &[u8],
+    ) -> Result<ExitCode> {
+        if !self.flags.on.json {
+            print(&rows);
+        }
+        let kept = self.keep(evaluation, settings, Value::Null, rows)?;
+        let beside = kept.map(|path| path.with_extension("png"));
+        let Some(path) = asked.map(Path::to_owned).or(beside) else { return Ok(ExitCode::SUCCESS) };
         if let Some(folder) = path.parent().filter(|f| !f.as_os_str().is_empty()) {
             std::fs::create_dir_all(folder)
                 .map_err(|e| format!("cannot make {}: {e}; choose another --picture", folder.display()))?;
         }
         super::write_file(&path, png)?;
         report::note(format!("image, truth, prediction, prediction on random weights: {}", path.display()));
-        Ok(())
+        Ok(ExitCode::SUCCESS)
     }
 
-    /// Prints the figures, and keeps them in the run.
-    fn finish(&self, evaluation: &str, settings: serde_json::Value, rows: Vec<Row>) -> Result<ExitCode> {
-        if !self.flags.on.json {
-            print(&rows);
-        }
-        self.keep(evaluation, settings, rows)
-    }
-
-    /// Keeps the figures in the run; prints them as JSON where that was asked for.
-    fn keep(&self, evaluation: &str, settings: serde_json::Value, rows: Vec<Row>) -> Result<ExitCode> {
+    /// Keeps the figures in the run, if the encoder is of one, and says in which file; prints them as JSON where that was asked for.
+    fn keep(&self, evaluation: &str, settings: Value, found: Value, rows: Vec<Row>) -> Result<Option<PathBuf>> {
         let table = Table {
             evaluation: evaluation.into(),
-            encoder: self.encoder.display().to_string(),
-            data: self.data.display().to_string(),
+            encoder: self.encoder_name(),
+            data: whole(&self.data).display().to_string(),
             seed: self.flags.seed,
             settings,
+            found,
             rows,
         };
-        if let Some(run) = self.run() {
-            let path = run.join("eval");
-            let kept = table.save(run).map_err(|e| {
-                format!(
-                    "cannot write the figures into {}: {e}; free some space or check that you may write there",
-                    path.display()
-                )
-            });
-            report::note(format!("kept in {}", kept?.display()));
-        }
+        let kept = match self.run() {
+            None => None,
+            Some(run) => {
+                let kept = table.save(run).map_err(|e| {
+                    format!(
+                        "cannot write the figures into {}: {e}; free some space or check that you may write there",
+                        run.join("eval").display()
+                    )
+                })?;
+                report::note(format!("kept in {}", kept.display()));
+                Some(kept)
+            }
+        };
         if self.flags.on.json {
             out!("{}", serde_json::to_string(&table).expect("a table is plain data"));
         }
-        Ok(ExitCode::SUCCESS)
+        Ok(kept)
+    }
+
+    /// The encoder's file: within its run by its name there, so that a run may be moved.
+    fn encoder_name(&self) -> String {
+        let file = if self.encoder.is_dir() { self.encoder.join("encoder.safetensors") } else { self.encoder.clone() };
+        match (self.run(), file.file_name()) {
+            (Some(_), Some(name)) => name.to_string_lossy().into_owned(),
+            _ => whole(&file).display().to_string(),
+        }
     }
 }
 
@@ -186,7 +207,13 @@ fn top_rows(scores: &[f64], data: &Labelled, seed: u64, called: impl Fn(&str) ->
 
 /// Says so where images are much smaller than those that the encoder has learned from.
 fn fits(encoder: &Encoder, images: &Images, data: &Path) -> Result<()> {
-    let (first, size) = (images.get(0)?, encoder.spec.size);
+    fit_of(encoder, &*images.get(0)?, data);
+    Ok(())
+}
+
+/// The same of one of them.
+fn fit_of(encoder: &Encoder, first: &Image, data: &Path) {
+    let size = encoder.spec.size;
     if 2 * first.height.min(first.width) <= size {
         report::warning(format!(
             "images of {} have {}x{} px and the encoder is for {size} px: they are enlarged, which it has not learned from",
@@ -195,7 +222,6 @@ fn fits(encoder: &Encoder, images: &Images, data: &Path) -> Result<()> {
             first.height
         ));
     }
-    Ok(())
 }
 
 /// Parts data whose images have one label each.
@@ -203,6 +229,12 @@ pub fn labelled(dataset: Dataset, limit: usize) -> Result<Labelled> {
     let root = dataset.root.clone();
     let unlabelled = data::Error::Unlabelled(root.clone());
     let parted = parted(dataset, limit)?;
+    if parted.train.tags().is_some() {
+        let root = root.display();
+        return Err(
+            format!("images of {root} have several classes each; evaluate on them by `byol eval transfer`").into()
+        );
+    }
     if parted.train.labels().is_none() || parted.test.labels().is_none() {
         return Err(unlabelled.into());
     }
@@ -254,7 +286,21 @@ fn parted(dataset: Dataset, limit: usize) -> Result<Labelled> {
             Dataset { train, test: Some(test), ..dataset }
         }
     };
-    let dataset = Dataset { held_out: None, ..dataset }.limit(limit);
+    // Whoever chooses settings holds out a part of the training images, so a split for that is one more of them.
+    let train = match (&dataset.held_out, &dataset.test) {
+        (Some(val), Some(test)) if !val.is_same(test) => match dataset.train.and(val) {
+            Some(both) => {
+                report::note(format!("the {} images of `val` are training images too", val.len()));
+                both
+            }
+            None => {
+                report::note(format!("the {} images of `val` are left out", val.len()));
+                dataset.train.clone()
+            }
+        },
+        _ => dataset.train.clone(),
+    };
+    let dataset = Dataset { train, held_out: None, ..dataset }.limit(limit);
     bar.set_length(dataset.n_images() as u64);
     let dataset = dataset.check(keep_bytes(device::machine().free_mb), &|| bar.inc(1))?;
     bar.finish_and_clear();
@@ -268,6 +314,11 @@ fn parted(dataset: Dataset, limit: usize) -> Result<Labelled> {
     Ok(Labelled { train: dataset.train, test, classes: dataset.classes })
 }
 
+/// The path from the root, where there is such a file; addresses and patterns stay.
+pub fn whole(path: &Path) -> PathBuf {
+    std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned())
+}
+
 /// Representations with a progress bar.
 pub fn features(encoder: &Encoder, images: &Images, what: &str) -> Result<Features> {
     let bar = report::counter(what, images.len() as u64);
@@ -276,6 +327,14 @@ pub fn features(encoder: &Encoder, images: &Images, what: &str) -> Result<Featur
     match features.is_finite() {
         true => Ok(features),
         false => Err("the encoder gives what is no number: its training has diverged; use an earlier one".into()),
+    }
+}
+
+/// Refuses a classifier whose training has broken.
+pub fn must_be_finite(classifier: &Classifier) -> Result<()> {
+    match classifier.is_finite() {
+        true => Ok(()),
+        false => Err("the classifier's weights are no numbers: all of --rates are too high; try lower ones".into()),
     }
 }
 

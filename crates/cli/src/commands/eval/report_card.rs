@@ -46,6 +46,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let random = common.random(&encoder);
     let baseline = args.baseline.as_ref().map(|path| common.flags.on.encoder_again(path, &encoder)).transpose()?;
     let images = images(args)?;
+    super::fits(&encoder, &images, &common.data)?;
     let (policies, size) = match common.run().map(read_plan).transpose()? {
         Some(plan) => ([plan.recipe.views.first, plan.recipe.views.second], plan.recipe.views.size),
         None => ([Policy::default(), Policy::second()], encoder.spec.size),
@@ -83,26 +84,33 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         verdicts.push(format!("in the run, {}", ended.verdict(&began, "where it began")));
     }
     let last = epochs.last();
-    if let Some(health) = last {
-        rows.push(Row::plain("deviation of projections, last healthy epoch of the run", health.projection_std));
-        rows.push(Row::plain("the same if they were spread out", health.projection_std_ideal));
-        rows.push(Row::plain("cosine of projections, last healthy epoch of the run", health.projection_cosine));
+    if let [first, ..] = &epochs[..]
+        && let Some(last) = last
+    {
+        for (health, when) in [(last, "last healthy epoch of the run"), (first, "before the run's first step")] {
+            rows.push(Row::plain(format!("deviation of projections, {when}"), health.projection_std));
+            rows.push(Row::plain(format!("cosine of projections, {when}"), health.projection_cosine));
+        }
+        rows.push(Row::plain("deviation of projections that are spread out", last.projection_std_ideal));
     }
     if !common.flags.on.json {
         let names: Vec<&str> = cards.iter().map(|(name, _)| *name).collect();
         table(&names, cards[0].1.0.figures().map(|(name, ..)| name), &rows);
-        if let Some(h) = last {
+        if let (Some(h), Some(began)) = (last, epochs.first()) {
             out!(
-                "projections, last healthy epoch of the run: deviation {:.4} (spread out {:.4}), cosine {:.3}",
+                "projections, last healthy epoch of the run: deviation {:.4} (spread out {:.4}), cosine {:.3}; before its first step {:.4}, {:.3}",
                 h.projection_std,
                 h.projection_std_ideal,
-                h.projection_cosine
+                h.projection_cosine,
+                began.projection_std,
+                began.projection_cosine
             );
         }
         verdicts.iter().for_each(|verdict| out!("{verdict}"));
     }
-    let settings = serde_json::json!({ "images": images.len(), "baseline": args.baseline, "verdicts": verdicts });
-    common.keep("report", settings, rows)
+    let settings = serde_json::json!({ "images": images.len(), "baseline": args.baseline });
+    common.keep("report", settings, serde_json::json!({ "verdicts": verdicts }), rows)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// A figure a line, an encoder a column; `rows` are those of one encoder after the other. Behind ± half of the 95 % interval.
@@ -127,7 +135,10 @@ fn images(args: &Args) -> Result<Images> {
     let dataset = Dataset::open(&args.common.data)?;
     let dataset = match &dataset.test {
         Some(test) => Dataset { train: test.clone(), held_out: None, test: None, ..dataset },
-        None => Dataset { held_out: None, ..dataset },
+        None => {
+            report::note("no test split: these are images that pretraining on these data has seen");
+            Dataset { held_out: None, ..dataset }
+        }
     };
     let bar = report::counter("checking images", args.limit as u64);
     let dataset = dataset.limit(args.limit).check(keep_bytes(device::machine().free_mb), &|| bar.inc(1))?;

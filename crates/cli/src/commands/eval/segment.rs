@@ -7,11 +7,7 @@ use byol::{
         Image,
         dense::{self, Mask, NO_CLASS, Pair},
     },
-    eval::{
-        metrics::Confusion,
-        rows::Row,
-        segment::{Segmenter, confusions},
-    },
+    eval::{metrics::Confusion, rows::Row, segment::Segmenter},
 };
 
 use super::{
@@ -37,8 +33,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     args.head.check()?;
     let common = &args.common;
     let encoder = common.encoder()?;
-    let mut data = dense::segmentation(&common.data)?;
-    data.train = args.head.limited(data.train);
+    let data = dense::segmentation(&common.data, args.head.limit)?;
+    super::fit_of(&encoder, &data.train[0].image, &common.data);
     let of = |pairs: &[Pair]| -> BTreeSet<usize> {
         let all = pairs.iter().flat_map(|pair| &pair.mask.classes).filter(|class| **class != NO_CLASS);
         all.map(|class| usize::from(*class)).collect()
@@ -50,43 +46,46 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     super::must_be_learnable(&common.data, seen.into_iter(), asked.into_iter(), |class| data.classes[class].clone())?;
     let protocol = args.head.protocol(data.train.iter().map(|pair| &pair.image), common.flags.seed);
     let classes = data.classes.len();
-    report::note(format!("{} training images, {} test images, {classes} classes", data.train.len(), data.test.len()));
+    report::note(format!("{}, {classes} classes", heads::counts(data.train.len(), data.test.len())));
     let mut rows = Vec::new();
-    let mut pictures: Vec<Vec<Mask>> = Vec::new();
+    let mut pictures: Vec<Vec<Option<Mask>>> = Vec::new();
+    let drawn = heads::drawn(data.test.len());
     for (encoder, who) in [(&encoder, ""), (&common.random(&encoder), ", random encoder")] {
         let trained =
             heads::train(protocol.steps, who, |done| Segmenter::train(encoder, &data.train, classes, &protocol, done))?;
-        let predicted = heads::predict(&data.test, |pair| trained.predict(&pair.image));
-        let images = confusions(&predicted, &data.test, classes);
+        let (images, predicted): (Vec<_>, Vec<_>) = heads::predict(&data.test, |i, pair| {
+            let mask = trained.predict(&pair.image);
+            let confusion = Confusion::of(&mask.classes, &pair.mask.classes, classes);
+            (confusion, drawn.contains(&i).then_some(mask))
+        });
         let total = |at: &[usize]| {
             let mut sum = Confusion::new(classes);
             at.iter().for_each(|i| sum.merge(&images[*i]));
             sum
         };
-        let n = images.len();
-        rows.push(Row::share(format!("mean IoU{who}"), n, common.flags.seed, |at| total(at).mean_iou()));
-        rows.push(Row::share(format!("pixel accuracy{who}"), n, common.flags.seed, |at| total(at).pixel_accuracy()));
-        let whole = total(&(0..n).collect::<Vec<_>>());
-        for (name, iou) in data.classes.iter().zip(whole.iou()) {
-            // A class that no test image has and nobody predicts has no IoU.
-            if iou.is_some() {
-                let class = data.classes.iter().position(|c| c == name).expect("its own name");
-                // A draw of images may have none of a rare class.
-                let of = |at: &[usize]| total(at).iou()[class].unwrap_or(f64::NAN);
-                rows.push(Row::share(format!("IoU {name}{who}"), n, common.flags.seed, of));
-            }
-        }
+        let names = ["mean IoU", "pixel accuracy"].map(str::to_owned).into_iter();
+        let names = names.chain(data.classes.iter().map(|class| format!("IoU {class}")));
+        let figures = |at: &[usize]| {
+            let sum = total(at);
+            // A draw of images may have none of a rare class.
+            let of_classes = sum.iou().into_iter().map(|iou| iou.unwrap_or(f64::NAN));
+            [sum.mean_iou(), sum.pixel_accuracy()].into_iter().chain(of_classes).collect()
+        };
+        let names = names.map(|name| format!("{name}{who}")).collect();
+        let all = Row::shares(names, images.len(), common.flags.seed, figures);
+        // A class that no test image has and nobody predicts has no IoU.
+        rows.extend(all.into_iter().filter(|row| !row.value.is_nan()));
         pictures.push(predicted);
     }
     let shown = |i: usize| {
-        let masks = std::iter::once(&data.test[i].mask).chain(pictures.iter().map(|of| &of[i]));
+        let masks = std::iter::once(&data.test[i].mask).chain(pictures.iter().filter_map(|of| of[i].as_ref()));
         std::iter::once(data.test[i].image.clone()).chain(masks.map(coloured)).collect()
     };
     let name = if args.head.frozen { "segment-frozen" } else { "segment" };
-    common.draw(args.head.picture.as_ref(), &format!("{name}.png"), &heads::picture(data.test.len(), shown))?;
+    let picture = heads::picture(&drawn, shown);
     let more = serde_json::json!({ "classes": data.classes });
     let settings = args.head.settings(&protocol, data.train.len(), data.test.len(), more);
-    common.finish(name, settings, rows)
+    common.finish_drawn(name, settings, rows, args.head.picture.as_deref(), &picture)
 }
 
 /// A colour a class; black where there is none.

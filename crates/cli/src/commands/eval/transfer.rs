@@ -1,16 +1,22 @@
 //! `byol eval transfer ENCODER DATA…`
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use byol::{
-    data::{Dataset, Images},
+    data::Dataset,
     eval::{
         finetune,
+        measure::{Judged, Measure, Truth},
         rows::Row,
-        transfer::{self, Measure, Truth},
+        transfer,
     },
     nn::Encoder,
 };
+
+use serde_json::{Value, json};
 
 use super::{Common, Flags, features};
 use crate::report::{self, Result};
@@ -43,33 +49,30 @@ pub struct Args {
     flags: Flags,
 }
 
-/// One class each, or several.
-fn truth(images: &Images) -> Option<Truth<'_>> {
-    images.labels().map(Truth::One).or_else(|| images.tags().map(Truth::Several))
-}
-
 /// Each class of each image.
 fn classes_of(truth: Truth<'_>) -> impl Iterator<Item = usize> + '_ {
-    let (one, several) = match truth {
-        Truth::One(labels) => (labels, &[][..]),
-        Truth::Several(tags) => (&[][..], tags),
-    };
-    one.iter().chain(several.iter().flatten()).copied()
+    (0..truth.len()).flat_map(move |i| truth.classes(i)).copied()
 }
 
 pub fn run(args: &Args) -> Result<ExitCode> {
     if args.epochs == 0 {
         return Err("--epochs must be at least 1".into());
     }
-    let data = args.data.iter().map(|d| d.display().to_string()).collect::<Vec<_>>().join(" ").into();
+    let data = args.data.iter().map(|d| super::whole(d).display().to_string()).collect::<Vec<_>>().join(" ").into();
     let common = Common { encoder: args.encoder.clone(), data, flags: args.flags.clone() };
     let encoders = common.encoders(args.with_random)?;
     let mut rows = Vec::new();
-    let mut sets = Vec::new();
+    let (mut sets, mut chosen) = (Vec::new(), Vec::new());
+    let last =
+        |path: &Path| path.file_name().map_or_else(|| path.display().to_string(), |n| n.to_string_lossy().into_owned());
     for path in &args.data {
-        let name = path.file_name().map_or_else(|| path.display().to_string(), |n| n.to_string_lossy().into_owned());
+        // Two folders of one name are told apart by their paths.
+        let name = match args.data.iter().filter(|other| last(other) == last(path)).count() {
+            1 => last(path),
+            _ => path.display().to_string(),
+        };
         let data = super::parted(Dataset::open(path)?, args.limit)?;
-        let (of_train, of_test) = match (truth(&data.train), truth(&data.test)) {
+        let (of_train, of_test) = match (Truth::of(&data.train), Truth::of(&data.test)) {
             (Some(train), Some(test)) => (train, test),
             _ => return Err(byol::data::Error::Unlabelled(path.clone()).into()),
         };
@@ -77,30 +80,40 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         super::must_be_learnable(path, classes_of(of_train), classes_of(of_test), |c| data.classes[c].clone())?;
         let (classes, n) = (data.classes.len(), data.test.len());
         let measure = Measure::of(&name, matches!(of_test, Truth::Several(_)));
-        sets.push(serde_json::json!({ "data": path, "measure": measure.name(), "train_images": data.train.len(), "test_images": n }));
+        sets.push(
+            json!({ "data": path, "measure": measure.name(), "train_images": data.train.len(), "test_images": n }),
+        );
         let mut add = |how: &str, scores: &[f64]| {
-            let value = |at: &[usize]| transfer::value(measure, scores, of_test, classes, at);
-            rows.push(Row::share(format!("{name}, {how}, {}", measure.name()), n, args.flags.seed, value));
+            let judged = Judged::new(measure, scores, of_test, classes);
+            let name = format!("{name}, {how}, {}", measure.name());
+            rows.push(Row::share(name, n, args.flags.seed, |at| judged.value(at)));
         };
         for (encoder, who) in &encoders {
             let (x, test) = (features(encoder, &data.train, &name)?, features(encoder, &data.test, &name)?);
-            add(&format!("linear{who}"), &transfer::scores(&x, of_train, &test, classes, args.flags.seed));
-            match of_train {
-                Truth::One(_) if args.finetune => {
-                    add(&format!("fine-tuned{who}"), &tuned(args, encoder, &data, &name)?)
-                }
-                Truth::Several(_) if args.finetune => {
-                    report::warning(format!("{name}: images of several classes are not fine-tuned, only read out"));
-                }
-                _ => {}
+            let found = transfer::linear(&x, of_train, &test, classes, measure, args.flags.seed);
+            add(&format!("linear{who}"), &found.scores);
+            chosen.push(json!({ "what": format!("{name}, linear{who}"), "l2": found.l2 }));
+            if args.finetune {
+                let (scores, setting) = tuned(args, encoder, &data, measure, &name)?;
+                add(&format!("fine-tuned{who}"), &scores);
+                chosen.push(json!({ "what": format!("{name}, fine-tuned{who}"), "setting": setting }));
             }
         }
     }
-    common.finish("transfer", serde_json::json!({ "sets": sets, "finetune": args.finetune, "epochs": args.epochs, "with_random": args.with_random }), rows)
+    let settings = json!({
+        "sets": sets, "finetune": args.finetune, "epochs": args.epochs, "with_random": args.with_random,
+    });
+    common.finish("transfer", settings, json!({ "chosen": chosen }), rows)
 }
 
 /// Scores of the test images after fine-tuning.
-fn tuned(args: &Args, encoder: &Encoder, data: &super::Labelled, name: &str) -> Result<Vec<f64>> {
+fn tuned(
+    args: &Args,
+    encoder: &Encoder,
+    data: &super::Labelled,
+    measure: Measure,
+    name: &str,
+) -> Result<(Vec<f64>, Value)> {
     let protocol = finetune::Protocol {
         epochs: vec![args.epochs],
         batch: 256,
@@ -109,7 +122,9 @@ fn tuned(args: &Args, encoder: &Encoder, data: &super::Labelled, name: &str) -> 
     };
     let bar =
         report::counter(&format!("fine-tuning, {name}"), finetune::images_seen(data.train.len(), &protocol) as u64);
-    let found = finetune::choose(encoder, &data.train, data.classes.len(), &protocol, |n| bar.inc(n as u64))?;
+    let found = finetune::choose(encoder, &data.train, data.classes.len(), measure, &protocol, |n| bar.inc(n as u64))?;
     bar.finish_and_clear();
-    Ok(found.classifier.scores(&features(&found.encoder, &data.test, name)?))
+    super::must_be_finite(&found.classifier)?;
+    let setting = json!({ "rate": found.rate, "epochs": found.epochs, "held_out": found.held_out });
+    Ok((found.classifier.scores(&features(&found.encoder, &data.test, name)?), setting))
 }

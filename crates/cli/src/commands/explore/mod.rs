@@ -81,7 +81,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let address = listener.local_addr()?;
     if let Some(missing) = state.first_without_image() {
         report::warning(format!(
-            "{missing} is not to be found below the data's folder; such images have no picture here: embed them again where they are now"
+            "{missing} is not to be found below the data's folder; such images have no picture here. If they were moved, embed them again where they are now; links to files outside of that folder are not followed"
         ));
     }
     report::note(format!("open http://{address} in a browser; Ctrl-C ends it"));
