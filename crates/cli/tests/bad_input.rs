@@ -176,10 +176,25 @@ fn an_instruction_set_that_is_not_there() {
 }
 
 #[test]
+fn help_says_what_a_command_reads_and_does() {
+    for (command, words) in [
+        (&["pretrain"][..], "class subfolders are labels"),
+        (&["eval", "linear"], "chosen on a tenth of the training images"),
+        (&["embed"], "FILE.partial-rows"),
+        (&["explore"], "nothing is fetched from a network"),
+    ] {
+        let output = ok(&[command, &["--help"]].concat());
+        let text = String::from_utf8_lossy(&output.stdout).split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(text.contains(words), "{command:?}: {text}");
+    }
+}
+
+#[test]
 fn views_and_devices() {
     let folder = tempfile::tempdir().unwrap();
     let (data, sheet) = (folder.path().join("data"), folder.path().join("sheet.png"));
     pictures(&data, 6);
+    refused(&["views", text(&data), "-o", "sheet.jpg"], &["sheet.jpg is not named .png"]);
     ok(&["views", text(&data), "-o", text(&sheet), "--count", "3"]);
     let picture = image::open(&sheet).unwrap();
     assert_eq!((picture.width(), picture.height()), (5 * 168 + 8, 3 * 168 + 8));
@@ -219,6 +234,14 @@ fn masks_that_do_not_go_with_their_images() {
     refused(&segment, &["all of one class"]);
     mask(5, 1);
     refused(&segment, &["has test images but no training image"]);
+    // Two images of one name; a class that is none, in the middle of the list.
+    image::RgbImage::new(48, 40).save(scenes.join("images/02.bmp")).unwrap();
+    refused(&segment, &["02.bmp and", "02.png have the same name"]);
+    fs::remove_file(scenes.join("images/02.bmp")).unwrap();
+    fs::write(scenes.join("classes.txt"), "sky\nvoid\nroad\n").unwrap();
+    refused(&segment, &["no pixel of the test masks"]);
+    mask(5, 2);
+    refused(&segment, &["class `road`", "no training image"]);
     // Depth.
     let depth = |data: &Path, word: &str| {
         refused(&["eval", "depth", text(&out), text(data), "--device", "cpu", "--steps", "1"], &[word]);

@@ -45,8 +45,8 @@ fn a_run_leaves_an_encoder_that_can_be_evaluated_and_is_not_changed_by_it() {
         ("linear", &["--epochs", "2", "--batch", "16", "--with-random"], 2),
         ("linear", &["--fast"], 1),
         ("finetune", &["--labels", "50%", "--epochs", "1", "--rates", "0.05,0.1", "--frozen", "--from-scratch"], 3),
-        ("report", &["--limit", "20", "--baseline", text(&out)], 27),
-        ("transfer", &[text(&tagged), "--finetune", "--epochs", "1"], 3),
+        ("report", &["--limit", "20", "--baseline", text(&out)], 29),
+        ("transfer", &[text(&tagged), "--finetune", "--epochs", "1"], 4),
     ] {
         let table = json(&ok(&[&["eval", what, text(&out), text(&data)], &run[..], flags].concat()));
         let figures = table["rows"].as_array().unwrap();
@@ -63,6 +63,45 @@ fn a_run_leaves_an_encoder_that_can_be_evaluated_and_is_not_changed_by_it() {
         assert_eq!(kept, table, "kept in the run");
         assert_eq!(before, bytes(&out), "evaluation never changes an encoder");
     }
+    // The same again takes the place of what was kept, however the run is called and whatever is found.
+    let kept = || fs::read_dir(out.join("eval")).unwrap().count();
+    let (before, file) = (kept(), out.join("encoder.safetensors"));
+    ok(&[&["eval", "linear", text(&file), text(&data.join("../data")), "--fast"], &run[1..]].concat());
+    assert_eq!(kept(), before);
+    refused(
+        &["eval", "linear", text(&out), text(&tagged), "--device", "cpu"],
+        &["several classes each", "eval transfer"],
+    );
+    refused(
+        &[
+            "eval",
+            "finetune",
+            text(&out),
+            text(&data),
+            "--labels",
+            "100%",
+            "--device",
+            "cpu",
+            "--epochs",
+            "3",
+            "--rates",
+            "1e42",
+        ],
+        &["no numbers", "--rates"],
+    );
+}
+
+#[test]
+fn a_split_to_choose_by_is_trained_on_where_there_is_one_to_test_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, out) = (folder.path().join("data"), folder.path().join("run"));
+    for (split, n) in [("train", 20), ("val", 8), ("test", 6)] {
+        pictures(&data.join(split), n);
+    }
+    ok(&pretrain(&data, &out, &["--epochs", "2"]));
+    let table = json(&ok(&["eval", "knn", text(&out), text(&data), "--json", "--device", "cpu"]));
+    let counts = ["train_images", "test_images"].map(|key| table["settings"][key].as_u64().unwrap());
+    assert_eq!(counts, [28, 6]);
 }
 
 #[test]
@@ -194,7 +233,7 @@ fn a_diverging_run_stops_names_the_step_and_keeps_the_last_good_checkpoint() {
     let folder = tempfile::tempdir().unwrap();
     let (data, out) = (folder.path().join("data"), folder.path().join("run"));
     pictures(&data, 40);
-    let args = pretrain(&data, &out, &["--optimizer", "sgd", "--lr", "1e30", "--set", "health.images=0"]);
+    let args = pretrain(&data, &out, &["--optimizer", "sgd", "--lr", "1e39", "--set", "health.images=0"]);
     refused(&args, &["the loss is", "at step", "last good checkpoint", "checkpoints/step-"]);
     assert!(fs::read_dir(out.join("checkpoints")).unwrap().count() >= 1);
 }
@@ -304,7 +343,7 @@ fn a_run_that_fails_stops_or_goes_back() {
     let data = folder.path().join("data");
     pictures(&data, 40);
     // Weights of any size give numbers that break at once.
-    let broken = ["--lr", "1e30", "--optimizer", "sgd", "--epochs", "4", "--warmup-epochs", "1"];
+    let broken = ["--lr", "1e39", "--optimizer", "sgd", "--epochs", "4", "--warmup-epochs", "1"];
     let stopped = folder.path().join("stopped");
     let text = refused(&pretrain(&data, &stopped, &broken), &["diverged", "--on-collapse rollback"]);
     assert!(text.contains("step"), "{text}");
