@@ -15,7 +15,10 @@ pub use plan::Plan;
 pub use recipe::Recipe;
 pub use run::{Event, Outcome, Place, Prepared, Run};
 
-use std::{io, path::PathBuf};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
 
 /// What can go wrong in a run.
 #[derive(Debug, thiserror::Error)]
@@ -36,11 +39,7 @@ pub enum Error {
     #[error(transparent)]
     Device(#[from] crate::device::Error),
     /// The batch needs more images than there are.
-    #[error(
-        "batch {batch} is larger than the data: {images} training images in {}; {}",
-        root.display(),
-        if *images < 2 { "give at least two".into() } else { format!("use --batch {images} or less, or add images") }
-    )]
+    #[error("{}", too_few(*batch, *images, root))]
     BatchTooLarge {
         /// Images an update.
         batch: usize,
@@ -164,6 +163,16 @@ pub enum Error {
         /// Where to go back to.
         kept: String,
     },
+}
+
+fn too_few(batch: usize, images: usize, root: &Path) -> String {
+    let root = root.display();
+    match images {
+        0 | 1 => format!("{root} has too few training images ({images}); give at least two"),
+        n => format!(
+            "batch {batch} is larger than the data: {n} training images in {root}; use --batch {n} or less, or add images"
+        ),
+    }
 }
 
 impl Error {

@@ -300,7 +300,7 @@ fn train(mut run: Run, json: bool, stop: &AtomicBool, joined: &ranks::Joined) ->
     if json && joined.ranks.leads() {
         let spent = joined.ranks.spent();
         let result = serde_json::json!({
-            "run": report::shown(&folder), "encoder": report::shown(&encoder), "finished": finished, "steps": run.byol.k,
+            "run": report::shown(folder), "encoder": report::shown(&encoder), "finished": finished, "steps": run.byol.k,
             "total_steps": run.plan.schedule.total, "knn_before": first_knn, "last_epoch": last,
             "ranks": joined.ranks.count(), "seconds": began.elapsed().as_secs_f64(),
             "exchange": { "messages": spent.messages, "bytes": spent.bytes, "seconds": spent.seconds },
