@@ -374,6 +374,11 @@ impl Images {
         source && self.chosen == other.chosen
     }
 
+    /// Whether both have labels, or tags, or neither.
+    pub fn is_labelled_as(&self, other: &Images) -> bool {
+        (self.labels.is_some(), self.tags.is_some()) == (other.labels.is_some(), other.tags.is_some())
+    }
+
     /// These and then others of the same form, looked at by nobody yet; none for shards.
     pub fn and(&self, other: &Images) -> Option<Images> {
         fn of<T: Clone>(images: &Images, all: &[T]) -> impl Iterator<Item = T> {

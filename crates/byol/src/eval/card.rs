@@ -203,8 +203,8 @@ impl Card {
         ]
     }
 
-    /// One number to compare encoders by, higher is better: how many neighbours a view keeps. Of all figures it agrees best with labels on the
-    /// encoders of docs/results.md. 0 of a collapsed encoder, to which all images are neighbours alike.
+    /// One number to compare encoders by, higher is better: how many neighbours a view keeps. Of all figures it agrees best with labels on
+    /// the seven encoders of docs/results.md, and no worse than others on the epochs of its runs. 0 of a collapsed encoder, to which all images are neighbours alike.
     pub fn score(&self) -> f64 {
         if self.is_collapsed() { 0.0 } else { self.consistency }
     }

@@ -18,15 +18,17 @@ impl Measure {
     /// The custom for a data set of this name: Aircraft, Pets, Caltech and Flowers are scored by the mean over their classes.
     pub fn of(name: &str, several: bool) -> Measure {
         let name = name.to_lowercase();
-        let words = name.split(|c: char| !c.is_alphanumeric());
-        // `flowers102`, `caltech101`; but carpets are no pets.
-        let mut per_class = words.map(|word| {
-            ["aircraft", "caltech", "flowers"].iter().any(|start| word.starts_with(start))
-                || ["pet", "pets", "oxfordpets"].contains(&word)
-        });
+        let part = |part: &&str| name.contains(*part);
+        // `OxfordIIITPet`, `oxford_pets`; but carpets are no pets.
+        let pets = |word: &str| {
+            let word = word.strip_suffix('s').unwrap_or(word);
+            word == "pet" || word.ends_with("iiitpet") || word == "oxfordpet"
+        };
+        let per_class = ["aircraft", "flowers", "caltech101", "caltech-101", "caltech_101"].iter().any(part)
+            || name.split(|c: char| !c.is_alphanumeric()).any(pets);
         match several {
             true => Measure::Map11,
-            false if per_class.any(|so| so) => Measure::MeanPerClass,
+            false if per_class => Measure::MeanPerClass,
             false => Measure::Top1,
         }
     }
@@ -133,10 +135,21 @@ mod tests {
 
     #[test]
     fn customs() {
-        for name in ["FGVC-Aircraft", "pets", "oxford-iiit-pet", "caltech101", "Caltech-101", "flowers_102"] {
+        for name in [
+            "FGVC-Aircraft",
+            "FGVCAircraft",
+            "pets",
+            "oxford-iiit-pet",
+            "OxfordIIITPet",
+            "oxford_pets",
+            "caltech101",
+            "Caltech-101",
+            "flowers_102",
+            "102flowers",
+        ] {
             assert_eq!(Measure::of(name, false), Measure::MeanPerClass, "{name}");
         }
-        for name in ["cifar10", "carpets", "petrol", "food"] {
+        for name in ["cifar10", "carpets", "petrol", "food", "caltech_birds2011"] {
             assert_eq!(Measure::of(name, false), Measure::Top1, "{name}");
         }
         assert_eq!(Measure::of("voc2007", true), Measure::Map11);

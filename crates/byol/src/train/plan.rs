@@ -233,7 +233,9 @@ impl Plan {
     /// [`Error::BadPlan`].
     pub fn parse(text: &str, path: &Path) -> Result<Plan, Error> {
         let bad = |reason: String| Error::BadPlan { path: path.to_owned(), reason };
-        let plan: Plan = toml::from_str(text).map_err(|e| bad(e.message().to_owned()))?;
+        let mut plan: Plan = toml::from_str(text).map_err(|e| bad(e.message().to_owned()))?;
+        // A plan of an earlier version has the one and not the other.
+        plan.encoder.eps = plan.recipe.norm.eps;
         plan.recipe.check()?;
         plan.encoder.check().map_err(bad)?;
         if plan.images == 0 || plan.recipe.train.batch > plan.images || plan.schedule.total == 0 {

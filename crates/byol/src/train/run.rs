@@ -430,7 +430,11 @@ impl Run {
         let loader = self.loader();
         let mut saved = Instant::now();
         while self.byol.k < total {
-            let mut stepped = self.step(&loader, tell);
+            let mut stepped = match self.step(&loader, tell) {
+                // Of this rank alone: the others are where they do not hear of it.
+                Err(e) if !e.is_of_all_ranks() => return Err(e),
+                stepped => stepped,
+            };
             let k = self.byol.k;
             let [before, epochs] = [k - 1, k].map(|k| self.plan.epochs_done(k));
             let config = &self.plan.recipe.checkpoint;

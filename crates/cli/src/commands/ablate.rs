@@ -177,8 +177,7 @@ fn one(shared: &Shared, variant: &Variant, folder: &Path, stop: &AtomicBool) -> 
         Ended::Whole => "",
         Ended::Failed => " (failed: its last checkpoint)",
     };
-    let rows = measure(shared, folder)?;
-    Ok(Some(rows.into_iter().map(|row| Row { name: format!("{}{failed}", row.name), ..row }).collect()))
+    Ok(Some(measure(shared, folder, failed)?))
 }
 
 /// How a run of a study ended.
@@ -206,10 +205,11 @@ fn learn(mut run: Run, stop: &AtomicBool) -> Result<Ended> {
     }
 }
 
-/// The figures of a run, which are kept in its folder.
-fn measure(shared: &Shared, folder: &Path) -> Result<Vec<Row>> {
+/// The figures of a run, which are kept in its folder; `failed` is put behind their names.
+fn measure(shared: &Shared, folder: &Path, failed: &str) -> Result<Vec<Row>> {
     let encoder = weights::load(folder, &shared.opened.device)?;
     let (rows, found) = read_out(shared, &encoder)?;
+    let rows: Vec<Row> = rows.into_iter().map(|row| Row { name: format!("{}{failed}", row.name), ..row }).collect();
     let table = Table {
         evaluation: "linear-fast".into(),
         encoder: "encoder.safetensors".into(),

@@ -299,8 +299,12 @@ pub fn describe(plan: &Plan, device: &str, threads: usize, out: &Path) {
     ));
     if (1..FEWEST).contains(&plan.held_out) && r.health.on_collapse != OnCollapse::GoOn {
         report::warning(format!(
-            "only {} watched: too few to tell a collapse by, so none is looked for; put at least {FEWEST} images into `val`",
-            if plan.held_out == 1 { "one image is".into() } else { format!("{} images are", plan.held_out) }
+            "only {} images are watched: too few to tell a collapse by, so none is looked for; {}",
+            plan.held_out,
+            match r.health.images < FEWEST {
+                true => format!("set health.images to at least {FEWEST}"),
+                false => format!("put at least {FEWEST} images into `val`"),
+            }
         ));
     }
 }

@@ -109,7 +109,7 @@ fn tuned(args: &Args, start: &Encoder, data: &Labelled, what: &str) -> Result<(V
     let found =
         finetune::choose(start, &data.train, data.classes.len(), Measure::Top1, &protocol, |n| bar.inc(n as u64))?;
     bar.finish_and_clear();
-    super::must_be_finite(&found.classifier)?;
+    super::must_be_finite(&found.classifier, super::LOWER_RATES)?;
     let test = features(&found.encoder, &data.test, "embedding test images")?;
     let setting = serde_json::json!({ "rate": found.rate, "epochs": found.epochs, "held_out": found.held_out });
     Ok((found.classifier.scores(&test), setting))

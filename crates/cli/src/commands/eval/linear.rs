@@ -73,7 +73,7 @@ fn paper(args: &Args, encoder: &Encoder, data: &Labelled) -> Result<(logistic::C
     let bar = report::counter("training the classifier", linear::images_seen(data.train.len(), &protocol) as u64);
     let found = linear::train(encoder, &data.train, data.classes.len(), &protocol, |n| bar.inc(n as u64))?;
     bar.finish_and_clear();
-    super::must_be_finite(&found.classifier)?;
+    super::must_be_finite(&found.classifier, super::LOWER_RATES)?;
     Ok((found.classifier, serde_json::json!({ "rate": found.rate, "held_out": found.held_out })))
 }
 

@@ -288,16 +288,13 @@ fn parted(dataset: Dataset, limit: usize) -> Result<Labelled> {
     };
     // Whoever chooses settings holds out a part of the training images, so a split for that is one more of them.
     let train = match (&dataset.held_out, &dataset.test) {
-        (Some(val), Some(test)) if !val.is_same(test) => match dataset.train.and(val) {
-            Some(both) => {
-                report::note(format!("the {} images of `val` are training images too", val.len()));
-                both
-            }
-            None => {
-                report::note(format!("the {} images of `val` are left out", val.len()));
-                dataset.train.clone()
-            }
-        },
+        (Some(val), Some(test)) if !val.is_same(test) => {
+            let alike = dataset.train.is_labelled_as(val);
+            let both = alike.then(|| dataset.train.and(val)).flatten();
+            let what = if both.is_some() { "training images too" } else { "left out" };
+            report::note(format!("of `val` {} {what}", report::counted_noun(val.len(), "image")));
+            both.unwrap_or_else(|| dataset.train.clone())
+        }
         _ => dataset.train.clone(),
     };
     let dataset = Dataset { train, held_out: None, ..dataset }.limit(limit);
@@ -330,13 +327,16 @@ pub fn features(encoder: &Encoder, images: &Images, what: &str) -> Result<Featur
     }
 }
 
-/// Refuses a classifier whose training has broken.
-pub fn must_be_finite(classifier: &Classifier) -> Result<()> {
+/// Refuses a classifier whose training has broken; `remedy` is what to do then.
+pub fn must_be_finite(classifier: &Classifier, remedy: &str) -> Result<()> {
     match classifier.is_finite() {
         true => Ok(()),
-        false => Err("the classifier's weights are no numbers: all of --rates are too high; try lower ones".into()),
+        false => Err(format!("the classifier's weights are no numbers any more; {remedy}").into()),
     }
 }
+
+/// Where rates are a flag.
+pub const LOWER_RATES: &str = "all of --rates are too high, try lower ones";
 
 /// The labels of images that were checked to have some.
 pub fn labels(images: &Images) -> &[usize] {

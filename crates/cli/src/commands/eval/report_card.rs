@@ -108,7 +108,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         }
         verdicts.iter().for_each(|verdict| out!("{verdict}"));
     }
-    let settings = serde_json::json!({ "images": images.len(), "baseline": args.baseline });
+    let settings = serde_json::json!({ "images": images.len(), "baseline": args.baseline.as_ref().map(|path| report::shown(&super::whole(path))) });
     common.keep("report", settings, serde_json::json!({ "verdicts": verdicts }), rows)?;
     Ok(ExitCode::SUCCESS)
 }

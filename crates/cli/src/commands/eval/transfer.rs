@@ -81,7 +81,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         let (classes, n) = (data.classes.len(), data.test.len());
         let measure = Measure::of(&name, matches!(of_test, Truth::Several(_)));
         sets.push(
-            json!({ "data": path, "measure": measure.name(), "train_images": data.train.len(), "test_images": n }),
+            json!({ "data": report::shown(&super::whole(path)), "measure": measure.name(), "train_images": data.train.len(), "test_images": n }),
         );
         let mut add = |how: &str, scores: &[f64]| {
             let judged = Judged::new(measure, scores, of_test, classes);
@@ -124,7 +124,7 @@ fn tuned(
         report::counter(&format!("fine-tuning, {name}"), finetune::images_seen(data.train.len(), &protocol) as u64);
     let found = finetune::choose(encoder, &data.train, data.classes.len(), measure, &protocol, |n| bar.inc(n as u64))?;
     bar.finish_and_clear();
-    super::must_be_finite(&found.classifier)?;
+    super::must_be_finite(&found.classifier, "leave --finetune out for this encoder")?;
     let setting = json!({ "rate": found.rate, "epochs": found.epochs, "held_out": found.held_out });
     Ok((found.classifier.scores(&features(&found.encoder, &data.test, name)?), setting))
 }
