@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicBool;
 use burn::tensor::Device;
 use byol::{
     byol::Gradient,
-    data::{Loader, prefetch::Request, synthetic},
+    data::{Dataset, Loader, prefetch::Request, synthetic},
     train::{
         Error, Event, Outcome, Place, Plan, Prepared, Recipe, Run,
         checkpoint::{self, plan_hash},
@@ -174,6 +174,27 @@ fn weights_that_are_no_numbers_are_not_written_down() {
     assert!(matches!(failed, Err(Error::Diverged { what: "norm of the weights", step: 1, .. })), "{failed:?}");
     let all = checkpoint::list(&folder.join("checkpoints"));
     assert!(all.len() == 1 && all[0].ends_with("step-0000000000"), "{all:?}");
+}
+
+#[test]
+fn images_that_go_missing_before_the_first_step_are_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let images = folder.path().join("images");
+    std::fs::create_dir(&images).unwrap();
+    for (i, image) in (0..40).map(|i| (i, synthetic::scene(1, i, 16, 16).0)) {
+        let picture = image::RgbImage::from_raw(16, 16, image.pixels).unwrap();
+        picture.save(images.join(format!("{i}.png"))).unwrap();
+    }
+    let mut draft = Draft::from_text("guard", RECIPE).unwrap();
+    draft.set("health.images=0").unwrap();
+    let recipe = draft.over(&Recipe::default()).unwrap();
+    let data = Prepared::new(Dataset::open(&images).unwrap(), 0, &recipe.health, 0, &|_| ()).unwrap();
+    let plan = Plan::new("guard", recipe, &data, "cpu").unwrap();
+    let run = folder.path().join("run");
+    let mut run = Run::create(&run, plan, &data, Place::alone(Device::flex(), 2), false).unwrap();
+    std::fs::remove_dir_all(&images).unwrap();
+    let failed = run.go(&AtomicBool::new(false), |_| ());
+    assert!(matches!(failed, Err(Error::Data(_))), "{failed:?}");
 }
 
 #[test]
