@@ -14,7 +14,7 @@ pub mod shards;
 pub mod synthetic;
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeMap, HashSet},
     io,
     path::{Path, PathBuf},
     sync::{
@@ -26,6 +26,7 @@ use std::{
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
+use crate::random::{self, Domain};
 pub use decode::DecodeError;
 pub use order::Order;
 pub use prefetch::{Loader, MicroBatch};
@@ -403,15 +404,22 @@ impl Images {
         if n == 0 || n >= all { self.clone() } else { self.subset(&(0..n).map(|i| i * all / n).collect::<Vec<_>>()) }
     }
 
+    /// `n` images, one at random of each of as many stretches of this order; all where `n` is 0 or not fewer than there are. Of a regular order,
+    /// such as classes in turn, an even spread would take one kind alone.
+    pub fn some(&self, n: usize) -> Images {
+        let all = self.len();
+        if n == 0 || n >= all { self.clone() } else { self.subset(&one_of_each_stretch(all, n)) }
+    }
+
     /// About `n` images that can be used, all where `n` is 0, for a read-out while a run goes on: evenly spread; of shards among the first, so that the others need
     /// not be opened for them.
     pub fn sample(&self, n: usize) -> Images {
         match self.source {
-            Source::Files(_) | Source::Memory(_) => self.spread(n),
+            Source::Files(_) | Source::Memory(_) => self.some(n),
             Source::Shards(_) => {
                 let near = if n == 0 { self.len() } else { self.len().min(NEAR * n) };
                 let first: Vec<usize> = (0..near).collect();
-                self.subset(&first).spread(n).check(0, &|| ()).0
+                self.subset(&first).some(n).check(0, &|| ()).0
             }
         }
     }
@@ -424,17 +432,31 @@ impl Images {
         }
     }
 
-    /// Takes `n` evenly spread images out: `(the others, the n)`.
+    /// Takes `n` images out, one at random of each of as many stretches: `(the others, the n)`. The same of the same number of images.
     pub fn hold_out(&self, n: usize) -> (Images, Images) {
         // Of shards from the first of them, so that the others need not be opened for a few images.
         let near = matches!(self.source, Source::Shards(_)).then_some(NEAR * n);
         let all = self.len().min(near.unwrap_or(usize::MAX));
-        // The middle of each stretch, so that the first image of a class folder is not always the one.
-        let out: Vec<usize> = (0..n).map(|i| (2 * i + 1) * all / (2 * n)).collect();
+        let out = one_of_each_stretch(all, n);
         let mut is_out = vec![false; self.len()];
         out.iter().for_each(|p| is_out[*p] = true);
         let rest: Vec<usize> = (0..self.len()).filter(|p| !is_out[*p]).collect();
         (self.subset(&rest), self.subset(&out))
+    }
+
+    /// Takes about a share of 1 / `of` out to test on, of each class where there are labels, so that none is without images to train on:
+    /// `(the others, those)`.
+    pub fn hold_out_to_test(&self, of: usize) -> (Images, Images) {
+        let Some(labels) = &self.labels else { return self.hold_out(self.len().div_ceil(of)) };
+        let mut classes: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        labels.iter().enumerate().for_each(|(i, class)| classes.entry(*class).or_default().push(i));
+        let mut is_out = vec![false; self.len()];
+        for positions in classes.values() {
+            let n = (positions.len() / of).max(usize::from(positions.len() > 1));
+            one_of_each_stretch(positions.len(), n).into_iter().for_each(|at| is_out[positions[at]] = true);
+        }
+        let where_so = |so: bool| self.subset(&(0..self.len()).filter(|i| is_out[*i] == so).collect::<Vec<_>>());
+        (where_so(false), where_so(true))
     }
 
     /// A hash of names, sizes on disk and order: the same images in the same order give the same.
@@ -588,6 +610,16 @@ impl Dataset {
     }
 }
 
+/// A position at random of each of `n` equal stretches of `all`, which are no fewer.
+fn one_of_each_stretch(all: usize, n: usize) -> Vec<usize> {
+    let mut rng = random::stream(&[Domain::Split as u64, all as u64, n as u64]);
+    let one = |i: usize| {
+        let (from, to) = (i * all / n, (i + 1) * all / n);
+        from + random::below(&mut rng, to - from)
+    };
+    (0..n).map(one).collect()
+}
+
 /// A folder's entries, sorted by name, so that the order does not depend on the file system.
 fn list(folder: &Path) -> Result<Vec<PathBuf>, Error> {
     let read = |source| Error::Read { path: folder.to_owned(), source };
@@ -617,17 +649,39 @@ mod tests {
 
     #[test]
     fn two_lots_of_images_are_one() {
-        let (a, b) = numbered(10).hold_out(3);
-        assert!(a.is_same(&a.clone()) && !a.is_same(&b) && !a.is_same(&numbered(7)));
+        let (a, b) = (numbered(10).subset(&[0, 2, 3]), numbered(10).subset(&[9, 1]));
+        assert!(a.is_same(&a.clone()) && !a.is_same(&b) && !a.is_same(&numbered(3)));
         let both = b.and(&a).unwrap();
-        assert_eq!(both.labels().unwrap(), [1, 5, 8, 0, 2, 3, 4, 6, 7, 9]);
-        assert_eq!(both.get(3).unwrap().pixels, [0]);
+        assert_eq!(both.labels().unwrap(), [9, 1, 0, 2, 3]);
+        assert_eq!(both.get(3).unwrap().pixels, [2]);
     }
 
     #[test]
     fn hold_out_parts_the_images() {
         let (rest, out) = numbered(10).hold_out(3);
-        assert_eq!(out.labels().unwrap(), [1, 5, 8]);
-        assert_eq!(rest.labels().unwrap(), [0, 2, 3, 4, 6, 7, 9]);
+        let out = out.labels().unwrap();
+        assert!([0..3, 3..6, 6..10].iter().zip(out).all(|(of, i)| of.contains(i)), "one of each stretch: {out:?}");
+        let others: Vec<usize> = (0..10).filter(|i| !out.contains(i)).collect();
+        assert_eq!(rest.labels().unwrap(), others);
+        assert_eq!(numbered(10).hold_out(3).1.labels().unwrap(), out);
+    }
+
+    #[test]
+    fn a_class_of_few_images_has_some_to_train_on() {
+        let labels = [vec![0; 20], vec![1; 2], vec![2; 1]].concat();
+        let image = || Image { height: 1, width: 1, channels: 1, pixels: vec![0] };
+        let (train, test) = Images::memory((0..23).map(|_| image()).collect(), Some(labels)).hold_out_to_test(5);
+        assert_eq!(test.labels().unwrap(), [0, 0, 0, 0, 1]);
+        assert_eq!(train.len(), 18);
+    }
+
+    #[test]
+    fn classes_in_turn_are_all_among_some() {
+        let image = || Image { height: 1, width: 1, channels: 1, pixels: vec![0] };
+        let turns = Images::memory((0..800).map(|_| image()).collect(), Some((0..800).map(|i| i % 5).collect()));
+        for some in [turns.some(160), turns.hold_out(160).1, turns.some(400)] {
+            let of = |class: usize| some.labels().unwrap().iter().filter(|l| **l == class).count();
+            assert!((0..5).all(|class| of(class) > some.len() / 8), "{:?}", [0, 1, 2, 3, 4].map(of));
+        }
     }
 }

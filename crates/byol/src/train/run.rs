@@ -64,7 +64,7 @@ impl Prepared {
         let dataset = dataset.limit(limit);
         // Of one image there is no figure.
         let held_out = dataset.held_out.as_ref().filter(|h| health.images > 0 && h.len() > 1);
-        let held_out = held_out.map(|h| h.spread(health.images));
+        let held_out = held_out.map(|h| h.some(health.images));
         let dataset = Dataset { held_out, test: None, ..dataset };
         let all = dataset.n_images();
         let Dataset { root, kind, classes, train, held_out, mut skipped, .. } =

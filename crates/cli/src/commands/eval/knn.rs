@@ -9,7 +9,7 @@ use crate::report::{self, Result};
 
 /// Classify each test image by its nearest training images
 ///
-/// The training images vote by cosine similarity. Where the data have no `val` or `test` split, every fifth image is a query and the
+/// The training images vote by cosine similarity. Where the data have no `val` or `test` split, one image of five is a query and the
 /// others vote.
 #[derive(Debug, clap::Args)]
 pub struct Args {

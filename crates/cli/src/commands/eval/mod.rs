@@ -266,7 +266,7 @@ pub fn must_be_learnable(
     }
 }
 
-/// Parts data: its own test split, else every fifth image.
+/// Parts data: its own test split, else one image of five.
 fn parted(dataset: Dataset, limit: usize) -> Result<Labelled> {
     let root = dataset.root.clone();
     let bar = report::counter("checking images", 0);
@@ -280,9 +280,9 @@ fn parted(dataset: Dataset, limit: usize) -> Result<Labelled> {
         }
         None => {
             report::note(
-                "no test split: every fifth image is one (pretraining on these data has seen most of them, without labels)",
+                "no test split: one image of five is in it (pretraining on these data has seen most of them, without labels)",
             );
-            let (train, test) = dataset.train.hold_out(dataset.train.len().div_ceil(5));
+            let (train, test) = dataset.train.hold_out_to_test(5);
             Dataset { train, test: Some(test), ..dataset }
         }
     };

@@ -32,7 +32,7 @@ pub struct Args {
     /// Another encoder to compare with
     #[arg(long, value_name = "ENCODER")]
     baseline: Option<PathBuf>,
-    /// Images to measure by, evenly spread
+    /// Images to measure by
     #[arg(long, value_name = "N", default_value_t = 512)]
     limit: usize,
 }
@@ -141,7 +141,8 @@ fn images(args: &Args) -> Result<Images> {
         }
     };
     let bar = report::counter("checking images", args.limit as u64);
-    let dataset = dataset.limit(args.limit).check(keep_bytes(device::machine().free_mb), &|| bar.inc(1))?;
+    let dataset = Dataset { train: dataset.train.some(args.limit), ..dataset };
+    let dataset = dataset.check(keep_bytes(device::machine().free_mb), &|| bar.inc(1))?;
     bar.finish_and_clear();
     if dataset.train.len() < 16 {
         let root = args.common.data.display();
