@@ -1,6 +1,6 @@
 //! The guard: runs that must fail are named, runs that are well are left alone.
 
-use std::sync::atomic::AtomicBool;
+use std::{path::Path, sync::atomic::AtomicBool};
 
 use burn::tensor::Device;
 use byol::{
@@ -124,14 +124,20 @@ fn the_best_encoder_is_that_of_the_epoch_with_the_best_score() {
     assert!(best == 5 || encoders[best] != encoders[5], "epochs differ");
 }
 
-#[test]
-fn a_folder_is_of_one_program_at_a_time() {
+/// A short run, begun, and what it takes to go on with it.
+fn begun() -> (tempfile::TempDir, Run, impl Fn(&Path) -> Result<Run, Error>) {
     let (plan, data) = plan(&["train.epochs=1", "train.warmup_epochs=0"]);
     let folder = tempfile::tempdir().unwrap();
-    let folder = folder.path().join("run");
-    let place = || Place::alone(Device::flex(), 2);
-    let run = Run::create(&folder, plan.clone(), &data, place(), false).unwrap();
-    let again = || Run::resume(&folder, plan.clone(), &data, place());
+    let run = Run::create(&folder.path().join("run"), plan, &data, Place::alone(Device::flex(), 2), false).unwrap();
+    let again = move |run: &Path| Run::resume(run, read_plan(run)?, &data, Place::alone(Device::flex(), 2));
+    (folder, run, again)
+}
+
+#[test]
+fn a_folder_is_of_one_program_at_a_time() {
+    let (_kept, run, again) = begun();
+    let folder = run.folder.clone();
+    let again = || again(&folder);
     assert!(matches!(again(), Err(Error::Busy(path)) if path == folder));
     drop(run);
     assert!(again().is_ok());
@@ -139,11 +145,9 @@ fn a_folder_is_of_one_program_at_a_time() {
 
 #[test]
 fn a_plan_of_an_earlier_version_is_gone_on_with() {
-    let (plan, data) = plan(&["train.epochs=1", "train.warmup_epochs=0"]);
-    let folder = tempfile::tempdir().unwrap();
-    let folder = folder.path().join("run");
-    let place = || Place::alone(Device::flex(), 2);
-    drop(Run::create(&folder, plan, &data, place(), false).unwrap());
+    let (_kept, run, again) = begun();
+    let folder = run.folder.clone();
+    drop(run);
     // As a version wrote it that did not know a key yet, and its checkpoint with it.
     let path = folder.join("plan.toml");
     let text = std::fs::read_to_string(&path).unwrap();
@@ -155,8 +159,7 @@ fn a_plan_of_an_earlier_version_is_gone_on_with() {
     let json = std::fs::read_to_string(&state).unwrap();
     assert!(json.contains(&old));
     std::fs::write(&state, json.replace(&old, &new)).unwrap();
-    let plan = read_plan(&folder).unwrap();
-    let mut run = Run::resume(&folder, plan, &data, place()).unwrap();
+    let mut run = again(&folder).unwrap();
     assert_eq!(run.go(&AtomicBool::new(false), |_| ()).unwrap(), Outcome::Finished);
 }
 

@@ -197,13 +197,14 @@ fn sixty_four_images_can_be_overfitted() {
     assert!(last < 0.5 * first, "from {first} to {last}");
 }
 
+fn noise(n: usize, seed: u64) -> Vec<f32> {
+    let mut rng = byol::random::stream(&[seed]);
+    (0..n).map(|_| byol::random::normal(&mut rng) as f32).collect()
+}
+
 #[test]
 fn the_fused_layer_is_the_composed_one() {
     let device = Device::flex();
-    let noise = |n: usize, seed: u64| {
-        let mut rng = byol::random::stream(&[seed]);
-        (0..n).map(|_| byol::random::normal(&mut rng) as f32).collect::<Vec<_>>()
-    };
     // Kernel, stride, dilation, height, width, whether a skip follows.
     let shapes: [(usize, usize, usize, usize, usize, bool); 6] = [
         (3, 1, 1, 5, 7, true),
@@ -282,10 +283,6 @@ fn the_fused_layer_is_the_composed_one() {
 #[test]
 fn an_up_projections_convolution_is_that_of_the_map_with_zeros() {
     let device = Device::flex();
-    let noise = |n: usize, seed: u64| {
-        let mut rng = byol::random::stream(&[seed]);
-        (0..n).map(|_| byol::random::normal(&mut rng) as f32).collect::<Vec<_>>()
-    };
     let (n, h, w, c_in, c_out) = (2, 3, 5, 4, 6);
     let layer = ConvNorm { conv: "conv".into(), norm: "bn".into(), c_in, c_out, kernel: 5, stride: 1, dilation: 1 };
     let mut params = Tree::new();

@@ -411,7 +411,7 @@ impl Images {
         if n == 0 || n >= all { self.clone() } else { self.subset(&one_of_each_stretch(all, n)) }
     }
 
-    /// About `n` images that can be used, all where `n` is 0, for a read-out while a run goes on: evenly spread; of shards among the first, so that the others need
+    /// About `n` images that can be used, all where `n` is 0, for a read-out while a run goes on; of shards among the first, so that the others need
     /// not be opened for them.
     pub fn sample(&self, n: usize) -> Images {
         match self.source {

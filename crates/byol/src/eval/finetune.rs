@@ -62,16 +62,19 @@ pub fn part(labels: &[usize], classes: usize, share: f64, seed: u64) -> Vec<usiz
     chosen
 }
 
-/// Which of some labelled images are held out to choose by: a fifth of each class that has several, at random. An image of several classes counts
-/// to its first, one of none to a class of its own.
-fn held_out(truth: Truth, classes: usize, seed: u64) -> Vec<bool> {
-    let mut out = vec![false; truth.len()];
-    let class_of = |i: usize| truth.classes(i).first().copied().unwrap_or(classes);
-    for class in 0..=classes {
-        let mut of: Vec<usize> = (0..truth.len()).filter(|i| class_of(*i) == class).collect();
-        random::shuffle(&mut random::stream(&[Domain::Split as u64, seed, class as u64, 1]), &mut of);
-        let n = (of.len() / 5).max(usize::from(of.len() > 1));
-        of[..n].iter().for_each(|i| out[*i] = true);
+/// What an image counts to where some of each class are held out: its class, of several the first, of none one of their own.
+fn first_classes(truth: Truth, classes: usize) -> Vec<usize> {
+    (0..truth.len()).map(|i| truth.classes(i).first().copied().unwrap_or(classes)).collect()
+}
+
+/// Which images are held out to choose by: one of `of` of each class that has several, at least one, at random.
+pub(super) fn held_out(labels: &[usize], of: usize, seed: u64) -> Vec<bool> {
+    let mut out = vec![false; labels.len()];
+    for class in 0..=labels.iter().copied().max().unwrap_or(0) {
+        let mut all: Vec<usize> = (0..labels.len()).filter(|i| labels[*i] == class).collect();
+        random::shuffle(&mut random::stream(&[Domain::Split as u64, seed, class as u64, 1]), &mut all);
+        let n = (all.len() / of).max(usize::from(all.len() > 1));
+        all[..n].iter().for_each(|i| out[*i] = true);
     }
     out
 }
@@ -104,7 +107,7 @@ pub fn choose(
     p: &Protocol,
     mut done: impl FnMut(usize),
 ) -> Result<Tuned, Error> {
-    let out = held_out(truth_of(images), classes, p.seed);
+    let out = held_out(&first_classes(truth_of(images), classes), 5, p.seed);
     let rows = |of: bool| images.subset(&(0..images.len()).filter(|i| out[*i] == of).collect::<Vec<_>>());
     let (rest, test) = (rows(false), rows(true));
     let mut best: Option<(f64, f64, usize)> = None;
@@ -230,11 +233,11 @@ mod tests {
     #[test]
     fn what_is_held_out_is_of_every_class() {
         let labels: Vec<usize> = (0..21).map(|i| if i == 0 { 2 } else { i % 2 }).collect();
-        let out = held_out(Truth::One(&labels), 3, 0);
+        let out = held_out(&labels, 5, 0);
         let of = |class: usize| (0..21).filter(|i| out[*i] && labels[*i] == class).count();
         assert_eq!([of(0), of(1), of(2)], [2, 2, 0], "of a class with one image that stays to be learned from");
         let tags: Vec<Vec<usize>> = (0..20).map(|i| if i < 10 { vec![] } else { vec![1, 0] }).collect();
-        let out = held_out(Truth::Several(&tags), 3, 0);
+        let out = held_out(&first_classes(Truth::Several(&tags), 3), 5, 0);
         assert_eq!([0..10, 10..20].map(|of| of.filter(|i| out[*i]).count()), [2, 2]);
     }
 

@@ -2,11 +2,10 @@
 //! part of the training images by the measure that counts, then fitted to all of them.
 
 use super::{
-    Features, linear, logistic,
+    Features, finetune, linear, logistic,
     measure::{Judged, Measure, Truth},
     metrics::{average_precision_11, mean},
 };
-use crate::random::{self, Domain};
 
 /// What came of it.
 #[derive(Debug, Clone, PartialEq)]
@@ -43,7 +42,8 @@ pub fn linear(
             let (mut scores, mut l2) = (vec![0.0; test.n * classes], Vec::new());
             for class in 0..classes {
                 let labels: Vec<usize> = tags.iter().map(|of| usize::from(of.contains(&class))).collect();
-                let out = some_of_both(&labels, seed, class);
+                // Of both sides: a rare class is not left without a row to choose by.
+                let out = finetune::held_out(&labels, 10, seed);
                 let found = logistic::fit_best_by(train, &labels, 2, &strengths, &out, precision);
                 for (i, margin) in margins(&found.classifier.scores(test)).into_iter().enumerate() {
                     scores[i * classes + class] = margin;
@@ -53,18 +53,6 @@ pub fn linear(
             Transferred { scores, l2 }
         }
     }
-}
-
-/// A tenth of the rows of each of two classes, at least one where there are two: a rare class is not left without a row to choose by.
-fn some_of_both(labels: &[usize], seed: u64, class: usize) -> Vec<bool> {
-    let mut out = vec![false; labels.len()];
-    for side in 0..2 {
-        let mut of: Vec<usize> = (0..labels.len()).filter(|i| labels[*i] == side).collect();
-        random::shuffle(&mut random::stream(&[Domain::Split as u64, seed, class as u64, side as u64]), &mut of);
-        let n = (of.len() / 10).max(usize::from(of.len() > 1));
-        of[..n].iter().for_each(|i| out[*i] = true);
-    }
-    out
 }
 
 /// Average precision of `[N, 2]` scores; where no row is positive, which has none, the mean log-likelihood.
@@ -106,7 +94,7 @@ mod tests {
     #[test]
     fn both_sides_have_rows_to_choose_by() {
         let labels: Vec<usize> = (0..30).map(|i| usize::from(i < 2)).collect();
-        let out = some_of_both(&labels, 0, 0);
+        let out = finetune::held_out(&labels, 10, 0);
         let of = |side: usize| (0..30).filter(|i| out[*i] && labels[*i] == side).count();
         assert_eq!([of(0), of(1)], [2, 1]);
     }
