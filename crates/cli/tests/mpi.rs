@@ -32,9 +32,10 @@ fn output(n: usize, args: &[&str]) -> Option<Output> {
     Some(mpirun(n, args)?.output().expect("mpirun runs"))
 }
 
-/// The flags of a small run in which rounding does not grow within a few steps.
+/// The flags of a small run whose steps are small enough that rounding does not grow: at ten times this rate a channel that is all but
+/// constant makes hundredths of it within six.
 fn flags<'a>(data: &'a str, out: &'a str, more: &[&'a str]) -> Vec<&'a str> {
-    let own = ["--precision", "f32", "--optimizer", "sgd", "--lr", "0.02", "--set", "checkpoint.every_steps=2"];
+    let own = ["--precision", "f32", "--optimizer", "sgd", "--lr", "0.002", "--set", "checkpoint.every_steps=2"];
     let buffer = ["--set", "train.shuffle=8"];
     [&["pretrain", data, "--out", out][..], &SMALL, &own, &buffer, more].concat()
 }
@@ -61,8 +62,8 @@ fn processes_walk_as_one_does_and_another_number_goes_on() {
         assert!(said.contains(&format!("{n} ranks: ")), "{said}");
         let of_ranks = losses(&run(name));
         assert_eq!(of_ranks.len(), one.len());
-        for (a, b) in one.iter().zip(&of_ranks).take(6) {
-            assert!((a - b).abs() < 2e-3 * a, "{n} ranks: {of_ranks:?}, one {one:?}");
+        for (a, b) in one.iter().zip(&of_ranks) {
+            assert!((a - b).abs() < 1e-4 * a, "{n} ranks: {of_ranks:?}, one {one:?}");
         }
     }
     // Killed in the middle, with two ranks that read shards in sequence through a buffer; on with two gives the bits of the run that was

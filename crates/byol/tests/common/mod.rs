@@ -7,15 +7,10 @@ use burn::tensor::{Device, Tensor, TensorData};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
-/// Whether [`device`] is the GPU.
-pub fn on_gpu() -> bool {
-    cfg!(feature = "gpu") && std::env::var("BYOL_TEST_DEVICE").is_ok_and(|d| d == "wgpu")
-}
-
 /// The device under test: the CPU, or with `BYOL_TEST_DEVICE=wgpu` the GPU (feature `gpu`).
 pub fn device() -> Device {
     #[cfg(feature = "gpu")]
-    if on_gpu() {
+    if std::env::var("BYOL_TEST_DEVICE").is_ok_and(|d| d == "wgpu") {
         return byol::device::open(byol::device::Choice::Wgpu).expect("a Vulkan driver, software or not").device;
     }
     Device::flex()
