@@ -109,7 +109,7 @@ fn ranks_walk_as_one_does() {
     for (name, n) in [("two", 2), ("four", 4)] {
         let (of_ranks, weights) = run(name, n);
         for (a, b) in losses.iter().zip(&of_ranks) {
-            assert!((a - b).abs() < 1e-4 * a, "{n} ranks: losses {of_ranks:?}, of one {losses:?}");
+            assert!((a - b).abs() < 1e-3 * a, "{n} ranks: losses {of_ranks:?}, of one {losses:?}");
         }
         assert!(apart(&one, &weights) < 1e-3, "{n} ranks: {}", apart(&one, &weights));
     }
@@ -134,7 +134,7 @@ fn another_number_of_ranks_goes_on() {
     losses.extend(walk(&mixed, 2, &plan, &data, 4));
     losses.extend(walk(&mixed, 1, &plan, &data, total));
     assert_eq!(losses.len(), one.len());
-    assert!(one.iter().zip(&losses).all(|(a, b)| (a - b).abs() < 1e-4 * a), "{losses:?} and {one:?}");
+    assert!(one.iter().zip(&losses).all(|(a, b)| (a - b).abs() < 1e-3 * a), "{losses:?} and {one:?}");
     assert!(apart(&weights_of(&folder.path().join("one")), &weights_of(&mixed)) < 1e-3);
     // With the same number the bits are those of a run that never stopped.
     let (whole, parts) = (folder.path().join("whole"), folder.path().join("parts"));

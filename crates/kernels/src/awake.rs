@@ -19,6 +19,10 @@ use rayon::Yield;
 /// How long to wait for the workers to come. They are idle when a step begins; where they are not, the step goes without.
 const PATIENCE: Duration = Duration::from_millis(1);
 
+/// How long a worker stays without work. It may attend where it waits for a part of another caller's loop, and the caller that keeps it
+/// awake may wait for that other one (ranks that are threads do, at each sum): without an end they would wait for each other.
+const LULL: Duration = Duration::from_millis(20);
+
 /// Turns of a waiting loop between two looks.
 const TURNS: usize = 64;
 
@@ -33,7 +37,8 @@ struct State {
     here: AtomicUsize,
 }
 
-/// Keeps the workers of the calling thread's pool awake until it is dropped. There is one at a time; others do nothing.
+/// Keeps the workers of the calling thread's pool awake until it is dropped, or until there has been nothing to do for a while. There is one
+/// at a time; others do nothing.
 #[derive(Debug)]
 pub struct Awake(Option<Arc<State>>);
 
@@ -65,8 +70,11 @@ impl State {
         self.here.fetch_add(1, SeqCst);
         // Counted first: who is counted before the door closes is waited for at the end.
         if !self.closed.load(SeqCst) {
-            while !self.over.load(SeqCst) {
-                if rayon::yield_now() != Some(Yield::Executed) {
+            let mut worked = Instant::now();
+            while !self.over.load(SeqCst) && worked.elapsed() < LULL {
+                if rayon::yield_now() == Some(Yield::Executed) {
+                    worked = Instant::now();
+                } else {
                     (0..TURNS).for_each(|_| hint::spin_loop());
                     thread::yield_now();
                 }
@@ -111,6 +119,32 @@ mod tests {
             let _awake = Awake::new();
             assert_eq!(sum(), 4_999_950_000);
         }
+    }
+
+    #[test]
+    fn a_caller_that_waits_for_another_holds_it_up_for_a_moment_alone() {
+        // The other one's loops are cut at any place, also where a worker waits for a part of them and could attend there for good.
+        let (sums, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(SeqCst) {
+                    (0..64u64).into_par_iter().for_each(|_| (0..200).for_each(|_| hint::spin_loop()));
+                    sums.fetch_add(1, SeqCst);
+                }
+            });
+            for _ in 0..200 {
+                let _awake = Awake::new();
+                let (before, began) = (sums.load(SeqCst), Instant::now());
+                while sums.load(SeqCst) < before + 2 {
+                    thread::sleep(Duration::from_micros(100));
+                    if began.elapsed() > Duration::from_secs(20) {
+                        stop.store(true, SeqCst);
+                        panic!("held up");
+                    }
+                }
+            }
+            stop.store(true, SeqCst);
+        });
     }
 
     #[test]
