@@ -23,7 +23,7 @@ use tiff::{
 use super::{
     Error, Image,
     decode::{self, DecodeError},
-    list,
+    list, one_of_each_stretch,
 };
 
 /// The value of a pixel without a class.
@@ -193,7 +193,7 @@ fn decoded<T: Send>(
 ) -> Result<[Vec<T>; 2], Error> {
     let n = train.len();
     if limit > 0 && limit < n {
-        train = (0..limit).map(|i| train[i * n / limit].clone()).collect();
+        train = one_of_each_stretch(n, limit).into_iter().map(|i| train[i].clone()).collect();
     }
     let all = |files: Vec<Files>| files.into_par_iter().map(&pair).collect::<Result<Vec<T>, Error>>();
     Ok([all(train)?, all(test)?])

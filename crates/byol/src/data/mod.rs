@@ -398,12 +398,6 @@ impl Images {
         Some(Images { tags, ..Images::new(source, n, both(&self.labels, &other.labels)) })
     }
 
-    /// `n` images evenly spread over this order; all where `n` is 0 or not fewer than there are.
-    pub fn spread(&self, n: usize) -> Images {
-        let all = self.len();
-        if n == 0 || n >= all { self.clone() } else { self.subset(&(0..n).map(|i| i * all / n).collect::<Vec<_>>()) }
-    }
-
     /// `n` images, one at random of each of as many stretches of this order; all where `n` is 0 or not fewer than there are. Of a regular order,
     /// such as classes in turn, an even spread would take one kind alone.
     pub fn some(&self, n: usize) -> Images {
@@ -553,9 +547,9 @@ impl Dataset {
         folder::open(root)
     }
 
-    /// Keeps `n` training images, evenly spread over the data's own order (0: all).
+    /// Keeps `n` training images, one at random of each of as many stretches of the data's own order (0: all).
     pub fn limit(self, n: usize) -> Dataset {
-        Dataset { train: self.train.spread(n), ..self }
+        Dataset { train: self.train.some(n), ..self }
     }
 
     /// Decodes every image once and leaves out what cannot be used. Small data stay in memory, up to `keep_bytes` in all.
@@ -641,10 +635,12 @@ mod tests {
     }
 
     #[test]
-    fn a_limit_is_spread_evenly() {
-        assert_eq!(numbered(10).spread(4).labels().unwrap(), [0, 2, 5, 7]);
-        assert_eq!(numbered(3).spread(5).len(), 3);
-        assert_eq!(numbered(3).spread(0).len(), 3);
+    fn some_are_spread_over_all() {
+        let some = numbered(10).some(4);
+        let some = some.labels().unwrap();
+        assert!([0..2, 2..5, 5..7, 7..10].iter().zip(some).all(|(of, i)| of.contains(i)), "{some:?}");
+        assert_eq!(numbered(3).some(5).len(), 3);
+        assert_eq!(numbered(3).some(0).len(), 3);
     }
 
     #[test]

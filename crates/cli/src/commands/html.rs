@@ -202,7 +202,7 @@ fn curves(loss: Vec<[f64; 2]>, epochs: &[Value]) -> String {
 fn views_sheet(plan: &Plan, images: &Images) -> Result<Vec<u8>> {
     let config = &plan.recipe.views;
     let mut rows = Vec::new();
-    let some = images.spread(4);
+    let some = images.some(4);
     for i in 0..some.len() {
         let image = some.get(i)?;
         let mut row = vec![Tile::image(&image, SIDE)];
