@@ -46,15 +46,18 @@ pub fn together(work: impl FnOnce(&Joined) -> Result<ExitCode>) -> Result<ExitCo
         Err(panic) => std::panic::resume_unwind(panic),
     };
     let Err(error) = outcome else { return outcome };
-    let known_to_all = error.downcast_ref::<train::Error>().is_some_and(train::Error::is_of_all_ranks);
-    if known_to_all && !ranks.leads() {
-        return Ok(ExitCode::FAILURE);
+    if ranks == Ranks::ALONE {
+        return Err(error);
     }
-    if ranks != Ranks::ALONE && !known_to_all {
+    let known_to_all = error.downcast_ref::<train::Error>().is_some_and(train::Error::is_of_all_ranks);
+    // Said before this rank leaves MPI, for which the ranks wait for each other: at the first that ends with a failure the launcher ends them all.
+    if ranks.leads() || !known_to_all {
         report::error(&*error);
+    }
+    if !known_to_all {
         joined.abort();
     }
-    Err(error)
+    Ok(ExitCode::FAILURE)
 }
 
 fn same_program(ranks: Ranks) -> Result<()> {
