@@ -21,6 +21,9 @@ use crate::{
 pub struct Card {
     /// RankMe of the representations, from 1 to min(N, F): how many directions they fill.
     pub rankme: f64,
+    /// [`spectrum::directions`] of the representations; no number where an older file does not say.
+    #[serde(default = "spectrum::unsaid")]
+    pub directions: f64,
     /// LiDAR, from 1: in how many directions images differ more than the views of one image do.
     pub lidar: f64,
     /// α-ReQ: how fast the spectrum falls; about 1 is best, much above means few directions. None of a spectrum of one value.
@@ -120,6 +123,7 @@ pub fn measure_each(
     let of = |values: &[f64]| mean(values.iter().copied());
     let card = Card {
         rankme: spectrum::rankme(still),
+        directions: spectrum::directions(still),
         lidar: if images.len() > 1 { spectrum::lidar(&moved, VIEWS) } else { 1.0 },
         alpha_req: spectrum::alpha_req(still, 1, still.n.min(still.dim)),
         uniformity: uniformity(still),
@@ -211,7 +215,7 @@ impl Card {
 
     /// Whether all images look alike to the encoder.
     fn is_collapsed(&self) -> bool {
-        self.cosine > 0.98 || self.rankme < 2.0
+        self.cosine > 0.98 || self.directions < 2.0
     }
 
     /// What the figures say beside those of another encoder, in plain words; `other` names it.
@@ -219,7 +223,7 @@ impl Card {
         if self.is_collapsed() {
             return format!(
                 "collapsed: all images look alike to it (mean cosine {:.3}, {:.1} dimensions)",
-                self.cosine, self.rankme
+                self.cosine, self.directions
             );
         }
         let signs = [(self.retrieval, than.retrieval), (self.consistency, than.consistency)];
@@ -255,9 +259,19 @@ mod tests {
     use super::*;
 
     fn card(retrieval: f64, consistency: f64) -> Card {
-        let (rankme, lidar, alpha_req, uniformity, alignment) = (20.0, 30.0, Some(1.0), -2.0, 0.5);
-        let (cosine, images, errors) = (0.2, 512, [0.02, 0.01]);
-        Card { rankme, lidar, alpha_req, uniformity, alignment, retrieval, consistency, cosine, images, errors }
+        Card {
+            rankme: 20.0,
+            directions: 25.0,
+            lidar: 30.0,
+            alpha_req: Some(1.0),
+            uniformity: -2.0,
+            alignment: 0.5,
+            retrieval,
+            consistency,
+            cosine: 0.2,
+            images: 512,
+            errors: [0.02, 0.01],
+        }
     }
 
     #[test]
@@ -276,7 +290,7 @@ mod tests {
             Card { images: 16, errors: [0.12, 0.06], ..card(0.3, 0.4) },
             "no better than random weights, as far as 16",
         );
-        assert_eq!(Card { rankme: 1.0, ..card(1.0, 1.0) }.score(), 0.0, "of a dead network all neighbours are kept");
+        assert_eq!(Card { directions: 1.0, ..card(1.0, 1.0) }.score(), 0.0, "of a dead network all neighbours are kept");
     }
 
     #[test]

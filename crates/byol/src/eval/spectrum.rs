@@ -20,6 +20,17 @@ pub fn rankme(features: &Features) -> f64 {
     effective_rank(&singular_values(features), 1e-7)
 }
 
+/// RankMe of the L2-normalised rows. Batch norm's running statistics can give a single image fifty times the length of the others, and its
+/// direction is then nearly all that RankMe itself counts; here each image counts once.
+pub fn directions(features: &Features) -> f64 {
+    rankme(&features.unit())
+}
+
+/// What stands for [`directions`] where nobody wrote it down.
+pub(crate) fn unsaid() -> f64 {
+    f64::NAN
+}
+
 /// By way of the eigenvalues of the smaller Gram matrix, in f64. The square root of one is good to 1e-8 of the largest, below the 1e-7
 /// that RankMe adds.
 pub fn singular_values(features: &Features) -> Vec<f64> {

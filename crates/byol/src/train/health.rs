@@ -58,6 +58,10 @@ pub struct Health {
     pub projection_cosine: f64,
     /// RankMe of the representations, from 1 to min(N, F).
     pub rankme: f64,
+    /// [`spectrum::directions`] of the representations, which one image of great length does not make small; no number where an older file
+    /// does not say.
+    #[serde(default = "spectrum::unsaid")]
+    pub directions: f64,
     /// The report card, of some of the images.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub card: Option<Card>,
@@ -131,6 +135,7 @@ impl Health {
             projection_std_ideal: 1.0 / (dim as f64).sqrt(),
             projection_cosine: f64::NAN,
             rankme: f64::NAN,
+            directions: f64::NAN,
             card: None,
             knn: None,
         }
@@ -175,11 +180,11 @@ impl Health {
             let why = format!("projections of different images have cosine {:.3}", self.projection_cosine);
             return failure(Kind::Constant, why);
         }
-        let least = start.map_or(2.0, |start| (start.rankme / 4.0).max(2.0));
-        if self.rankme < least {
+        let least = start.map_or(2.0, |start| (start.directions / 4.0).max(2.0));
+        if self.directions < least {
             let why = format!(
                 "the representations fill {:.1} dimensions, a quarter of the start's or fewer than 2",
-                self.rankme
+                self.directions
             );
             return failure(Kind::Dimensional, why);
         }
@@ -254,6 +259,7 @@ pub fn figures(representations: &Features, projections: &Features, knn: Option<f
         projection_std_ideal: 1.0 / (d as f64).sqrt(),
         projection_cosine: card::mean_cosine(projections),
         rankme: spectrum::rankme(representations),
+        directions: spectrum::directions(representations),
         card: None,
         knn,
     }
@@ -297,14 +303,29 @@ mod tests {
         assert!((good.projection_std - good.projection_std_ideal).abs() < 1e-9);
         assert!((good.rankme - 2.0).abs() < 1e-3);
         assert!(good.projection_cosine < 0.0);
-        let good = Health { rankme: 4.0, ..good };
+        let good = Health { directions: 4.0, ..good };
         let kind = |loss: f64, start: Option<&Health>| good.failure(start, Some(loss), 1000).map(|f| f.kind);
         assert_eq!(kind(1.0, None), None);
         assert_eq!(kind(3.5, None), Some(Kind::PredictorLag));
         assert_eq!(kind(4.5, None), Some(Kind::Diverged));
-        let wide = Health { rankme: 20.0, ..good.clone() };
+        let wide = Health { directions: 20.0, ..good.clone() };
         assert_eq!(kind(1.0, Some(&wide)), Some(Kind::Dimensional));
         let broken = Health::of_a_broken_network(64, 2);
         assert_eq!(broken.failure(None, None, 1).map(|f| f.kind), Some(Kind::Diverged));
+    }
+
+    #[test]
+    fn one_image_of_great_length_is_no_collapse() {
+        let row = |i: usize| (0..32).map(move |j| if i % 32 == j { if i == 0 { 3e3 } else { 1.0 } } else { 0.1 });
+        let long = Features { n: 64, dim: 32, values: (0..64).flat_map(row).collect() };
+        let (start, now) = (figures(&long.unit(), &long.unit(), None), figures(&long, &long.unit(), None));
+        assert!(now.rankme < start.rankme / 4.0, "{} of {}", now.rankme, start.rankme);
+        assert_eq!(now.failure(Some(&start), Some(1.0), 1000), None);
+        let card: Card = serde_json::from_value(serde_json::json!({
+            "rankme": 1.5, "lidar": 9.0, "alpha_req": 1.0, "uniformity": -1.0, "alignment": 0.5, "retrieval": 0.5,
+            "consistency": 0.5, "cosine": 0.5, "directions": now.directions,
+        }))
+        .unwrap();
+        assert!(card.score() > 0.0);
     }
 }
