@@ -290,7 +290,11 @@ mod tests {
             Card { images: 16, errors: [0.12, 0.06], ..card(0.3, 0.4) },
             "no better than random weights, as far as 16",
         );
-        assert_eq!(Card { directions: 1.0, ..card(1.0, 1.0) }.score(), 0.0, "of a dead network all neighbours are kept");
+        assert_eq!(
+            Card { directions: 1.0, ..card(1.0, 1.0) }.score(),
+            0.0,
+            "of a dead network all neighbours are kept"
+        );
     }
 
     #[test]
