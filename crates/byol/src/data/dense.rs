@@ -370,7 +370,7 @@ fn raw(bytes: &[u8]) -> Result<DynamicImage, DecodeError> {
 /// # Errors
 /// Any [`DecodeError`].
 pub fn mask_of(bytes: &[u8]) -> Result<Mask, DecodeError> {
-    if let Some(mask) = palette_png(bytes)? {
+    if let Some(mask) = raw_png(bytes)? {
         return Ok(mask);
     }
     if image::guess_format(bytes).ok() == Some(ImageFormat::Jpeg) {
@@ -383,8 +383,9 @@ pub fn mask_of(bytes: &[u8]) -> Result<Mask, DecodeError> {
     Ok(Mask { height, width, classes: grey.into_raw() })
 }
 
-/// The mask in a PNG with a palette, as Pascal VOC has them: its indices are the numbers of classes. None of another file.
-fn palette_png(bytes: &[u8]) -> Result<Option<Mask>, DecodeError> {
+/// The mask in a PNG with a palette, as Pascal VOC has them, or of fewer than 8 bits of grey: its values as they stand are the numbers of
+/// classes, and a decoder of pictures would stretch them to 0 ..= 255. None of another file.
+fn raw_png(bytes: &[u8]) -> Result<Option<Mask>, DecodeError> {
     if image::guess_format(bytes).ok() != Some(ImageFormat::Png) {
         return Ok(None);
     }
@@ -393,7 +394,8 @@ fn palette_png(bytes: &[u8]) -> Result<Option<Mask>, DecodeError> {
     decoder.set_transformations(png::Transformations::IDENTITY);
     let mut reader = decoder.read_info().map_err(wrong)?;
     let (info, size) = (reader.info(), reader.output_buffer_size());
-    if info.color_type != png::ColorType::Indexed {
+    let narrow = info.color_type == png::ColorType::Grayscale && (info.bit_depth as u8) < 8;
+    if info.color_type != png::ColorType::Indexed && !narrow {
         return Ok(None);
     }
     let (width, height, bits) = (info.width as usize, info.height as usize, info.bit_depth as usize);
@@ -480,16 +482,23 @@ mod tests {
         let grey = image::GrayImage::from_raw(2, 1, vec![3, 255]).unwrap();
         assert_eq!(mask_of(&png(grey.into())).unwrap(), Mask { height: 1, width: 2, classes: vec![3, NO_CLASS] });
         assert!(mask_of(&png(DynamicImage::new_rgb8(2, 1))).is_err());
-        let indexed = |depth: png::BitDepth, rows: &[u8]| {
+        let written = |color: png::ColorType, depth: png::BitDepth, rows: &[u8]| {
             let mut bytes = Vec::new();
             let mut encoder = png::Encoder::new(&mut bytes, 3, 2);
-            encoder.set_color(png::ColorType::Indexed);
+            encoder.set_color(color);
             encoder.set_depth(depth);
-            encoder.set_palette(vec![0; 12]);
+            if color == png::ColorType::Indexed {
+                encoder.set_palette(vec![0; 12]);
+            }
             encoder.write_header().unwrap().write_image_data(rows).unwrap();
             mask_of(&bytes).unwrap().classes
         };
-        assert_eq!(indexed(png::BitDepth::Eight, &[0, 1, 2, 3, 2, 1]), [0, 1, 2, 3, 2, 1]);
-        assert_eq!(indexed(png::BitDepth::Two, &[0b00_01_10_00, 0b11_10_01_00]), [0, 1, 2, 3, 2, 1]);
+        let (indexed, grey) = (png::ColorType::Indexed, png::ColorType::Grayscale);
+        assert_eq!(written(indexed, png::BitDepth::Eight, &[0, 1, 2, 3, 2, 1]), [0, 1, 2, 3, 2, 1]);
+        for color in [indexed, grey] {
+            assert_eq!(written(color, png::BitDepth::One, &[0b010_00000, 0b101_00000]), [0, 1, 0, 1, 0, 1]);
+            assert_eq!(written(color, png::BitDepth::Two, &[0b00_01_10_00, 0b11_10_01_00]), [0, 1, 2, 3, 2, 1]);
+            assert_eq!(written(color, png::BitDepth::Four, &[0x01, 0x20, 0x32, 0x10]), [0, 1, 2, 3, 2, 1]);
+        }
     }
 }

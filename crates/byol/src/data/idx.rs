@@ -36,7 +36,9 @@ pub fn open(root: &Path) -> Result<Option<Dataset>, Error> {
     let test = find("t10k", "images-idx3").or_else(|| find("test", "images-idx3"));
     let test_labels = find("t10k", "labels-idx1").or_else(|| find("test", "labels-idx1"));
     let test = test.map(|path| split(&path, test_labels)).transpose()?;
-    let most = train.labels().and_then(|l| l.iter().max()).map_or(0, |m| m + 1);
+    // Of both splits: a class that only test images have is named to the user too.
+    let labels = [Some(&train), test.as_ref()].into_iter().flatten().filter_map(Images::labels).flatten();
+    let most = labels.max().map_or(0, |m| m + 1);
     Ok(Some(Dataset {
         root: root.to_owned(),
         kind: "IDX files".into(),
@@ -126,6 +128,17 @@ mod tests {
         for n in 0..bytes.len() {
             assert!(parse(&bytes[..n]).is_err(), "cut to {n}");
         }
+    }
+
+    #[test]
+    fn a_class_of_the_test_images_alone_has_a_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, bytes: &[u8]| fs::write(folder.path().join(name), bytes).unwrap();
+        for (split, labels) in [("train", [0u8, 1]), ("t10k", [0, 2])] {
+            write(&format!("{split}-images-idx3-ubyte"), &[0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0, 1, 7, 9]);
+            write(&format!("{split}-labels-idx1-ubyte"), &[&[0, 0, 8, 1, 0, 0, 0, 2], &labels[..]].concat());
+        }
+        assert_eq!(open(folder.path()).unwrap().unwrap().classes, ["0", "1", "2"]);
     }
 
     proptest! {

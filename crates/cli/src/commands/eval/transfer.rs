@@ -79,7 +79,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         super::fits(&encoders[0].0, &data.train, path)?;
         super::must_be_learnable(path, classes_of(of_train), classes_of(of_test), |c| data.classes[c].clone())?;
         let (classes, n) = (data.classes.len(), data.test.len());
-        let measure = Measure::of(&name, matches!(of_test, Truth::Several(_)));
+        let measure = Measure::of(&last(path), matches!(of_test, Truth::Several(_)));
         sets.push(
             json!({ "data": report::shown(&super::whole(path)), "measure": measure.name(), "train_images": data.train.len(), "test_images": n }),
         );
