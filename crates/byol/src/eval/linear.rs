@@ -52,12 +52,13 @@ pub struct Chosen {
     pub held_out: f64,
 }
 
-/// Which of `n` training images are held out to choose by: a tenth, at least one, at random.
-pub fn held_out(n: usize, seed: u64) -> Vec<bool> {
-    let mut order: Vec<usize> = (0..n).collect();
-    random::shuffle(&mut random::stream(&[Domain::Split as u64, seed]), &mut order);
-    let mut out = vec![false; n];
-    order[..n.div_ceil(10).min(n)].iter().for_each(|i| out[*i] = true);
+/// Which training images are held out to choose by: a tenth of each class that has several, at least one. Without regard to the classes a small
+/// part of a set with a rare one could favour whoever never says it.
+pub fn held_out(labels: &[usize], seed: u64) -> Vec<bool> {
+    let mut out = finetune::held_out(labels, 10, seed);
+    if !out.contains(&true) {
+        out.iter_mut().take(1).for_each(|out| *out = true);
+    }
     out
 }
 
@@ -99,7 +100,7 @@ pub fn train(
 ) -> Result<Chosen, Error> {
     let labels = images.labels().expect("a linear evaluation has labels");
     let (n, batch) = (images.len(), finetune::batch_for(images.len(), p.batch));
-    let out = held_out(n, p.seed);
+    let out = held_out(labels, p.seed);
     let length = classes * (encoder.features() + 1);
     let mut heads: Vec<[Head; 2]> = p.rates.iter().map(|_| [Head::new(length), Head::new(length)]).collect();
     let steps = (p.epochs * n / batch).max(1);
@@ -153,4 +154,20 @@ fn embed_crops(encoder: &Encoder, images: &Images, some: &[(u64, usize)], seed: 
         values.extend(host(encoder.embed(crops(images, some, size, seed, CROP, &device)?)));
     }
     Ok(Features { n: some.len(), dim: encoder.features(), values })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn holds_out_images_of_rare_classes() {
+        let labels: Vec<usize> = (0..203).map(|i| usize::from(i >= 200)).collect();
+        for seed in 0..20 {
+            let held_out = held_out(&labels, seed);
+            let of_class = |class: usize| (0..203).filter(|i| held_out[*i] && labels[*i] == class).count();
+            assert_eq!((of_class(0), of_class(1)), (20, 1), "seed {seed}");
+        }
+        assert_eq!(held_out(&[0], 0), [true], "a single image is held out, so there is something to choose by");
+    }
 }

@@ -113,7 +113,8 @@ pub fn fit_best(x: &Features, labels: &[usize], classes: usize, strengths: &[f64
 }
 
 /// Chooses among `strengths` by what `judge` says of the scores of the rows where `held_out` and their labels, fitting to the others; then
-/// fits to all rows. `strengths` go from strong to weak, and of equal ones the stronger regularisation wins. Every fourth is tried, then
+/// fits to all rows. `strengths` go from strong to weak, and of equal ones the likelier labels win: classifiers that all say
+/// the largest class are equal too. Every fourth is tried, then
 /// those around the best. Features are centred and scaled by one number first, which changes the meaning of a strength but no classifier.
 ///
 /// # Panics
@@ -137,14 +138,15 @@ pub fn fit_best_by(
         let start = place.checked_sub(1).map_or_else(|| vec![0.0; classes * (x.dim + 1)], |p| trials[p].theta.clone());
         let problem = Problem::new(&fitted, &fitted_labels, classes, strengths[at]);
         let theta = minimise(start, TRIAL.0, TRIAL.1, |t| problem.at(t));
-        let scores = Problem { x: &test, labels: &[], classes, l2: 0.0 }.logits(&theta);
-        trials.insert(place, Trial { at, held_out: judge(&scores, &test_labels), theta });
+        let of_test = Problem::new(&test, &test_labels, classes, 0.0);
+        let (held_out, loss) = (judge(&of_test.logits(&theta), &test_labels), of_test.at(&theta).0);
+        trials.insert(place, Trial { at, held_out, loss, theta });
     };
     for at in (0..strengths.len()).step_by(STRIDE) {
         attempt(&mut trials, at);
-        let (best, last) = (best_of(&trials), trials.len() - 1);
-        // Equal ones at the strong end, where all weights are 0, are no sign of it.
-        if last - best >= PAST && trials[last].held_out < trials[best].held_out {
+        let best = trials[best_of(&trials)].held_out;
+        // Equal ones are no sign of it.
+        if trials.iter().rev().take_while(|trial| trial.held_out < best).count() >= PAST {
             break;
         }
     }
@@ -154,7 +156,7 @@ pub fn fit_best_by(
             attempt(&mut trials, at);
         }
     }
-    let Trial { at, held_out, theta: start } = trials.swap_remove(best_of(&trials));
+    let Trial { at, held_out, theta: start, .. } = trials.swap_remove(best_of(&trials));
     let l2 = strengths[at];
     let problem = Problem::new(&scaled, labels, classes, l2);
     let theta = minimise(start, FINAL, 1e-6, |t| problem.at(t));
@@ -166,16 +168,18 @@ pub fn fit_best_by(
     Chosen { classifier: Classifier { w, b, classes }, l2, held_out }
 }
 
-/// A strength that was tried: its place among all, how good it is on the held-out part, and its minimum.
+/// A strength that was tried: its place among all, how good it is on the held-out part, the loss there, and its minimum.
 struct Trial {
     at: usize,
     held_out: f64,
+    loss: f64,
     theta: Vec<f64>,
 }
 
-/// Of equal ones the first.
+/// Of equal ones the one with the least loss.
 fn best_of(trials: &[Trial]) -> usize {
-    (1..trials.len()).fold(0, |best, i| if trials[i].held_out > trials[best].held_out { i } else { best })
+    let is_better = |a: &Trial, b: &Trial| a.held_out > b.held_out || (a.held_out == b.held_out && a.loss < b.loss);
+    (1..trials.len()).fold(0, |best, i| if is_better(&trials[i], &trials[best]) { i } else { best })
 }
 
 /// Centred, and divided by the root of the mean square; with the means and the divisor.

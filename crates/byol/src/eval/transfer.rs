@@ -31,7 +31,7 @@ pub fn linear(
     let strengths = logistic::strengths();
     match truth {
         Truth::One(labels) => {
-            let out = linear::held_out(train.n, seed);
+            let out = linear::held_out(labels, seed);
             let judge =
                 |scores: &[f64], labels: &[usize]| Judged::new(measure, scores, Truth::One(labels), classes).of_all();
             let found = logistic::fit_best_by(train, labels, classes, &strengths, &out, judge);

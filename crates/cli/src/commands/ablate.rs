@@ -231,8 +231,9 @@ fn read_out(shared: &Shared, encoder: &Encoder) -> Result<(Vec<Row>, serde_json:
     let x = eval::features(encoder, &data.train, "embedding training images")?;
     let test = eval::features(encoder, &data.test, "embedding test images")?;
     let (classes, labels) = (data.classes.len(), eval::labels(&data.test));
-    let out = linear::held_out(x.n, seed);
-    let found = logistic::fit_best(&x, eval::labels(&data.train), classes, &logistic::strengths(), &out);
+    let of_train = eval::labels(&data.train);
+    let out = linear::held_out(of_train, seed);
+    let found = logistic::fit_best(&x, of_train, classes, &logistic::strengths(), &out);
     let hits = in_top(&found.classifier.scores(&test), labels, classes, 1);
     let some = x.subset(&(0..x.n.min(2048)).map(|i| i * x.n / x.n.min(2048)).collect::<Vec<_>>());
     let rows = vec![Row::rate("linear top-1", seed, &hits), Row::plain("RankMe", byol::eval::spectrum::rankme(&some))];

@@ -80,7 +80,7 @@ fn paper(args: &Args, encoder: &Encoder, data: &Labelled) -> Result<(logistic::C
 /// By L-BFGS on features.
 fn fast(args: &Args, encoder: &Encoder, data: &Labelled) -> Result<(logistic::Classifier, serde_json::Value)> {
     let x = features(encoder, &data.train, "embedding training images")?;
-    let out = linear::held_out(x.n, args.common.flags.seed);
+    let out = linear::held_out(labels(&data.train), args.common.flags.seed);
     let began = Instant::now();
     let found = logistic::fit_best(&x, labels(&data.train), data.classes.len(), &logistic::strengths(), &out);
     let took = began.elapsed().as_secs_f64();
