@@ -1,19 +1,27 @@
 #!/usr/bin/env bash
-# What an hour on this machine teaches: byol's own choice for CIFAR-10 beside torch_train.py, one after the other, by kNN over time.
+# kNN accuracy over an hour of training on CIFAR-10: byol with the recipe `auto`, then PyTorch.
 #
 #   benches/hour.sh PYTHON [byol] [torch] [plot]
 #
-# PYTHON: an interpreter with torch. Without parts: all three. `byol` and `torch` train and evaluate, `plot` draws what there is.
-# Environment: CIFAR (folder with train/CLASS/*.jpg and test/CLASS/*.jpg), OUT (folder for runs and results; hour), EVERY (epochs between two
-# evaluations; 3), TORCH (options of torch_train.py), PEERS (folder of torch_train.py), BYOL (the program to measure).
+# PYTHON: an interpreter with torch. Parts (default: all): `byol` and `torch` train and evaluate,
+# `plot` draws the available results.
 #
-# Time: epochs times the time of one, taken as the quarter point of all epochs' times, so that what else the machine did for a while does not
-# count. byol's includes all that an epoch does (loading, what it watches, checkpoints), PyTorch's its steps alone. A run of byol that is there
-# is gone on with. kNN: 10,000 test images among 50,000, k = 20, T = 0.07, for both.
+# Environment:
+#   CIFAR    folder with train/CLASS/*.jpg and test/CLASS/*.jpg
+#   OUT      folder for runs and results (hour)
+#   EVERY    epochs between evaluations (3)
+#   TORCH    options of torch_train.py
+#   PEERS    folder of torch_train.py
+#   BYOL     program to measure (target/release/byol)
+#
+# Time is the number of epochs times the lower quartile of the epoch times, which excludes periods
+# of other load. byol's epochs include everything (loading, monitoring, checkpoints), PyTorch's only
+# the steps. An existing byol run is resumed. kNN for both: 10,000 test images against 50,000,
+# k = 20, T = 0.07.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-usage() { sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+usage() { sed -n '2,20s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 [ $# -ge 1 ] || usage
 python=$1
 shift
@@ -31,7 +39,7 @@ train_byol() {
         "$byol" pretrain "$CIFAR" --out "$out/byol" --device cpu --threads 2 >"$out/byol.log" 2>&1 &
     fi
     local pid=$! seen=-1 epoch
-    # An epoch's encoder is written after its line; it stays until the next epoch's.
+    # An epoch's encoder is written after its line in metrics.jsonl and kept until the next epoch's.
     while :; do
         epoch=$(grep -c '"kind":"epoch"' "$out/byol/metrics.jsonl" 2>/dev/null || true)
         epoch=$((${epoch:-0} - 1))
@@ -53,7 +61,7 @@ train_byol() {
 import json, statistics, sys
 lines = [json.loads(l) for l in open('$out/byol/metrics.jsonl')]
 elapsed = [l['elapsed_s'] for l in lines if l['kind'] == 'epoch']
-times = [b - a for a, b in zip(elapsed, elapsed[1:]) if b > a]  # the clock begins anew where a run was resumed
+times = [b - a for a, b in zip(elapsed, elapsed[1:]) if b > a]  # elapsed_s restarts when a run is resumed
 seconds = $epoch * statistics.quantiles(times, n=4)[0]
 print(f\"byol,{seconds / 60:.2f},{100 * json.load(sys.stdin)['rows'][0]['value']:.2f}\")" >>"$out/byol.csv"
     done
@@ -75,7 +83,7 @@ PYTHON
 }
 
 plot() {
-    cat "$out"/byol.csv "$out"/torch.csv 2>/dev/null | "$python" benches/curve.py "minutes of training" "kNN accuracy, %" >"$out/hour.svg"
+    cat "$out"/byol.csv "$out"/torch.csv 2>/dev/null | "$python" benches/curve.py "Training time (minutes)" "kNN accuracy (%)" >"$out/hour.svg"
     echo "$out/hour.svg"
 }
 

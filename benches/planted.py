@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Plants near-duplicates among images, and scores what `byol duplicates` finds of them.
+"""Plants near-duplicates among images and scores how many of them `byol duplicates` finds.
 
-    planted.py plant FOLDER OUT [--images 2000] [--originals 50]     copies images, plants three altered copies of some
+    planted.py plant FOLDER OUT [--images 2000] [--originals 50]
     byol embed ENCODER OUT/images -o OUT/e.npy
     byol duplicates OUT/e.npy --threshold 0.5 --json | planted.py score OUT
 
-The copies of an original: written again as JPEG of quality 40; made smaller by a third and larger again; cropped by 8 % on each side. A pair is
-right if both are of the same original. Real images have near-duplicates of their own, which count as wrong here: look at what is printed.
+`plant` copies a sample of the images and adds three altered copies of each original: recompressed
+as JPEG of quality 40; downscaled by a third and enlarged again; cropped by 8 % on each side. A pair
+is correct if both images come from the same original. Real near-duplicates among the images count
+as wrong: check the pairs that `score` prints.
 """
 import argparse
 import itertools
@@ -37,8 +39,8 @@ def plant(a):
         w, h = image.size
         by, bx = round(0.08 * h), round(0.08 * w)
         copies = {
-            "again": (image, 40),
-            "smaller": (image.resize((w * 2 // 3, h * 2 // 3), Image.LANCZOS).resize((w, h), Image.BICUBIC), 95),
+            "recompressed": (image, 40),
+            "downscaled": (image.resize((w * 2 // 3, h * 2 // 3), Image.LANCZOS).resize((w, h), Image.BICUBIC), 95),
             "cropped": (image.crop((bx, by, w - bx, h - by)), 95),
         }
         truth[name] = name
@@ -47,7 +49,8 @@ def plant(a):
             copy.save(os.path.join(images, file), quality=quality)
             truth[file] = name
     json.dump(truth, open(os.path.join(a.out, "truth.json"), "w"))
-    print(f"{len(chosen)} images, {len(truth) - min(a.originals, len(chosen))} copies of {min(a.originals, len(chosen))} in {images}")
+    originals = min(a.originals, len(chosen))
+    print(f"copied {len(chosen)} images and planted {len(truth) - originals} copies of {originals} in {images}")
 
 
 def score(a):
@@ -56,7 +59,7 @@ def score(a):
     pairs = {frozenset(p) for g in groups for p in itertools.combinations(g, 2)}
     wanted = {frozenset(p) for p in itertools.combinations(truth, 2) if truth[p[0]] == truth[p[1]]}
     right = pairs & wanted
-    for kind in ("again", "smaller", "cropped"):
+    for kind in ("recompressed", "downscaled", "cropped"):
         own = {p for p in wanted if any(f"-{kind}" in n for n in p) and any("-" not in n for n in p)}
         print(f"{kind}: {len(own & pairs)} of {len(own)} originals found")
     print(f"precision {len(right) / max(1, len(pairs)):.3f} of {len(pairs)} pairs, recall {len(right) / len(wanted):.3f} of {len(wanted)}")

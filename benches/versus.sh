@@ -1,31 +1,41 @@
 #!/usr/bin/env bash
-# byol beside PyTorch on this machine, in turn, round by round; prints the ratios of the medians.
+# Compares byol with PyTorch on this machine, alternating round by round; prints ratios of medians.
 #
-#   benches/versus.sh PYTHON [ROW…]
+#   benches/versus.sh PYTHON [TASK…]
 #
-# PYTHON: an interpreter with torch, torchvision, lightly and onnxruntime. The programs torch_*.py are looked for in $PEERS (docs/performance.md says what they do; they are not part of this repository).
-# ROW: some of cifar18 resnet50 resnet18 narrow features embed views224 views32 pretrain (default: all of them), and, on a processor with AVX512-BF16,
-# cifar18-bf16 resnet50-bf16 resnet18-bf16 narrow-bf16, where both multiply bf16.
-# Environment: ROUNDS (3), THREADS (2), STEPS (3), EPOCHS (20, of pretrain), PHOTOS and CIFAR (folders of JPEG files for the views; pretrain takes
-# CIFAR's folder train/CLASS/*.jpg and test/CLASS/*.jpg), COMPILE (1; 0: leave out torch.compile, which needs a C++ compiler), BYOL (the program to
-# measure).
+# PYTHON: an interpreter with torch, torchvision, lightly and onnxruntime. TASK (default: all):
+# cifar18, resnet50, resnet18, narrow, features, embed, views224, views32, pretrain. On a CPU with
+# AVX512-BF16 also cifar18-bf16, resnet50-bf16, resnet18-bf16, narrow-bf16, in which both programs
+# multiply bf16.
 #
-# It refuses a busy machine: PyTorch's threads spin at the end of every loop, and lose far more than their share to a neighbour.
+# Environment:
+#   PEERS    folder of the PyTorch programs torch_*.py (see docs/log/README.md)
+#   ROUNDS   rounds (3)
+#   THREADS  threads (2)
+#   STEPS    measured steps per round (3)
+#   EPOCHS   epochs of pretrain (20)
+#   PHOTOS   folder of JPEG photos, for features, embed, views224
+#   CIFAR    folder of 32 px JPEG files; for pretrain with train/CLASS/ and test/CLASS/
+#   COMPILE  0 skips torch.compile, which needs a C++ compiler (1)
+#   BYOL     program to measure (target/release/byol)
+#
+# Refuses to run on a busy machine: PyTorch's threads spin at the end of every parallel loop, so
+# they lose far more than their share to other processes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-usage() { sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+usage() { sed -n '2,23s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 [ $# -ge 1 ] || usage
 python=$1
 shift
-peers=${PEERS:?set PEERS to the folder of torch_step.py and the other programs to compare with}
+peers=${PEERS:?set PEERS to the folder of torch_step.py and the other programs}
 rounds=${ROUNDS:-3} threads=${THREADS:-2} steps=${STEPS:-3}
 byol=${BYOL:-target/release/byol}
-[ -x "$(command -v "$python")" ] || { echo "versus: there is no interpreter $python" >&2; exit 2; }
-[ -f "$peers/torch_step.py" ] || { echo "versus: no torch_step.py in $peers; set PEERS to its folder" >&2; exit 2; }
+[ -x "$(command -v "$python")" ] || { echo "versus: interpreter $python not found" >&2; exit 2; }
+[ -f "$peers/torch_step.py" ] || { echo "versus: torch_step.py not found in $peers; set PEERS to its folder" >&2; exit 2; }
 [ -n "${BYOL:-}" ] || cargo build --release --quiet
 
-# Share of the processors' time that was not idle in the last two seconds, in percent.
+# CPU utilization over the next two seconds, in percent.
 busy() {
     local a b
     a=($(head -n1 /proc/stat)) && sleep 2 && b=($(head -n1 /proc/stat))
@@ -35,18 +45,18 @@ busy() {
 }
 if [ -r /proc/stat ]; then
     share=$(busy)
-    [ "$share" -le 8 ] || { echo "versus: the machine is busy ($share % of it), so the comparison would be unfair; wait until it is idle" >&2; exit 1; }
+    [ "$share" -le 8 ] || { echo "versus: the machine is busy ($share % CPU utilization); wait until it is idle" >&2; exit 1; }
 fi
 
 results=$(mktemp)
 trap 'rm -f "$results"' EXIT
 
-# NAME, then two commands whose last line is JSON: ours and theirs, with a key for what counts.
+# Both run a command and print its last line, which is JSON.
 ours() { "$byol" "$@" --json 2>/dev/null | tail -n1; }
 theirs() { "$python" "$@" --json 2>/dev/null | tail -n1; }
-record() { printf '%s\t%s\t%s\n' "$1" "$2" "$3" >>"$results"; } # row, who, JSON
+record() { printf '%s\t%s\t%s\n' "$1" "$2" "$3" >>"$results"; } # task, program, JSON
 
-whole() { # images, command: the wall clock of all of it
+whole() { # images, command: throughput by wall-clock time
     local images=$1 began ended
     shift
     began=$(date +%s.%N)
@@ -55,7 +65,7 @@ whole() { # images, command: the wall clock of all of it
     "$python" -c "print('{\"images_per_s\": %f}' % ($images / ($ended - $began)))"
 }
 
-step() { # row, byol's options, PyTorch's options
+step() { # task, byol's options, PyTorch's options
     record "$1" byol "$(ours bench --threads "$threads" --steps "$steps" $2)"
     record "$1" torch "$(theirs "$peers/torch_step.py" --threads "$threads" --steps "$steps" --warmup 2 $3)"
     [ "${COMPILE:-1}" = 0 ] || record "$1" torch-compile "$(theirs "$peers/torch_step.py" --threads "$threads" --steps "$steps" --warmup 2 --compile $3)"
@@ -74,7 +84,7 @@ row() {
             record features torch-folded "$(theirs "$peers/torch_step.py" --threads "$threads" --steps "$steps" --warmup 2 --forward-only --fold-bn --net resnet50 --size 224 --batch 32)"
             record features onnxruntime "$(theirs "$peers/torch_embed.py" "$PHOTOS" --net resnet50 --onnx --batch 32 --limit 96 --threads "$threads" --out "$(mktemp -d)/f.npy")"
             ;;
-        embed) # files to vectors on disk: ResNet-50 at 224 px, the same weights
+        embed) # from files to vectors on disk: ResNet-50 at 224 px with the same weights
             local folder weights
             folder=$(mktemp -d)
             weights=$folder/theirs.safetensors
@@ -130,22 +140,22 @@ import collections, json, statistics, sys
 
 rows = collections.OrderedDict()
 for line in open(sys.argv[1]):
-    row, who, text = line.rstrip("\n").split("\t")
+    row, program, text = line.rstrip("\n").split("\t")
     if not text:
-        sys.exit(f"versus: {who} gave nothing for {row}")
+        sys.exit(f"versus: {program} printed no result for {row}")
     r = json.loads(text)
-    # Where both are given, features are timed in the network alone, embedding from file to file.
+    # Features count the network alone; embed counts everything from file to file.
     network = None if row == "embed" else r.get("network_images_per_s")
     speed = r.get("images_per_second") or network or r.get("images_per_s")
-    rows.setdefault(row, collections.OrderedDict()).setdefault(who, []).append((speed, r.get("peak_mb") or r.get("peak_rss_mb")))
-print("| row | who | images/s, median (least to most) | byol is | memory, MiB | byol's share |")
+    rows.setdefault(row, collections.OrderedDict()).setdefault(program, []).append((speed, r.get("peak_mb") or r.get("peak_rss_mb")))
+print("| task | program | images/s, median (min–max) | speed-up | memory, MiB | memory ratio |")
 print("| --- | --- | --- | --- | --- | --- |")
 for row, all in rows.items():
-    ours, our_mb = (statistics.median(x[0] for x in all["byol"]), all["byol"][0][1])
-    for who, runs in all.items():
+    ours, our_mb = statistics.median(x[0] for x in all["byol"]), all["byol"][0][1]
+    for program, runs in all.items():
         speeds = [x[0] for x in runs]
         mid, mb = statistics.median(speeds), runs[0][1]
-        ratio = "" if who == "byol" else f"{ours / mid:.2f}x"
-        share = f"{our_mb / mb:.2f}" if who != "byol" and mb and our_mb else ""
-        print(f"| {row} | {who} | {mid:.4g} ({min(speeds):.4g} to {max(speeds):.4g}) | {ratio} | {f'{mb:.0f}' if mb else ''} | {share} |")
+        ratio = "" if program == "byol" else f"{ours / mid:.2f}x"
+        share = f"{our_mb / mb:.2f}" if program != "byol" and mb and our_mb else ""
+        print(f"| {row} | {program} | {mid:.4g} ({min(speeds):.4g}–{max(speeds):.4g}) | {ratio} | {f'{mb:.0f}' if mb else ''} | {share} |")
 PYTHON
