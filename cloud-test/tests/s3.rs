@@ -1,4 +1,5 @@
-//! `byol pretrain s3://…` against an S3 server, with connections that break, a bucket that refuses, and a cache that is too small.
+//! `byol pretrain s3://…` against an S3 server, with broken connections, refused requests and a
+//! cache smaller than the data.
 
 use std::{
     fs,
@@ -22,15 +23,18 @@ use tokio::{
     runtime::Runtime,
 };
 
-/// A server, and a way to it that breaks each of the first connections after some bytes.
+/// An S3 server behind a proxy that can break connections.
 struct Server {
     runtime: Runtime,
+    /// Port of the proxy.
     port: u16,
+    /// Number of connections still to break.
     breaks: Arc<AtomicUsize>,
+    /// Bytes sent by the server.
     sent: Arc<AtomicU64>,
 }
 
-/// Bytes after which a connection breaks.
+/// Bytes after which the proxy breaks a connection.
 const BREAKS_AFTER: usize = 150_000;
 
 impl Server {
@@ -40,11 +44,11 @@ impl Server {
         service.set_auth(SimpleAuth::from_single("key", "secret"));
         let service = service.build();
         let listen = || runtime.block_on(TcpListener::bind("127.0.0.1:0")).unwrap();
-        let (behind, front) = (listen(), listen());
-        let (to, port) = (behind.local_addr().unwrap(), front.local_addr().unwrap().port());
+        let (backend, proxy) = (listen(), listen());
+        let (backend_address, port) = (backend.local_addr().unwrap(), proxy.local_addr().unwrap().port());
         runtime.spawn(async move {
             loop {
-                let (socket, _) = behind.accept().await.unwrap();
+                let (socket, _) = backend.accept().await.unwrap();
                 let service = service.clone();
                 tokio::spawn(async move {
                     let _ = Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(socket), service).await;
@@ -52,27 +56,28 @@ impl Server {
             }
         });
         let (breaks, sent) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicU64::new(0)));
-        let (left, count) = (breaks.clone(), sent.clone());
+        let (breaks_left, bytes_sent) = (breaks.clone(), sent.clone());
         runtime.spawn(async move {
             loop {
-                let (client, _) = front.accept().await.unwrap();
-                let server = TcpStream::connect(to).await.unwrap();
-                let (left, count) = (left.clone(), count.clone());
+                let (client, _) = proxy.accept().await.unwrap();
+                let server = TcpStream::connect(backend_address).await.unwrap();
+                let (breaks_left, bytes_sent) = (breaks_left.clone(), bytes_sent.clone());
                 tokio::spawn(async move {
                     let (mut from_client, mut to_client) = client.into_split();
                     let (mut from_server, mut to_server) = server.into_split();
                     tokio::spawn(async move {
                         let _ = tokio::io::copy(&mut from_client, &mut to_server).await;
                     });
-                    let (mut some, mut passed) = (vec![0; 1 << 14], 0);
-                    while let Ok(n @ 1..) = from_server.read(&mut some).await {
-                        count.fetch_add(n as u64, Ordering::Relaxed);
-                        passed += n;
-                        let one_less = |left: usize| left.checked_sub(1);
-                        if passed > BREAKS_AFTER && left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_less).is_ok() {
+                    let (mut buffer, mut forwarded) = (vec![0; 1 << 14], 0);
+                    while let Ok(n @ 1..) = from_server.read(&mut buffer).await {
+                        bytes_sent.fetch_add(n as u64, Ordering::Relaxed);
+                        forwarded += n;
+                        let decrement = |left: usize| left.checked_sub(1);
+                        let take_break = || breaks_left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, decrement);
+                        if forwarded > BREAKS_AFTER && take_break().is_ok() {
                             return;
                         }
-                        if to_client.write_all(&some[..n]).await.is_err() {
+                        if to_client.write_all(&buffer[..n]).await.is_err() {
                             return;
                         }
                     }
@@ -82,7 +87,7 @@ impl Server {
         Server { runtime, port, breaks, sent }
     }
 
-    /// The program, with an environment that leads to this server and a cache of its own.
+    /// Runs `byol` with this server as the S3 endpoint and its own cache folder.
     fn byol(&self, cache: &Path, args: &[&str]) -> Output {
         let port = self.port;
         byol(args)
@@ -107,19 +112,22 @@ fn text(path: &Path) -> &str {
 }
 
 fn ok(output: Output) -> String {
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.success(), "{said}");
-    said
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{stderr}");
+    stderr
 }
 
+/// Requires a failure with one error message, hint included, that contains all of `words`.
 fn refused(output: Output, words: &[&str]) {
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(!output.status.success(), "{said}");
-    let lines: Vec<&str> = said.lines().filter(|line| line.starts_with("error:")).collect();
-    assert!(lines.len() == 1 && words.iter().all(|word| lines[0].contains(word)), "{said}");
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success(), "{stderr}");
+    assert_eq!(stderr.lines().filter(|line| line.starts_with("error:")).count(), 1, "{stderr}");
+    let message = &stderr[stderr.find("error:").unwrap()..];
+    assert!(words.iter().all(|word| message.contains(word)), "{stderr}");
 }
 
-/// `n` noisy pictures in two classes, in shards of a megabyte, in the bucket `bucket` of the server's folder.
+/// Packs `n` noise images of two classes into shards of 1 MB in the bucket `bucket` below
+/// `folder/root`. Returns the folder of the shards.
 fn bucket(folder: &Path, n: u32) -> PathBuf {
     let data = folder.join("data");
     for i in 0..n {
@@ -151,12 +159,12 @@ fn encoder(run: &Path) -> Vec<u8> {
     fs::read(run.join("encoder.safetensors")).unwrap()
 }
 
-fn size(folder: &Path) -> u64 {
+fn folder_size(folder: &Path) -> u64 {
     fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len()).sum()
 }
 
 #[test]
-fn streamed_shards_train_the_same_encoder_whatever_breaks() {
+fn streamed_shards_train_the_same_encoder_despite_broken_connections() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
     let shards = bucket(folder.path(), 200);
@@ -167,17 +175,17 @@ fn streamed_shards_train_the_same_encoder_whatever_breaks() {
 
     server.breaks.store(12, Ordering::SeqCst);
     ok(server.byol(&at("cache"), &pretrain("s3://bucket/shards", text(&at("remote")))));
-    assert_eq!(server.breaks.load(Ordering::SeqCst), 0, "connections were broken");
-    assert!(encoder(&at("local")) == encoder(&at("remote")), "the same bits as from the disk");
-    let once = server.sent.load(Ordering::Relaxed);
+    assert_eq!(server.breaks.load(Ordering::SeqCst), 0, "all planned breaks happened");
+    assert!(encoder(&at("local")) == encoder(&at("remote")), "bit-identical to training from disk");
+    let first_run = server.sent.load(Ordering::Relaxed);
 
-    // Again, from the cache; by a pattern, whose order of shards is the same.
+    // Again from the cache, and with a brace pattern that lists the shards in the same order.
     let pattern = format!("s3://bucket/shards/train-{{000000..{:06}}}.tar", 5);
     ok(server.byol(&at("cache"), &pretrain("s3://bucket/shards", text(&at("again")))));
-    assert!(server.sent.load(Ordering::Relaxed) - once < once / 10, "a second run fetches nothing");
+    assert!(server.sent.load(Ordering::Relaxed) - first_run < first_run / 10, "the second run reads from the cache");
     ok(server.byol(&at("cache"), &pretrain(&pattern, text(&at("pattern")))));
 
-    // A cache of two and a half shards is never larger, and gives the same bits.
+    // A cache limited to two and a half shards keeps its limit and gives the same bits.
     let small = at("small");
     let args = pretrain("s3://bucket/shards", text(&at("bounded")).to_owned().leak());
     let output = {
@@ -191,18 +199,18 @@ fn streamed_shards_train_the_same_encoder_whatever_breaks() {
             .unwrap()
     };
     ok(output);
-    assert!(size(&small) <= 2_700_000, "{}", size(&small));
+    assert!(folder_size(&small) <= 2_700_000, "{}", folder_size(&small));
     assert!(encoder(&at("local")) == encoder(&at("bounded")));
 
-    // Labels come with the manifest.
+    // Labels are read from the manifest.
     let run = at("remote");
-    let said = ok(server.byol(&at("cache"), &["eval", "knn", text(&run), "s3://bucket/shards", "--k", "1", "--device", "cpu"]));
-    assert!(!said.contains("no labels"), "{said}");
+    let stderr = ok(server.byol(&at("cache"), &["eval", "knn", text(&run), "s3://bucket/shards", "--k", "1", "--device", "cpu"]));
+    assert!(!stderr.contains("no labels"), "{stderr}");
     drop(server.runtime);
 }
 
 #[test]
-fn shards_without_a_manifest_are_looked_into_once() {
+fn shards_without_a_manifest_can_be_trained_on_and_resumed() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
     let shards = bucket(folder.path(), 80);
@@ -215,7 +223,7 @@ fn shards_without_a_manifest_are_looked_into_once() {
 }
 
 #[test]
-fn what_a_store_refuses_is_said_in_a_line() {
+fn rejects_missing_data_mixed_stores_and_wrong_credentials() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
     bucket(folder.path(), 20);
@@ -224,15 +232,15 @@ fn what_a_store_refuses_is_said_in_a_line() {
     refused(server.byol(&at("cache"), &pretrain("s3://nobucket/shards/{000000..000001}.tar", text(&out))), &["there is no"]);
     refused(server.byol(&at("cache"), &pretrain("s3://bucket/nothing", text(&out))), &["no .tar or .parquet"]);
     let two = pretrain("s3://{bucket,other}/shards/train-000000.tar", text(&out));
-    refused(server.byol(&at("cache"), &two), &["s3://other", "another store"]);
+    refused(server.byol(&at("cache"), &two), &["s3://other", "different stores"]);
     let port = server.port;
-    let wrong = byol(&pretrain("s3://bucket/shards", text(&out)))
+    let wrong_secret = byol(&pretrain("s3://bucket/shards", text(&out)))
         .env("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{port}"))
         .envs([("AWS_ALLOW_HTTP", "true"), ("AWS_REGION", "us-east-1")])
         .envs([("AWS_ACCESS_KEY_ID", "key"), ("AWS_SECRET_ACCESS_KEY", "wrong")])
         .env("BYOL_CACHE", at("cache"))
         .output()
         .unwrap();
-    refused(wrong, &["refused", "AWS_ACCESS_KEY_ID"]);
+    refused(wrong_secret, &["denied", "AWS_ACCESS_KEY_ID"]);
     assert!(!out.exists());
 }

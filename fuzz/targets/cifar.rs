@@ -1,4 +1,5 @@
-//! CIFAR's binary batches, with one label byte (CIFAR-10) and with two (CIFAR-100).
+//! CIFAR binary batches, with one label byte (CIFAR-10) and with two (CIFAR-100): an error, or a
+//! label for every image.
 #![no_main]
 
 use byol::data::cifar;

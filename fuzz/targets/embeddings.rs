@@ -1,28 +1,31 @@
-//! Files of embeddings: an error, or as many paths as rows, all of them numbers. The first byte says which format.
+//! Embeddings files: an error, or a path for every row and finite values. The first byte selects the
+//! format.
 #![no_main]
 
 use byol::apply::embeddings::Embeddings;
 
-/// A panic of the Parquet library becomes an error; any other is a finding.
+/// Installs a hook that aborts on panics, except on those of the Parquet library: the reader catches
+/// them and returns an error.
 static HOOK: std::sync::Once = std::sync::Once::new();
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     HOOK.call_once(|| {
         let abort = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |panic| {
-            if !byol::guarded::is_guarded() {
+            if !byol::catch_panic::is_catching() {
                 abort(panic);
             }
         }));
     });
-    let Some((which, bytes)) = bytes.split_first() else { return };
-    let ending = ["parquet", "npy", "csv"][usize::from(*which) % 3];
-    let path = std::env::temp_dir().join(format!("byol-fuzz-{}.{ending}", std::process::id()));
-    std::fs::write(&path, bytes).expect("there is room for a small file");
-    // A .npy wants its paths beside it: one.
-    std::fs::write(path.with_extension("paths.txt"), "a.png\n").expect("there is room for a small file");
-    if let Ok(found) = Embeddings::open(&path) {
-        assert_eq!((found.paths.len(), found.features.values.len()), (found.features.n, found.features.n * found.features.dim));
-        assert!(found.features.values.iter().all(|v| v.is_finite()));
+    let Some((format, bytes)) = bytes.split_first() else { return };
+    let extension = ["parquet", "npy", "csv"][usize::from(*format) % 3];
+    let path = std::env::temp_dir().join(format!("byol-fuzz-{}.{extension}", std::process::id()));
+    std::fs::write(&path, bytes).expect("the temporary folder is writable");
+    // The paths of a .npy file are in a text file beside it. Here: a single path.
+    std::fs::write(path.with_extension("paths.txt"), "a.png\n").expect("the temporary folder is writable");
+    if let Ok(embeddings) = Embeddings::open(&path) {
+        let features = &embeddings.features;
+        assert_eq!((embeddings.paths.len(), features.values.len()), (features.n, features.n * features.dim));
+        assert!(features.values.iter().all(|v| v.is_finite()));
     }
 });

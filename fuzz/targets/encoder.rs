@@ -1,4 +1,4 @@
-//! Encoder files: safetensors with a description of the network.
+//! Encoder files: safetensors with a description of the network in the metadata.
 #![no_main]
 
 use std::path::Path;

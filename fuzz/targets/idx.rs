@@ -1,4 +1,4 @@
-//! IDX files, unpacked. The values are as many as the dimensions say.
+//! Decompressed IDX files: an error, or as many values as the dimensions require.
 #![no_main]
 
 use byol::data::idx;

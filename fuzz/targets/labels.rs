@@ -1,15 +1,15 @@
-//! A `labels.csv` of any bytes: an error, or a class for every image.
+//! `labels.csv`: an error, or a valid class for every image.
 #![no_main]
 
 use std::path::Path;
 
-use byol::data::labelled::parse;
+use byol::data::labels_csv::parse;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {
-    // A path that is there whatever the file says.
-    let here = |_: &str| std::env::current_exe().expect("this program has a path");
-    if let Ok(data) = parse(Path::new("."), Path::new("labels.csv"), bytes, here) {
+    // Every path in the file resolves to one that exists.
+    let resolve = |_: &str| std::env::current_exe().expect("this program has a path");
+    if let Ok(data) = parse(Path::new("."), Path::new("labels.csv"), bytes, resolve) {
         let n = data.classes.len();
         if let Some(labels) = data.train.labels() {
             assert!(labels.iter().all(|l| *l < n));

@@ -1,28 +1,29 @@
-//! Shards: an error, or images that can be asked for. The first byte says whether it is a tar or a Parquet file.
+//! Shards: an error, or images that can be requested. The first byte selects tar or Parquet.
 #![no_main]
 
 use byol::data::Dataset;
 
-/// A panic of the Parquet library becomes an error; any other is a finding.
+/// Installs a hook that aborts on panics, except on those of the Parquet library: the reader catches
+/// them and returns an error.
 static HOOK: std::sync::Once = std::sync::Once::new();
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     HOOK.call_once(|| {
         let abort = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |panic| {
-            if !byol::guarded::is_guarded() {
+            if !byol::catch_panic::is_catching() {
                 abort(panic);
             }
         }));
     });
-    let Some((which, bytes)) = bytes.split_first() else { return };
-    let ending = ["tar", "parquet"][usize::from(*which) % 2];
-    let path = std::env::temp_dir().join(format!("byol-fuzz-shard-{}.{ending}", std::process::id()));
-    std::fs::write(&path, bytes).expect("there is room for a small file");
-    if let Ok(found) = Dataset::open(&path) {
-        assert!(!found.train.is_empty());
-        for i in 0..found.train.len().min(8) {
-            let _ = found.train.get(i);
+    let Some((format, bytes)) = bytes.split_first() else { return };
+    let extension = ["tar", "parquet"][usize::from(*format) % 2];
+    let path = std::env::temp_dir().join(format!("byol-fuzz-shard-{}.{extension}", std::process::id()));
+    std::fs::write(&path, bytes).expect("the temporary folder is writable");
+    if let Ok(dataset) = Dataset::open(&path) {
+        assert!(!dataset.train.is_empty());
+        for i in 0..dataset.train.len().min(8) {
+            let _ = dataset.train.get(i);
         }
     }
 });

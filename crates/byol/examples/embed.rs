@@ -1,21 +1,14 @@
-//! Loads an encoder and embeds an image: `cargo run --release --example embed -- encoder.safetensors photo.jpg`.
+//! Embeds an image: `cargo run --release -p byol --example embed -- ENCODER IMAGE`.
 
-use std::{env::args, error::Error, path::Path};
+use std::{env::args, error::Error};
 
-use byol::{
-    data::decode,
-    device::{self, Choice},
-    nn::weights,
-    views::evaluation_view,
-};
+use byol::Encoder;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let (Some(encoder), Some(image)) = (args().nth(1), args().nth(2)) else {
         return Err("usage: embed ENCODER IMAGE".into());
     };
-    let encoder = weights::load(Path::new(&encoder), &device::open(Choice::Auto)?.device)?;
-    let view = evaluation_view(&decode::file(Path::new(&image))?, encoder.spec.size, encoder.spec.center);
-    let features = encoder.embed_one(&view.interleaved());
-    println!("{} numbers: {:?} …", features.len(), &features[..4.min(features.len())]);
+    let features = Encoder::open(encoder)?.embed_image(image)?;
+    println!("{} features: {:?} …", features.len(), &features[..4.min(features.len())]);
     Ok(())
 }

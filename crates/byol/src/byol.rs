@@ -1,221 +1,146 @@
-//! THE METHOD: Bootstrap Your Own Latent, Grill et al. 2020, arXiv:2006.07733, §3.1, in the paper's letters.
+//! THE METHOD: Bootstrap Your Own Latent (Grill et al. 2020, arXiv:2006.07733, §3.1), in the
+//! paper's letters.
 //!
-//! θ: online weights (f, g, q); ξ: target weights (f, g); v, v′: two views of the same images; z′: target projection of v′;
-//! q: online prediction; η: learning rate; τ: target decay; k of K: step.
-//! Order of a step: loss and gradient at (θ, ξ), then θ by the optimiser, then ξ towards the new θ.
-//! Both networks run in training mode, each view in a pass of its own, so each is normalised by its own batch.
+//! - θ: online weights of encoder f, projector g and predictor q; ξ: target weights of f and g
+//! - v, v′: two views of the same images
+//! - z = g(f(v)): projection; q = q(z): prediction
+//! - η: learning rate; τ: target decay; k of K: step
+//!
+//! Code writes v′ as `v2`, z′ as `z2`, q′ as `q2`. Both networks run in training mode, and every
+//! view is a forward pass of its own, normalized by its own batch statistics.
+//!
+//! The paper's ablations of the loss are in [`objective`](crate::objective); micro-batches, ranks
+//! and the loss scale of f16 in [`train::step`](crate::train::step).
 
-use burn::tensor::{Bool, Device, Tensor, activation::log_softmax};
-use serde::{Deserialize, Serialize};
+use burn::tensor::{Device, Tensor};
 
 use crate::{
-    device,
-    nn::{Mode, Network, Pass, Tree, Weights},
-    optim::{LossScale, Optimizer, Schedule},
-    ranks::Ranks,
+    nn::{Network, Tree, Weights},
+    optim::{Optimizer, Schedule, target},
 };
 
-/// The two networks, the optimiser with its momenta, and the step counter: all that a run is.
+/// The complete training state: both networks, the optimizer with its state, and the step counter.
 #[derive(Debug, Clone)]
 pub struct Byol {
-    /// f, g, q.
+    /// f, g and q.
     pub network: Network,
-    /// What is minimised.
-    pub objective: Objective,
     /// θ
     pub online: Weights,
     /// ξ
     pub target: Weights,
-    /// How θ moves.
+    /// Update rule of θ with its state.
     pub optimizer: Optimizer,
     /// η and τ by step.
     pub schedule: Schedule,
-    /// Steps done: the index of the next step, from 0.
+    /// Completed steps, which is the index of the next step.
     pub k: u64,
-    /// Who shares each batch.
-    pub ranks: Ranks,
-    /// Of gradients in f16; none where their range is that of f32.
-    pub scale: Option<LossScale>,
 }
 
-/// What is minimised. The default is BYOL; the rest are the paper's ablations of it (§5, appendix F.4).
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Objective {
-    /// Predict with q; without it the prediction is the projection itself. true.
-    pub predictor: bool,
-    /// Predict ξ's projections, which no gradient enters. Without it they are θ's own, and the gradient goes through both sides. true.
-    pub stop_gradient: bool,
-    /// β: weight of the other images of the batch as negatives. 0 is BYOL; 1 with neither predictor nor stop_gradient is SimCLR. 0.
-    pub beta: f64,
-    /// α: temperature of the negatives, above 0. 0.1.
-    pub alpha: f64,
+/// Statistics of one step.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepStats {
+    /// Mean loss over the batch, in [0, 8] and about 4 for unrelated directions. With negatives
+    /// (β > 0) the range differs.
+    pub loss: f64,
+    /// η
+    pub eta: f64,
+    /// τ
+    pub tau: f64,
 }
 
-impl Default for Objective {
-    fn default() -> Self {
-        Objective { predictor: true, stop_gradient: true, beta: 0.0, alpha: 0.1 }
+/// Loss of one batch, with the graph that differentiates it.
+#[derive(Debug)]
+pub struct Loss {
+    /// L, `[1]`.
+    pub value: Tensor<1>,
+    /// θ as tracked by the graph.
+    pub theta: Tree,
+}
+
+impl Loss {
+    /// Value of the loss. Waits for the device.
+    pub fn to_f64(&self) -> f64 {
+        f64::from(self.value.clone().without_autodiff().into_scalar::<f32>())
+    }
+
+    /// ∇θ L by parameter name. With f16 the graph is differentiated at `scale` × L, and the
+    /// gradient divided by it.
+    pub fn gradient(self, scale: f64) -> Tree {
+        if scale == 1.0 {
+            return self.theta.gradients(&mut self.value.backward());
+        }
+        let scaled = self.theta.gradients(&mut self.value.mul_scalar(scale).backward());
+        scaled.map(|_, g| g.div_scalar(scale))
     }
 }
 
-/// What a step reports.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Report {
-    /// Mean over the batch of both directions' losses, in [0, 8] and about 4 for unrelated directions; with negatives (β > 0) of another range.
-    pub loss: f64,
-    /// η of this step.
-    pub eta: f64,
-    /// τ of this step.
-    pub tau: f64,
-    /// Whether θ and ξ stayed as they were, as the gradient was beyond the range of f16.
-    pub skipped: bool,
-}
-
-/// The parts of a step.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Phase {
-    /// Waiting for views.
-    Data,
-    /// Both networks, both views, the loss.
-    Forward,
-    /// ∇θ.
-    Backward,
-    /// The mean of ∇θ over all ranks.
-    Exchange,
-    /// θ, ξ.
-    Update,
-}
-
-/// Loss and gradient of one micro-batch.
-#[derive(Debug)]
-pub struct Gradient {
-    /// As in [`Report`].
-    pub loss: f64,
-    /// ∇θ L by parameter name.
-    pub grads: Tree,
-}
-
-/// ‖q̄ − z̄′‖² by row, q̄ and z̄′ of unit length: 2 − 2 cos, in [0, 4] (eq. 2).
+/// ‖q̄ − z̄′‖² per row, with q̄ and z̄′ of unit length: 2 − 2 cos(q, z′), in [0, 4] (eq. 2).
 ///
 /// # Shapes
 /// `q`, `z`: `[N, D]`; returns `[N]`.
-pub fn distance(q: Tensor<2>, z: Tensor<2>) -> Tensor<1> {
-    (unit(q) - unit(z)).square().sum_dim(1).squeeze_dim(1)
+pub fn regression_loss(q: Tensor<2>, z: Tensor<2>) -> Tensor<1> {
+    (l2_normalize(q) - l2_normalize(z)).square().sum_dim(1).squeeze_dim(1)
 }
 
-/// 2α ln( Σ_{j≠i} exp(cos(qᵢ, zⱼ) / α) + Σⱼ exp(cos(qᵢ, z′ⱼ) / α) ) by row i: what β adds to the distance of q from z′ (appendix F.4).
-///
-/// # Shapes
-/// `q`, and the projections of the same view `z` and of the other `z2`: `[N, D]`; returns `[N]`.
-pub fn negatives(q: Tensor<2>, z: Tensor<2>, z2: Tensor<2>, alpha: f64) -> Tensor<1> {
-    let (n, q) = (q.dims()[0], unit(q));
-    let own = Tensor::<2, Bool>::diag_mask([n, n], 0, &q.device()).bool_not();
-    let same = q.clone().matmul(unit(z).transpose()).div_scalar(alpha).mask_fill(own, f32::MIN / 4.0);
-    let all = Tensor::cat(vec![same, q.matmul(unit(z2).transpose()).div_scalar(alpha)], 1);
-    // ln Σ exp = x − ln softmax(x), of any x: the last is never masked.
-    let last = all.clone().narrow(1, 2 * n - 1, 1);
-    let share = log_softmax(all, 1).narrow(1, 2 * n - 1, 1);
-    (last - share).squeeze_dim::<1>(1).mul_scalar(2.0 * alpha)
-}
-
-/// x / √max(‖x‖², 1e-12) by row.
-pub fn unit(x: Tensor<2>) -> Tensor<2> {
+/// x / √max(‖x‖², 1e-12) per row.
+pub fn l2_normalize(x: Tensor<2>) -> Tensor<2> {
     x.clone() / x.square().sum_dim(1).clamp_min(1e-12).sqrt()
 }
 
 impl Byol {
-    /// L = ‖q̄ − z̄′‖² + the same with the views swapped, and ∇θ L. `v`, `v2`: `[N, H, W, C]` in 0..1. Running statistics move.
-    pub fn gradient(&mut self, v: Tensor<4>, v2: Tensor<4>, mut done: impl FnMut(Phase)) -> Gradient {
-        let (net, o) = (&self.network, self.objective);
-        let (norm, precision) = (&net.norm, net.precision);
-
-        let targets = o.stop_gradient.then(|| {
-            let mode = Mode::Train(&mut self.target.statistics, net.ranks);
-            let mut xi = Pass { params: &self.target.params, norm, precision, mode };
-            [net.project(&mut xi, v.clone()), net.project(&mut xi, v2.clone())] //          zξ, z′ξ
-        });
-
-        let theta = self.online.params.tracked();
-        let mode = Mode::Train(&mut self.online.statistics, net.ranks);
-        let mut online = Pass { params: &theta, norm, precision, mode };
-        let z = [v, v2].map(|v| net.project(&mut online, v.autodiff())); //                 zθ, z′θ
-        let [q, q2] = if o.predictor { z.clone().map(|z| net.predict(&mut online, z)) } else { z.clone() }; // qθ(zθ)
-        let [z, z2] = targets.map_or(z, |targets| targets.map(Tensor::autodiff)); //        sg(zξ)
-
-        let mut l = (distance(q.clone(), z2.clone()) + distance(q2.clone(), z.clone())).mean(); // L + L̃
-        if o.beta != 0.0 {
-            let both = negatives(q, z.clone(), z2.clone(), o.alpha) + negatives(q2, z2, z, o.alpha);
-            l = l + both.mean().mul_scalar(o.beta);
-        }
-        let loss = f64::from(l.clone().without_autodiff().into_scalar::<f32>());
-        done(Phase::Forward);
-        let s = self.scale.map_or(1.0, |scale| scale.factor);
-        let scaled = if s == 1.0 { l } else { l.mul_scalar(s) };
-        let grads = theta.gradients(&mut scaled.backward()); //                             ∇θ
-        let grads = if s == 1.0 { grads } else { grads.map(|_, g| g.div_scalar(s)) };
-        done(Phase::Backward);
-        Gradient { loss, grads }
-    }
-
-    /// θ ← optimizer(θ, ∇θ L, η), then ξ ← τ ξ + (1 − τ) θ, then k ← k + 1.
-    pub fn update(&mut self, gradient: &Gradient) -> Report {
-        let (eta, tau) = (self.schedule.eta(self.k), self.schedule.tau(self.k));
-        self.k += 1;
-        let finite = self.scale.is_none() || gradient.grads.norm().is_finite();
-        self.scale = self.scale.map(|scale| scale.after(finite));
-        if finite {
-            let (theta, xi) = (&self.online.params, &self.target.params);
-            (self.online.params, self.target.params) = self.optimizer.step(theta, xi, &gradient.grads, eta, tau);
-        }
-        Report { loss: gradient.loss, eta, tau, skipped: !finite }
-    }
-
-    /// One step from `n` micro-batches of one batch: the mean of their gradients, one update. With `n` = 1 the paper's step;
-    /// above it the paper's batch-size study, where only the batch-norm statistics see the smaller batch. `views` gives the
-    /// micro-batches in turn; `done` hears of each phase's end, for whoever keeps the time.
+    /// One step (§3.1, appendix J). `loss_and_gradient` evaluates one batch at (θ, ξ):
+    /// [`Byol::loss_and_gradient`], or [`train::step`](crate::train::step) for a batch in parts.
     ///
     /// # Errors
-    /// What `views` says; then nothing has moved but running statistics.
+    /// Those of `loss_and_gradient`; then θ, ξ and k are unchanged.
     pub fn step<E>(
         &mut self,
-        n: usize,
-        mut views: impl FnMut() -> Result<(Tensor<4>, Tensor<4>), E>,
-        mut done: impl FnMut(Phase),
-    ) -> Result<Report, E> {
-        let mut sum: Option<Gradient> = None;
-        for _ in 0..n {
-            let (v, v2) = views()?;
-            done(Phase::Data);
-            let _at_work = device::at_work(&v.device());
-            let one = self.gradient(v, v2, &mut done);
-            sum = Some(match sum {
-                None => one,
-                Some(sum) => Gradient { loss: sum.loss + one.loss, grads: sum.grads.zip(&one.grads, |_, a, b| a + b) },
-            });
-        }
-        let mut mean = sum.expect("a step has at least one micro-batch");
-        if n > 1 {
-            mean.loss /= n as f64;
-            mean.grads = mean.grads.map(|_, g| g.div_scalar(n as f64));
-        }
-        if self.ranks != Ranks::ALONE {
-            mean = self.of_all_ranks(mean);
-            done(Phase::Exchange);
-        }
-        let _at_work = device::at_work(&self.device());
-        let report = self.update(&mean);
-        done(Phase::Update);
-        Ok(report)
+        loss_and_gradient: impl FnOnce(&mut Byol) -> Result<(f64, Tree), E>,
+    ) -> Result<StepStats, E> {
+        let (eta, tau) = (self.schedule.eta(self.k), self.schedule.tau(self.k));
+
+        // Loss and gradient: the online network predicts the target network's projections (eq. 2).
+        let (loss, grads) = loss_and_gradient(self)?;
+
+        // Online network: θ ← optimizer(θ, ∇θ L, η).
+        let theta = self.optimizer.step(&self.online.params, &grads, eta);
+
+        // Target network: ξ ← τ ξ + (1 − τ) θ (eq. 1).
+        let xi = target::ema(&self.target.params, &theta, tau);
+
+        (self.online.params, self.target.params, self.k) = (theta, xi, self.k + 1);
+        Ok(StepStats { loss, eta, tau })
     }
 
-    /// The mean over all ranks, each with its part of the batch.
-    fn of_all_ranks(&self, own: Gradient) -> Gradient {
-        let mut loss = [own.loss / self.ranks.count() as f64];
-        self.ranks.sum(&mut loss);
-        Gradient { loss: loss[0], grads: self.ranks.mean(own.grads) }
+    /// L and ∇θ L of one batch. See [`Byol::loss`].
+    pub fn loss_and_gradient(&mut self, v: Tensor<4>, v2: Tensor<4>) -> (f64, Tree) {
+        let loss = self.loss(v, v2);
+        (loss.to_f64(), loss.gradient(1.0))
     }
 
-    /// Where the weights live.
+    /// L = ‖q̄ − z̄′‖², symmetrized: both views pass through both networks. Updates the running
+    /// statistics of batch norm.
+    ///
+    /// # Shapes
+    /// `v`, `v2`: `[N, H, W, C]` in 0..1.
+    pub fn loss(&mut self, v: Tensor<4>, v2: Tensor<4>) -> Loss {
+        let net = &self.network;
+
+        // Target projections zξ, z′ξ: no gradient.
+        let mut target = net.training(&self.target.params, &mut self.target.statistics);
+        let [z, z2] = [&v, &v2].map(|v| net.project(&mut target, v.clone()).autodiff());
+
+        // Online predictions q = qθ(zθ), q′ = qθ(z′θ).
+        let theta = self.online.params.tracked();
+        let mut online = net.training(&theta, &mut self.online.statistics);
+        let projections = [v, v2].map(|v| net.project(&mut online, v.autodiff()));
+        let [q, q2] = projections.map(|z| net.predict(&mut online, z));
+
+        let value = (regression_loss(q, z2) + regression_loss(q2, z)).mean();
+        Loss { value, theta }
+    }
+
+    /// Device of the weights.
     pub fn device(&self) -> Device {
         let first = self.online.params.iter().next();
         first.map(|(_, leaf)| leaf.value.device()).expect("a network has parameters")

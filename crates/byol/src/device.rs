@@ -1,7 +1,8 @@
-//! Which device computes, and what this machine has. All that differs from device to device is decided here.
+//! Compute devices and properties of the machine. All device-dependent decisions are made here.
 //!
-//! The CPU is always there. GPUs that need no vendor toolkit (Vulkan, Metal, DX12, by wgpu) come with the feature `gpu`; NVIDIA's and AMD's own
-//! toolkits with `cuda` and `rocm`. [`Choice::Auto`] takes a real GPU where there is one, never a software rasteriser, else the CPU.
+//! The CPU is always available. The feature `gpu` adds GPUs without a vendor toolkit (Vulkan, Metal
+//! and DX12, through wgpu), `cuda` and `rocm` those of NVIDIA and AMD. [`DeviceChoice::Auto`]
+//! selects a hardware GPU if there is one, never a software rasterizer, and the CPU otherwise.
 
 use std::str::FromStr;
 
@@ -10,71 +11,75 @@ use burn::{
     tensor::{DType, Device, FloatDType, Tensor, TensorData, module::conv2d, ops::ConvOptions},
 };
 use byol_kernels::{
-    awake::Awake,
     isa::{self, Isa},
+    spin::KeepAwake,
 };
 use serde::{Deserialize, Serialize};
 
-use crate::guarded::guarded;
+use crate::catch_panic::catch_panic;
 
-/// What the user asks for.
+/// A requested device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Choice {
-    /// A real GPU if there is one, else the CPU.
+pub enum DeviceChoice {
+    /// A hardware GPU if there is one, otherwise the CPU.
     #[default]
     Auto,
     /// The CPU.
     Cpu,
-    /// A GPU by Vulkan.
+    /// A GPU through Vulkan.
     Vulkan,
-    /// A GPU by Metal.
+    /// A GPU through Metal.
     Metal,
-    /// A GPU by whatever API wgpu finds.
+    /// A GPU through any API of wgpu.
     Wgpu,
-    /// An NVIDIA GPU by CUDA.
+    /// An NVIDIA GPU through CUDA.
     Cuda,
-    /// An AMD GPU by ROCm.
+    /// An AMD GPU through ROCm.
     Rocm,
 }
 
-impl Choice {
-    /// The names that `--device` takes.
-    pub const NAMES: [&str; 7] = ["auto", "cpu", "vulkan", "metal", "wgpu", "cuda", "rocm"];
+impl DeviceChoice {
+    /// Values of `--device`.
+    pub(crate) const NAMES: [&str; 7] = ["auto", "cpu", "vulkan", "metal", "wgpu", "cuda", "rocm"];
 }
 
-impl FromStr for Choice {
+impl FromStr for DeviceChoice {
     type Err = String;
 
     fn from_str(name: &str) -> Result<Self, String> {
         Ok(match name {
-            "auto" => Choice::Auto,
-            "cpu" => Choice::Cpu,
-            "vulkan" => Choice::Vulkan,
-            "metal" => Choice::Metal,
-            "wgpu" => Choice::Wgpu,
-            "cuda" => Choice::Cuda,
-            "rocm" => Choice::Rocm,
-            _ => return Err(format!("a device is one of {}", Choice::NAMES.join(", "))),
+            "auto" => DeviceChoice::Auto,
+            "cpu" => DeviceChoice::Cpu,
+            "vulkan" => DeviceChoice::Vulkan,
+            "metal" => DeviceChoice::Metal,
+            "wgpu" => DeviceChoice::Wgpu,
+            "cuda" => DeviceChoice::Cuda,
+            "rocm" => DeviceChoice::Rocm,
+            _ => return Err(format!("invalid device `{name}` (expected one of {})", DeviceChoice::NAMES.join(", "))),
         })
     }
 }
 
-/// What convolutions and linear layers multiply. Statistics, loss, weights, momenta and target are f32 with all; so are sums and
-/// activations on the CPU, while on a GPU activations are kept as they are multiplied.
+/// Compute precision: the type of the operands of convolutions and linear layers.
+///
+/// Weights, momenta, target, batch-norm statistics and loss are always f32. On the CPU sums and
+/// activations are too; on a GPU activations have the compute precision.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
-    /// 24 bits of fraction.
+    /// 24-bit significand.
     #[default]
     F32,
-    /// 8 bits of fraction: faster where the processor multiplies such numbers (AVX512-BF16) or the GPU has units for them, and coarser.
+    /// 8-bit significand: less accurate, and faster on processors with AVX512-BF16 and GPUs with
+    /// bf16 matrix units.
     Bf16,
-    /// 11 bits of fraction over a small range, on GPUs: the loss is scaled while it is differentiated ([`crate::optim::LossScale`]).
+    /// 11-bit significand with a small range, on GPUs only. Requires a loss scale
+    /// (`optim::LossScale`).
     F16,
 }
 
 impl Precision {
-    /// As recipes and the command line have it.
+    /// Name in recipes and on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Precision::F32 => "f32",
@@ -83,7 +88,7 @@ impl Precision {
         }
     }
 
-    /// What tensors of it hold.
+    /// Element type of tensors.
     pub fn dtype(self) -> FloatDType {
         match self {
             Precision::F32 => FloatDType::F32,
@@ -93,51 +98,52 @@ impl Precision {
     }
 }
 
-/// Why there is no such device.
+/// Errors of opening a device.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The program was built without it.
+    /// This build does not support the device.
     #[error(
-        "this byol was built without {what}; build it with `cargo build --release --features {feature}`, or use --device cpu"
+        "this byol was built without {what}\nhint: build it with `cargo build --release --features {feature}`, or use \
+         `--device cpu`"
     )]
     NotBuilt {
-        /// What is missing.
+        /// Missing support.
         what: &'static str,
-        /// The feature that brings it.
+        /// Feature that adds it.
         feature: &'static str,
     },
-    /// The machine has none.
-    #[error("no {what} device on this machine; `byol devices` lists what there is, --device cpu always works")]
+    /// The machine has no such device.
+    #[error("no {what} device found\nhint: run `byol devices` to list the devices, or use `--device cpu`")]
     NotFound {
-        /// What was asked for.
+        /// Requested kind of device.
         what: &'static str,
     },
-    /// `BYOL_ISA` names an instruction set that the processor has not.
+    /// `BYOL_ISA` names an instruction set that the processor does not have.
     #[error(transparent)]
-    InstructionSet(#[from] isa::Missing),
-    /// The device has no such numbers.
-    #[error("{device} computes no {precision}{what}; use --precision {instead}")]
+    InstructionSet(#[from] isa::UnsupportedIsa),
+    /// The device does not support the compute precision.
+    #[error("{device} does not support {precision}{detail}\nhint: use `--precision {supported}`")]
     Precision {
-        /// Its name.
+        /// Name of the device.
         device: String,
-        /// As asked for.
+        /// Requested precision.
         precision: &'static str,
-        /// What it lacks, if that has a name, or what went wrong.
-        what: String,
-        /// What it does compute.
-        instead: &'static str,
+        /// Missing hardware feature or failure, with punctuation; may be empty.
+        detail: String,
+        /// A supported precision.
+        supported: &'static str,
     },
-    /// It is there but does not start.
-    #[error("{name} does not start: {reason}; update its driver or use --device cpu")]
+    /// The device fails to start.
+    #[error("cannot start {name}: {reason}\nhint: update its driver, or use `--device cpu`")]
     DoesNotStart {
-        /// The device.
+        /// Name of the device.
         name: String,
-        /// What the driver said.
+        /// Message of the driver.
         reason: String,
     },
 }
 
-/// What kind of hardware a device is.
+/// Kind of hardware.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
@@ -145,58 +151,62 @@ pub enum Kind {
     Cpu,
     /// A graphics processor.
     Gpu,
-    /// A graphics driver that computes on the processor. For tests; never taken by `auto`.
+    /// A graphics driver that computes on the processor. For tests; never selected by `auto`.
     Software,
 }
 
 /// A device of this machine.
 #[derive(Debug, Clone, Serialize)]
-pub struct Found {
-    /// What to give to `--device`.
+pub struct DeviceInfo {
+    /// Value of `--device`.
     pub choice: &'static str,
-    /// As the driver names it.
+    /// Name reported by the driver.
     pub name: String,
-    /// Processor, GPU or software.
+    /// Kind of hardware.
     pub kind: Kind,
 }
 
 /// An opened device.
 #[derive(Debug, Clone)]
 pub struct Opened {
-    /// To make tensors on.
+    /// Handle for creating tensors.
     pub device: Device,
-    /// What it is.
-    pub found: Found,
+    /// Description.
+    pub info: DeviceInfo,
 }
 
-/// Whether the fused kernels of `byol-kernels` compute on this device; elsewhere layers are composed of Burn's operations.
+/// Returns `true` if layers run on the fused kernels of `byol-kernels`, which is the case on the
+/// CPU. On other devices they are composed of Burn's operations.
 pub fn has_kernels(device: &Device) -> bool {
     matches!(device.clone().without_autodiff().as_dispatch(), burn::backend::DispatchDevice::Flex(_))
 }
 
-/// Holds the threads ready while a step computes on the processor; nothing elsewhere.
-pub(crate) fn at_work(device: &Device) -> Option<Awake> {
-    has_kernels(device).then(Awake::new)
+/// Keeps the worker threads awake during a step on the CPU, until the guard is dropped; `None` on
+/// other devices.
+pub(crate) fn keep_awake(device: &Device) -> Option<KeepAwake> {
+    has_kernels(device).then(KeepAwake::new)
 }
 
-/// The processor, its instruction set and the memory.
+/// Processor, instruction set and memory of the machine.
 #[derive(Debug, Clone, Serialize)]
-pub struct Machine {
-    /// The processor's name.
+pub struct MachineInfo {
+    /// Name of the processor.
     pub cpu: String,
-    /// Threads that can run at once.
+    /// Number of threads that can run at once.
     pub cores: usize,
-    /// The vector instructions that compute: `avx512`, `avx2`, `neon` or `portable`; the widest unless `BYOL_ISA` names others.
+    /// Instruction set of the kernels: `avx512`, `avx2`, `neon` or `portable`. The widest, unless
+    /// `BYOL_ISA` selects another.
     pub isa: &'static str,
-    /// Whether products of bf16 are faster than those of f32 (AVX512-BF16).
+    /// bf16 is faster than f32 (AVX512-BF16).
     pub bf16: bool,
-    /// Memory in MiB.
+    /// Total memory in MiB.
     pub memory_mb: u64,
     /// Free memory in MiB.
     pub free_mb: u64,
 }
 
-/// Whether this process may use some of the machine's processors only, as launchers of many processes arrange it.
+/// Returns `true` if this process is bound to a subset of the processors, as MPI launchers do.
+/// Linux only.
 pub fn is_bound() -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
@@ -210,8 +220,8 @@ pub fn is_bound() -> bool {
     matches!((allowed, online), (Some(allowed), Some(online)) if allowed < online)
 }
 
-/// Looks at this machine.
-pub fn machine() -> Machine {
+/// Queries the machine.
+pub fn machine() -> MachineInfo {
     let system = sysinfo::System::new().ok().map(|mut system| {
         system.refresh_memory();
         system.refresh_cpu_list(sysinfo::CpuRefreshKind::nothing());
@@ -219,70 +229,70 @@ pub fn machine() -> Machine {
     });
     let cpu = system.as_ref().and_then(|s| s.cpus().first()).map_or("", |c| c.brand().trim());
     let isa = isa::choose().unwrap_or(isa::available()[0]);
-    Machine {
+    MachineInfo {
         cpu: if cpu.is_empty() { std::env::consts::ARCH.to_owned() } else { cpu.to_owned() },
         cores: std::thread::available_parallelism().map_or(1, |n| n.get()),
         isa: isa.name,
-        bf16: isa.name != "portable" && isa::halves_of(isa).is_some(),
-        // 0 where the system does not say: then no decoded image is kept in memory.
+        bf16: isa.name != "portable" && isa::with_bf16(isa).is_some(),
+        // 0 if unknown: then no decoded images are cached.
         memory_mb: system.as_ref().map_or(0, |s| s.total_memory() >> 20),
         free_mb: system.as_ref().map_or(0, |s| s.available_memory() >> 20),
     }
 }
 
 fn cpu() -> Opened {
-    Opened { device: Device::flex(), found: Found { choice: "cpu", name: machine().cpu, kind: Kind::Cpu } }
+    Opened { device: Device::flex(), info: DeviceInfo { choice: "cpu", name: machine().cpu, kind: Kind::Cpu } }
 }
 
-/// Every device that this build can use here, the CPU first.
-pub fn list() -> Vec<Found> {
-    #[allow(unused_mut, reason = "a build without GPU features lists the CPU alone")]
-    let mut all = vec![cpu().found];
+/// Lists all devices that this build supports, the CPU first.
+pub fn list() -> Vec<DeviceInfo> {
+    #[allow(unused_mut, reason = "mutated with GPU features")]
+    let mut all = vec![cpu().info];
     #[cfg(feature = "gpu")]
-    all.extend(gpu::adapters().into_iter().map(|a| a.found));
+    all.extend(gpu::adapters().into_iter().map(|a| a.info));
     #[cfg(feature = "cuda")]
-    all.extend(toolkit("cuda", 0).map(|(_, found)| found));
+    all.extend(toolkit("cuda", 0).map(|(_, info)| info));
     #[cfg(feature = "rocm")]
-    all.extend(toolkit("rocm", 0).map(|(_, found)| found));
+    all.extend(toolkit("rocm", 0).map(|(_, info)| info));
     all
 }
 
 /// Opens a device.
 ///
 /// # Errors
-/// Any [`Error`]; for `auto` and `cpu` [`Error::InstructionSet`] alone.
-pub fn open(choice: Choice) -> Result<Opened, Error> {
+/// Any [`Error`]; for `auto` and `cpu` only [`Error::InstructionSet`].
+pub fn open(choice: DeviceChoice) -> Result<Opened, Error> {
     open_nth(choice, 0)
 }
 
-/// Opens the `nth` of the devices that suit, from 0, over again where they are fewer: one for each process of a machine.
+/// Opens the `nth` matching device, from 0, modulo their number: one for each process of a machine.
 ///
 /// # Errors
-/// As [`open`].
-pub fn open_nth(choice: Choice, nth: usize) -> Result<Opened, Error> {
+/// Those of [`open`].
+pub fn open_nth(choice: DeviceChoice, nth: usize) -> Result<Opened, Error> {
     isa::choose()?;
     match choice {
-        Choice::Cpu => Ok(cpu()),
-        Choice::Auto => Ok(auto(nth)),
-        Choice::Vulkan => graphics(Some("vulkan"), nth),
-        Choice::Metal => graphics(Some("metal"), nth),
-        Choice::Wgpu => graphics(None, nth),
+        DeviceChoice::Cpu => Ok(cpu()),
+        DeviceChoice::Auto => Ok(auto(nth)),
+        DeviceChoice::Vulkan => graphics(Some("vulkan"), nth),
+        DeviceChoice::Metal => graphics(Some("metal"), nth),
+        DeviceChoice::Wgpu => graphics(None, nth),
         #[cfg(feature = "cuda")]
-        Choice::Cuda => toolkit("cuda", nth)
-            .map(|(i, found)| Opened { device: Device::cuda(i), found })
+        DeviceChoice::Cuda => toolkit("cuda", nth)
+            .map(|(i, info)| Opened { device: Device::cuda(i), info })
             .ok_or(Error::NotFound { what: "CUDA" }),
         #[cfg(feature = "rocm")]
-        Choice::Rocm => toolkit("rocm", nth)
-            .map(|(i, found)| Opened { device: Device::rocm(i), found })
+        DeviceChoice::Rocm => toolkit("rocm", nth)
+            .map(|(i, info)| Opened { device: Device::rocm(i), info })
             .ok_or(Error::NotFound { what: "ROCm" }),
         #[cfg(not(feature = "cuda"))]
-        Choice::Cuda => Err(Error::NotBuilt { what: "CUDA", feature: "cuda" }),
+        DeviceChoice::Cuda => Err(Error::NotBuilt { what: "CUDA", feature: "cuda" }),
         #[cfg(not(feature = "rocm"))]
-        Choice::Rocm => Err(Error::NotBuilt { what: "ROCm", feature: "rocm" }),
+        DeviceChoice::Rocm => Err(Error::NotBuilt { what: "ROCm", feature: "rocm" }),
     }
 }
 
-/// Whether training on this device can multiply so.
+/// Checks that a device supports training in a compute precision.
 ///
 /// # Errors
 /// [`Error::Precision`].
@@ -294,68 +304,72 @@ pub fn check(device: &Device, precision: Precision) -> Result<(), Error> {
         return Ok(());
     }
     let has = |precision: Precision| device.supports_dtype(DType::from(precision.dtype()));
-    let refuse = |what: String| {
-        let device = name_of(device);
+    let unsupported = |detail: String| {
         let f16 = precision == Precision::Bf16 && has(Precision::F16);
-        let instead = if f16 { "f16" } else { "f32" };
-        Err(Error::Precision { device, precision: precision.name(), what, instead })
+        let supported = if f16 { "f16" } else { "f32" };
+        Err(Error::Precision { device: device_name(device), precision: precision.name(), detail, supported })
     };
     if !has(precision) {
-        return refuse(String::new());
+        return unsupported(String::new());
     }
-    match tried(device, precision) {
-        Ok(off) if off <= MOST_OFF => Ok(()),
-        Ok(off) => refuse(format!(" rightly (a convolution is off by {:.0} %)", 100.0 * off)),
-        Err(why) => refuse(format!(" without failing ({why})")),
+    match convolution_error(device, precision) {
+        Ok(error) if error <= MAX_CONVOLUTION_ERROR => Ok(()),
+        Ok(error) => unsupported(format!(" correctly: a convolution is off by {:.0} %", 100.0 * error)),
+        Err(panic) => unsupported(format!(": a convolution fails ({panic})")),
     }
 }
 
 #[cfg(any(feature = "gpu", feature = "cuda", feature = "rocm"))]
-fn name_of(device: &Device) -> String {
+fn device_name(device: &Device) -> String {
     device.identity().map_or_else(|| format!("{device:?}"), |identity| identity.name)
 }
 
 #[cfg(not(any(feature = "gpu", feature = "cuda", feature = "rocm")))]
-fn name_of(device: &Device) -> String {
+fn device_name(device: &Device) -> String {
     format!("{device:?}")
 }
 
-/// How far a product of 16 bits may be from that of f32, as a share of the largest: some sixteen roundings of bf16.
-const MOST_OFF: f64 = 0.06;
+/// Maximum error of a 16-bit convolution relative to its largest value: about sixteen roundings of
+/// bf16.
+const MAX_CONVOLUTION_ERROR: f64 = 0.06;
 
-/// A small convolution and its gradient in this precision: how far they are from those in f32. Drivers differ in what they say
-/// of themselves, so what counts is what comes out.
-fn tried(device: &Device, precision: Precision) -> Result<f64, String> {
+/// Computes the error of a small convolution and its gradient in this precision, relative to the
+/// largest value in f32. Drivers do not report their capabilities reliably, so the results are
+/// compared.
+///
+/// # Errors
+/// The panic message of the driver.
+fn convolution_error(device: &Device, precision: Precision) -> Result<f64, String> {
     let wave = |n: usize, shape: [usize; 4]| {
         let values: Vec<f32> = (0..n).map(|i| (0.7 * i as f32).sin()).collect();
         Tensor::<4>::from_data(TensorData::new(values, shape), device)
     };
-    let outcome = |kind: FloatDType| {
-        let x = wave(2 * 8 * 64, [2, 8, 8, 8]).cast(kind);
+    let compute = |dtype: FloatDType| {
+        let x = wave(2 * 8 * 64, [2, 8, 8, 8]).cast(dtype);
         let w = wave(8 * 8 * 9, [8, 8, 3, 3]).autodiff().require_grad();
-        let y = conv2d(x.autodiff(), w.clone().cast(kind), None, ConvOptions::new([1, 1], [1, 1], [1, 1], 1));
+        let y = conv2d(x.autodiff(), w.clone().cast(dtype), None, ConvOptions::new([1, 1], [1, 1], [1, 1], 1));
         let y = y.cast(FloatDType::F32);
         let dw = w.grad(&y.clone().square().mean().backward());
         let dw = dw.map_or_else(|| w.clone().without_autodiff().zeros_like(), |g| g.cast(FloatDType::F32));
         [y.without_autodiff(), dw].map(|t| t.into_data_as::<f32>().try_into_vec::<f32>().unwrap_or_default())
     };
-    let compared = || {
-        let off = |(a, b): (&Vec<f32>, &Vec<f32>)| {
-            let largest = a.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-            let apart = a.iter().zip(b).map(|(a, b)| (a - b).abs());
-            // A value that is no number is as far off as can be.
-            let apart = apart.fold(0.0f32, |m, d| if m.is_nan() || d <= m { m } else { d });
-            if b.len() == a.len() && apart.is_finite() { f64::from(apart / largest) } else { 1.0 }
-        };
-        let (exact, coarse) = (outcome(FloatDType::F32), outcome(precision.dtype()));
-        exact.iter().zip(&coarse).map(off).fold(0.0, f64::max)
+    let relative_error = |(a, b): (&Vec<f32>, &Vec<f32>)| {
+        let largest = a.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+        let differences = a.iter().zip(b).map(|(a, b)| (a - b).abs());
+        // Propagates NaN, unlike `f32::max`.
+        let error = differences.fold(0.0f32, |m, d| if m.is_nan() || d <= m { m } else { d });
+        if b.len() == a.len() && error.is_finite() { f64::from(error / largest) } else { 1.0 }
     };
-    guarded(compared)
+    catch_panic(|| {
+        let (expected, actual) = (compute(FloatDType::F32), compute(precision.dtype()));
+        expected.iter().zip(&actual).map(relative_error).fold(0.0, f64::max)
+    })
 }
 
-/// Whether training with bf16 is faster here: AVX512-BF16 in a processor, units for products of matrices in a GPU that computes right.
+/// Returns `true` if training is faster in bf16: on processors with AVX512-BF16, and on GPUs with
+/// bf16 matrix units that compute correctly.
 pub fn prefers_bf16(opened: &Opened) -> bool {
-    match opened.found.kind {
+    match opened.info.kind {
         Kind::Cpu => machine().bf16,
         Kind::Software => false,
         Kind::Gpu => {
@@ -365,54 +379,64 @@ pub fn prefers_bf16(opened: &Opened) -> bool {
     }
 }
 
-/// The processor's kernels that multiply so.
+/// Returns the CPU kernels for a compute precision.
 ///
 /// # Errors
 /// [`Error::InstructionSet`], [`Error::Precision`].
 pub fn kernels(precision: Precision) -> Result<&'static Isa, Error> {
     let isa = isa::choose()?;
-    let refuse = |what: &str, instead| {
+    let unsupported = |detail: &str, supported| {
         let (device, precision) = (machine().cpu, precision.name());
-        Error::Precision { device, precision, what: what.into(), instead }
+        Error::Precision { device, precision, detail: detail.into(), supported }
     };
     match precision {
         Precision::F32 => Ok(isa),
-        Precision::Bf16 => isa::halves_of(isa).ok_or_else(|| refuse(" (AVX512-BF16)", "f32")),
-        Precision::F16 if isa::halves_of(isa).is_some() => Err(refuse("", "bf16")),
-        Precision::F16 => Err(refuse("", "f32")),
+        Precision::Bf16 => isa::with_bf16(isa).ok_or_else(|| unsupported(" (it has no AVX512-BF16)", "f32")),
+        Precision::F16 if isa::with_bf16(isa).is_some() => Err(unsupported("", "bf16")),
+        Precision::F16 => Err(unsupported("", "f32")),
     }
 }
 
-/// The `nth` real GPU, toolkits before graphics APIs, or the next that starts, else the CPU.
+/// Opens the `nth` hardware GPU, vendor toolkits before graphics APIs, or the next one that starts;
+/// otherwise the CPU.
 #[cfg_attr(not(any(feature = "gpu", feature = "cuda", feature = "rocm")), allow(unused_variables))]
 fn auto(nth: usize) -> Opened {
     #[cfg(feature = "cuda")]
-    if let Ok(opened) = open_nth(Choice::Cuda, nth) {
+    if let Ok(opened) = open_nth(DeviceChoice::Cuda, nth) {
         return opened;
     }
     #[cfg(feature = "rocm")]
-    if let Ok(opened) = open_nth(Choice::Rocm, nth) {
+    if let Ok(opened) = open_nth(DeviceChoice::Rocm, nth) {
         return opened;
     }
     #[cfg(feature = "gpu")]
     {
-        let mut real: Vec<_> = gpu::adapters().into_iter().filter(|a| a.found.kind == Kind::Gpu).collect();
-        let n = real.len().max(1);
-        real.rotate_left(nth % n);
-        if let Some(opened) = real.iter().find_map(|adapter| adapter.open().ok()) {
+        let adapters = gpu::adapters();
+        let kinds: Vec<Kind> = adapters.iter().map(|adapter| adapter.info.kind).collect();
+        if let Some(opened) = auto_order(&kinds, nth).into_iter().find_map(|i| adapters[i].open().ok()) {
             return opened;
         }
     }
     cpu()
 }
 
+/// Positions of the adapters that `auto` tries, in order, for process `nth` of this machine: hardware
+/// only, each process starting with another one.
+#[cfg(any(test, feature = "gpu"))]
+fn auto_order(kinds: &[Kind], nth: usize) -> Vec<usize> {
+    let mut hardware: Vec<usize> = (0..kinds.len()).filter(|i| kinds[*i] == Kind::Gpu).collect();
+    let n = hardware.len().max(1);
+    hardware.rotate_left(nth % n);
+    hardware
+}
+
 #[cfg(feature = "gpu")]
 fn graphics(api: Option<&'static str>, nth: usize) -> Result<Opened, Error> {
     let adapters = gpu::adapters();
-    let suits = |a: &&gpu::Adapter| api.is_none_or(|api| a.found.choice == api);
-    // A real GPU before a software driver.
-    let real: Vec<_> = adapters.iter().filter(suits).filter(|a| a.found.kind == Kind::Gpu).collect();
-    match real.get(nth % real.len().max(1)).copied().or_else(|| adapters.iter().find(suits)) {
+    let matches = |a: &&gpu::Adapter| api.is_none_or(|api| a.info.choice == api);
+    // Hardware before software drivers.
+    let hardware: Vec<_> = adapters.iter().filter(matches).filter(|a| a.info.kind == Kind::Gpu).collect();
+    match hardware.get(nth % hardware.len().max(1)).copied().or_else(|| adapters.iter().find(matches)) {
         Some(adapter) => adapter.open(),
         None => Err(Error::NotFound { what: api.unwrap_or("graphics") }),
     }
@@ -423,11 +447,11 @@ fn graphics(_api: Option<&'static str>, _nth: usize) -> Result<Opened, Error> {
     Err(Error::NotBuilt { what: "GPU support", feature: "gpu" })
 }
 
-/// The `nth` device of a vendor's toolkit, with its number.
+/// Returns the `nth` device of a vendor toolkit, with its index.
 #[cfg(any(feature = "cuda", feature = "rocm"))]
-fn toolkit(which: &'static str, nth: usize) -> Option<(usize, Found)> {
+fn toolkit(choice: &'static str, nth: usize) -> Option<(usize, DeviceInfo)> {
     use burn::tensor::DeviceType;
-    let kind = match which {
+    let kind = match choice {
         #[cfg(feature = "cuda")]
         "cuda" => DeviceType::Cuda,
         #[cfg(feature = "rocm")]
@@ -436,10 +460,10 @@ fn toolkit(which: &'static str, nth: usize) -> Option<(usize, Found)> {
     };
     let devices = Device::enumerate(kind);
     let n = devices.iter().count();
-    let number = nth.checked_rem(n)?;
-    let device = devices.iter().nth(number)?;
-    let name = device.identity().map_or_else(|| which.to_owned(), |identity| identity.name);
-    Some((number, Found { choice: which, name, kind: Kind::Gpu }))
+    let index = nth.checked_rem(n)?;
+    let device = devices.iter().nth(index)?;
+    let name = device.identity().map_or_else(|| choice.to_owned(), |identity| identity.name);
+    Some((index, DeviceInfo { choice, name, kind: Kind::Gpu }))
 }
 
 #[cfg(feature = "gpu")]
@@ -449,17 +473,17 @@ mod gpu {
         wgpu::{WgpuBackend, wgpu},
     };
 
-    use super::{Error, Found, Kind, Opened};
+    use super::{DeviceInfo, Error, Kind, Opened};
 
-    /// An adapter as wgpu lists it.
+    /// An adapter listed by wgpu.
     pub struct Adapter {
-        pub found: Found,
+        pub info: DeviceInfo,
         kind: DeviceKind,
         api: WgpuBackend,
     }
 
-    /// All adapters of the compute-capable APIs, numbered kind by kind as Burn numbers them.
-    pub fn adapters() -> Vec<Adapter> {
+    /// Lists the adapters of all compute-capable APIs, numbered per kind, as in Burn.
+    pub(crate) fn adapters() -> Vec<Adapter> {
         let apis = [
             ("metal", wgpu::Backends::METAL, WgpuBackend::Metal),
             ("vulkan", wgpu::Backends::VULKAN, WgpuBackend::Vulkan),
@@ -480,9 +504,9 @@ mod gpu {
                     wgpu::DeviceType::IntegratedGpu => (DeviceKind::IntegratedGpu(next(&mut integrated)), Kind::Gpu),
                     wgpu::DeviceType::VirtualGpu => (DeviceKind::VirtualGpu(next(&mut shared)), Kind::Gpu),
                     wgpu::DeviceType::Cpu => (DeviceKind::Cpu, Kind::Software),
-                    wgpu::DeviceType::Other => continue, // nothing says that it computes
+                    wgpu::DeviceType::Other => continue, // unknown compute capability
                 };
-                all.push(Adapter { found: Found { choice, name: info.name, kind: hardware }, kind, api });
+                all.push(Adapter { info: DeviceInfo { choice, name: info.name, kind: hardware }, kind, api });
             }
         }
         all
@@ -491,7 +515,7 @@ mod gpu {
     impl Adapter {
         pub fn open(&self) -> Result<Opened, Error> {
             use std::{collections::HashMap, sync::Mutex};
-            // A runtime starts once a process; later calls get the same.
+            // Runtimes start once per process.
             static STARTED: Mutex<Option<HashMap<String, Device>>> = Mutex::new(None);
             let mut started = STARTED.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
             let started = started.get_or_insert_default();
@@ -500,10 +524,10 @@ mod gpu {
                 let options = Device::wgpu_options().device_kind(self.kind.clone()).graphics_api(self.api);
                 let device = options
                     .init()
-                    .map_err(|e| Error::DoesNotStart { name: self.found.name.clone(), reason: e.to_string() })?;
+                    .map_err(|e| Error::DoesNotStart { name: self.info.name.clone(), reason: e.to_string() })?;
                 started.insert(key.clone(), device);
             }
-            Ok(Opened { device: started[&key].clone(), found: self.found.clone() })
+            Ok(Opened { device: started[&key].clone(), info: self.info.clone() })
         }
     }
 }
@@ -513,21 +537,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn auto_never_takes_a_software_driver() {
-        assert_ne!(open(Choice::Auto).unwrap().found.kind, Kind::Software);
+    fn auto_never_selects_a_software_driver() {
+        let kinds = [Kind::Software, Kind::Gpu, Kind::Cpu, Kind::Gpu, Kind::Software];
+        assert_eq!(auto_order(&kinds, 0), [1, 3]);
+        assert_eq!(auto_order(&kinds, 1), [3, 1], "the next process starts with the next GPU");
+        assert!(auto_order(&[Kind::Software, Kind::Cpu], 0).is_empty());
+        assert_ne!(open(DeviceChoice::Auto).unwrap().info.kind, Kind::Software);
     }
 
     #[test]
-    fn every_listed_name_is_a_choice() {
-        for name in Choice::NAMES {
-            assert!(name.parse::<Choice>().is_ok(), "{name}");
+    fn all_listed_names_parse() {
+        for name in DeviceChoice::NAMES {
+            assert!(name.parse::<DeviceChoice>().is_ok(), "{name}");
         }
-        assert!("gpu".parse::<Choice>().is_err());
+        assert!("gpu".parse::<DeviceChoice>().is_err());
     }
 
     #[cfg(not(feature = "gpu"))]
     #[test]
-    fn a_missing_feature_is_named() {
-        assert!(open(Choice::Vulkan).unwrap_err().to_string().contains("--features gpu"));
+    fn error_names_the_missing_feature() {
+        assert!(open(DeviceChoice::Vulkan).unwrap_err().to_string().contains("--features gpu"));
     }
 }

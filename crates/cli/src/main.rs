@@ -1,7 +1,7 @@
-//! The command `byol`: parses, calls the library, prints.
+//! The `byol` command: parses arguments, calls the library and prints results.
 
 mod commands;
-mod report;
+mod terminal;
 
 use std::process::ExitCode;
 
@@ -12,16 +12,20 @@ use clap::Parser;
 static MEMORY: Recycler = Recycler::new();
 
 fn main() -> ExitCode {
-    // What is guarded becomes an error, which is told in a line.
-    let report = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |panic| {
-        if !byol::guarded::is_guarded() {
-            report(panic);
-        }
-    }));
+    silence_caught_panics();
     let outcome = commands::Cli::parse().run();
     outcome.unwrap_or_else(|error| {
-        report::error(&*error);
+        terminal::error(&*error);
         ExitCode::FAILURE
     })
+}
+
+/// Suppresses the report of panics that `catch_panic` turns into errors.
+fn silence_caught_panics() {
+    let print_panic = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        if !byol::catch_panic::is_catching() {
+            print_panic(panic);
+        }
+    }));
 }

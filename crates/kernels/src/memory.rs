@@ -1,8 +1,11 @@
-//! Memory for large results: not zeroed before it is written, and not given back to the system between steps.
+//! Memory for large results: not zeroed before it is written, and not returned to the system
+//! between steps.
 //!
-//! A step of training makes some hundred large tensors and drops them again. The system hands out such memory page by page, each zeroed
-//! at its first touch, which costs more than many a layer. [`Recycler`] keeps large blocks instead; a step of the same shapes as the last
-//! finds all of them.
+//! A training step allocates and drops some hundred large tensors. The system hands out such memory
+//! page by page and zeroes each page at its first touch, which takes longer than
+//! many layers compute.
+//! [`Recycler`] keeps large blocks instead, and a step with the shapes of the previous one finds
+//! all of them.
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
@@ -11,92 +14,100 @@ use std::{
     sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
 };
 
-/// Values that nobody has written yet.
-pub(crate) fn unwritten(n: usize) -> Vec<MaybeUninit<f32>> {
+/// Allocates `n` uninitialized values.
+pub(crate) fn uninit_vec(n: usize) -> Vec<MaybeUninit<f32>> {
     let mut values = Vec::with_capacity(n);
-    // SAFETY: the capacity is `n`, and a `MaybeUninit` needs no value.
+    // SAFETY: the capacity is at least `n`, and a `MaybeUninit` needs no value.
     unsafe { values.set_len(n) };
     values
 }
 
-/// The same vector once every value is written.
+/// Converts a vector whose values have all been written.
 ///
 /// # Safety
-/// Every value is written.
-pub(crate) unsafe fn written(values: Vec<MaybeUninit<f32>>) -> Vec<f32> {
+///
+/// * Every value is initialized.
+pub(crate) unsafe fn assume_init_vec(values: Vec<MaybeUninit<f32>>) -> Vec<f32> {
     let mut values = ManuallyDrop::new(values);
-    // SAFETY: pointer, length and capacity are the vector's, which is forgotten; the values are written by the contract.
+    // SAFETY: pointer, length and capacity are those of the vector, which is not dropped; the
+    // layout of `MaybeUninit<f32>` is that of `f32`, and the values are initialized by the
+    // contract.
     unsafe { Vec::from_raw_parts(values.as_mut_ptr().cast(), values.len(), values.capacity()) }
 }
 
-/// The same slice once every value is written.
+/// Reborrows initialized values for a function that overwrites uninitialized ones.
 ///
 /// # Safety
-/// Every value is written.
-pub(crate) unsafe fn written_slice(values: &mut [MaybeUninit<f32>]) -> &mut [f32] {
-    // SAFETY: `MaybeUninit<f32>` has the layout of `f32`; the values are written by the contract.
-    unsafe { &mut *(std::ptr::from_mut(values) as *mut [f32]) }
+///
+/// * No uninitialized value is written through the result.
+pub(crate) unsafe fn as_uninit<T: Copy>(values: &mut [T]) -> &mut [MaybeUninit<T>] {
+    // SAFETY: the layouts are the same, and the values stay initialized by the contract.
+    unsafe { &mut *(std::ptr::from_mut(values) as *mut [MaybeUninit<T>]) }
 }
 
-/// Blocks from this size on are kept.
-const LEAST: usize = 1 << 16;
+/// Least size of a block that is kept, in bytes.
+const MIN_BLOCK: usize = 1 << 16;
 
-/// Sizes are rounded up to eighths of a power of two, so at most an eighth is lost.
-const STEPS: usize = 8;
+/// Size classes per power of two. Sizes are rounded up to the next class, so at most an eighth of a
+/// block is lost.
+const CLASSES: usize = 8;
 
-/// Powers of two from [`LEAST`] on, up to 2^40 bytes.
+/// Powers of two from [`MIN_BLOCK`] on, up to 2^40 bytes.
 const POWERS: usize = 24;
 
-/// Blocks of one size that are kept at most.
-const MOST: usize = 256;
+/// Greatest number of blocks of one size that are recycler.
+const POOL_CAPACITY: usize = 256;
 
-/// Every kept block begins at a cache line.
+/// Alignment of all kept blocks: a cache line.
 const ALIGN: usize = 64;
 
-/// A huge page. Blocks that hold one begin at one, and ask for them: rows of different pixels lie kilobytes apart, and with pages of
-/// 4 KiB every tile of a convolution looks up as many pages as it has rows.
-const HUGE: usize = 2 << 20;
+/// Size of a huge page. Blocks of at least this size are aligned to it and ask for huge pages: the
+/// rows that a tile of a convolution reads lie kilobytes apart, and with pages of 4 KiB each tile
+/// would look up as many pages as it has rows.
+const HUGE_PAGE: usize = 2 << 20;
 
-/// A stack of free blocks of one size.
-struct Shelf {
-    busy: AtomicBool,
+/// Pool of free blocks of one size: a stack.
+struct BufferPool {
+    locked: AtomicBool,
     count: AtomicUsize,
-    /// Addresses; only touched by who has set `busy`.
-    blocks: [AtomicUsize; MOST],
+    /// Addresses; accessed only by the holder of the lock.
+    blocks: [AtomicUsize; POOL_CAPACITY],
 }
 
-impl Shelf {
+impl BufferPool {
     const fn new() -> Self {
-        Shelf {
-            busy: AtomicBool::new(false),
+        BufferPool {
+            locked: AtomicBool::new(false),
             count: AtomicUsize::new(0),
-            blocks: [const { AtomicUsize::new(0) }; MOST],
+            blocks: [const { AtomicUsize::new(0) }; POOL_CAPACITY],
         }
     }
 
-    /// Runs `f` alone. A few instructions long, so waiting by spinning is short.
-    fn alone<T>(&self, f: impl FnOnce() -> T) -> T {
-        while self.busy.compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed).is_err() {
+    /// Runs `f` under the lock. It takes a few instructions, so a spin lock is enough; a mutex
+    /// might allocate.
+    fn with_lock<T>(&self, f: impl FnOnce() -> T) -> T {
+        while self.locked.compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed).is_err() {
             std::hint::spin_loop();
         }
         let result = f();
-        self.busy.store(false, Ordering::Release);
+        self.locked.store(false, Ordering::Release);
         result
     }
 
+    /// Takes a block out of the pool.
     fn take(&self) -> Option<*mut u8> {
-        self.alone(|| {
+        self.with_lock(|| {
             let n = self.count.load(Ordering::Relaxed).checked_sub(1)?;
             self.count.store(n, Ordering::Relaxed);
             Some(self.blocks[n].load(Ordering::Relaxed) as *mut u8)
         })
     }
 
-    /// Whether there was room.
+    /// Puts a block into the pool. Returns `false` if the pool is full.
     fn put(&self, block: *mut u8) -> bool {
-        self.alone(|| {
+        self.with_lock(|| {
             let n = self.count.load(Ordering::Relaxed);
-            if n == MOST {
+            if n == POOL_CAPACITY {
                 return false;
             }
             self.blocks[n].store(block as usize, Ordering::Relaxed);
@@ -106,12 +117,15 @@ impl Shelf {
     }
 }
 
-/// An allocator that keeps blocks of 64 KiB and more for the next of their size; the system's for all others. A program takes it by
-/// `#[global_allocator]`. Its memory never shrinks: it is what the largest step needed.
+/// Allocator that keeps freed blocks of 64 KiB and more in buffer pools for the next allocation of
+/// their size. Smaller blocks come from the system allocator.
+///
+/// A program installs it with `#[global_allocator]`. Its memory never shrinks: it stays at what the
+/// largest step needed.
 pub struct Recycler {
-    shelves: [[Shelf; STEPS]; POWERS],
-    /// Large blocks that came from the system.
-    fresh: AtomicU64,
+    /// By power of two and size class.
+    pools: [[BufferPool; CLASSES]; POWERS],
+    system_allocations: AtomicU64,
 }
 
 impl Default for Recycler {
@@ -122,52 +136,58 @@ impl Default for Recycler {
 
 impl std::fmt::Debug for Recycler {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        f.debug_struct("Recycler").field("fresh", &self.fresh()).finish()
+        f.debug_struct("Recycler").field("system_allocations", &self.system_allocations()).finish()
     }
 }
 
 impl Recycler {
-    /// With nothing kept.
+    /// Creates an allocator with empty pools.
     pub const fn new() -> Self {
-        Recycler { shelves: [const { [const { Shelf::new() }; STEPS] }; POWERS], fresh: AtomicU64::new(0) }
+        Recycler {
+            pools: [const { [const { BufferPool::new() }; CLASSES] }; POWERS],
+            system_allocations: AtomicU64::new(0),
+        }
     }
 
-    /// How many large blocks had to come from the system so far. A steady state adds none.
-    pub fn fresh(&self) -> u64 {
-        self.fresh.load(Ordering::Relaxed)
+    /// Number of large blocks that came from the system so far. In a steady state it stays
+    /// constant.
+    pub fn system_allocations(&self) -> u64 {
+        self.system_allocations.load(Ordering::Relaxed)
     }
 
-    /// Its shelf and the size of all blocks on it; none for what is left to the system.
-    fn shelf(&self, layout: Layout) -> Option<(&Shelf, Layout)> {
-        if layout.size() < LEAST || layout.align() > ALIGN {
+    /// Returns the pool of a layout, and the layout of all its blocks; `None` for what is left to
+    /// the system.
+    fn pool(&self, layout: Layout) -> Option<(&BufferPool, Layout)> {
+        if layout.size() < MIN_BLOCK || layout.align() > ALIGN {
             return None;
         }
         let power = layout.size().ilog2();
-        let step = 1usize << (power - STEPS.ilog2());
+        let step = 1usize << (power - CLASSES.ilog2());
         let rounded = layout.size().next_multiple_of(step);
         let power = rounded.ilog2();
-        let row = self.shelves.get((power - LEAST.ilog2()) as usize)?;
-        let shelf = &row[(rounded - (1 << power)) >> (power - STEPS.ilog2())];
-        let align = if rounded < HUGE { ALIGN } else { HUGE };
-        Some((shelf, Layout::from_size_align(rounded, align).ok()?))
+        let row = self.pools.get((power - MIN_BLOCK.ilog2()) as usize)?;
+        let pool = &row[(rounded - (1 << power)) >> (power - CLASSES.ilog2())];
+        let align = if rounded < HUGE_PAGE { ALIGN } else { HUGE_PAGE };
+        Some((pool, Layout::from_size_align(rounded, align).ok()?))
     }
 
-    /// A block that this allocator has never had.
+    /// Allocates a block from the system.
     ///
     /// # Safety
-    /// `whole` is of a shelf.
+    ///
+    /// * `whole` is the layout of a pool.
     unsafe fn new_block(&self, whole: Layout, zeroed: bool) -> *mut u8 {
-        self.fresh.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: a shelf's layout is not of size 0.
+        self.system_allocations.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the layout of a pool has a size above 0.
         let block = unsafe { System.alloc(whole) };
         #[cfg(target_os = "linux")]
-        if whole.align() == HUGE && !block.is_null() {
-            // Advice: where the system declines, nothing changes.
-            // SAFETY: the pages are the block's own; the advice changes no content.
-            unsafe { libc::madvise(block.cast(), whole.size() & !(HUGE - 1), libc::MADV_HUGEPAGE) };
+        if whole.align() == HUGE_PAGE && !block.is_null() {
+            // If the system declines the advice, nothing changes.
+            // SAFETY: the pages belong to the block, and the advice changes no content.
+            unsafe { libc::madvise(block.cast(), whole.size() & !(HUGE_PAGE - 1), libc::MADV_HUGEPAGE) };
         }
         if zeroed && !block.is_null() {
-            // After the advice: the first touch of a page settles its size.
+            // After the advice: the first touch of a page decides on its size.
             // SAFETY: the block has this size.
             unsafe { block.write_bytes(0, whole.size()) };
         }
@@ -175,41 +195,42 @@ impl Recycler {
     }
 }
 
-// SAFETY: a block on a shelf was allocated by the system with that shelf's layout and is used by nobody; `shelf` depends on the layout
-// alone, so a block goes back to where it came from, and to the system with the layout that it was allocated with.
+// SAFETY: a block in a pool has been allocated by the system with the pool's layout, and nothing
+// uses it. `pool` depends on the layout alone, so a block returns to the pool it came from, and to
+// the system with the layout it was allocated with.
 unsafe impl GlobalAlloc for Recycler {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        let Some((shelf, whole)) = self.shelf(layout) else {
-            // SAFETY: the caller's.
+        let Some((pool, whole)) = self.pool(layout) else {
+            // SAFETY: the caller's contract is the system allocator's.
             return unsafe { System.alloc(layout) };
         };
-        // SAFETY: the layout is a shelf's.
-        shelf.take().unwrap_or_else(|| unsafe { self.new_block(whole, false) })
+        // SAFETY: the layout is that of a pool.
+        pool.take().unwrap_or_else(|| unsafe { self.new_block(whole, false) })
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        let Some((shelf, whole)) = self.shelf(layout) else {
-            // SAFETY: the caller's.
+        let Some((pool, whole)) = self.pool(layout) else {
+            // SAFETY: the caller's contract is the system allocator's.
             return unsafe { System.alloc_zeroed(layout) };
         };
-        match shelf.take() {
+        match pool.take() {
             Some(block) => {
-                // SAFETY: the block has at least this size.
+                // SAFETY: a pool's block has at least this size.
                 unsafe { block.write_bytes(0, layout.size()) };
                 block
             }
-            // SAFETY: the layout is a shelf's.
+            // SAFETY: the layout is that of a pool.
             None => unsafe { self.new_block(whole, true) },
         }
     }
 
     unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
-        match self.shelf(layout) {
-            // SAFETY: the caller's.
+        match self.pool(layout) {
+            // SAFETY: the caller's contract is the system allocator's.
             None => unsafe { System.dealloc(block, layout) },
-            Some((shelf, whole)) => {
-                if !shelf.put(block) {
-                    // SAFETY: allocated with this layout.
+            Some((pool, whole)) => {
+                if !pool.put(block) {
+                    // SAFETY: the block was allocated with this layout.
                     unsafe { System.dealloc(block, whole) };
                 }
             }
@@ -218,8 +239,8 @@ unsafe impl GlobalAlloc for Recycler {
 
     unsafe fn realloc(&self, block: *mut u8, layout: Layout, size: usize) -> *mut u8 {
         let Ok(wanted) = Layout::from_size_align(size, layout.align()) else { return null_mut() };
-        match (self.shelf(layout), self.shelf(wanted)) {
-            // SAFETY: the caller's.
+        match (self.pool(layout), self.pool(wanted)) {
+            // SAFETY: the caller's contract is the system allocator's.
             (None, None) => unsafe { System.realloc(block, layout, size) },
             (Some((_, old)), Some((_, new))) if old.size() == new.size() => block,
             _ => {
@@ -246,43 +267,43 @@ mod tests {
     }
 
     #[test]
-    fn a_block_is_found_again_by_its_size_and_zeroed_where_asked() {
-        let kept = Recycler::new();
-        for size in [LEAST, LEAST + 1, 100_000, 131_071, 131_072, 5_000_000] {
-            // SAFETY: the blocks hold `size` bytes; each is given back with its layout.
+    fn reuses_blocks_by_size_and_zeroes_on_request() {
+        let recycler = Recycler::new();
+        for size in [MIN_BLOCK, MIN_BLOCK + 1, 100_000, 131_071, 131_072, 5_000_000] {
+            // SAFETY: the blocks hold `size` bytes, and each is freed with its layout.
             unsafe {
-                let a = kept.alloc(layout(size));
+                let a = recycler.alloc(layout(size));
                 a.write_bytes(7, size);
-                kept.dealloc(a, layout(size));
-                let before = kept.fresh();
-                let b = kept.alloc_zeroed(layout(size));
-                assert_eq!((a, before), (b, kept.fresh()), "{size} bytes");
+                recycler.dealloc(a, layout(size));
+                let before = recycler.system_allocations();
+                let b = recycler.alloc_zeroed(layout(size));
+                assert_eq!((a, before), (b, recycler.system_allocations()), "{size} bytes");
                 assert!((0..size).all(|i| *b.add(i) == 0));
-                kept.dealloc(b, layout(size));
+                recycler.dealloc(b, layout(size));
             }
         }
     }
 
     #[test]
-    fn growing_keeps_the_content_and_no_block_is_smaller_than_asked() {
-        let kept = Recycler::new();
-        // SAFETY: as above.
+    fn realloc_keeps_content_and_blocks_are_large_enough() {
+        let recycler = Recycler::new();
+        // SAFETY: the block holds `size` bytes, and is freed with its last layout.
         unsafe {
-            let mut block = kept.alloc(layout(1000));
+            let mut block = recycler.alloc(layout(1000));
             for i in 0..1000 {
                 *block.add(i) = i as u8;
             }
             let mut size = 1000;
             for next in [70_000, 70_001, 300_000, 2_000, 90_000] {
-                block = kept.realloc(block, layout(size), next);
+                block = recycler.realloc(block, layout(size), next);
                 size = next;
                 block.add(1000).write_bytes(9, size - 1000);
                 assert!((0..1000).all(|i| *block.add(i) == i as u8), "{next} bytes");
             }
-            kept.dealloc(block, layout(size));
+            recycler.dealloc(block, layout(size));
         }
-        for size in (LEAST..LEAST * 9).step_by(997) {
-            let (_, whole) = kept.shelf(layout(size)).unwrap();
+        for size in (MIN_BLOCK..MIN_BLOCK * 9).step_by(997) {
+            let (_, whole) = recycler.pool(layout(size)).unwrap();
             assert!(whole.size() >= size && whole.size() <= size + size / 8 + 1, "{size}");
         }
     }

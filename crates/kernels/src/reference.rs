@@ -1,9 +1,9 @@
-//! The definitions, scalar, in f64, loops in the order of the formula. For tests.
+//! Reference implementations for tests: scalar, in f64, with loops in the order of the formula.
 
-use crate::{conv::Shape, pool::Windows};
+use crate::{conv::Shape, pool::PoolShape};
 
-/// Every (x index, w index, y index) whose product a convolution sums.
-pub fn products(s: &Shape, mut f: impl FnMut(usize, usize, usize)) {
+/// Calls `f` with the indices into x, w and y of every product that a convolution sums.
+pub fn for_each_product(s: &Shape, mut f: impl FnMut(usize, usize, usize)) {
     for n in 0..s.n {
         for oy in 0..s.h_out() {
             for ox in 0..s.w_out() {
@@ -29,11 +29,11 @@ pub fn products(s: &Shape, mut f: impl FnMut(usize, usize, usize)) {
     }
 }
 
-/// y, dx and dw of a convolution for a given dy.
+/// Computes y, dx and dw of a convolution, given dy.
 pub fn conv(s: &Shape, x: &[f32], w: &[f32], dy: &[f32]) -> [Vec<f64>; 3] {
     let mut all = [vec![0.0; dy.len()], vec![0.0; x.len()], vec![0.0; w.len()]];
     let [y, dx, dw] = &mut all;
-    products(s, |i, k, o| {
+    for_each_product(s, |i, k, o| {
         y[o] += f64::from(x[i]) * f64::from(w[k]);
         dx[i] += f64::from(dy[o]) * f64::from(w[k]);
         dw[k] += f64::from(dy[o]) * f64::from(x[i]);
@@ -41,8 +41,9 @@ pub fn conv(s: &Shape, x: &[f32], w: &[f32], dy: &[f32]) -> [Vec<f64>; 3] {
     all
 }
 
-/// The largest value of each window, and the gradient of `x` for a given gradient of them: all of it goes to the first that is largest.
-pub fn max_pool(s: &Windows, x: &[f32], dout: &[f32]) -> [Vec<f64>; 2] {
+/// Computes the output of a max pooling and dx, given dout. The gradient of a window goes to the
+/// first pixel that holds its maximum.
+pub fn max_pool(s: &PoolShape, x: &[f32], dout: &[f32]) -> [Vec<f64>; 2] {
     let (mut out, mut dx) = (Vec::new(), vec![0.0; x.len()]);
     for n in 0..s.n {
         for oy in 0..s.h_out() {
@@ -61,7 +62,7 @@ pub fn max_pool(s: &Windows, x: &[f32], dout: &[f32]) -> [Vec<f64>; 2] {
                             }
                         }
                     }
-                    let best = best.expect("a window has a pixel");
+                    let best = best.expect("every window has a pixel");
                     dx[best] += f64::from(dout[out.len()]);
                     out.push(f64::from(x[best]));
                 }

@@ -1,95 +1,102 @@
-//! Charts as SVG: a value with its interval for each of some named settings, a colour a series.
+//! SVG charts: values with intervals per setting, curves, and scatter plots.
 
 use std::fmt::Write;
 
-/// A point of a chart.
+/// A value of one series at one setting.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Point {
-    /// Which setting: the place on the horizontal axis. Settings stand in the order of their first points.
+    /// Name on the horizontal axis. Settings appear in the order of their first points.
     pub setting: String,
-    /// Which series.
+    /// Name in the legend. Each series has its own color.
     pub series: String,
-    /// The value.
+    /// Position on the vertical axis.
     pub value: f64,
-    /// Its interval, drawn as a whisker.
+    /// Interval around the value, drawn as a whisker.
     pub interval: Option<[f64; 2]>,
 }
 
 const WIDTH: f64 = 720.0;
 const HEIGHT: f64 = 420.0;
-/// Left, top, right, bottom.
+/// Left, top, right and bottom margin.
 const MARGIN: [f64; 4] = [64.0, 44.0, 16.0, 96.0];
-const COLOURS: [&str; 4] = ["#1f5fbf", "#d2552d", "#3a8f4d", "#8a5bb5"];
+const COLORS: [&str; 4] = ["#1f5fbf", "#d2552d", "#3a8f4d", "#8a5bb5"];
 
-/// The chart. Values are drawn as they are; the vertical axis begins at 0 or below the least value.
+/// Draws points with whiskers. The vertical axis starts at 0, or below the smallest negative value.
 pub fn svg(title: &str, axis: &str, points: &[Point]) -> String {
     let [left, top, right, bottom] = MARGIN;
-    let settings = in_order(points.iter().map(|p| p.setting.as_str()));
-    let series = in_order(points.iter().map(|p| p.series.as_str()));
+    let settings = unique(points.iter().map(|p| p.setting.as_str()));
+    let series = unique(points.iter().map(|p| p.series.as_str()));
     let ends = |p: &Point| [p.value, p.interval.map_or(p.value, |i| i[0]), p.interval.map_or(p.value, |i| i[1])];
-    let all = || points.iter().flat_map(ends).filter(|v| v.is_finite());
-    let (low, high) = (all().fold(0.0f64, f64::min), all().fold(0.0f64, f64::max));
-    let step = tick(high - low);
+    let values = || points.iter().flat_map(ends).filter(|v| v.is_finite());
+    let (low, high) = (values().fold(0.0f64, f64::min), values().fold(0.0f64, f64::max));
+    let step = tick_step(high - low);
     let (low, high) = ((low / step).floor() * step, ((high / step).ceil() * step).max(step));
     let y = |v: f64| HEIGHT - bottom - (v - low) / (high - low) * (HEIGHT - top - bottom);
     let slot = (WIDTH - left - right) / settings.len().max(1) as f64;
     let mut out = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" width=\"{WIDTH}\" height=\"{HEIGHT}\" \
-         font-family=\"sans-serif\" font-size=\"12\">\n<rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n"
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" \
+         width=\"{WIDTH}\" height=\"{HEIGHT}\" font-family=\"sans-serif\" font-size=\"12\">\n\
+         <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n"
     );
-    let mut line = |text: String| {
-        out.push_str(&text);
+    let mut push = |element: String| {
+        out.push_str(&element);
         out.push('\n');
     };
-    line(format!("<text x=\"{left}\" y=\"20\" font-size=\"15\">{}</text>", escaped(title)));
+    push(format!("<text x=\"{left}\" y=\"20\" font-size=\"15\">{}</text>", escape_html(title)));
     let ticks = ((high - low) / step).round() as usize;
     for i in 0..=ticks {
         let v = low + i as f64 * step;
-        line(format!(
+        push(format!(
             "<line x1=\"{left}\" x2=\"{}\" y1=\"{1:.1}\" y2=\"{1:.1}\" stroke=\"#ddd\"/>",
             WIDTH - right,
             y(v)
         ));
-        line(format!("<text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>", left - 8.0, y(v) + 4.0, short(v)));
+        push(format!(
+            "<text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>",
+            left - 8.0,
+            y(v) + 4.0,
+            format_short(v)
+        ));
     }
     let middle = (top + HEIGHT - bottom) / 2.0;
-    line(format!(
+    push(format!(
         "<text x=\"16\" y=\"{middle}\" text-anchor=\"middle\" transform=\"rotate(-90 16 {middle})\">{}</text>",
-        escaped(axis)
+        escape_html(axis)
     ));
     for (i, name) in settings.iter().enumerate() {
         let (x, y) = (left + slot * (i as f64 + 0.5), HEIGHT - bottom + 16.0);
-        line(format!(
+        push(format!(
             "<text x=\"{x:.1}\" y=\"{y}\" text-anchor=\"end\" transform=\"rotate(-25 {x:.1} {y})\">{}</text>",
-            escaped(name)
+            escape_html(name)
         ));
     }
     for (k, name) in series.iter().enumerate() {
-        let colour = COLOURS[k % COLOURS.len()];
-        // Side by side, so that whiskers do not cover each other.
-        let aside = (k as f64 - (series.len() as f64 - 1.0) / 2.0) * (slot * 0.2).min(12.0);
+        let color = COLORS[k % COLORS.len()];
+        // Series stand side by side, so that their whiskers do not overlap.
+        let shift = (k as f64 - (series.len() as f64 - 1.0) / 2.0) * (slot * 0.2).min(12.0);
         for point in points.iter().filter(|p| p.series == *name && p.value.is_finite()) {
-            let at = settings.iter().position(|s| *s == point.setting).unwrap_or(0);
-            let x = left + slot * (at as f64 + 0.5) + aside;
+            let position = settings.iter().position(|s| *s == point.setting).unwrap_or(0);
+            let x = left + slot * (position as f64 + 0.5) + shift;
             if let Some([from, to]) = point.interval {
                 let (from, to) = (y(from), y(to));
-                line(format!(
-                    "<line x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"{from:.1}\" y2=\"{to:.1}\" stroke=\"{colour}\" stroke-width=\"2\"/>"
+                push(format!(
+                    "<line x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"{from:.1}\" y2=\"{to:.1}\" \
+                     stroke=\"{color}\" stroke-width=\"2\"/>"
                 ));
             }
-            line(format!("<circle cx=\"{x:.1}\" cy=\"{:.1}\" r=\"5\" fill=\"{colour}\"/>", y(point.value)));
+            push(format!("<circle cx=\"{x:.1}\" cy=\"{:.1}\" r=\"5\" fill=\"{color}\"/>", y(point.value)));
         }
         if series.len() > 1 {
             let x = left + 120.0 * k as f64;
-            line(format!("<circle cx=\"{:.1}\" cy=\"34\" r=\"5\" fill=\"{colour}\"/>", x + 5.0));
-            line(format!("<text x=\"{:.1}\" y=\"38\">{}</text>", x + 16.0, escaped(name)));
+            push(format!("<circle cx=\"{:.1}\" cy=\"34\" r=\"5\" fill=\"{color}\"/>", x + 5.0));
+            push(format!("<text x=\"{:.1}\" y=\"38\">{}</text>", x + 16.0, escape_html(name)));
         }
     }
     out.push_str("</svg>\n");
     out
 }
 
-/// A curve of (x, y). Values that are no numbers are left out; the last value stands in the title.
+/// Draws a curve of `[x, y]` points with the last value in its title. Skips non-finite points.
 pub fn curve(title: &str, x_axis: &str, points: &[[f64; 2]]) -> String {
     const W: f64 = 420.0;
     const H: f64 = 220.0;
@@ -97,21 +104,22 @@ pub fn curve(title: &str, x_axis: &str, points: &[[f64; 2]]) -> String {
     let [left, top, right, bottom] = SIDES;
     let points: Vec<[f64; 2]> = points.iter().copied().filter(|p| p.iter().all(|v| v.is_finite())).collect();
     let range = |axis: usize, from: f64| {
-        let of = points.iter().map(|p| p[axis]);
-        (of.clone().fold(from, f64::min), of.fold(f64::NEG_INFINITY, f64::max))
+        let values = points.iter().map(|p| p[axis]);
+        (values.clone().fold(from, f64::min), values.fold(f64::NEG_INFINITY, f64::max))
     };
     let ((x0, x1), (low, high)) = (range(0, 0.0), range(1, f64::INFINITY));
     let (x1, low, high) = if points.is_empty() { (1.0, 0.0, 1.0) } else { (x1.max(x0 + 1e-9), low, high) };
-    let step = tick(high - low);
+    let step = tick_step(high - low);
     let (low, high) =
         ((low / step).floor() * step, ((high / step).ceil() * step).max((low / step).floor() * step + step));
     let x = |v: f64| left + (v - x0) / (x1 - x0) * (W - left - right);
     let y = |v: f64| H - bottom - (v - low) / (high - low) * (H - top - bottom);
-    let last = points.last().map_or(String::new(), |p| format!(": {}", short(p[1])));
+    let last = points.last().map_or(String::new(), |p| format!(": {}", format_short(p[1])));
     let mut out = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {W} {H}\" font-family=\"sans-serif\" font-size=\"11\" role=\"img\">\n\
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {W} {H}\" \
+         font-family=\"sans-serif\" font-size=\"11\" role=\"img\">\n\
          <text x=\"{left}\" y=\"16\" font-size=\"13\">{}{last}</text>\n",
-        escaped(title)
+        escape_html(title)
     );
     for i in 0..=((high - low) / step).round() as usize {
         let v = low + i as f64 * step;
@@ -120,78 +128,80 @@ pub fn curve(title: &str, x_axis: &str, points: &[[f64; 2]]) -> String {
             "<line x1=\"{left}\" x2=\"{to}\" y1=\"{y:.1}\" y2=\"{y:.1}\" stroke=\"#8884\"/>\
              <text x=\"{x}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>\n",
             y + 4.0,
-            short(v)
+            format_short(v)
         );
     }
     out += &format!(
         "<text x=\"{left}\" y=\"{0}\">{1}</text><text x=\"{2}\" y=\"{0}\" text-anchor=\"end\">{3} {4}</text>\n",
         H - 18.0,
-        short(x0),
+        format_short(x0),
         W - right,
-        escaped(x_axis),
-        short(x1)
+        escape_html(x_axis),
+        format_short(x1)
     );
     let line: Vec<String> = points.iter().map(|p| format!("{:.1},{:.1}", x(p[0]), y(p[1]))).collect();
     out += &format!(
         "<polyline points=\"{}\" fill=\"none\" stroke=\"{}\" stroke-width=\"2\"/>\n</svg>\n",
         line.join(" "),
-        COLOURS[0]
+        COLORS[0]
     );
     out
 }
 
-/// A dot for each place in [-1, 1]², coloured by its class where there are classes.
-pub fn scatter(places: &[[f32; 2]], class_of: &[usize], classes: &[String]) -> String {
+/// Draws a dot per position in [-1, 1]², colored by class unless `labels` (indices into `classes`)
+/// is empty.
+pub fn scatter(positions: &[[f32; 2]], labels: &[usize], classes: &[String]) -> String {
     const SIDE: f64 = 640.0;
-    let legend = 20.0 * classes.len().min(MOST_NAMED) as f64;
+    let legend = 20.0 * classes.len().min(MAX_LEGEND) as f64;
     let (width, height) = (if classes.is_empty() { SIDE } else { SIDE + 160.0 }, SIDE.max(legend + 20.0));
-    let colour = |class: usize| DOTS[class % DOTS.len()];
+    let color = |class: usize| CLASS_COLORS[class % CLASS_COLORS.len()];
     let mut out = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" font-family=\"sans-serif\" font-size=\"12\" role=\"img\">\n"
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" \
+         font-family=\"sans-serif\" font-size=\"12\" role=\"img\">\n"
     );
-    for (i, [x, y]) in places.iter().enumerate() {
-        let at = |v: f32| (f64::from(v) * 0.96 + 1.0) / 2.0 * SIDE;
-        let fill = class_of.get(i).map_or(COLOURS[0], |class| colour(*class));
+    for (i, [x, y]) in positions.iter().enumerate() {
+        let pixel = |v: f32| (f64::from(v) * 0.96 + 1.0) / 2.0 * SIDE;
+        let fill = labels.get(i).map_or(COLORS[0], |class| color(*class));
         out += &format!(
             "<circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"2.5\" fill=\"{fill}\" fill-opacity=\"0.7\"/>\n",
-            at(*x),
-            at(-*y)
+            pixel(*x),
+            pixel(-*y)
         );
     }
-    for (k, name) in classes.iter().take(MOST_NAMED).enumerate() {
+    for (k, name) in classes.iter().take(MAX_LEGEND).enumerate() {
         let y = 20.0 + 20.0 * k as f64;
         out += &format!(
             "<circle cx=\"{}\" cy=\"{:.1}\" r=\"5\" fill=\"{}\"/><text x=\"{}\" y=\"{y}\">{}</text>\n",
             SIDE + 12.0,
             y - 4.0,
-            colour(k),
+            color(k),
             SIDE + 24.0,
-            escaped(name)
+            escape_html(name)
         );
     }
     out + "</svg>\n"
 }
 
-/// Classes in the legend of a map at most.
-const MOST_NAMED: usize = 30;
+/// Maximum number of classes in the legend of a scatter plot.
+const MAX_LEGEND: usize = 30;
 
-/// Colours of a map.
-const DOTS: [&str; 10] =
+/// Colors of the classes in a scatter plot, repeated if there are more.
+const CLASS_COLORS: [&str; 10] =
     ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#4f5bd5"];
 
-/// Each once, in the order of their first appearance.
-fn in_order<'a>(names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
-    let mut all = Vec::new();
+/// Returns distinct names in the order of their first appearance.
+fn unique<'a>(names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
+    let mut distinct = Vec::new();
     for name in names {
-        if !all.contains(&name) {
-            all.push(name);
+        if !distinct.contains(&name) {
+            distinct.push(name);
         }
     }
-    all
+    distinct
 }
 
-/// A round step that parts a range into five to ten.
-fn tick(range: f64) -> f64 {
+/// Returns a round tick distance that divides a range into at most eight parts.
+fn tick_step(range: f64) -> f64 {
     if range <= 0.0 || !range.is_finite() {
         return 1.0;
     }
@@ -199,14 +209,15 @@ fn tick(range: f64) -> f64 {
     [1.0, 2.0, 5.0, 10.0].into_iter().map(|m| m * power).find(|step| range / step <= 8.0).unwrap_or(power)
 }
 
-fn short(v: f64) -> String {
+/// Formats a number with at most three decimals.
+fn format_short(v: f64) -> String {
     let mut text = String::new();
-    write!(text, "{:.3}", v).expect("a string takes everything");
+    write!(text, "{:.3}", v).expect("writing to a string does not fail");
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
-/// Text as HTML and SVG want it.
-pub fn escaped(text: &str) -> String {
+/// Escapes text for HTML and SVG.
+pub fn escape_html(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
@@ -215,7 +226,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_chart_has_a_mark_for_every_value_and_escapes_names() {
+    fn chart_marks_every_finite_value_and_escapes_names() {
         let point = |setting: &str, series: &str, value| Point {
             setting: setting.into(),
             series: series.into(),
@@ -224,9 +235,9 @@ mod tests {
         };
         let points = [point("a < b", "one", 10.0), point("a < b", "two", 12.0), point("c", "one", f64::NAN)];
         let text = svg("title & more", "%", &points);
-        // Two values, two of the legend; what is no number has no mark.
+        // Two values and two legend entries; NaN has no mark.
         assert_eq!(text.matches("<circle").count(), 4);
         assert!(text.contains("a &lt; b") && text.contains("title &amp; more") && !text.contains("NaN"));
-        assert_eq!(tick(100.0), 20.0);
+        assert_eq!(tick_step(100.0), 20.0);
     }
 }

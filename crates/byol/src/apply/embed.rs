@@ -1,11 +1,14 @@
-//! Embedding a folder of any size: batch by batch, with what is done on disk, so that a killed run goes on where it was.
+//! Embedding data sets of any size: batch by batch, with the results on disk, so that an
+//! interrupted job resumes where it stopped.
 //!
-//! While it works, `FILE.partial-rows` holds a line that says what it is of, and then a record an image: its numbers as f32, and a checksum, which
-//! says too whether the image could be used; little-endian. Only when all are there, `FILE` itself is written.
+//! During the job `FILE.partial-rows` holds a header line that identifies the job, followed by one
+//! record per image: its embedding as f32 and a checksum that also marks unusable images,
+//! little-endian. `FILE` itself is written once all records are complete.
 
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write},
+    ops::Range,
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
 };
@@ -16,77 +19,82 @@ use serde::{Deserialize, Serialize};
 
 use super::embeddings::{self, Origin, Rows, Writer};
 use crate::{
-    data::{self, CHANNELS, Dataset, Images},
-    eval::batch_for,
-    nn::{Encoder, weights},
+    data::{self, Dataset, Images},
+    eval::batch_size,
+    image::{CHANNELS, Image},
+    nn::{Encoder, tree::host, weights},
     views::evaluation_view,
 };
 
-/// Why embedding stops.
+/// Error of an embedding job.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The output.
+    /// The output cannot be written.
     #[error(transparent)]
     Output(#[from] embeddings::Error),
-    /// The data.
+    /// The data cannot be used.
     #[error(transparent)]
     Data(#[from] data::Error),
-    /// What is on disk of an earlier run is of something else.
-    #[error("{} is of an earlier run with {what}; remove it, or run the earlier command to its end", path.display())]
+    /// The partial file belongs to a different job.
+    #[error("{} was written with {difference}\nhint: delete it, or finish the earlier command first", path.display())]
     Partial {
         /// `FILE.partial-rows`.
         path: PathBuf,
-        /// What differs.
-        what: String,
+        /// Setting that differs.
+        difference: String,
     },
-    /// Another process writes it.
-    #[error("{} is being written by another byol; wait for it, or choose another -o", .0.display())]
+    /// Another process writes the partial file.
+    #[error("{} is in use by another byol process\nhint: wait for it to finish, or choose another `-o`", .0.display())]
     Busy(PathBuf),
-    /// The encoder computes no numbers.
+    /// The encoder outputs NaN or infinity.
     #[error(
-        "{encoder} gives {value}: its weights are of a run that has diverged; use an earlier one, such as best.safetensors"
+        "encoder {encoder} outputs {value}: its training has diverged\n\
+         hint: use an earlier checkpoint, e.g. `best.safetensors`"
     )]
-    NoNumbers {
-        /// Which.
+    NonFinite {
+        /// Encoder file.
         encoder: String,
-        /// What it gave.
+        /// First value that is not finite.
         value: f32,
     },
-    /// No such part.
-    #[error("shard {part} of {of} of {images} images; choose a part from 1 to N, and N of at most the images")]
+    /// The shard does not exist.
+    #[error(
+        "invalid shard {shard}/{count} of {images} images\n\
+         hint: use I/N with I from 1 to N and N at most the number of images"
+    )]
     Shard {
-        /// Which.
-        part: usize,
-        /// Of how many.
-        of: usize,
-        /// All images.
+        /// Shard number, from 1.
+        shard: usize,
+        /// Number of shards.
+        count: usize,
+        /// Number of images in the data set.
         images: usize,
     },
 }
 
-/// All images of a data set in its order: training, validation, test.
+/// Images of a data set in a fixed order: training, validation, test.
 #[derive(Debug, Clone)]
 pub struct Items {
     splits: Vec<(&'static str, Images)>,
     classes: Vec<String>,
 }
 
-/// Which split.
+/// Split of a data set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Split {
-    /// All of them.
+    /// All images.
     All,
-    /// What is trained on.
+    /// Training images.
     Train,
-    /// The data's own `test`, else `val`.
+    /// The data's `test` split, or `val` if there is none.
     Test,
 }
 
 impl Items {
-    /// The images of these data.
-    pub fn of(dataset: Dataset, split: Split) -> Items {
+    /// Lists the images of a split.
+    pub fn new(dataset: Dataset, split: Split) -> Items {
         let Dataset { train, held_out, test, classes, .. } = dataset;
-        // A set with one other split has it twice.
+        // A data set with a single other split has it as both `held_out` and `test`.
         let val = held_out.filter(|v| test.as_ref().is_none_or(|t| t.fingerprint() != v.fingerprint()));
         let splits: Vec<_> = match split {
             Split::Train => vec![("train", Some(train))],
@@ -97,17 +105,18 @@ impl Items {
         Items { splits, classes }
     }
 
-    /// How many.
+    /// Number of images.
     pub fn len(&self) -> usize {
         self.splits.iter().map(|(_, images)| images.len()).sum()
     }
 
-    /// Whether there are none.
+    /// Returns true if there are no images.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    fn at(&self, i: usize) -> (&'static str, &Images, usize) {
+    /// Split of image `i` and its index there.
+    fn locate(&self, i: usize) -> (&'static str, &Images, usize) {
         let mut i = i;
         for (split, images) in &self.splits {
             if i < images.len() {
@@ -115,58 +124,59 @@ impl Items {
             }
             i -= images.len();
         }
-        panic!("there is no such image")
+        panic!("image index out of range")
     }
 
-    /// Image `i`, decoded.
+    /// Decodes image `i`.
     ///
     /// # Errors
     /// [`data::Error::Image`].
-    pub fn get(&self, i: usize) -> Result<std::sync::Arc<data::Image>, data::Error> {
-        let (_, images, i) = self.at(i);
+    pub fn get(&self, i: usize) -> Result<std::sync::Arc<Image>, data::Error> {
+        let (_, images, i) = self.locate(i);
         images.get(i)
     }
 
-    /// The file of image `i`, where it is one.
+    /// File of image `i`; `None` for an image inside a packed file.
     pub fn path(&self, i: usize) -> Option<&Path> {
-        let (_, images, i) = self.at(i);
+        let (_, images, i) = self.locate(i);
         images.path(i)
     }
 
-    /// Its path; of an image that is no file its split and number.
+    /// Path of image `i`; split and number for an image inside a packed file.
     pub fn name(&self, i: usize) -> String {
-        let (split, images, i) = self.at(i);
+        let (split, images, i) = self.locate(i);
         if images.path(i).is_some() { images.name(i) } else { format!("{split} {}", images.name(i)) }
     }
 
-    /// Its class.
+    /// Class name of image `i`.
     pub fn label(&self, i: usize) -> Option<&str> {
-        let (_, images, i) = self.at(i);
+        let (_, images, i) = self.locate(i);
         images.labels().map(|l| self.classes[l[i]].as_str())
     }
 
-    /// Whether all have one.
-    pub fn labelled(&self) -> bool {
+    /// Returns true if every image has a label.
+    pub(crate) fn is_labeled(&self) -> bool {
         !self.is_empty() && self.splits.iter().all(|(_, images)| images.labels().is_some())
     }
 
-    /// When the newest of the files was changed, in milliseconds since 1970; 0 where images are no files.
-    pub fn changed(&self) -> u64 {
-        let of = |path: &Path| {
+    /// Latest modification time of the image files, in milliseconds since 1970; 0 if the images are
+    /// not files.
+    pub fn modified_ms(&self) -> u64 {
+        let modified_ms = |path: &Path| {
             let since = path.metadata().ok()?.modified().ok()?.duration_since(std::time::UNIX_EPOCH).ok()?;
             u64::try_from(since.as_millis()).ok()
         };
-        (0..self.len()).filter_map(|i| of(self.path(i)?)).max().unwrap_or(0)
+        (0..self.len()).filter_map(|i| modified_ms(self.path(i)?)).max().unwrap_or(0)
     }
 
-    /// A hash of names, sizes and order.
+    /// Hash of the images' names, sizes and order.
     pub fn fingerprint(&self) -> String {
         self.splits.iter().map(|(_, images)| images.fingerprint()).collect::<Vec<_>>().join("-")
     }
 }
 
 impl Origin {
-    /// Of these images by the encoder in this file.
+    /// Describes embeddings of `items` by the encoder file `encoder`.
     ///
     /// # Errors
     /// [`weights::Error::Read`].
@@ -187,79 +197,83 @@ impl Origin {
     }
 }
 
-/// What is embedded, and where to.
+/// Embedding job.
 #[derive(Debug)]
 pub struct Job<'a> {
-    /// By what.
+    /// The encoder.
     pub encoder: &'a Encoder,
-    /// The images.
+    /// The images, of which [`Origin::shard`] selects a part.
     pub items: &'a Items,
-    /// Says what all this is.
+    /// Description stored with the embeddings.
     pub origin: Origin,
-    /// The file to write.
+    /// Output file.
     pub out: &'a Path,
 }
 
-/// What was done.
+/// Outcome of [`Job::run`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
-    /// All of it: rows written, and images that could not be used, with the reasons.
+    /// The output file is complete.
     Finished {
-        /// Rows.
+        /// Rows written.
         rows: usize,
-        /// One line each.
+        /// Skipped images with the reason, one line each.
         skipped: Vec<String>,
     },
-    /// Stopped by the flag after so many images; the same command goes on.
+    /// Stopped by the flag after this number of images; the next run resumes there.
     Stopped(usize),
 }
 
-/// What is there of an earlier run.
-struct Begun {
+/// Opened partial file.
+struct Partial {
     file: File,
-    /// Bytes of the first line.
-    head: u64,
-    /// Whole records.
-    whole: usize,
-    /// Those of images that could not be used.
+    /// Length of the header line in bytes.
+    header_len: u64,
+    /// Number of complete records.
+    complete: usize,
+    /// Complete records of unusable images.
     unusable: Vec<usize>,
 }
 
-/// The first line of `FILE.partial-rows`.
+/// Header line of the partial file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Head {
+struct Header {
     origin: Origin,
     dim: usize,
-    /// [`Items::changed`]
-    changed: u64,
+    /// [`Items::modified_ms`].
+    #[serde(rename = "changed")]
+    modified_ms: u64,
 }
 
 /// Batches that are decoded and written together: enough work for all threads.
 const BATCHES: usize = 2;
 
-/// Rows that are copied into the final file at a time.
-const ROWS: usize = 4096;
+/// Rows copied into the output file at a time.
+const COPY_ROWS: usize = 4096;
 
 impl Job<'_> {
-    /// The images of this job: all, or those of its shard, which lie together.
+    /// Indices of the images of this job: all, or the contiguous range of its shard.
     ///
     /// # Errors
     /// [`Error::Shard`].
-    fn range(&self) -> Result<std::ops::Range<usize>, Error> {
+    fn range(&self) -> Result<Range<usize>, Error> {
         let n = self.items.len();
         match self.origin.shard {
             None => Ok(0..n),
-            Some([part, of]) if part == 0 || part > of || of > n => Err(Error::Shard { part, of, images: n }),
-            Some([part, of]) => Ok((part - 1) * n / of..part * n / of),
+            Some([shard, count]) if shard == 0 || shard > count || count > n => {
+                Err(Error::Shard { shard, count, images: n })
+            }
+            Some([shard, count]) => Ok((shard - 1) * n / count..shard * n / count),
         }
     }
 
-    /// Embeds what is not yet on disk, then writes the file. `done` gets the number of images done so far, of how many.
+    /// Embeds the images that are not in the partial file yet, then writes the output file.
+    /// `on_progress` receives the number of images done and their total.
     ///
     /// # Errors
     /// Any [`Error`].
-    pub fn run(&self, stop: &AtomicBool, mut done: impl FnMut(usize, usize)) -> Result<Outcome, Error> {
-        embeddings::files(self.out)?;
+    pub fn run(&self, stop: &AtomicBool, mut on_progress: impl FnMut(usize, usize)) -> Result<Outcome, Error> {
+        embeddings::output_files(self.out)?;
         let range = self.range()?;
         if range.is_empty() {
             return Err(data::Error::Empty(PathBuf::from(&self.origin.data)).into());
@@ -268,140 +282,138 @@ impl Job<'_> {
         let mut name = self.out.as_os_str().to_owned();
         name.push(".partial-rows");
         let path = PathBuf::from(name);
-        let write = |source| embeddings::Error::Write { path: path.clone(), source };
-        let Begun { mut file, head, whole: mut next, unusable } = self.begin(&path, dim)?;
+        let write_error = |source| embeddings::Error::Write { path: path.clone(), source };
+        let Partial { mut file, header_len, complete, unusable } = self.open_partial(&path, dim)?;
         let size = self.encoder.spec.size;
-        // What could not be used before may have been the disk's fault.
+        // Images that were unusable are retried: the disk may have been at fault.
         for i in unusable {
-            let again = self.records(range.start + i..range.start + i + 1)?;
-            if is_good(&again) {
-                let at = head + (i * record(dim)) as u64;
-                file.seek(SeekFrom::Start(at)).and_then(|_| file.write_all(&again)).map_err(write)?;
+            let record = self.records(range.start + i..range.start + i + 1)?;
+            if is_embedding(&record) {
+                let offset = header_len + (i * record_len(dim)) as u64;
+                file.seek(SeekFrom::Start(offset)).and_then(|_| file.write_all(&record)).map_err(write_error)?;
             }
         }
-        file.seek(SeekFrom::Start(head + (next * record(dim)) as u64)).map_err(write)?;
-        done(next, range.len());
-        while next < range.len() {
+        file.seek(SeekFrom::Start(header_len + (complete * record_len(dim)) as u64)).map_err(write_error)?;
+        let mut done = complete;
+        on_progress(done, range.len());
+        while done < range.len() {
             if stop.load(Ordering::Relaxed) {
-                return Ok(Outcome::Stopped(next));
+                return Ok(Outcome::Stopped(done));
             }
-            let some = next..(next + BATCHES * batch_for(size)).min(range.len());
-            let records = self.records(range.start + some.start..range.start + some.end)?;
-            file.write_all(&records).map_err(write)?;
-            next = some.end;
-            done(next, range.len());
+            let next = (done + BATCHES * batch_size(size)).min(range.len());
+            let records = self.records(range.start + done..range.start + next)?;
+            file.write_all(&records).map_err(write_error)?;
+            done = next;
+            on_progress(done, range.len());
         }
-        file.sync_all().map_err(write)?;
+        file.sync_all().map_err(write_error)?;
         let outcome = self.finish(file, &path, dim, range);
-        // Data of which most cannot be used have to change, and with them these records.
+        // If most images are bad, the data must be fixed, which invalidates the records.
         if matches!(outcome, Ok(_) | Err(Error::Data(data::Error::MostlyBad { .. }))) {
-            fs::remove_file(&path).map_err(write)?;
+            fs::remove_file(&path).map_err(write_error)?;
         }
         outcome
     }
 
-    /// Opens the partial file, cut behind its last whole record.
-    fn begin(&self, path: &Path, dim: usize) -> Result<Begun, Error> {
-        let write = |source| embeddings::Error::Write { path: path.to_owned(), source };
-        let head = Head { origin: self.origin.clone(), dim, changed: self.items.changed() };
-        let mut line = serde_json::to_string(&head).expect("a head is plain data");
+    /// Opens or creates the partial file and truncates it after its last complete record.
+    fn open_partial(&self, path: &Path, dim: usize) -> Result<Partial, Error> {
+        let write_error = |source| embeddings::Error::Write { path: path.to_owned(), source };
+        let header = Header { origin: self.origin.clone(), dim, modified_ms: self.items.modified_ms() };
+        let mut line = serde_json::to_string(&header).expect("a header serializes");
         line.push('\n');
         let mut file =
-            OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(write)?;
+            OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(write_error)?;
         if let Err(fs::TryLockError::WouldBlock) = file.try_lock() {
             return Err(Error::Busy(path.to_owned()));
         }
-        let length = file.metadata().map_err(write)?.len();
-        if length == 0 {
-            file.write_all(line.as_bytes()).map_err(write)?;
-            return Ok(Begun { file, head: line.len() as u64, whole: 0, unusable: Vec::new() });
+        let file_len = file.metadata().map_err(write_error)?.len();
+        if file_len == 0 {
+            file.write_all(line.as_bytes()).map_err(write_error)?;
+            return Ok(Partial { file, header_len: line.len() as u64, complete: 0, unusable: Vec::new() });
         }
+        let mismatch = |difference: &str| Error::Partial { path: path.to_owned(), difference: difference.to_owned() };
         let mut first = String::new();
-        // A line is short; what is not one ends the reading too.
-        BufReader::new(&file).take(1 << 20).read_line(&mut first).map_err(|_| self.other(path, "other contents"))?;
-        let found: Head = serde_json::from_str(&first).map_err(|_| self.other(path, "other contents"))?;
-        if found != head {
-            let (a, b) = (&found.origin, &head.origin);
-            let what = if a.encoder_sha256 != b.encoder_sha256 {
+        // The limit bounds the read if the file does not start with a line.
+        BufReader::new(&file).take(1 << 20).read_line(&mut first).map_err(|_| mismatch("different contents"))?;
+        let existing: Header = serde_json::from_str(&first).map_err(|_| mismatch("different contents"))?;
+        if existing != header {
+            let (a, b) = (&existing.origin, &header.origin);
+            return Err(mismatch(if a.encoder_sha256 != b.encoder_sha256 {
                 "another encoder"
             } else if a.shard != b.shard {
                 "another --shard"
             } else if a.version != b.version {
                 "another version of byol"
             } else {
-                "other images"
-            };
-            return Err(self.other(path, what));
+                "different images"
+            }));
         }
-        // Up to the first that is cut off or not whole: a system that lost its power leaves zeros.
-        let head = first.len() as u64;
+        // Records are valid up to the first that is truncated or fails its checksum; a power
+        // failure can leave zeros.
+        let header_len = first.len() as u64;
         let mut reader = BufReader::new(&file);
-        reader.seek(SeekFrom::Start(head)).map_err(write)?;
-        let (mut one, mut whole, mut unusable) = (vec![0u8; record(dim)], 0, Vec::new());
-        while reader.read_exact(&mut one).is_ok() && (is_good(&one) || is_unusable(&one)) {
-            if is_unusable(&one) {
-                unusable.push(whole);
+        reader.seek(SeekFrom::Start(header_len)).map_err(write_error)?;
+        let (mut record, mut complete, mut unusable) = (vec![0u8; record_len(dim)], 0, Vec::new());
+        while reader.read_exact(&mut record).is_ok() && (is_embedding(&record) || is_unusable(&record)) {
+            if is_unusable(&record) {
+                unusable.push(complete);
             }
-            whole += 1;
+            complete += 1;
         }
         drop(reader);
-        file.set_len(head + (whole * record(dim)) as u64).map_err(write)?;
-        Ok(Begun { file, head, whole, unusable })
+        file.set_len(header_len + (complete * record_len(dim)) as u64).map_err(write_error)?;
+        Ok(Partial { file, header_len, complete, unusable })
     }
 
-    fn other(&self, path: &Path, what: &str) -> Error {
-        Error::Partial { path: path.to_owned(), what: what.to_owned() }
-    }
-
-    /// The records of some images.
-    fn records(&self, some: std::ops::Range<usize>) -> Result<Vec<u8>, Error> {
+    /// Embeds a range of images and encodes their records.
+    fn records(&self, range: Range<usize>) -> Result<Vec<u8>, Error> {
         let (spec, dim) = (&self.encoder.spec, self.encoder.features());
-        let look = |i: usize| match self.items.get(i) {
+        let load_view = |i: usize| match self.items.get(i) {
             Ok(image) => Ok(Some(evaluation_view(&image, spec.size, spec.center).interleaved())),
             Err(data::Error::Image { .. }) => Ok(None),
             Err(other) => Err(other),
         };
-        let views: Vec<Option<Vec<f32>>> = some.into_par_iter().map(look).collect::<Result<_, _>>()?;
-        let good: Vec<&Vec<f32>> = views.iter().flatten().collect();
-        let mut rows = Vec::with_capacity(good.len() * dim);
-        for batch in good.chunks(batch_for(spec.size)) {
+        let views: Vec<Option<Vec<f32>>> = range.into_par_iter().map(load_view).collect::<Result<_, _>>()?;
+        let usable: Vec<&Vec<f32>> = views.iter().flatten().collect();
+        let mut rows = Vec::with_capacity(usable.len() * dim);
+        for batch in usable.chunks(batch_size(spec.size)) {
             let values: Vec<f32> = batch.iter().flat_map(|v| v.iter().copied()).collect();
             let x = TensorData::new(values, [batch.len(), spec.size, spec.size, CHANNELS]);
             let x = Tensor::from_data(x, &self.encoder.device());
-            rows.extend(crate::nn::tree::host(self.encoder.embed(x)));
+            rows.extend(host(self.encoder.embed(x)));
         }
         if let Some(v) = rows.iter().find(|v| !v.is_finite()) {
-            return Err(Error::NoNumbers { encoder: self.origin.encoder.clone(), value: *v });
+            return Err(Error::NonFinite { encoder: self.origin.encoder.clone(), value: *v });
         }
-        let (mut records, mut rows) = (Vec::with_capacity(views.len() * record(dim)), rows.chunks_exact(dim));
-        let none = vec![0.0f32; dim];
+        let (mut records, mut rows) = (Vec::with_capacity(views.len() * record_len(dim)), rows.chunks_exact(dim));
+        let zeros = vec![0.0f32; dim];
         for view in &views {
             let row = view.as_ref().and_then(|_| rows.next());
-            let values: Vec<u8> = row.unwrap_or(&none).iter().flat_map(|v| v.to_le_bytes()).collect();
+            let values: Vec<u8> = row.unwrap_or(&zeros).iter().flat_map(|v| v.to_le_bytes()).collect();
             records.extend(&values);
             records.extend(checksum(&values, row.is_some()).to_le_bytes());
         }
         Ok(records)
     }
 
-    /// Copies the records into the file that was asked for.
-    fn finish(&self, mut file: File, path: &Path, dim: usize, range: std::ops::Range<usize>) -> Result<Outcome, Error> {
-        let read = |source| embeddings::Error::Read { path: path.to_owned(), source };
-        let rewind = |file: &mut File| -> io::Result<BufReader<File>> {
+    /// Copies the records into the output file.
+    fn finish(&self, mut file: File, path: &Path, dim: usize, range: Range<usize>) -> Result<Outcome, Error> {
+        let read_error = |source| embeddings::Error::Read { path: path.to_owned(), source };
+        let first_record = |file: &mut File| -> io::Result<BufReader<File>> {
             file.seek(SeekFrom::Start(0))?;
             let mut reader = BufReader::with_capacity(1 << 20, file.try_clone()?);
             reader.read_line(&mut String::new())?;
             Ok(reader)
         };
-        let mut one = vec![0u8; record(dim)];
-        let mut reader = rewind(&mut file).map_err(read)?;
-        let mut good = Vec::with_capacity(range.len());
+        let mut record = vec![0u8; record_len(dim)];
+        let mut reader = first_record(&mut file).map_err(read_error)?;
+        let mut usable = Vec::with_capacity(range.len());
         for _ in range.clone() {
-            reader.read_exact(&mut one).map_err(read)?;
-            good.push(is_good(&one));
+            reader.read_exact(&mut record).map_err(read_error)?;
+            usable.push(is_embedding(&record));
         }
-        let bad: Vec<usize> = range.clone().filter(|i| !good[i - range.start]).collect();
-        let reason = |i: &usize| self.items.get(*i).err().map_or_else(|| self.items.name(*i), |e| e.to_string());
+        let bad: Vec<usize> = range.clone().filter(|i| !usable[i - range.start]).collect();
+        let reason = |i: &usize| self.items.get(*i).err().map_or_else(|| self.items.name(*i), |e| first_line(&e));
         let skipped: Vec<String> = bad.iter().map(reason).collect();
         let n = range.len() - bad.len();
         if 2 * bad.len() > range.len() {
@@ -409,47 +421,53 @@ impl Job<'_> {
             let first = skipped.first().cloned().unwrap_or_default();
             return Err(data::Error::MostlyBad { root, bad: bad.len(), all: range.len(), first }.into());
         }
-        let labelled = self.items.labelled();
-        let mut writer = Writer::new(self.out, self.origin.clone(), n, dim, labelled)?;
-        let mut reader = rewind(&mut file).map_err(read)?;
-        let all: Vec<usize> = range.collect();
-        for some in all.chunks(ROWS) {
-            let (mut paths, mut labels, mut values) = (Vec::new(), Vec::new(), Vec::with_capacity(some.len() * dim));
-            for i in some {
-                reader.read_exact(&mut one).map_err(read)?;
-                if is_good(&one) {
+        let labeled = self.items.is_labeled();
+        let mut writer = Writer::new(self.out, self.origin.clone(), n, dim, labeled)?;
+        let mut reader = first_record(&mut file).map_err(read_error)?;
+        let indices: Vec<usize> = range.collect();
+        for block in indices.chunks(COPY_ROWS) {
+            let (mut paths, mut labels, mut values) = (Vec::new(), Vec::new(), Vec::with_capacity(block.len() * dim));
+            for i in block {
+                reader.read_exact(&mut record).map_err(read_error)?;
+                if is_embedding(&record) {
                     paths.push(self.items.name(*i));
                     labels.extend(self.items.label(*i).map(str::to_owned));
-                    values.extend(one[..4 * dim].chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])));
+                    let bytes = record[..4 * dim].chunks_exact(4);
+                    values.extend(bytes.map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])));
                 }
             }
-            writer.push(Rows { paths: &paths, labels: labelled.then_some(&labels), values: &values })?;
+            writer.push(Rows { paths: &paths, labels: labeled.then_some(&labels), values: &values })?;
         }
         writer.finish()?;
         Ok(Outcome::Finished { rows: n, skipped })
     }
 }
 
-/// What a record ends with.
-fn checksum(values: &[u8], good: bool) -> u32 {
-    let mut crc = flate2::Crc::new();
-    crc.update(values);
-    crc.sum() ^ if good { 0 } else { 0xBAD }
+/// Message of an error without its hint.
+fn first_line(error: &data::Error) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_owned()
 }
 
-/// Whether a record is whole, and of an image that could be used.
-fn is_good(record: &[u8]) -> bool {
+/// Checksum of a record's embedding; unusable images have a different one.
+fn checksum(values: &[u8], usable: bool) -> u32 {
+    let mut crc = flate2::Crc::new();
+    crc.update(values);
+    crc.sum() ^ if usable { 0 } else { 0xBAD }
+}
+
+/// Returns true if a record is intact and holds an embedding.
+fn is_embedding(record: &[u8]) -> bool {
     let (values, sum) = record.split_at(record.len() - 4);
     sum == checksum(values, true).to_le_bytes()
 }
 
-/// Whether a record is whole, and of an image that could not be used.
+/// Returns true if a record is intact and marks an unusable image.
 fn is_unusable(record: &[u8]) -> bool {
     let (values, sum) = record.split_at(record.len() - 4);
     sum == checksum(values, false).to_le_bytes()
 }
 
-/// Bytes of a record.
-fn record(dim: usize) -> usize {
+/// Length of a record in bytes.
+fn record_len(dim: usize) -> usize {
     4 + 4 * dim
 }

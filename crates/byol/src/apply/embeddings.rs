@@ -1,6 +1,7 @@
-//! Embeddings as files, one row an image: `.parquet` (columns `path`, `label` where there are labels, `embedding`), `.npy` (with
-//! `NAME.paths.txt` and `NAME.labels.txt` beside it) or `.csv` (`path`, `label`, one column a number). What they were made by stands in
-//! the Parquet file's metadata under `byol`, else in `FILE.byol.json`.
+//! Embedding files, one row per image: `.parquet` (columns `path`, `label` if there are labels,
+//! `embedding`), `.npy` (with `NAME.paths.txt` and `NAME.labels.txt`) or `.csv` (`path`, `label`,
+//! one column per dimension). Their origin is stored in the Parquet metadata under `byol`, for the
+//! other formats in `FILE.byol.json`.
 
 use std::{
     collections::HashMap,
@@ -13,7 +14,7 @@ use std::{
 use arrow_array::{
     Array, ArrayRef, FixedSizeListArray, Float32Array, Float64Array, ListArray, RecordBatch, StringArray,
 };
-use arrow_schema::{ArrowError, DataType, Field, Schema};
+use arrow_schema::{DataType, Field, Schema};
 use npyz::WriterBuilder;
 use parquet::{
     arrow::{
@@ -25,75 +26,75 @@ use parquet::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{eval::Features, files, guarded::guarded};
+use crate::{atomic_write, catch_panic::catch_panic, eval::Features};
 
-/// What can be wrong with embeddings.
+/// Error of reading or writing embeddings.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A file of another kind.
-    #[error("{} is not .parquet, .npy or .csv; give a file that `byol embed` wrote", .0.display())]
+    /// The input has a different extension.
+    #[error("{} is not a .parquet, .npy or .csv file\nhint: pass a file written by `byol embed`", .0.display())]
     NotEmbeddings(PathBuf),
-    /// The name has no known ending.
-    #[error("{} is not named .parquet, .npy or .csv; name it so", .0.display())]
+    /// The output has a different extension.
+    #[error("invalid output name {} (expected .parquet, .npy or .csv)", .0.display())]
     Name(PathBuf),
-    /// It cannot be read.
-    #[error("cannot read {}: {source}; give embeddings that `byol embed` wrote", path.display())]
+    /// The file cannot be read.
+    #[error("cannot read {}: {source}\nhint: pass a file written by `byol embed`", path.display())]
     Read {
-        /// Which file.
+        /// File.
         path: PathBuf,
-        /// Why.
+        /// I/O error.
         source: io::Error,
     },
-    /// It cannot be written.
-    #[error("cannot write {}: {source}; {}", path.display(), files::remedy(source))]
+    /// The file cannot be written.
+    #[error("cannot write {}: {source}\nhint: {}", path.display(), atomic_write::remedy(source))]
     Write {
-        /// Which file.
+        /// File.
         path: PathBuf,
-        /// Why.
+        /// I/O error.
         source: io::Error,
     },
-    /// It is not what its name says.
-    #[error("{} cannot be used: {reason}; make it again with `byol embed`, or copy it again", path.display())]
+    /// The contents are invalid.
+    #[error("invalid embeddings in {}: {reason}\nhint: recreate the file with `byol embed`, or copy it again", path.display())]
     Format {
-        /// Which file.
+        /// File.
         path: PathBuf,
-        /// What is wrong.
+        /// Defect.
         reason: String,
     },
-    /// There is no row.
-    #[error("{} holds no embeddings; embed at least one image", .0.display())]
+    /// There are no rows.
+    #[error("{} contains no embeddings\nhint: embed at least one image", .0.display())]
     Empty(PathBuf),
 }
 
-/// What embeddings were made by, and of.
+/// Origin of a set of embeddings.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Origin {
-    /// Of the program.
+    /// Version of byol.
     pub version: String,
-    /// The encoder file.
+    /// Encoder file.
     pub encoder: String,
-    /// Its SHA-256, in hexadecimal.
+    /// SHA-256 of the encoder file, in hexadecimal.
     pub encoder_sha256: String,
-    /// The images.
+    /// Data set.
     pub data: String,
-    /// Of the images: [`crate::data::Images::fingerprint`].
+    /// [`crate::data::Images::fingerprint`] of the images.
     pub fingerprint: String,
-    /// Which part of how many, from 1; none: all.
+    /// Shard number, from 1, and number of shards; `None` for all images.
     pub shard: Option<[usize; 2]>,
 }
 
 /// Embeddings in memory.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Embeddings {
-    /// Where they were read from.
+    /// File they were read from.
     pub file: PathBuf,
-    /// What they were made by, where the file says so.
+    /// Origin, if the file states it.
     pub origin: Option<Origin>,
     /// Path of each image.
     pub paths: Vec<String>,
-    /// Class of each image.
+    /// Class name of each image.
     pub labels: Option<Vec<String>>,
-    /// `[N, F]`.
+    /// Embeddings, `[N, F]`.
     pub features: Features,
 }
 
@@ -113,24 +114,24 @@ fn format(path: &Path) -> Result<Format, Error> {
     }
 }
 
-/// All files that embeddings of this name consist of.
+/// Lists the files that embeddings named `path` consist of.
 ///
 /// # Errors
 /// [`Error::Name`].
-pub fn files(path: &Path) -> Result<Vec<PathBuf>, Error> {
-    let own = path.to_owned();
+pub fn output_files(path: &Path) -> Result<Vec<PathBuf>, Error> {
+    let main = path.to_owned();
     Ok(match format(path)? {
-        Format::Parquet => vec![own],
-        Format::Npy => vec![own, paths_file(path), labels_file(path), origin_file(path)],
-        Format::Csv => vec![own, origin_file(path)],
+        Format::Parquet => vec![main],
+        Format::Npy => vec![main, paths_file(path), labels_file(path), origin_file(path)],
+        Format::Csv => vec![main, origin_file(path)],
     })
 }
 
-/// The key of the Parquet file's metadata.
-const KEY: &str = "byol";
+/// Key of the origin in the Parquet metadata.
+const ORIGIN_KEY: &str = "byol";
 
-/// Rows of a group of a Parquet file.
-const GROUP: usize = 1 << 14;
+/// Rows per Parquet row group.
+const ROW_GROUP: usize = 1 << 14;
 
 fn paths_file(path: &Path) -> PathBuf {
     path.with_extension("paths.txt")
@@ -140,19 +141,20 @@ fn labels_file(path: &Path) -> PathBuf {
     path.with_extension("labels.txt")
 }
 
-/// Behind the whole name: a set may be written in two formats.
+/// Appended to the full name, because a set may be written in two formats.
 fn origin_file(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(".byol.json");
     PathBuf::from(name)
 }
 
-/// A name on one line.
-fn one_line(name: &str) -> String {
+/// Escapes line breaks.
+fn escape(name: &str) -> String {
     name.replace('\\', "\\\\").replace('\n', "\\n").replace('\r', "\\r")
 }
 
-fn from_one_line(line: &str) -> String {
+/// Inverse of [`escape`].
+fn unescape(line: &str) -> String {
     let mut name = String::with_capacity(line.len());
     let mut chars = line.chars();
     while let Some(c) = chars.next() {
@@ -169,17 +171,17 @@ fn from_one_line(line: &str) -> String {
     name
 }
 
-/// Writes embeddings row by row; nothing stands under the final name before [`Writer::finish`].
+/// Writer of embeddings, row by row. The files get their final names in [`Writer::finish`].
 pub struct Writer {
     path: PathBuf,
     origin: Origin,
     dim: usize,
     sink: Sink,
-    _unfinished: Unfinished,
+    _temporary: TemporaryFiles,
 }
 
 enum Sink {
-    Parquet { writer: Box<ArrowWriter<File>>, schema: Arc<Schema>, labelled: bool },
+    Parquet { writer: Box<ArrowWriter<File>>, schema: Arc<Schema>, labeled: bool },
     Npy { rows: npyz::NpyWriter<f32, BufWriter<File>>, paths: BufWriter<File>, labels: Option<BufWriter<File>> },
     Csv(Box<csv::Writer<File>>),
 }
@@ -190,178 +192,184 @@ impl std::fmt::Debug for Writer {
     }
 }
 
-/// Some rows: their paths, their classes where there are any, and `[n, F]` values.
+/// Block of `n` rows.
 #[derive(Debug, Clone, Copy)]
 pub struct Rows<'a> {
-    /// Of each.
+    /// Path of each image.
     pub paths: &'a [String],
-    /// Of each.
+    /// Class name of each image, if the set has labels.
     pub labels: Option<&'a [String]>,
-    /// Row-major.
+    /// Embeddings, `[n, F]`, row-major.
     pub values: &'a [f32],
 }
 
 impl Writer {
-    /// Begins a file of `n` rows of `dim` numbers.
+    /// Creates the temporary files for `n` rows of `dim` values.
     ///
     /// # Errors
     /// [`Error::Name`], [`Error::Write`].
-    pub fn new(path: &Path, origin: Origin, n: usize, dim: usize, labelled: bool) -> Result<Writer, Error> {
-        let write = |source| Error::Write { path: path.to_owned(), source };
-        let create = |path: &Path| File::create(files::temporary_name(path));
+    pub fn new(path: &Path, origin: Origin, n: usize, dim: usize, labeled: bool) -> Result<Writer, Error> {
+        let write_error = |source| Error::Write { path: path.to_owned(), source };
+        let create = |path: &Path| File::create(atomic_write::temporary_name(path));
         if path.is_dir() {
-            return Err(write(io::ErrorKind::IsADirectory.into()));
+            return Err(write_error(io::ErrorKind::IsADirectory.into()));
         }
-        let _unfinished = Unfinished(self::files(path)?);
+        let _temporary = TemporaryFiles(output_files(path)?);
         let sink = match format(path)? {
             Format::Parquet => {
                 let item = Arc::new(Field::new("item", DataType::Float32, false));
                 let mut fields = vec![Field::new("path", DataType::Utf8, false)];
-                if labelled {
+                if labeled {
                     fields.push(Field::new("label", DataType::Utf8, false));
                 }
-                let length = i32::try_from(dim).expect("a representation has less than 2^31 numbers");
+                let length = i32::try_from(dim).expect("fewer than 2^31 features");
                 fields.push(Field::new("embedding", DataType::FixedSizeList(item, length), false));
-                let json = serde_json::to_string(&origin).expect("an origin is plain data");
-                // Twice: pyarrow shows the schema's own entries, other readers the file's.
-                let entry = HashMap::from([(KEY.to_owned(), json.clone())]);
-                let schema = Arc::new(Schema::new_with_metadata(fields, entry));
-                // Numbers of this kind neither compress nor repeat.
+                let json = serde_json::to_string(&origin).expect("an origin serializes");
+                // In both places: pyarrow shows the schema's metadata, other readers the file's.
+                let metadata = HashMap::from([(ORIGIN_KEY.to_owned(), json.clone())]);
+                let schema = Arc::new(Schema::new_with_metadata(fields, metadata));
+                // Embeddings neither repeat nor compress.
                 let properties = WriterProperties::builder()
                     .set_dictionary_enabled(false)
-                    .set_max_row_group_row_count(Some(GROUP))
-                    .set_key_value_metadata(Some(vec![KeyValue::new(KEY.into(), json)]))
+                    .set_max_row_group_row_count(Some(ROW_GROUP))
+                    .set_key_value_metadata(Some(vec![KeyValue::new(ORIGIN_KEY.into(), json)]))
                     .build();
-                let file = create(path).map_err(write)?;
-                let writer =
-                    ArrowWriter::try_new(file, schema.clone(), Some(properties)).map_err(|e| write(of_parquet(e)))?;
-                Sink::Parquet { writer: Box::new(writer), schema, labelled }
+                let file = create(path).map_err(write_error)?;
+                let writer = ArrowWriter::try_new(file, schema.clone(), Some(properties))
+                    .map_err(|e| write_error(parquet_io_error(e)))?;
+                Sink::Parquet { writer: Box::new(writer), schema, labeled }
             }
             Format::Npy => {
-                let begin = |path: &Path| create(path).map(BufWriter::new);
+                let create_buffered = |path: &Path| create(path).map(BufWriter::new);
                 let rows = npyz::WriteOptions::new()
                     .default_dtype()
                     .shape(&[n as u64, dim as u64])
-                    .writer(begin(path).map_err(write)?)
+                    .writer(create_buffered(path).map_err(write_error)?)
                     .begin_nd()
-                    .map_err(write)?;
-                let paths = begin(&paths_file(path)).map_err(write)?;
-                let labels = labelled.then(|| begin(&labels_file(path))).transpose().map_err(write)?;
+                    .map_err(write_error)?;
+                let paths = create_buffered(&paths_file(path)).map_err(write_error)?;
+                let labels = labeled.then(|| create_buffered(&labels_file(path))).transpose().map_err(write_error)?;
                 Sink::Npy { rows, paths, labels }
             }
             Format::Csv => {
-                let mut writer = csv::Writer::from_writer(create(path).map_err(write)?);
-                let head = std::iter::once("path".to_owned())
-                    .chain(labelled.then(|| "label".to_owned()))
+                let mut writer = csv::Writer::from_writer(create(path).map_err(write_error)?);
+                let header = std::iter::once("path".to_owned())
+                    .chain(labeled.then(|| "label".to_owned()))
                     .chain((0..dim).map(|i| format!("v{i}")));
-                writer.write_record(head).map_err(|e| write(of_csv(e)))?;
+                writer.write_record(header).map_err(|e| write_error(e.into()))?;
                 Sink::Csv(Box::new(writer))
             }
         };
-        Ok(Writer { path: path.to_owned(), origin, dim, sink, _unfinished })
+        Ok(Writer { path: path.to_owned(), origin, dim, sink, _temporary })
     }
 
-    /// Writes some rows.
+    /// Appends a block of rows.
     ///
     /// # Errors
     /// [`Error::Write`].
-    pub fn push(&mut self, some: Rows) -> Result<(), Error> {
+    pub fn push(&mut self, block: Rows) -> Result<(), Error> {
         let path = self.path.clone();
-        let write = |source| Error::Write { path: path.clone(), source };
+        let write_error = |source| Error::Write { path: path.clone(), source };
         match &mut self.sink {
-            Sink::Parquet { writer, schema, labelled } => {
-                let strings =
-                    |of: &[String]| Arc::new(StringArray::from_iter_values(of.iter().map(String::as_str))) as ArrayRef;
+            Sink::Parquet { writer, schema, labeled } => {
+                let string_array =
+                    |s: &[String]| Arc::new(StringArray::from_iter_values(s.iter().map(String::as_str))) as ArrayRef;
                 let DataType::FixedSizeList(item, length) = schema.field(schema.fields().len() - 1).data_type() else {
-                    unreachable!("the schema is made above")
+                    unreachable!("the last column holds lists")
                 };
-                let values = Arc::new(Float32Array::from(some.values.to_vec()));
-                let mut columns = vec![strings(some.paths)];
-                if *labelled {
-                    columns.push(strings(some.labels.unwrap_or_default()));
+                let values = Arc::new(Float32Array::from(block.values.to_vec()));
+                let mut columns = vec![string_array(block.paths)];
+                if *labeled {
+                    columns.push(string_array(block.labels.unwrap_or_default()));
                 }
                 let list = FixedSizeListArray::try_new(item.clone(), *length, values, None);
-                columns.push(Arc::new(list.map_err(|e| write(of_arrow(e)))?));
-                let batch = RecordBatch::try_new(schema.clone(), columns).map_err(|e| write(of_arrow(e)))?;
-                writer.write(&batch).map_err(|e| write(of_parquet(e)))
+                columns.push(Arc::new(list.map_err(|e| write_error(io::Error::other(e)))?));
+                let batch =
+                    RecordBatch::try_new(schema.clone(), columns).map_err(|e| write_error(io::Error::other(e)))?;
+                writer.write(&batch).map_err(|e| write_error(parquet_io_error(e)))
             }
             Sink::Npy { rows, paths, labels } => {
-                rows.extend(some.values.iter().copied()).map_err(write)?;
-                some.paths.iter().try_for_each(|p| writeln!(paths, "{}", one_line(p))).map_err(write)?;
+                rows.extend(block.values.iter().copied()).map_err(write_error)?;
+                block.paths.iter().try_for_each(|p| writeln!(paths, "{}", escape(p))).map_err(write_error)?;
                 let Some(labels) = labels else { return Ok(()) };
-                let of_some = some.labels.unwrap_or_default();
-                of_some.iter().try_for_each(|l| writeln!(labels, "{}", one_line(l))).map_err(write)
+                let block_labels = block.labels.unwrap_or_default();
+                block_labels.iter().try_for_each(|l| writeln!(labels, "{}", escape(l))).map_err(write_error)
             }
             Sink::Csv(writer) => {
-                for (i, (path, row)) in some.paths.iter().zip(some.values.chunks_exact(self.dim)).enumerate() {
-                    let label = some.labels.map(|l| l[i].clone());
+                for (i, (path, row)) in block.paths.iter().zip(block.values.chunks_exact(self.dim)).enumerate() {
+                    let label = block.labels.map(|l| l[i].clone());
                     let record = std::iter::once(path.clone()).chain(label).chain(row.iter().map(|v| v.to_string()));
-                    writer.write_record(record).map_err(|e| write(of_csv(e)))?;
+                    writer.write_record(record).map_err(|e| write_error(e.into()))?;
                 }
                 Ok(())
             }
         }
     }
 
-    /// Gives the files their names, once all of them are whole on disk. In between there is none of the main name: vectors never stand
-    /// beside the paths of others.
+    /// Syncs the files to disk, then renames them to their final names, the main file last:
+    /// embeddings never appear next to the paths of another set.
     ///
     /// # Errors
     /// [`Error::Write`]; no file is left behind.
     pub fn finish(self) -> Result<(), Error> {
-        let Writer { path, origin, sink, _unfinished, .. } = self;
-        let write = |source| Error::Write { path: path.clone(), source };
-        let unbuffered = |writer: BufWriter<File>| writer.into_inner().map_err(io::IntoInnerError::into_error);
-        let mut beside = Vec::new();
+        let Writer { path, origin, sink, _temporary, .. } = self;
+        let write_error = |source| Error::Write { path: path.clone(), source };
+        let into_file = |writer: BufWriter<File>| writer.into_inner().map_err(io::IntoInnerError::into_error);
+        let mut sidecars = Vec::new();
         if !matches!(sink, Sink::Parquet { .. }) {
-            let json = serde_json::to_vec_pretty(&origin).expect("an origin is plain data");
-            let of = origin_file(&path);
-            let file =
-                File::create(files::temporary_name(&of)).and_then(|mut file| file.write_all(&json).map(|()| file));
-            beside.push((file.map_err(write)?, of));
+            let json = serde_json::to_vec_pretty(&origin).expect("an origin serializes");
+            let name = origin_file(&path);
+            let file = File::create(atomic_write::temporary_name(&name))
+                .and_then(|mut file| file.write_all(&json).map(|()| file));
+            sidecars.push((file.map_err(write_error)?, name));
         }
-        let mut unneeded = None;
+        let mut stale = None;
         let file = match sink {
-            Sink::Parquet { writer, .. } => writer.into_inner().map_err(|e| write(of_parquet(e)))?,
+            Sink::Parquet { writer, .. } => writer.into_inner().map_err(|e| write_error(parquet_io_error(e)))?,
             Sink::Npy { rows, paths, labels } => {
-                beside.push((unbuffered(paths).map_err(write)?, paths_file(&path)));
+                sidecars.push((into_file(paths).map_err(write_error)?, paths_file(&path)));
                 match labels {
-                    Some(labels) => beside.push((unbuffered(labels).map_err(write)?, labels_file(&path))),
-                    // Those of a set that this one replaces.
-                    None => unneeded = Some(labels_file(&path)),
+                    Some(labels) => sidecars.push((into_file(labels).map_err(write_error)?, labels_file(&path))),
+                    // Labels of a set that this one replaces.
+                    None => stale = Some(labels_file(&path)),
                 }
-                rows.finish().map_err(write)?;
-                File::options().write(true).open(files::temporary_name(&path)).map_err(write)?
+                rows.finish().map_err(write_error)?;
+                File::options().write(true).open(atomic_write::temporary_name(&path)).map_err(write_error)?
             }
-            Sink::Csv(writer) => writer.into_inner().map_err(|e| write(e.into_error()))?,
+            Sink::Csv(writer) => writer.into_inner().map_err(|e| write_error(e.into_error()))?,
         };
-        beside.iter().map(|(file, _)| file).chain([&file]).try_for_each(File::sync_all).map_err(write)?;
+        sidecars.iter().map(|(file, _)| file).chain([&file]).try_for_each(File::sync_all).map_err(write_error)?;
         let remove = |path: &Path| match fs::remove_file(path) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
             _ => Ok(()),
         };
-        if !beside.is_empty() {
-            remove(&path).map_err(write)?;
+        if !sidecars.is_empty() {
+            remove(&path).map_err(write_error)?;
         }
-        unneeded.map_or(Ok(()), |path| remove(&path)).map_err(write)?;
-        let place = |path: &Path| fs::rename(files::temporary_name(path), path);
-        beside.iter().map(|(_, path)| path.as_path()).chain([path.as_path()]).try_for_each(place).map_err(write)?;
-        files::sync_folder(path.parent()).map_err(write)
+        stale.map_or(Ok(()), |path| remove(&path)).map_err(write_error)?;
+        let rename = |path: &Path| fs::rename(atomic_write::temporary_name(path), path);
+        sidecars
+            .iter()
+            .map(|(_, path)| path.as_path())
+            .chain([path.as_path()])
+            .try_for_each(rename)
+            .map_err(write_error)?;
+        atomic_write::sync_folder(path.parent()).map_err(write_error)
     }
 }
 
-/// The temporary files of a [`Writer`]: those that have not got their names are removed with it.
-struct Unfinished(Vec<PathBuf>);
+/// Temporary files of a [`Writer`], removed on drop.
+struct TemporaryFiles(Vec<PathBuf>);
 
-impl Drop for Unfinished {
+impl Drop for TemporaryFiles {
     fn drop(&mut self) {
         for path in &self.0 {
-            let _ = fs::remove_file(files::temporary_name(path)); // most are gone under their own names
+            let _ = fs::remove_file(atomic_write::temporary_name(path)); // usually already renamed
         }
     }
 }
 
-fn of_parquet(error: ParquetError) -> io::Error {
+fn parquet_io_error(error: ParquetError) -> io::Error {
     match error {
         ParquetError::External(inner) => match inner.downcast::<io::Error>() {
             Ok(inner) => *inner,
@@ -371,83 +379,77 @@ fn of_parquet(error: ParquetError) -> io::Error {
     }
 }
 
-fn of_arrow(error: ArrowError) -> io::Error {
-    io::Error::other(error)
-}
-
-fn of_csv(error: csv::Error) -> io::Error {
-    error.into()
-}
-
 impl Embeddings {
-    /// Reads a file whole.
+    /// Reads a file written by [`Writer`], or a file of the same layout.
     ///
     /// # Errors
-    /// All but [`Error::Write`].
+    /// Any [`Error`] but [`Error::Name`] and [`Error::Write`].
     pub fn open(path: &Path) -> Result<Embeddings, Error> {
-        let read = |source| Error::Read { path: path.to_owned(), source };
-        let file = File::open(path).map_err(read)?;
-        let kind = format(path).map_err(|_| Error::NotEmbeddings(path.to_owned()))?;
-        let bad = |reason: String| Error::Format { path: path.to_owned(), reason };
-        let mut found = match kind {
-            Format::Parquet => guarded(|| of_parquet_file(file)).flatten().map_err(bad)?,
-            Format::Npy => of_npy_file(file, path).map_err(bad)?,
-            Format::Csv => of_csv_file(file).map_err(bad)?,
+        let file = File::open(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
+        let format = format(path).map_err(|_| Error::NotEmbeddings(path.to_owned()))?;
+        let invalid = |reason: String| Error::Format { path: path.to_owned(), reason };
+        let mut embeddings = match format {
+            Format::Parquet => catch_panic(|| read_parquet(file)).flatten().map_err(invalid)?,
+            Format::Npy => read_npy(file, path).map_err(invalid)?,
+            Format::Csv => read_csv(file).map_err(invalid)?,
         };
-        if kind != Format::Parquet
+        if format != Format::Parquet
             && let Ok(json) = fs::read(origin_file(path))
         {
             let origin = serde_json::from_slice(&json).map_err(|e| Error::Format {
                 path: origin_file(path),
-                reason: format!("it is not what `byol embed` wrote: {e}"),
+                reason: format!("not written by `byol embed`: {e}"),
             });
-            found.origin = Some(origin?);
+            embeddings.origin = Some(origin?);
         }
-        found.file = path.to_owned();
-        if found.features.n == 0 || found.features.dim == 0 {
+        embeddings.file = path.to_owned();
+        let Embeddings { paths, labels, features, .. } = &embeddings;
+        if features.n == 0 || features.dim == 0 {
             return Err(Error::Empty(path.to_owned()));
         }
-        let rows = [found.paths.len(), found.labels.as_ref().map_or(found.paths.len(), Vec::len)];
-        if rows != [found.features.n; 2] {
-            let labels = found.labels.as_ref().map_or(String::new(), |l| format!(" and {} labels", l.len()));
-            return Err(bad(format!("{} rows, but {} paths{labels}", found.features.n, rows[0])));
+        let counts = [paths.len(), labels.as_ref().map_or(paths.len(), Vec::len)];
+        if counts != [features.n; 2] {
+            let labels = labels.as_ref().map_or(String::new(), |l| format!(" and {} labels", l.len()));
+            return Err(invalid(format!("{} rows, but {} paths{labels}", features.n, paths.len())));
         }
-        if let Some(at) = found.features.values.iter().position(|v| !v.is_finite()) {
-            return Err(bad(format!("row {} holds {}", at / found.features.dim, found.features.values[at])));
+        if let Some(i) = features.values.iter().position(|v| !v.is_finite()) {
+            return Err(invalid(format!("row {} contains {}", i / features.dim, features.values[i])));
         }
-        Ok(found)
+        Ok(embeddings)
     }
 
-    fn of(paths: Vec<String>, labels: Option<Vec<String>>, dim: usize, values: Vec<f32>) -> Embeddings {
+    fn new(paths: Vec<String>, labels: Option<Vec<String>>, dim: usize, values: Vec<f32>) -> Embeddings {
         let features = Features { n: values.len().checked_div(dim).unwrap_or(0), dim, values };
         Embeddings { file: PathBuf::new(), origin: None, paths, labels, features }
     }
 }
 
-fn of_parquet_file(file: File) -> Result<Embeddings, String> {
-    let text = |e: &dyn std::fmt::Display| e.to_string();
-    // By Parquet's own types: other writers have large lists or dictionaries in memory, which do not matter here.
+fn read_parquet(file: File) -> Result<Embeddings, String> {
+    // By Parquet's own types: the Arrow schemas of other writers can ask for large lists or
+    // dictionaries.
     let options = ArrowReaderOptions::new().with_skip_arrow_metadata(true);
-    let builder = ParquetRecordBatchReaderBuilder::try_new_with_options(file, options).map_err(|e| text(&e))?;
+    let builder = ParquetRecordBatchReaderBuilder::try_new_with_options(file, options).map_err(|e| e.to_string())?;
     let entries = builder.metadata().file_metadata().key_value_metadata();
-    let json = entries.and_then(|all| all.iter().find(|kv| kv.key == KEY)).and_then(|kv| kv.value.clone());
-    let of_json = |json: String| serde_json::from_str(&json).map_err(|e| format!("its entry `{KEY}` is broken: {e}"));
-    let origin = json.map(of_json).transpose()?;
+    let origin = entries.and_then(|all| all.iter().find(|kv| kv.key == ORIGIN_KEY)).and_then(|kv| kv.value.clone());
+    let parse =
+        |json: String| serde_json::from_str(&json).map_err(|e| format!("invalid metadata entry `{ORIGIN_KEY}`: {e}"));
+    let origin = origin.map(parse).transpose()?;
     let schema = builder.schema().clone();
     let column = |name: &str| schema.index_of(name).ok();
     let (Some(path), Some(embedding)) = (column("path"), column("embedding")) else {
         let names: Vec<&str> = schema.fields().iter().map(|f| f.name().as_str()).collect();
-        return Err(format!("it has the columns {}, not `path` and `embedding`", names.join(", ")));
+        return Err(format!("columns `path` and `embedding` expected, found {}", names.join(", ")));
     };
     let label = column("label");
     let (mut paths, mut labels, mut values, mut dim) = (Vec::new(), label.map(|_| Vec::new()), Vec::new(), 0);
-    for batch in builder.build().map_err(|e| text(&e))? {
-        let batch = batch.map_err(|e| text(&e))?;
-        let strings = |at: usize| -> Result<Vec<String>, String> {
-            let column = batch.column(at).as_any().downcast_ref::<StringArray>();
-            let column = column.ok_or_else(|| format!("column `{}` is not text", schema.field(at).name()))?;
+    for batch in builder.build().map_err(|e| e.to_string())? {
+        let batch = batch.map_err(|e| e.to_string())?;
+        let strings = |i: usize| -> Result<Vec<String>, String> {
+            let name = schema.field(i).name();
+            let column = batch.column(i).as_any().downcast_ref::<StringArray>();
+            let column = column.ok_or_else(|| format!("column `{name}` is not text"))?;
             if column.null_count() > 0 {
-                return Err(format!("column `{}` has rows without a value", schema.field(at).name()));
+                return Err(format!("column `{name}` contains nulls"));
             }
             Ok(column.iter().map(|s| s.unwrap_or_default().to_owned()).collect())
         };
@@ -456,13 +458,13 @@ fn of_parquet_file(file: File) -> Result<Embeddings, String> {
             labels.extend(strings(label)?);
         }
         for row in 0..batch.num_rows() {
-            let row = numbers(batch.column(embedding), row)?;
+            let row = list_values(batch.column(embedding), row)?;
             if dim == 0 {
                 dim = row.len();
             }
             if row.len() != dim {
                 return Err(format!(
-                    "row {} has {} numbers, the first has {dim}",
+                    "row {} has {} values, the first row has {dim}",
                     values.len() / dim.max(1),
                     row.len()
                 ));
@@ -470,83 +472,82 @@ fn of_parquet_file(file: File) -> Result<Embeddings, String> {
             values.extend(row);
         }
     }
-    Ok(Embeddings { origin, ..Embeddings::of(paths, labels, dim, values) })
+    Ok(Embeddings { origin, ..Embeddings::new(paths, labels, dim, values) })
 }
 
-/// The numbers of a row of a column of lists.
-fn numbers(column: &ArrayRef, row: usize) -> Result<Vec<f32>, String> {
+/// Values of one row of a list column.
+fn list_values(column: &ArrayRef, row: usize) -> Result<Vec<f32>, String> {
     if column.is_null(row) {
-        return Err("column `embedding` has rows without a value".into());
+        return Err("column `embedding` contains nulls".into());
     }
     let any = column.as_any();
     let list = any.downcast_ref::<FixedSizeListArray>().map(|c| c.value(row));
     let list = list.or_else(|| any.downcast_ref::<ListArray>().map(|c| c.value(row)));
-    let list = list.ok_or("column `embedding` is not of lists")?;
+    let list = list.ok_or("column `embedding` does not contain lists")?;
     if list.null_count() > 0 {
-        return Err("column `embedding` has vectors with numbers missing".into());
+        return Err("column `embedding` contains lists with nulls".into());
     }
     if let Some(values) = list.as_any().downcast_ref::<Float32Array>() {
         return Ok(values.values().to_vec());
     }
     match list.as_any().downcast_ref::<Float64Array>() {
         Some(values) => Ok(values.values().iter().map(|v| *v as f32).collect()),
-        None => Err(format!("column `embedding` is of {}, not of numbers", list.data_type())),
+        None => Err(format!("column `embedding` contains {}, not floats", list.data_type())),
     }
 }
 
-/// Whether the header of a .npy file is one that the parser behind can be trusted with: short, one dictionary with one shape of two
-/// lengths. Deeply nested ones would take it for ever.
+/// Checks that the header of a .npy file is safe for the parser: short, with a single dictionary
+/// and shape. Deeply nested headers would take it practically forever.
 fn check_header(file: &mut File) -> Result<(), String> {
-    const MOST: usize = 4096;
-    let mut head = Vec::new();
-    (&mut *file).take(MOST as u64).read_to_end(&mut head).map_err(|e| e.to_string())?;
+    const MAX_LEN: usize = 4096;
+    let mut start = Vec::new();
+    (&mut *file).take(MAX_LEN as u64).read_to_end(&mut start).map_err(|e| e.to_string())?;
     file.rewind().map_err(|e| e.to_string())?;
-    let short = || "it is not a .npy file".to_owned();
-    let rest = head.strip_prefix(b"\x93NUMPY").ok_or_else(short)?;
-    let (length, from) = match rest {
+    let not_npy = || "not a .npy file".to_owned();
+    let rest = start.strip_prefix(b"\x93NUMPY").ok_or_else(not_npy)?;
+    let (header_len, offset) = match rest {
         [1, _, a, b, ..] => (usize::from(u16::from_le_bytes([*a, *b])), 10),
         [2 | 3, _, a, b, c, d, ..] => (u32::from_le_bytes([*a, *b, *c, *d]) as usize, 12),
-        _ => return Err(short()),
+        _ => return Err(not_npy()),
     };
-    let text =
-        head.get(from..from + length.min(MOST)).ok_or("its header is cut off, or longer than any that is written")?;
-    let count = |what: &[u8]| text.iter().filter(|b| what.contains(b)).count();
+    let text = start
+        .get(offset..offset + header_len.min(MAX_LEN))
+        .ok_or("the header is truncated or longer than 4096 bytes")?;
+    let count = |bytes: &[u8]| text.iter().filter(|b| bytes.contains(b)).count();
     if count(b"{") != 1 || count(b"(") != 1 || count(b"[") > 0 {
-        return Err("its header is not that of an array of numbers".into());
+        return Err("the header does not describe an array of numbers".into());
     }
     let shape =
         text.split(|b| *b == b'(').nth(1).and_then(|rest| rest.split(|b| *b == b')').next()).unwrap_or_default();
-    let lengths = String::from_utf8_lossy(shape);
-    let mut lengths = lengths.split(',').map(str::trim).filter(|t| !t.is_empty());
-    let all = lengths.try_fold(1u64, |all, t| all.checked_mul(t.parse().ok()?));
-    all.filter(|n| *n <= u64::MAX / 8)
-        .map(|_| ())
-        .ok_or_else(|| format!("its shape is ({})", String::from_utf8_lossy(shape)))
+    let shape = String::from_utf8_lossy(shape);
+    let mut lengths = shape.split(',').map(str::trim).filter(|t| !t.is_empty());
+    let product = lengths.try_fold(1u64, |product, t| product.checked_mul(t.parse().ok()?));
+    product.filter(|n| *n <= u64::MAX / 8).map(|_| ()).ok_or_else(|| format!("invalid shape ({shape})"))
 }
 
-fn of_npy_file(mut file: File, path: &Path) -> Result<Embeddings, String> {
+fn read_npy(mut file: File, path: &Path) -> Result<Embeddings, String> {
     check_header(&mut file)?;
-    let length = file.metadata().map_err(|e| e.to_string())?.len();
+    let file_len = file.metadata().map_err(|e| e.to_string())?.len();
     let npy = npyz::NpyFile::new(BufReader::new(file)).map_err(|e| e.to_string())?;
-    let &[n, dim] = npy.shape() else { return Err(format!("its shape is {:?}, not [images, numbers]", npy.shape())) };
+    let &[n, dim] = npy.shape() else { return Err(format!("shape [N, F] expected, found {:?}", npy.shape())) };
     if npy.order() != npyz::Order::C {
-        return Err("it is in Fortran order; save it row by row".into());
+        return Err("Fortran order is not supported, save it in C order".into());
     }
     if npy.dtype().descr() != "'<f4'" {
-        return Err(format!("it holds {}, not f32 ('<f4'): save it with .astype('float32')", npy.dtype().descr()));
+        return Err(format!("dtype '<f4' expected, found {}; save it with .astype('float32')", npy.dtype().descr()));
     }
-    // A header can say anything; memory is asked for what the file holds.
-    if n.checked_mul(dim).is_none_or(|values| values > length / 4) {
-        return Err(format!("it should hold {n} rows of {dim} numbers, but it is {length} bytes long"));
+    // The header is not trusted: no more is allocated than the file can hold.
+    if n.checked_mul(dim).is_none_or(|values| values > file_len / 4) {
+        return Err(format!("{n} rows of {dim} values expected, but the file has {file_len} bytes"));
     }
     let values: Vec<f32> = match npy.try_data::<f32>() {
         Ok(data) => data.collect::<io::Result<_>>().map_err(|e| e.to_string())?,
-        Err(npy) => return Err(format!("it holds {}, not f32", npy.dtype().descr())),
+        Err(npy) => return Err(format!("dtype '<f4' expected, found {}", npy.dtype().descr())),
     };
     let lines = |path: PathBuf| -> Result<Option<Vec<String>>, String> {
         match File::open(&path) {
             Ok(file) => {
-                let lines = BufReader::new(file).lines().map(|l| l.map(|l| from_one_line(&l)));
+                let lines = BufReader::new(file).lines().map(|l| l.map(|l| unescape(&l)));
                 lines.collect::<io::Result<_>>().map(Some).map_err(|e| format!("{}: {e}", path.display()))
             }
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -554,26 +555,26 @@ fn of_npy_file(mut file: File, path: &Path) -> Result<Embeddings, String> {
         }
     };
     let paths = lines(paths_file(path))?;
-    let paths = paths.ok_or_else(|| format!("there is no {} with its paths", paths_file(path).display()))?;
-    Ok(Embeddings::of(paths, lines(labels_file(path))?, dim as usize, values))
+    let paths = paths.ok_or_else(|| format!("the file of image paths, {}, is missing", paths_file(path).display()))?;
+    Ok(Embeddings::new(paths, lines(labels_file(path))?, dim as usize, values))
 }
 
-fn of_csv_file(mut file: File) -> Result<Embeddings, String> {
-    // A number that is cut off is still a number.
+fn read_csv(mut file: File) -> Result<Embeddings, String> {
+    // A truncated number still parses, so the last line must be complete.
     let mut last = [0];
     let end = file.seek(SeekFrom::End(-1)).and_then(|_| file.read_exact(&mut last)).and_then(|()| file.rewind());
     if end.is_ok() && last != *b"\n" {
-        return Err("it is cut off: its last line has no end".into());
+        return Err("the last line is incomplete".into());
     }
     file.rewind().map_err(|e| e.to_string())?;
     let mut reader = csv::Reader::from_reader(BufReader::new(file));
-    let head = reader.headers().map_err(|e| e.to_string())?.clone();
-    if head.get(0) != Some("path") {
-        return Err("its first column is not `path`".into());
+    let header = reader.headers().map_err(|e| e.to_string())?.clone();
+    if header.get(0) != Some("path") {
+        return Err("the first column is not `path`".into());
     }
-    let labelled = head.get(1) == Some("label");
-    let first = 1 + usize::from(labelled);
-    let (mut paths, mut labels, mut values) = (Vec::new(), labelled.then(Vec::new), Vec::new());
+    let labeled = header.get(1) == Some("label");
+    let first = 1 + usize::from(labeled);
+    let (mut paths, mut labels, mut values) = (Vec::new(), labeled.then(Vec::new), Vec::new());
     for (i, record) in reader.records().enumerate() {
         let record = record.map_err(|e| e.to_string())?;
         paths.push(record[0].to_owned());
@@ -581,10 +582,10 @@ fn of_csv_file(mut file: File) -> Result<Embeddings, String> {
             labels.push(record[1].to_owned());
         }
         for text in record.iter().skip(first) {
-            values.push(text.parse::<f32>().map_err(|_| format!("row {i} holds `{text}`, which is no number"))?);
+            values.push(text.parse::<f32>().map_err(|_| format!("row {i}: `{text}` is not a number"))?);
         }
     }
-    Ok(Embeddings::of(paths, labels, head.len() - first, values))
+    Ok(Embeddings::new(paths, labels, header.len() - first, values))
 }
 
 #[cfg(test)]
@@ -602,59 +603,59 @@ mod tests {
         }
     }
 
-    fn written(path: &Path, labelled: bool) -> (Vec<String>, Vec<String>, Vec<f32>) {
+    fn write_sample(path: &Path, labeled: bool) -> (Vec<String>, Vec<String>, Vec<f32>) {
         let paths: Vec<String> = (0..5).map(|i| format!("a, \"{i}\"\n\\n/ü.png")).collect();
         let labels: Vec<String> = (0..5).map(|i| format!("class {}", i % 2)).collect();
         let values: Vec<f32> = (0..15).map(|i| (i as f32 - 7.0) / 3.0).collect();
-        let stood = path.exists();
-        let mut writer = Writer::new(path, origin(), 5, 3, labelled).unwrap();
+        let existed = path.exists();
+        let mut writer = Writer::new(path, origin(), 5, 3, labeled).unwrap();
         for rows in [0..2, 2..5] {
             let (labels, values) = (&labels[rows.clone()], &values[3 * rows.start..3 * rows.end]);
-            writer.push(Rows { paths: &paths[rows], labels: labelled.then_some(labels), values }).unwrap();
+            writer.push(Rows { paths: &paths[rows], labels: labeled.then_some(labels), values }).unwrap();
         }
-        assert_eq!(path.exists(), stood);
+        assert_eq!(path.exists(), existed);
         writer.finish().unwrap();
         (paths, labels, values)
     }
 
     #[test]
-    fn what_is_written_is_read_in_every_format() {
+    fn round_trips_in_every_format() {
         let folder = tempfile::tempdir().unwrap();
         for name in ["a.parquet", "a.npy", "a.csv"] {
-            for labelled in [true, false] {
-                let path = folder.path().join(format!("{labelled}-{name}"));
-                let (paths, labels, values) = written(&path, labelled);
-                let found = Embeddings::open(&path).unwrap();
-                assert_eq!((found.origin.unwrap(), found.paths), (origin(), paths), "{name}");
-                assert_eq!((found.labels, found.features.values), (labelled.then_some(labels), values), "{name}");
+            for labeled in [true, false] {
+                let path = folder.path().join(format!("{labeled}-{name}"));
+                let (paths, labels, values) = write_sample(&path, labeled);
+                let read = Embeddings::open(&path).unwrap();
+                assert_eq!((read.origin.unwrap(), read.paths), (origin(), paths), "{name}");
+                assert_eq!((read.labels, read.features.values), (labeled.then_some(labels), values), "{name}");
             }
         }
-        let left = fs::read_dir(folder.path()).unwrap().flatten();
-        assert!(left.map(|e| e.file_name()).all(|n| !n.to_string_lossy().contains("partial")));
+        let files = fs::read_dir(folder.path()).unwrap().flatten();
+        assert!(files.map(|e| e.file_name()).all(|n| !n.to_string_lossy().contains("partial")));
     }
 
     #[test]
-    fn every_cut_of_a_file_is_refused() {
+    fn rejects_truncated_files() {
         let folder = tempfile::tempdir().unwrap();
         for name in ["a.parquet", "a.npy"] {
             let path = folder.path().join(name);
-            written(&path, true);
+            write_sample(&path, true);
             let bytes = fs::read(&path).unwrap();
             for n in [0, 3, 11, bytes.len() / 2, bytes.len() - 1] {
                 fs::write(&path, &bytes[..n]).unwrap();
-                assert!(matches!(Embeddings::open(&path), Err(Error::Format { .. })), "{name} cut to {n}");
+                assert!(matches!(Embeddings::open(&path), Err(Error::Format { .. })), "{name} truncated to {n}");
             }
         }
     }
 
     #[test]
-    fn headers_that_would_take_the_parser_for_ever_are_refused() {
+    fn rejects_npy_headers_that_stall_the_parser() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.npy");
         let open = |dictionary: &str| {
-            let head =
+            let bytes =
                 [b"\x93NUMPY\x01\x00", &(dictionary.len() as u16).to_le_bytes()[..], dictionary.as_bytes()].concat();
-            fs::write(&path, head).unwrap();
+            fs::write(&path, bytes).unwrap();
             Embeddings::open(&path).unwrap_err().to_string()
         };
         assert!(open(&format!("{}{}\n", "[".repeat(40), "]".repeat(40))).contains("header"));
@@ -664,26 +665,26 @@ mod tests {
     }
 
     #[test]
-    fn labels_of_a_set_that_is_replaced_go_with_it() {
+    fn overwriting_removes_stale_labels() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.npy");
-        written(&path, true);
-        written(&path, false);
+        write_sample(&path, true);
+        write_sample(&path, false);
         assert_eq!(Embeddings::open(&path).unwrap().labels, None);
     }
 
     #[test]
-    fn other_files_are_refused_with_the_reason() {
+    fn rejects_invalid_files_with_the_reason() {
         let folder = tempfile::tempdir().unwrap();
-        let file = |name: &str, text: &str| {
+        let open_error = |name: &str, text: &str| {
             let path = folder.path().join(name);
             fs::write(&path, text).unwrap();
             Embeddings::open(&path).unwrap_err().to_string()
         };
-        assert!(file("a.txt", "").contains(".parquet, .npy or .csv"));
-        assert!(file("a.csv", "x,y\n1,2\n").contains("not `path`"));
-        assert!(file("b.csv", "path,v0\na,one\n").contains("`one`"));
-        assert!(file("c.csv", "path,v0\n").contains("no embeddings"));
-        assert!(file("d.csv", "path,v0\na,nan\n").contains("NaN"));
+        assert!(open_error("a.txt", "").contains(".parquet, .npy or .csv"));
+        assert!(open_error("a.csv", "x,y\n1,2\n").contains("not `path`"));
+        assert!(open_error("b.csv", "path,v0\na,one\n").contains("`one`"));
+        assert!(open_error("c.csv", "path,v0\n").contains("no embeddings"));
+        assert!(open_error("d.csv", "path,v0\na,nan\n").contains("NaN"));
     }
 }

@@ -1,4 +1,5 @@
-//! Encoders in the formats of other tools. Every file is read back and computes real images before it gets its final name.
+//! Export of encoders to the formats of other tools. Every file is read back and compared with the
+//! encoder on real images before it gets its final name.
 
 use std::path::{Path, PathBuf};
 
@@ -6,63 +7,68 @@ use burn::tensor::{Tensor, TensorData};
 
 use super::onnx::{self, Model};
 use crate::{
-    data::{self, CHANNELS, Images},
-    eval::Features,
-    files,
+    atomic_write,
+    data::{self, Images},
+    image::CHANNELS,
     nn::{Encoder, tree::host, weights},
     views::evaluation_view,
 };
 
-/// What can go wrong.
+/// Export error.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The name has no known ending.
-    #[error("{} is not named .safetensors or .onnx; name it so", .0.display())]
+    /// The output has an unsupported extension.
+    #[error("invalid output name {} (expected .safetensors or .onnx)", .0.display())]
     Name(PathBuf),
-    /// The data of the comparison.
+    /// The comparison images cannot be used.
     #[error(transparent)]
     Data(#[from] data::Error),
-    /// The encoder file.
+    /// The written file cannot be read back.
     #[error(transparent)]
     Encoder(#[from] weights::Error),
-    /// It cannot be written.
-    #[error("cannot write {}: {source}; {}", path.display(), files::remedy(source))]
+    /// The file cannot be written.
+    #[error("cannot write {}: {source}\nhint: {}", path.display(), atomic_write::remedy(source))]
     Write {
-        /// Which file.
+        /// File.
         path: PathBuf,
-        /// Why.
+        /// I/O error.
         source: std::io::Error,
     },
-    /// What was written does not compute what the encoder does.
-    #[error("{} was not written: read back, it {reason}; please report this with the encoder file", path.display())]
+    /// The exported model does not compute the same features as the encoder.
+    #[error(
+        "{} was not written: the exported model {reason}\n\
+         hint: this is a bug, please report it with the encoder file",
+        path.display()
+    )]
     Differs {
-        /// Which file.
+        /// File.
         path: PathBuf,
-        /// How.
+        /// Difference.
         reason: String,
     },
 }
 
-/// How an exported file compares with its encoder.
+/// Comparison of an exported model with its encoder.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Check {
-    /// Images.
+    /// Number of images compared.
     pub images: usize,
-    /// Largest difference of a feature.
+    /// Largest absolute difference of a feature.
     pub difference: f64,
-    /// Largest feature.
+    /// Largest absolute feature.
     pub largest: f64,
 }
 
-/// A difference above this share of the largest feature is an error, not rounding.
-const MOST: f64 = 1e-3;
+/// Maximum difference relative to the largest feature that counts as rounding.
+const MAX_RELATIVE_DIFFERENCE: f64 = 1e-3;
 
-/// Writes `path` as its ending says and compares it on these images. In ONNX the normalisation is part of the graph where `normalise`.
+/// Writes the encoder to `path`, in the format of its extension, and compares it with the encoder
+/// on `images`. With `normalize`, an ONNX model takes values in 0..1 and normalizes them itself.
 ///
 /// # Errors
 /// Any [`Error`].
-pub fn write(encoder: &Encoder, path: &Path, normalise: bool, images: &Images) -> Result<Check, Error> {
-    let ending = path.extension().and_then(|e| e.to_str()).map(str::to_ascii_lowercase);
+pub fn write(encoder: &Encoder, path: &Path, normalize: bool, images: &Images) -> Result<Check, Error> {
+    let extension = path.extension().and_then(|e| e.to_str()).map(str::to_ascii_lowercase);
     let spec = &encoder.spec;
     let views: Vec<f32> = (0..images.len())
         .map(|i| Ok(evaluation_view(&*images.get(i)?, spec.size, spec.center).interleaved()))
@@ -70,40 +76,39 @@ pub fn write(encoder: &Encoder, path: &Path, normalise: bool, images: &Images) -
         .concat();
     let shape = [images.len(), spec.size, spec.size, CHANNELS];
     let x = Tensor::<4>::from_data(TensorData::new(views, shape), &encoder.device());
-    let ours = host(encoder.embed(x.clone()));
+    let expected = host(encoder.embed(x.clone()));
     let differs = |reason: String| Error::Differs { path: path.to_owned(), reason };
-    let write = |source| Error::Write { path: path.to_owned(), source };
-    let features = |values: Vec<f32>| Features { n: images.len(), dim: encoder.features(), values };
-    match ending.as_deref() {
+    let write_error = |source| Error::Write { path: path.to_owned(), source };
+    match extension.as_deref() {
         Some("safetensors") => {
-            let back = weights::parse(path, &weights::to_file(spec, &encoder.weights, None), &encoder.device())?;
-            let check = compare(&features(ours), &features(host(back.embed(x)))).map_err(differs)?;
-            let bytes = weights::to_file(spec, &encoder.weights, Some((DIFFERENCE, check.to_string())));
-            files::write_checked(path, &bytes).map_err(write)?;
+            let exported = weights::parse(path, &weights::to_file(spec, &encoder.weights, None), &encoder.device())?;
+            let check = compare(&expected, &host(exported.embed(x)), images.len()).map_err(differs)?;
+            let bytes = weights::to_file(spec, &encoder.weights, Some((DIFFERENCE_KEY, check.to_string())));
+            atomic_write::write_checked(path, &bytes).map_err(write_error)?;
             Ok(check)
         }
         Some("onnx") => {
-            let normalization = serde_json::to_string(&spec.normalization).expect("numbers serialise");
-            let about = [
-                ("byol", serde_json::to_string(spec).expect("a description is plain data")),
-                ("input", format!("RGB, {}", if normalise { "0..1" } else { "normalised: (x - mean) / std" })),
+            let normalization = serde_json::to_string(&spec.normalization).expect("a normalization serializes");
+            let metadata = [
+                ("byol", serde_json::to_string(spec).expect("a spec serializes")),
+                ("input", format!("RGB, {}", if normalize { "0..1" } else { "normalized: (x - mean) / std" })),
                 ("normalization", normalization),
             ];
-            let mut model = onnx::model(encoder, normalise, &about);
-            let back = Model::parse(&model.to_bytes()).map_err(differs)?;
-            let input = if normalise { x } else { spec.normalization.forward(x) };
-            let theirs = host(back.run(input.permute([0, 3, 1, 2])).map_err(differs)?);
-            let check = compare(&features(ours), &features(theirs)).map_err(differs)?;
-            model.note(DIFFERENCE, check.to_string());
-            files::write_checked(path, &model.to_bytes()).map_err(write)?;
+            let mut model = onnx::model(encoder, normalize, &metadata);
+            let exported = Model::parse(&model.to_bytes()).map_err(differs)?;
+            let input = if normalize { x } else { spec.normalization.forward(x) };
+            let actual = host(exported.run(input.permute([0, 3, 1, 2])).map_err(differs)?);
+            let check = compare(&expected, &actual, images.len()).map_err(differs)?;
+            model.add_metadata(DIFFERENCE_KEY, check.to_string());
+            atomic_write::write_checked(path, &model.to_bytes()).map_err(write_error)?;
             Ok(check)
         }
         _ => Err(Error::Name(path.to_owned())),
     }
 }
 
-/// What the difference is called in a file's metadata.
-const DIFFERENCE: &str = "largest difference from byol";
+/// Metadata key of the comparison.
+const DIFFERENCE_KEY: &str = "largest difference from byol";
 
 impl std::fmt::Display for Check {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
@@ -111,17 +116,18 @@ impl std::fmt::Display for Check {
     }
 }
 
-fn compare(ours: &Features, theirs: &Features) -> Result<Check, String> {
-    if ours.values.len() != theirs.values.len() {
-        return Err(format!("gives {} numbers, not {}", theirs.values.len(), ours.values.len()));
+/// Compares two feature matrices of `images` rows.
+fn compare(expected: &[f32], actual: &[f32], images: usize) -> Result<Check, String> {
+    if expected.len() != actual.len() {
+        return Err(format!("outputs {} values instead of {}", actual.len(), expected.len()));
     }
-    let largest = ours.values.iter().fold(0.0f64, |m, v| m.max(f64::from(v.abs())));
-    let apart = ours.values.iter().zip(&theirs.values).map(|(a, b)| (f64::from(*a) - f64::from(*b)).abs());
-    let difference = apart.fold(0.0f64, |m, v| if v.is_nan() { f64::INFINITY } else { m.max(v) });
-    if difference > MOST * largest {
-        return Err(format!("differs by {difference:.2e} where features reach {largest:.2e}"));
+    let largest = expected.iter().fold(0.0f64, |max, v| max.max(f64::from(v.abs())));
+    let differences = expected.iter().zip(actual).map(|(a, b)| (f64::from(*a) - f64::from(*b)).abs());
+    let difference = differences.fold(0.0f64, |max, d| if d.is_nan() { f64::INFINITY } else { max.max(d) });
+    if difference > MAX_RELATIVE_DIFFERENCE * largest {
+        return Err(format!("differs by {difference:.2e}, the largest feature is {largest:.2e}"));
     }
-    Ok(Check { images: ours.n, difference, largest })
+    Ok(Check { images, difference, largest })
 }
 
 #[cfg(test)]
@@ -134,7 +140,7 @@ mod tests {
     use burn::tensor::Device;
 
     #[test]
-    fn an_exported_encoder_computes_the_same() {
+    fn exported_models_match_the_encoder() {
         let folder = tempfile::tempdir().unwrap();
         let images = synthetic::dataset(1, 6, 0).train;
         let random = |architecture, stem, size| {
@@ -153,9 +159,9 @@ mod tests {
         };
         let small = random(Architecture::Resnet18, Stem::Cifar, 32);
         for encoder in [&small, &random(Architecture::Resnet50, Stem::Imagenet, 72)] {
-            for (name, normalise) in [("a.onnx", true), ("b.onnx", false), ("c.safetensors", true)] {
+            for (name, normalize) in [("a.onnx", true), ("b.onnx", false), ("c.safetensors", true)] {
                 let path = folder.path().join(name);
-                let check = write(encoder, &path, normalise, &images).unwrap();
+                let check = write(encoder, &path, normalize, &images).unwrap();
                 assert!(check.difference <= 1e-5 * check.largest && check.images == 6, "{name} {check:?}");
                 assert!(path.exists());
             }

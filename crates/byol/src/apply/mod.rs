@@ -1,12 +1,14 @@
-//! USE: what one does with an encoder or a recipe besides training.
+//! APPLICATION: embedding files, export, and search, duplicates, outliers and maps of embeddings.
 
+#[doc(hidden)]
 pub mod chart;
 pub mod duplicates;
 pub mod embed;
 pub mod embeddings;
 pub mod export;
 pub mod map;
-pub mod neighbours;
+pub mod neighbors;
 pub mod onnx;
 pub mod search;
+#[doc(hidden)]
 pub mod sheet;

@@ -1,7 +1,8 @@
-//! ONNX files of encoders: the few messages of the format that they need, a graph from an encoder, and a reader that computes the graph
-//! again, so that a file is compared before it is given away.
+//! ONNX models of encoders: the required messages of the format, the conversion of an encoder to a
+//! graph, and an interpreter that runs the graph, to verify a file before it is published.
 //!
-//! Opset 17. Input `images` `[N, C, H, W]`, output `features` `[N, F]`. Batch norm is folded into the convolutions.
+//! Opset 17. Input `images`, `[N, C, H, W]`; output `features`, `[N, F]`. Batch norm is folded into
+//! the convolutions.
 
 use burn::tensor::{
     Device, Tensor, TensorData,
@@ -13,7 +14,7 @@ use prost::Message;
 
 use crate::nn::{Encoder, Stem, conv_norm_act::ConvNorm, tree::host, weights::to_bytes};
 
-/// onnx.proto's `ModelProto`, as far as it is needed; so are all below.
+/// `ModelProto` of onnx.proto. This message and those below have only the required fields.
 #[derive(Clone, PartialEq, Message)]
 pub struct Model {
     #[prost(int64, tag = "1")]
@@ -82,7 +83,7 @@ struct Attribute {
     i: i64,
     #[prost(int64, repeated, tag = "8")]
     ints: Vec<i64>,
-    /// 2: `i`, 7: `ints`.
+    /// Type of the value: 2 is `i`, 7 is `ints`.
     #[prost(int32, tag = "20")]
     kind: i32,
 }
@@ -92,7 +93,7 @@ struct Attribute {
 struct Constant {
     #[prost(int64, repeated, tag = "1")]
     dims: Vec<i64>,
-    /// 1: f32.
+    /// Element type: 1 is f32.
     #[prost(int32, tag = "2")]
     data_type: i32,
     #[prost(string, tag = "8")]
@@ -156,7 +157,7 @@ fn ints(name: &str, ints: Vec<usize>) -> Attribute {
     Attribute { name: name.into(), i: 0, ints: ints.into_iter().map(|i| i as i64).collect(), kind: 7 }
 }
 
-/// A graph as it grows.
+/// Builder of an encoder graph.
 struct Builder<'a> {
     encoder: &'a Encoder,
     graph: Graph,
@@ -164,6 +165,7 @@ struct Builder<'a> {
 }
 
 impl Builder<'_> {
+    /// Adds a constant and returns its name.
     fn constant(&mut self, name: &str, dims: &[usize], values: &[f32]) -> String {
         let dims = dims.iter().map(|d| *d as i64).collect();
         let constant = Constant { dims, data_type: FLOAT, name: name.into(), raw_data: to_bytes(values) };
@@ -171,17 +173,17 @@ impl Builder<'_> {
         name.into()
     }
 
-    /// An operation whose result is called after it.
+    /// Adds a node and returns its output, which has the node's name.
     fn node(&mut self, op: &str, name: &str, input: Vec<String>, attribute: Vec<Attribute>) -> String {
         let (name, output) = (name.to_owned(), vec![name.to_owned()]);
         self.graph.node.push(Node { input, output, name: name.clone(), op_type: op.into(), attribute });
         name
     }
 
-    /// The convolution with its norm in its weights.
+    /// Adds a convolution with its batch norm folded in.
     fn conv(&mut self, layer: &ConvNorm, x: String) -> String {
         let weights = &self.encoder.weights;
-        let get = |name: String| weights.params.leaf(&name).expect("an encoder has all its weights").to_vec();
+        let get = |name: String| weights.params.leaf(&name).expect("the encoder is complete").to_vec();
         let (gamma, beta) = (get(format!("{}.weight", layer.norm)), get(format!("{}.bias", layer.norm)));
         let running = weights.statistics.get(&layer.norm);
         let (mean, var) = (host(running.mean.clone()), host(running.var.clone()));
@@ -206,8 +208,9 @@ impl Builder<'_> {
     }
 }
 
-/// The encoder as a graph. With `normalise` it takes values in 0..1, else normalised ones.
-pub fn model(encoder: &Encoder, normalise: bool, metadata: &[(&str, String)]) -> Model {
+/// Converts an encoder to a model. With `normalize` it takes values in 0..1, otherwise normalized
+/// ones.
+pub fn model(encoder: &Encoder, normalize: bool, metadata: &[(&str, String)]) -> Model {
     let (spec, resnet) = (&encoder.spec, encoder.spec.resnet());
     let c = spec.channels;
     let mut b = Builder { encoder, graph: Graph::default(), eps: spec.eps };
@@ -217,11 +220,11 @@ pub fn model(encoder: &Encoder, normalise: bool, metadata: &[(&str, String)]) ->
     b.graph.input.push(value("images", &[batch(), Extent::Fixed(c as i64), side.clone(), side]));
     b.graph.output.push(value("features", &[batch(), Extent::Fixed(encoder.features() as i64)]));
     let mut x = "images".to_owned();
-    if normalise {
+    if normalize {
         let mean = b.constant("mean", &[1, c, 1, 1], &spec.normalization.mean);
         let std = b.constant("std", &[1, c, 1, 1], &spec.normalization.std);
-        x = b.node("Sub", "centred", vec![x, mean], vec![]);
-        x = b.node("Div", "normalised", vec![x, std], vec![]);
+        x = b.node("Sub", "centered", vec![x, mean], vec![]);
+        x = b.node("Div", "normalized", vec![x, std], vec![]);
     }
     let (stem, kind) = resnet.stem();
     x = b.conv(stem, x);
@@ -255,59 +258,59 @@ pub fn model(encoder: &Encoder, normalise: bool, metadata: &[(&str, String)]) ->
 }
 
 impl Model {
-    /// As a file.
-    pub fn to_bytes(&self) -> Vec<u8> {
+    /// Encodes the model.
+    pub(crate) fn to_bytes(&self) -> Vec<u8> {
         self.encode_to_vec()
     }
 
-    /// From a file.
+    /// Decodes a model.
     ///
     /// # Errors
-    /// What the parser says.
+    /// A message if `bytes` is not a valid model.
     pub fn parse(bytes: &[u8]) -> Result<Model, String> {
         Model::decode(bytes).map_err(|e| e.to_string())
     }
 
-    /// Adds a line to what the file says of itself.
-    pub fn note(&mut self, key: &str, value: String) {
+    /// Adds a metadata entry.
+    pub(crate) fn add_metadata(&mut self, key: &str, value: String) {
         self.metadata_props.push(Entry { key: key.into(), value });
     }
 
-    /// Computes the graph, by Burn's own operations.
+    /// Runs the graph with Burn's built-in operations.
     ///
     /// # Shapes
     /// `images`: `[N, C, H, W]`; returns `[N, F]`.
     ///
     /// # Errors
-    /// An operation or a value that [`model`] does not write.
+    /// A message if the graph contains an operation [`model`] does not write, or is incomplete.
     pub fn run(&self, images: Tensor<4>) -> Result<Tensor<2>, String> {
-        let graph = self.graph.as_ref().ok_or("the file has no graph")?;
+        let graph = self.graph.as_ref().ok_or("has no graph")?;
         let device: Device = images.device();
         let mut values = std::collections::HashMap::new();
         values.insert("images".to_owned(), images);
         for node in &graph.node {
             let input = |i: usize| -> Result<Tensor<4>, String> {
-                let name = node.input.get(i).ok_or_else(|| format!("{} lacks an input", node.name))?;
+                let name = node.input.get(i).ok_or_else(|| format!("lacks an input of node {}", node.name))?;
                 if let Some(x) = values.get(name) {
                     return Ok(x.clone());
                 }
                 let c = graph.initializer.iter().find(|c| c.name == *name);
-                let c = c.ok_or_else(|| format!("there is no value {name}"))?;
+                let c = c.ok_or_else(|| format!("lacks the value {name}"))?;
                 let mut shape = [1usize; 4];
-                // A bias is one value a channel.
-                let at = if c.dims.len() == 1 { 1 } else { 4usize.saturating_sub(c.dims.len()) };
-                for (to, from) in shape[at..].iter_mut().zip(&c.dims) {
+                // A bias has one value per channel.
+                let offset = if c.dims.len() == 1 { 1 } else { 4usize.saturating_sub(c.dims.len()) };
+                for (to, from) in shape[offset..].iter_mut().zip(&c.dims) {
                     *to = usize::try_from(*from).map_err(|e| e.to_string())?;
                 }
                 let data = crate::nn::weights::from_bytes(&c.raw_data);
                 if data.len() != shape.iter().product::<usize>() {
-                    return Err(format!("{name} has not as many values as its shape says"));
+                    return Err(format!("has {} values for {name}, whose shape is {shape:?}", data.len()));
                 }
                 Ok(Tensor::from_data(TensorData::new(data, shape), &device))
             };
             let pair = |name: &str, default: usize| -> [usize; 2] {
-                let found = node.attribute.iter().find(|a| a.name == name).map(|a| &a.ints);
-                found.map_or([default; 2], |v| [0, 1].map(|i| v.get(i).map_or(default, |v| *v as usize)))
+                let ints = node.attribute.iter().find(|a| a.name == name).map(|a| &a.ints);
+                ints.map_or([default; 2], |v| [0, 1].map(|i| v.get(i).map_or(default, |v| *v as usize)))
             };
             let out = match node.op_type.as_str() {
                 "Sub" => input(0)? - input(1)?,
@@ -328,12 +331,12 @@ impl Model {
                     let [n, c, h, w] = x.dims();
                     x.reshape([n, c * h * w, 1, 1])
                 }
-                other => return Err(format!("the operation {other} is not one that byol writes")),
+                other => return Err(format!("contains the unsupported operation {other}")),
             };
-            let name = node.output.first().ok_or_else(|| format!("{} has no output", node.name))?;
+            let name = node.output.first().ok_or_else(|| format!("lacks the output of node {}", node.name))?;
             values.insert(name.clone(), out);
         }
-        let features = values.remove("features").ok_or("the graph has no output `features`")?;
+        let features = values.remove("features").ok_or("has no output `features`")?;
         let [n, f, ..] = features.dims();
         Ok(features.reshape([n, f]))
     }

@@ -1,76 +1,77 @@
-//! Contact sheets: rows of tiles on white.
+//! Contact sheets: rows of tiles on a white background.
 
 use image::{Rgb, RgbImage, imageops};
 
-use crate::{data::Image, views::View};
+use crate::{image::Image, views::View};
 
-/// Pixels between tiles.
+/// Space between tiles in pixels.
 const GAP: u32 = 8;
 
-/// A square picture with a frame.
+/// A square picture, optionally with a frame.
 #[derive(Debug, Clone)]
 pub struct Tile {
     pixels: RgbImage,
     frame: Option<[u8; 3]>,
 }
 
-/// The whole image, no side longer than `side` pixels.
-pub fn fitted(image: &Image, side: u32) -> RgbImage {
-    let whole = rgb(image.width, image.height, image.channels, |i| image.pixels[i]);
+/// Resizes an image so that its longer side has `side` pixels.
+pub fn resize_to_fit(image: &Image, side: u32) -> RgbImage {
+    let pixels = rgb(image.width, image.height, image.channels, |i| image.pixels[i]);
     let scale = f64::from(side) / image.width.max(image.height) as f64;
     let fit = |n: usize| ((n as f64 * scale).round() as u32).clamp(1, side);
-    // Enlarged without smoothing, so that pixels stay visible.
+    // Small images are enlarged without smoothing, so that their pixels stay visible.
     let filter = if scale >= 1.0 { imageops::FilterType::Nearest } else { imageops::FilterType::Triangle };
-    imageops::resize(&whole, fit(image.width), fit(image.height), filter)
+    imageops::resize(&pixels, fit(image.width), fit(image.height), filter)
 }
 
 impl Tile {
-    /// The whole image, fitted into a square of `side` pixels on grey.
+    /// A whole image, centered on a gray square of `side` × `side` pixels.
     pub fn image(image: &Image, side: u32) -> Tile {
         let mut tile = RgbImage::from_pixel(side, side, Rgb([230; 3]));
-        let small = fitted(image, side);
+        let resized = resize_to_fit(image, side);
         imageops::replace(
             &mut tile,
-            &small,
-            i64::from((side - small.width()) / 2),
-            i64::from((side - small.height()) / 2),
+            &resized,
+            i64::from((side - resized.width()) / 2),
+            i64::from((side - resized.height()) / 2),
         );
         Tile { pixels: tile, frame: None }
     }
 
-    /// A view, enlarged to `side` pixels.
+    /// A view, enlarged to `side` × `side` pixels.
     pub fn view(view: &View, side: u32) -> Tile {
         let values = view.interleaved();
-        let whole = rgb(view.width, view.height, view.channels, |i| (values[i] * 255.0).round() as u8);
-        Tile { pixels: imageops::resize(&whole, side, side, imageops::FilterType::Nearest), frame: None }
+        let pixels = rgb(view.width, view.height, view.channels, |i| (values[i] * 255.0).round() as u8);
+        Tile { pixels: imageops::resize(&pixels, side, side, imageops::FilterType::Nearest), frame: None }
     }
 
-    /// With a frame of this colour.
-    pub fn framed(self, colour: [u8; 3]) -> Tile {
-        Tile { frame: Some(colour), ..self }
+    /// Returns the tile with a frame of an RGB color.
+    pub fn framed(self, color: [u8; 3]) -> Tile {
+        Tile { frame: Some(color), ..self }
     }
 }
 
-/// An RGB picture of interleaved values; other numbers of channels show the first as grey.
+/// Builds an RGB picture from interleaved values. Unless there are three channels, only the first
+/// is shown, in gray.
 fn rgb(width: usize, height: usize, channels: usize, value: impl Fn(usize) -> u8) -> RgbImage {
     RgbImage::from_fn(width as u32, height as u32, |x, y| {
-        let at = (y as usize * width + x as usize) * channels;
-        Rgb(if channels == 3 { [value(at), value(at + 1), value(at + 2)] } else { [value(at); 3] })
+        let i = (y as usize * width + x as usize) * channels;
+        Rgb(if channels == 3 { [value(i), value(i + 1), value(i + 2)] } else { [value(i); 3] })
     })
 }
 
-/// The rows as one PNG file's bytes. Every tile has side `side`.
+/// Encodes rows of tiles, each of `side` × `side` pixels, as a PNG.
 pub fn png(rows: &[Vec<Tile>], side: u32) -> Vec<u8> {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0) as u32;
-    let length = |n: u32| n * (side + GAP) + GAP;
-    let mut sheet = RgbImage::from_pixel(length(columns), length(rows.len() as u32), Rgb([255; 3]));
+    let offset = |n: u32| n * (side + GAP) + GAP;
+    let mut sheet = RgbImage::from_pixel(offset(columns), offset(rows.len() as u32), Rgb([255; 3]));
     for (y, row) in rows.iter().enumerate() {
         for (x, tile) in row.iter().enumerate() {
-            let (left, top) = (length(x as u32), length(y as u32));
-            if let Some(colour) = tile.frame {
-                let half = GAP / 2;
-                let frame = RgbImage::from_pixel(side + GAP, side + GAP, Rgb(colour));
-                imageops::replace(&mut sheet, &frame, i64::from(left - half), i64::from(top - half));
+            let (left, top) = (offset(x as u32), offset(y as u32));
+            if let Some(color) = tile.frame {
+                let width = GAP / 2;
+                let frame = RgbImage::from_pixel(side + GAP, side + GAP, Rgb(color));
+                imageops::replace(&mut sheet, &frame, i64::from(left - width), i64::from(top - width));
             }
             imageops::replace(&mut sheet, &tile.pixels, i64::from(left), i64::from(top));
         }
@@ -85,7 +86,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_sheet_has_the_size_of_its_tiles() {
+    fn sheet_size_follows_from_its_tiles() {
         let image = Image { height: 1, width: 5, channels: 3, pixels: vec![9; 15] };
         let row = vec![Tile::image(&image, 16), Tile::image(&image, 16).framed([0, 200, 0])];
         let sheet = image::load_from_memory(&png(&[row.clone(), row, vec![]], 16)).unwrap();

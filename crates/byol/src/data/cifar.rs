@@ -1,5 +1,5 @@
-//! CIFAR-10 and CIFAR-100 in their binary form (Krizhevsky 2009): records of one label byte (CIFAR-100: coarse, then fine) and 3072
-//! bytes, red plane, green plane, blue plane, each 32×32.
+//! Binary files of CIFAR-10 and CIFAR-100 (Krizhevsky 2009): records of one label byte (CIFAR-100:
+//! two, coarse and fine) and 3072 pixel bytes, a red, a green and a blue plane of 32×32 each.
 
 use std::{
     fs,
@@ -11,20 +11,20 @@ use super::{CHANNELS, Dataset, Error, Image, Images};
 const SIDE: usize = 32;
 const PIXELS: usize = 3 * SIDE * SIDE;
 
-/// Opens `root` if it, or the archive's own folder in it, holds CIFAR files.
+/// Opens `root` if it, or the folder of the unpacked archive in it, contains CIFAR files.
 ///
 /// # Errors
-/// [`Error::Packed`], [`Error::Read`].
+/// [`Error::Malformed`], [`Error::Read`].
 pub fn open(root: &Path) -> Result<Option<Dataset>, Error> {
     for folder in [root.to_owned(), root.join("cifar-10-batches-bin"), root.join("cifar-100-binary")] {
-        let ten: Vec<PathBuf> =
+        let batches: Vec<PathBuf> =
             (1..=5).map(|i| folder.join(format!("data_batch_{i}.bin"))).filter(|p| p.exists()).collect();
-        if !ten.is_empty() {
-            return read(root, &folder, "CIFAR-10", &ten, "test_batch.bin", "batches.meta.txt", 1).map(Some);
+        if !batches.is_empty() {
+            return read(root, &folder, "CIFAR-10", &batches, "test_batch.bin", "batches.meta.txt", 1).map(Some);
         }
-        let hundred = folder.join("train.bin");
-        if hundred.exists() {
-            return read(root, &folder, "CIFAR-100", &[hundred], "test.bin", "fine_label_names.txt", 2).map(Some);
+        let train = folder.join("train.bin");
+        if train.exists() {
+            return read(root, &folder, "CIFAR-100", &[train], "test.bin", "fine_label_names.txt", 2).map(Some);
         }
     }
     Ok(None)
@@ -41,18 +41,19 @@ fn read(
 ) -> Result<Dataset, Error> {
     let (mut images, mut labels) = (Vec::new(), Vec::new());
     for path in train {
-        let (i, l) = file(path, kind, label_bytes)?;
-        images.extend(i);
-        labels.extend(l);
+        let (more_images, more_labels) = file(path, kind, label_bytes)?;
+        images.extend(more_images);
+        labels.extend(more_labels);
     }
     let test = folder.join(test);
     let test = if test.exists() { Some(file(&test, kind, label_bytes)?) } else { None };
-    let most = labels.iter().chain(test.iter().flat_map(|t| &t.1)).max().map_or(0, |m| m + 1);
-    let listed: Vec<String> = fs::read_to_string(folder.join(names))
+    let n_classes = labels.iter().chain(test.iter().flat_map(|t| &t.1)).max().map_or(0, |m| m + 1);
+    let listed_names: Vec<String> = fs::read_to_string(folder.join(names))
         .map(|text| text.lines().map(str::trim).filter(|l| !l.is_empty()).map(str::to_owned).collect())
         .unwrap_or_default();
-    let classes =
-        (0..most.max(listed.len())).map(|i| listed.get(i).cloned().unwrap_or_else(|| i.to_string())).collect();
+    let classes = (0..n_classes.max(listed_names.len()))
+        .map(|i| listed_names.get(i).cloned().unwrap_or_else(|| i.to_string()))
+        .collect();
     let test = test.map(|(images, labels)| Images::memory(images, Some(labels)));
     Ok(Dataset {
         root: root.to_owned(),
@@ -67,25 +68,25 @@ fn read(
 
 fn file(path: &Path, kind: &'static str, label_bytes: usize) -> Result<(Vec<Image>, Vec<usize>), Error> {
     let bytes = fs::read(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
-    records(&bytes, label_bytes).map_err(|reason| Error::Packed { path: path.to_owned(), kind, reason })
+    records(&bytes, label_bytes).map_err(|reason| Error::Malformed { path: path.to_owned(), kind, reason })
 }
 
-/// Images and labels of a file's bytes; the last label byte of a record is the class.
+/// Parses images and labels from a file's bytes. The last label byte of a record is the class.
 ///
 /// # Errors
-/// What is wrong, if the bytes are not whole records.
+/// The reason if the bytes are not complete records.
 pub fn records(bytes: &[u8], label_bytes: usize) -> Result<(Vec<Image>, Vec<usize>), String> {
     let record = label_bytes + PIXELS;
     if bytes.is_empty() || !bytes.len().is_multiple_of(record) {
-        return Err(format!("{} bytes are not whole records of {record}", bytes.len()));
+        return Err(format!("{} bytes are not a multiple of the record length {record}", bytes.len()));
     }
-    let one = |r: &[u8]| {
+    let parse_record = |r: &[u8]| {
         let planes = &r[label_bytes..];
         let plane = SIDE * SIDE;
         let pixels = (0..plane).flat_map(|p| [planes[p], planes[plane + p], planes[2 * plane + p]]).collect();
         (Image { height: SIDE, width: SIDE, channels: CHANNELS, pixels }, usize::from(r[label_bytes - 1]))
     };
-    Ok(bytes.chunks_exact(record).map(one).unzip())
+    Ok(bytes.chunks_exact(record).map(parse_record).unzip())
 }
 
 #[cfg(test)]
@@ -93,24 +94,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn planes_become_pixels() {
+    fn planes_are_interleaved() {
         let mut bytes = vec![7u8];
         bytes.extend((0..PIXELS).map(|i| (i / (SIDE * SIDE)) as u8 * 100 + (i % 50) as u8));
         let (images, labels) = records(&bytes, 1).unwrap();
         assert_eq!(labels, [7]);
-        // Plane p, position i holds 100 p + i mod 50 over the whole record: 1024 mod 50 = 24, 2048 mod 50 = 48.
+        // Plane p holds 100 p + i mod 50, with i counted over the whole record: 1024 mod 50 = 24,
+        // 2048 mod 50 = 48.
         assert_eq!(images[0].pixels[..6], [0, 124, 248, 1, 125, 249]);
     }
 
     #[test]
-    fn cifar_100_takes_the_fine_label() {
+    fn cifar_100_uses_the_fine_label() {
         let mut bytes = vec![3u8, 42];
         bytes.extend([0; PIXELS]);
         assert_eq!(records(&bytes, 2).unwrap().1, [42]);
     }
 
     #[test]
-    fn a_cut_file_is_refused() {
+    fn rejects_truncated_and_empty_files() {
         assert!(records(&[0; 100], 1).is_err());
         assert!(records(&[], 1).is_err());
     }

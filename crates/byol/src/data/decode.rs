@@ -1,7 +1,9 @@
-//! Bytes to RGB. Every part of a file must decode: one that is cut off, or broken in the middle, is refused whole.
+//! Image decoding to RGB. A file must decode completely: one that is truncated or damaged is
+//! refused.
 //!
-//! Grey is repeated; an alpha channel is dropped, as Pillow's `convert("RGB")` drops it; CMYK and palettes are converted; 16 bits become 8 by
-//! their upper half; of an animation the first frame counts; the EXIF orientation is applied.
+//! Gray values are repeated. An alpha channel is dropped, as by Pillow's `convert("RGB")`. CMYK and
+//! palettes are converted. Of 16-bit values the upper 8 bits are kept, of an animation the first
+//! frame. The EXIF orientation is applied.
 
 use std::{fs, io, io::Cursor, path::Path};
 
@@ -10,38 +12,46 @@ use zune_core::{bytestream::ZCursor, colorspace::ColorSpace, options::DecoderOpt
 use zune_jpeg::JpegDecoder;
 
 use super::{CHANNELS, Image};
-use crate::guarded::guarded;
+use crate::catch_panic::catch_panic;
 
-/// Images of more pixels are refused before anything is allocated: 2^27, about 134 million.
-pub const MOST_PIXELS: usize = 1 << 27;
+/// Maximum number of pixels, checked before allocation: 2^27, about 134 million.
+pub const MAX_PIXELS: usize = 1 << 27;
 
-/// Why a file is not an image that can be used.
+/// Reason that an image cannot be decoded.
 #[derive(Debug, thiserror::Error)]
 pub enum DecodeError {
-    /// The file cannot be read.
+    /// Unreadable file.
     #[error("{0}")]
     Read(#[from] io::Error),
-    /// No bytes.
+    /// Empty file.
     #[error("the file is empty")]
     Empty,
-    /// None of the formats.
-    #[error("not a JPEG, PNG, WebP, BMP, GIF or TIFF file, whatever its name says")]
+    /// Unknown format.
+    #[error("not a JPEG, PNG, WebP, BMP, GIF or TIFF file")]
     NotAnImage,
-    /// More than [`MOST_PIXELS`].
-    #[error("{width} x {height} pixels are more than the {} million allowed", MOST_PIXELS / 1_000_000)]
+    /// More than [`MAX_PIXELS`] pixels.
+    #[error("{width} x {height} pixels exceed the limit of {} million", MAX_PIXELS / 1_000_000)]
     TooLarge {
         /// Columns.
         width: usize,
         /// Rows.
         height: usize,
     },
-    /// Cut off or broken.
-    #[error("{format} data is cut off or broken: {reason}")]
+    /// Truncated or damaged data.
+    #[error("{format} data is truncated or damaged: {reason}")]
     Broken {
-        /// Which format.
+        /// Format.
         format: &'static str,
-        /// What the decoder said.
+        /// Message of the decoder.
         reason: String,
+    },
+    /// Valid data of an unsupported kind.
+    #[error("unsupported {kind}: {reason}")]
+    Unsupported {
+        /// Kind of label map.
+        kind: &'static str,
+        /// Supported kinds, or the first problem.
+        reason: &'static str,
     },
 }
 
@@ -53,7 +63,7 @@ pub fn file(path: &Path) -> Result<Image, DecodeError> {
     bytes(&fs::read(path)?)
 }
 
-/// Decodes a whole file's bytes; the format is taken from the content, not from a name.
+/// Decodes the bytes of a file. The format is detected from the content, not from a name.
 ///
 /// # Errors
 /// Any but [`DecodeError::Read`].
@@ -61,75 +71,78 @@ pub fn bytes(bytes: &[u8]) -> Result<Image, DecodeError> {
     if bytes.is_empty() {
         return Err(DecodeError::Empty);
     }
-    // A decoder that panics at broken data says no more than that they are broken.
-    guarded(|| of_format(bytes)).unwrap_or_else(|reason| Err(DecodeError::Broken { format: "image", reason }))
+    // Some decoders panic on damaged data.
+    catch_panic(|| decode(bytes)).unwrap_or_else(|reason| Err(DecodeError::Broken { format: "image", reason }))
 }
 
-fn of_format(bytes: &[u8]) -> Result<Image, DecodeError> {
+fn decode(bytes: &[u8]) -> Result<Image, DecodeError> {
     match image::guess_format(bytes) {
         Ok(ImageFormat::Jpeg) => jpeg(bytes),
-        Ok(ImageFormat::Png) => other(bytes, ImageFormat::Png, "PNG"),
-        Ok(ImageFormat::WebP) => other(bytes, ImageFormat::WebP, "WebP"),
-        Ok(ImageFormat::Bmp) => other(bytes, ImageFormat::Bmp, "BMP"),
-        Ok(ImageFormat::Gif) => other(bytes, ImageFormat::Gif, "GIF"),
-        Ok(ImageFormat::Tiff) => other(bytes, ImageFormat::Tiff, "TIFF"),
+        Ok(ImageFormat::Png) => with_image_crate(bytes, ImageFormat::Png, "PNG"),
+        Ok(ImageFormat::WebP) => with_image_crate(bytes, ImageFormat::WebP, "WebP"),
+        Ok(ImageFormat::Bmp) => with_image_crate(bytes, ImageFormat::Bmp, "BMP"),
+        Ok(ImageFormat::Gif) => with_image_crate(bytes, ImageFormat::Gif, "GIF"),
+        Ok(ImageFormat::Tiff) => with_image_crate(bytes, ImageFormat::Tiff, "TIFF"),
         _ => Err(DecodeError::NotAnImage),
     }
 }
 
-/// Whether these first bytes of a file are those of a format we read.
-pub fn looks_like_an_image(head: &[u8]) -> bool {
+/// True if these first bytes of a file are those of a supported format.
+pub(crate) fn is_supported(head: &[u8]) -> bool {
     use ImageFormat::{Bmp, Gif, Jpeg, Png, Tiff, WebP};
     matches!(image::guess_format(head), Ok(Jpeg | Png | WebP | Bmp | Gif | Tiff))
 }
 
+/// Checks the number of pixels against [`MAX_PIXELS`].
 pub(super) fn check_size(width: usize, height: usize) -> Result<(), DecodeError> {
     match width.checked_mul(height) {
-        Some(pixels) if pixels <= MOST_PIXELS => Ok(()),
+        Some(pixels) if pixels <= MAX_PIXELS => Ok(()),
         _ => Err(DecodeError::TooLarge { width, height }),
     }
 }
 
 fn jpeg(bytes: &[u8]) -> Result<Image, DecodeError> {
     let broken = |reason: String| DecodeError::Broken { format: "JPEG", reason };
-    // Strict: the decoder fills what is missing with grey otherwise.
+    // Strict mode: otherwise the decoder fills missing data with gray.
     let options = DecoderOptions::default().set_strict_mode(true).set_max_width(usize::MAX).set_max_height(usize::MAX);
     let mut decoder = JpegDecoder::new_with_options(ZCursor::new(bytes), options);
     decoder.decode_headers().map_err(|e| broken(e.to_string()))?;
-    let (width, height) = decoder.dimensions().ok_or_else(|| broken("no size".into()))?;
+    let (width, height) = decoder.dimensions().ok_or_else(|| broken("missing dimensions".into()))?;
     check_size(width, height)?;
-    if !ends(bytes) {
-        return Err(broken("no end marker".into()));
+    if !has_end_marker(bytes) {
+        return Err(broken("missing end marker".into()));
     }
-    // The decoder turns grey, YCbCr, CMYK and YCCK alike into RGB.
+    // The decoder converts gray, YCbCr, CMYK and YCCK to RGB.
     decoder.set_options(options.jpeg_set_out_colorspace(ColorSpace::RGB));
     let pixels = decoder.decode().map_err(|e| broken(e.to_string()))?;
     let orientation = decoder.exif().and_then(|chunk| Orientation::from_exif_chunk(chunk));
     let rgb = image::RgbImage::from_raw(width as u32, height as u32, pixels)
-        .ok_or_else(|| broken("fewer pixels than it says".into()))?;
+        .ok_or_else(|| broken("fewer pixels than declared".into()))?;
     Ok(oriented(rgb.into(), orientation))
 }
 
-/// Whether an end-of-image marker follows the last start of a scan. Inside a scan every 0xFF is followed by 0 or a restart marker, so
-/// the marker cannot appear in it by chance; a file cut off in its pixels has none, though some decoders would fill the rest.
-fn ends(bytes: &[u8]) -> bool {
-    let mut at = bytes.len();
-    while let Some(found) = bytes[..at].iter().rposition(|b| *b == 0xFF) {
-        match bytes.get(found + 1) {
+/// True if an end-of-image marker follows the last start of a scan.
+///
+/// Inside a scan every 0xFF is followed by 0 or a restart marker, so the marker cannot appear there
+/// by chance. A file truncated in its pixels has none, although some decoders would fill the rest.
+fn has_end_marker(bytes: &[u8]) -> bool {
+    let mut end = bytes.len();
+    while let Some(marker) = bytes[..end].iter().rposition(|b| *b == 0xFF) {
+        match bytes.get(marker + 1) {
             Some(0xD9) => return true,
             Some(0xDA) => return false,
-            _ => at = found,
+            _ => end = marker,
         }
     }
     false
 }
 
-fn other(bytes: &[u8], format: ImageFormat, name: &'static str) -> Result<Image, DecodeError> {
+fn with_image_crate(bytes: &[u8], format: ImageFormat, name: &'static str) -> Result<Image, DecodeError> {
     let broken = |reason: String| DecodeError::Broken { format: name, reason };
     let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
     let mut limits = Limits::default();
-    // Eight bytes a pixel: the deepest format, 16-bit RGBA. Some decoders need as much again for themselves.
-    limits.max_alloc = Some(2 * 8 * MOST_PIXELS as u64);
+    // Eight bytes per pixel for the deepest format, 16-bit RGBA, and as much again for the decoder.
+    limits.max_alloc = Some(2 * 8 * MAX_PIXELS as u64);
     reader.limits(limits);
     let mut decoder = reader.into_decoder().map_err(|e| broken(e.to_string()))?;
     let (width, height) = decoder.dimensions();
@@ -139,6 +152,7 @@ fn other(bytes: &[u8], format: ImageFormat, name: &'static str) -> Result<Image,
     Ok(oriented(image, orientation))
 }
 
+/// Applies the orientation and converts to RGB.
 fn oriented(mut image: DynamicImage, orientation: Option<Orientation>) -> Image {
     image.apply_orientation(orientation.unwrap_or(Orientation::NoTransforms));
     let rgb = image.into_rgb8();

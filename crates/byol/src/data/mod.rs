@@ -1,12 +1,12 @@
-//! IMAGES: where they come from. A [`Dataset`] is a training split and, where the data has one, a split for read-outs. Labels serve
-//! read-outs only. Nothing here knows of tensors.
+//! Data sources. A [`Dataset`] has a training split and, where the data provide them, splits for
+//! monitoring and testing. Labels are used by evaluation only. Nothing here depends on tensors.
 
 pub mod cifar;
 pub mod decode;
-pub mod dense;
+pub mod dense_labels;
 pub mod folder;
 pub mod idx;
-pub mod labelled;
+pub mod labels_csv;
 pub mod order;
 pub mod pack;
 pub mod prefetch;
@@ -15,7 +15,7 @@ pub mod synthetic;
 
 use std::{
     collections::{BTreeMap, HashSet},
-    io,
+    fmt, io,
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -26,189 +26,217 @@ use std::{
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
-use crate::random::{self, Domain};
+pub use crate::image::{CHANNELS, Image};
+use crate::{
+    atomic_write::{hex, remedy},
+    random::{self, Domain},
+};
 pub use decode::DecodeError;
 pub use order::Order;
 pub use prefetch::{Loader, MicroBatch};
 use shards::Shards;
 
-/// A decoded image: `[height, width, channels]`, row-major, 0..=255.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Image {
-    /// Rows, at least 1.
-    pub height: usize,
-    /// Columns, at least 1.
-    pub width: usize,
-    /// Values a pixel.
-    pub channels: usize,
-    /// `height × width × channels` values.
-    pub pixels: Vec<u8>,
-}
+/// Training images in shards that are decoded before a run: enough to see that they are images at
+/// all.
+const CHECKED_IN_SHARDS: usize = 64;
 
-/// Channels of all images: every decoder converts to RGB.
-pub const CHANNELS: usize = 3;
+/// Size of the leading range of shards that a sample is drawn from, as a multiple of the sample
+/// size.
+const SHARD_SAMPLE_FACTOR: usize = 4;
 
-/// How many training images of shards are looked at before a run: enough to see that they are images at all.
-const LOOKED_AT: usize = 64;
-
-/// Images of shards among which one is taken, where a few are.
-const NEAR: usize = 4;
-
-/// What can be wrong with data.
+/// Error of a data source.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The path does not exist.
-    #[error("there is no {}; give a folder of images", .0.display())]
+    /// Missing path.
+    #[error("{} does not exist\nhint: pass a folder of images", .0.display())]
     Missing(PathBuf),
-    /// The folder or file cannot be read.
-    #[error("cannot read {}: {source}; check that you may read it", path.display())]
+    /// Unreadable folder or file.
+    #[error("cannot read {}: {source}\nhint: check its permissions", path.display())]
     Read {
-        /// Which one.
+        /// Folder or file.
         path: PathBuf,
-        /// Why.
+        /// I/O error.
         source: io::Error,
     },
-    /// Nothing to train on.
-    #[error("no images in {}; give a folder with JPEG, PNG, WebP, BMP, GIF or TIFF files at any depth, or with CIFAR or IDX files", .0.display())]
+    /// No images to train on.
+    #[error(
+        "no images in {}\n\
+         hint: pass a folder with JPEG, PNG, WebP, BMP, GIF or TIFF files at any depth, or with CIFAR or IDX files",
+        .0.display()
+    )]
     Empty(PathBuf),
-    /// One image cannot be used.
-    #[error("cannot use {what}: {source}; replace or remove it")]
+    /// Unreadable image.
+    #[error("cannot use {name}: {source}{}", decode_hint(source))]
     Image {
-        /// The path, or file and number.
-        what: String,
-        /// Why.
+        /// Path, or file and number.
+        name: String,
+        /// Decoding error.
         source: DecodeError,
     },
-    /// A CIFAR or IDX file is not what its name says.
-    #[error("{} is not a whole {kind} file: {reason}; download it again", path.display())]
-    Packed {
-        /// Which file.
+    /// Malformed CIFAR, IDX or gzip file.
+    #[error("{} is not a complete {kind} file: {reason}\nhint: download it again", path.display())]
+    Malformed {
+        /// File.
         path: PathBuf,
-        /// CIFAR or IDX.
+        /// Expected format.
         kind: &'static str,
-        /// What is wrong.
+        /// First problem.
         reason: String,
     },
-    /// More than half of the images are bad.
-    #[error("{bad} of {all} images in {} cannot be used, the first is {first}; more than half are bad, so this is probably not the folder you meant", root.display())]
+    /// More than half of the images are unreadable.
+    #[error(
+        "{bad} of {all} images in {} are unreadable, more than half (first: {first})\n\
+         hint: check that this is the intended folder",
+        root.display()
+    )]
     MostlyBad {
-        /// The data.
+        /// Root of the data.
         root: PathBuf,
-        /// How many cannot be used.
+        /// Number of unreadable images.
         bad: usize,
-        /// How many there are.
+        /// Number of images checked.
         all: usize,
-        /// The first bad one, with the reason.
+        /// First unreadable image, with the reason.
         first: String,
     },
-    /// Images and masks that do not go together.
-    #[error("{} is no set of images with masks or depth: {reason}; give a folder with `images` and `masks` (or `depth`), the same names in both", root.display())]
-    Dense {
-        /// The data.
+    /// Images without matching masks or depth maps.
+    #[error(
+        "{} is not a set of images with masks or depth maps: {reason}\n\
+         hint: pass a folder with `images` and `masks` (or `depth`) that contain the same file names",
+        root.display()
+    )]
+    DenseLabels {
+        /// Root of the data.
         root: PathBuf,
-        /// What is wrong.
+        /// First problem.
         reason: String,
     },
-    /// A `labels.csv` that cannot be used.
-    #[error("{} cannot be used: {reason}; a labels.csv needs the columns path, label and, where there are splits, split", path.display())]
+    /// Invalid `labels.csv`.
+    #[error(
+        "invalid {}: {reason}\n\
+         hint: a labels.csv has the columns `path`, `label` and, if there are splits, `split`",
+        path.display()
+    )]
     Labels {
-        /// The file.
+        /// File.
         path: PathBuf,
-        /// What is wrong.
+        /// First problem.
         reason: String,
     },
-    /// A file cannot be written.
-    #[error("cannot write {}: {source}; check the disk and who may write there", path.display())]
+    /// Unwritable file.
+    #[error("cannot write {}: {source}\nhint: {}", path.display(), remedy(source))]
     Write {
-        /// Which one.
+        /// File.
         path: PathBuf,
-        /// Why.
+        /// I/O error.
         source: io::Error,
     },
-    /// The folder is taken.
-    #[error("{} holds {what}; choose another folder", path.display())]
+    /// Output folder in use.
+    #[error("{} already contains {contents}\nhint: choose another folder", path.display())]
     Occupied {
-        /// Which one.
+        /// Folder.
         path: PathBuf,
-        /// By what.
-        what: &'static str,
+        /// Description of the contents.
+        contents: &'static str,
     },
-    /// A tar or Parquet file that cannot be used.
+    /// Unusable tar or Parquet file.
     #[error("cannot use {}: {reason}", path.display())]
     Shard {
-        /// Which one.
+        /// File, pattern or address.
         path: PathBuf,
-        /// What is wrong.
+        /// First problem.
         reason: String,
     },
-    /// A label where the read-out needs one.
-    #[error("{} has no labels of two classes or more; put the images of each class into a subfolder named after it, or write a labels.csv (of shards: `.cls` files or a column `label`, numbers from 0 to 65535)", .0.display())]
-    Unlabelled(PathBuf),
+    /// Missing labels where an evaluation needs them.
+    #[error(
+        "{} has no labels of two or more classes\n\
+         hint: put the images of each class into a subfolder named after it, or write a labels.csv (in shards: \
+         `.cls` files or a column `label`, with class numbers from 0 to 65535)",
+        .0.display()
+    )]
+    Unlabeled(PathBuf),
 }
 
-/// Where the images of a split come from. A new kind of source is a variant here and a file beside this one.
+/// Hint for an image that cannot be decoded; a read error may carry its own.
+fn decode_hint(source: &DecodeError) -> &'static str {
+    if matches!(source, DecodeError::Read(_)) { "" } else { "\nhint: replace or remove the file" }
+}
+
+/// Error message on one line.
+fn one_line(message: &str) -> String {
+    let message = message.replace("\nhint: ", "; ");
+    message.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// Storage of the images of a split. A new kind of source is a variant here and a file of this
+/// module.
 #[derive(Debug, Clone)]
 enum Source {
-    /// One file an image.
+    /// One file per image.
     Files(Arc<Vec<PathBuf>>),
-    /// Already decoded.
+    /// Decoded images.
     Memory(Arc<Vec<Arc<Image>>>),
-    /// Many images a file.
+    /// Many images per file.
     Shards(Arc<Shards>),
 }
 
-/// Some images in a fixed order, with or without labels.
+/// Images in a fixed order, with or without labels.
 #[derive(Debug, Clone)]
 pub struct Images {
     source: Source,
-    /// Numbers of the images in the source's own order.
-    chosen: Vec<usize>,
-    /// One class a chosen image.
+    /// Index of each image in the source.
+    indices: Vec<usize>,
+    /// Class of each image.
     labels: Option<Vec<usize>>,
-    /// Several classes a chosen image.
+    /// Classes of each image, for multi-label data.
     tags: Option<Vec<Vec<usize>>>,
-    /// Decoded images, parallel to `chosen`, where they fit into memory.
-    kept: Option<Vec<Arc<Image>>>,
+    /// Decoded images, parallel to `indices`, if they fit into memory.
+    decoded: Option<Vec<Arc<Image>>>,
 }
 
-/// An image that cannot be used.
+/// An unreadable image. Displays as `name: reason` on one line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Skipped {
-    /// The path, or file and number.
-    pub what: String,
-    /// Why.
-    pub why: String,
+    /// Path, or file and number.
+    pub name: String,
+    /// Reason, on one line.
+    pub reason: String,
 }
 
 impl Skipped {
-    /// On one line, whatever the decoder says.
-    fn new(what: String, why: &DecodeError) -> Skipped {
-        Skipped { what, why: why.to_string().split_whitespace().collect::<Vec<_>>().join(" ") }
+    fn new(name: String, error: &dyn fmt::Display) -> Skipped {
+        Skipped { name, reason: one_line(&error.to_string()) }
     }
 }
 
-/// What the data are, once every image has been looked at.
+impl fmt::Display for Skipped {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "{}: {}", self.name, self.reason)
+    }
+}
+
+/// A data set, with its splits.
 #[derive(Debug, Clone)]
 pub struct Dataset {
-    /// As the user gave it.
+    /// Path as given by the user.
     pub root: PathBuf,
-    /// In words: `image folder`, `CIFAR-10`.
+    /// Kind of source, e.g. `image folder` or `CIFAR-10`.
     pub kind: String,
-    /// Names of the classes; empty without labels.
+    /// Class names; empty without labels.
     pub classes: Vec<String>,
-    /// To pretrain on.
+    /// Training split.
     pub train: Images,
-    /// The data's own split for watching a run: `val`, else `test`.
+    /// Split for monitoring a run: the data's `val`, else its `test`.
     pub held_out: Option<Images>,
-    /// The data's own split for a final figure: `test`, else `val`.
+    /// Split for final results: the data's `test`, else its `val`.
     pub test: Option<Images>,
-    /// What cannot be used.
+    /// Unreadable images.
     pub skipped: Vec<Skipped>,
 }
 
 impl Images {
     fn new(source: Source, n: usize, labels: Option<Vec<usize>>) -> Self {
-        Images { source, chosen: (0..n).collect(), labels, tags: None, kept: None }
+        Images { source, indices: (0..n).collect(), labels, tags: None, decoded: None }
     }
 
     fn files(paths: Vec<PathBuf>, labels: Option<Vec<usize>>) -> Self {
@@ -216,7 +244,7 @@ impl Images {
         Images::new(Source::Files(Arc::new(paths)), n, labels)
     }
 
-    /// Images that are already decoded.
+    /// Wraps decoded images.
     pub fn memory(images: Vec<Image>, labels: Option<Vec<usize>>) -> Self {
         let images: Vec<_> = images.into_iter().map(Arc::new).collect();
         let n = images.len();
@@ -228,27 +256,27 @@ impl Images {
         Images::new(Source::Shards(Arc::new(shards)), n, labels)
     }
 
-    /// The same images, each with classes of its own.
-    fn tagged(self, tags: Vec<Vec<usize>>) -> Self {
+    /// Sets the classes of each image, for multi-label data.
+    fn with_tags(self, tags: Vec<Vec<usize>>) -> Self {
         Images { tags: Some(tags), ..self }
     }
 
-    /// The classes of each image, where an image may be of several.
+    /// Classes of each image, for multi-label data.
     pub fn tags(&self) -> Option<&[Vec<usize>]> {
         self.tags.as_deref()
     }
 
-    /// How many.
+    /// Number of images.
     pub fn len(&self) -> usize {
-        self.chosen.len()
+        self.indices.len()
     }
 
-    /// Whether there are none.
+    /// True if there are no images.
     pub fn is_empty(&self) -> bool {
-        self.chosen.is_empty()
+        self.indices.is_empty()
     }
 
-    /// The class of each image.
+    /// Class of each image.
     pub fn labels(&self) -> Option<&[usize]> {
         self.labels.as_deref()
     }
@@ -256,64 +284,67 @@ impl Images {
     /// Path, or number, of image `i`.
     pub fn name(&self, i: usize) -> String {
         match &self.source {
-            Source::Files(paths) => paths[self.chosen[i]].display().to_string(),
-            Source::Memory(_) => format!("image {}", self.chosen[i]),
-            Source::Shards(shards) => shards.name(self.chosen[i]),
+            Source::Files(paths) => paths[self.indices[i]].display().to_string(),
+            Source::Memory(_) => format!("image {}", self.indices[i]),
+            Source::Shards(shards) => shards.name(self.indices[i]),
         }
     }
 
-    /// The file of image `i`, where it is one.
+    /// File of image `i`, if images are single files.
     pub fn path(&self, i: usize) -> Option<&Path> {
         match &self.source {
-            Source::Files(paths) => Some(&paths[self.chosen[i]]),
+            Source::Files(paths) => Some(&paths[self.indices[i]]),
             Source::Memory(_) | Source::Shards(_) => None,
         }
     }
 
-    /// Image `i`, decoded.
+    /// Returns image `i`, decoded.
     ///
     /// # Errors
-    /// [`Error::Image`] if it cannot be read or decoded whole.
+    /// [`Error::Image`] if it cannot be read or completely decoded.
     pub fn get(&self, i: usize) -> Result<Arc<Image>, Error> {
-        if let Some(kept) = &self.kept {
-            return Ok(kept[i].clone());
+        if let Some(decoded) = &self.decoded {
+            return Ok(decoded[i].clone());
         }
         match &self.source {
-            Source::Memory(images) => Ok(images[self.chosen[i]].clone()),
-            Source::Files(paths) => match decode::file(&paths[self.chosen[i]]) {
+            Source::Memory(images) => Ok(images[self.indices[i]].clone()),
+            Source::Files(paths) => match decode::file(&paths[self.indices[i]]) {
                 Ok(image) => Ok(Arc::new(image)),
-                Err(source) => Err(Error::Image { what: self.name(i), source }),
+                Err(source) => Err(Error::Image { name: self.name(i), source }),
             },
             Source::Shards(shards) => {
-                let image = shards.bytes(self.chosen[i]).map_err(DecodeError::Read).and_then(|b| decode::bytes(&b));
-                image.map(Arc::new).map_err(|source| Error::Image { what: self.name(i), source })
+                let image = shards.bytes(self.indices[i]).map_err(DecodeError::Read).and_then(|b| decode::bytes(&b));
+                image.map(Arc::new).map_err(|source| Error::Image { name: self.name(i), source })
             }
         }
     }
 
-    /// The file of image `i`, as it is; none where images are not files.
-    fn file_bytes(&self, i: usize) -> Option<io::Result<Vec<u8>>> {
+    /// Returns the encoded bytes of image `i`; `None` for images in memory.
+    fn encoded_bytes(&self, i: usize) -> Option<io::Result<Vec<u8>>> {
         match &self.source {
-            Source::Files(paths) => Some(std::fs::read(&paths[self.chosen[i]])),
-            Source::Shards(shards) => Some(shards.bytes(self.chosen[i])),
+            Source::Files(paths) => Some(std::fs::read(&paths[self.indices[i]])),
+            Source::Shards(shards) => Some(shards.bytes(self.indices[i])),
             Source::Memory(_) => None,
         }
     }
 
-    /// Image `i`; of shards, which nobody has looked through before, the next one that can be used, and the others are noted
-    /// ([`Images::passed_over`]). So what is trained on depends on the data alone.
+    /// Returns image `i`. In shards, which are not checked before a run, an unreadable image is
+    /// recorded in [`Images::skipped`] and replaced by the next readable one, so training depends
+    /// on the data alone.
     ///
     /// # Errors
-    /// As [`Images::get`]; of shards if a shard cannot be read, or too many in a row cannot be used.
-    pub fn get_or_next(&self, i: usize) -> Result<Arc<Image>, Error> {
+    /// [`Error::Image`] as for [`Images::get`]. In shards, if a shard cannot be read or too many
+    /// consecutive images are unreadable.
+    pub(crate) fn get_or_next(&self, i: usize) -> Result<Arc<Image>, Error> {
         let Source::Shards(shards) = &self.source else { return self.get(i) };
         let mut at = i;
         loop {
             match self.get(at) {
-                Err(Error::Image { what, source }) if !matches!(source, DecodeError::Read(_)) => {
-                    let tried = (at + self.len() - i) % self.len() + 1;
-                    if tried == self.len() || !shards.pass_over(Skipped::new(what.clone(), &source), tried) {
-                        return Err(Error::Image { what, source });
+                Err(Error::Image { name, source }) if !matches!(source, DecodeError::Read(_)) => {
+                    let consecutive = (at + self.len() - i) % self.len() + 1;
+                    let is_last = consecutive == self.len();
+                    if is_last || !shards.skip(Skipped::new(name.clone(), &source), consecutive) {
+                        return Err(Error::Image { name, source });
                     }
                     at = (at + 1) % self.len();
                 }
@@ -322,49 +353,51 @@ impl Images {
         }
     }
 
-    /// What could not be used so far, of shards.
-    pub fn passed_over(&self) -> Vec<Skipped> {
+    /// Images skipped by [`Images::get_or_next`] so far.
+    pub fn skipped(&self) -> Vec<Skipped> {
         match &self.source {
-            Source::Shards(shards) => shards.passed_over(),
+            Source::Shards(shards) => shards.skipped(),
             Source::Files(_) | Source::Memory(_) => Vec::new(),
         }
     }
 
-    /// The order in which a run takes these images: shuffled, or of shards one after the other through a buffer.
+    /// Training order: a full shuffle, or for shards, a sequence of shards mixed by a buffer of
+    /// `buffer` images.
     pub fn order(&self, seed: u64, buffer: usize) -> Order {
         match &self.source {
-            Source::Shards(shards) => Order::of_shards(seed, shards.runs(&self.chosen), buffer),
+            Source::Shards(shards) => Order::sharded(seed, shards.unit_sizes(&self.indices), buffer),
             Source::Files(_) | Source::Memory(_) => Order::new(seed, self.len()),
         }
     }
 
-    /// How far ahead [`Images::coming`] wants to know, in images; 0: not at all.
-    pub fn lookahead(&self) -> usize {
+    /// Number of images by which [`Images::prefetch`] should run ahead; 0 if prefetching does
+    /// nothing.
+    pub(crate) fn lookahead(&self) -> usize {
         match &self.source {
             Source::Shards(shards) => shards.lookahead(),
             Source::Files(_) | Source::Memory(_) => 0,
         }
     }
 
-    /// Says that image `i` will be wanted soon: what has to be fetched for it is.
-    pub fn coming(&self, i: usize) {
+    /// Starts to fetch the remote shard of image `i`, which will be needed soon.
+    pub fn prefetch(&self, i: usize) {
         if let Source::Shards(shards) = &self.source {
-            shards.fetch_ahead(self.chosen[i]);
+            shards.fetch_ahead(self.indices[i]);
         }
     }
 
-    /// The images at these positions, in this order.
+    /// Returns the images at these positions, in this order.
     pub fn subset(&self, positions: &[usize]) -> Images {
         Images {
             source: self.source.clone(),
-            chosen: positions.iter().map(|p| self.chosen[*p]).collect(),
+            indices: positions.iter().map(|p| self.indices[*p]).collect(),
             labels: self.labels.as_ref().map(|l| positions.iter().map(|p| l[*p]).collect()),
             tags: self.tags.as_ref().map(|t| positions.iter().map(|p| t[*p].clone()).collect()),
-            kept: self.kept.as_ref().map(|k| positions.iter().map(|p| k[*p].clone()).collect()),
+            decoded: self.decoded.as_ref().map(|k| positions.iter().map(|p| k[*p].clone()).collect()),
         }
     }
 
-    /// Whether these are the same images, not others that look alike.
+    /// True if both are the same images of the same source, not copies with equal pixels.
     pub fn is_same(&self, other: &Images) -> bool {
         let source = match (&self.source, &other.source) {
             (Source::Files(a), Source::Files(b)) => Arc::ptr_eq(a, b),
@@ -372,91 +405,100 @@ impl Images {
             (Source::Shards(a), Source::Shards(b)) => Arc::ptr_eq(a, b),
             _ => false,
         };
-        source && self.chosen == other.chosen
+        source && self.indices == other.indices
     }
 
-    /// Whether both have labels, or tags, or neither.
-    pub fn is_labelled_as(&self, other: &Images) -> bool {
+    /// True if both have labels, both have tags, or both have neither.
+    pub fn has_same_label_kind(&self, other: &Images) -> bool {
         (self.labels.is_some(), self.tags.is_some()) == (other.labels.is_some(), other.tags.is_some())
     }
 
-    /// These and then others of the same form, looked at by nobody yet; none for shards.
-    pub fn and(&self, other: &Images) -> Option<Images> {
-        fn of<T: Clone>(images: &Images, all: &[T]) -> impl Iterator<Item = T> {
-            images.chosen.iter().map(|i| all[*i].clone())
+    /// Returns these images followed by `other`, not decoded; `None` for shards or different kinds
+    /// of source.
+    pub fn concat(&self, other: &Images) -> Option<Images> {
+        fn select<T: Clone>(images: &Images, items: &[T]) -> impl Iterator<Item = T> {
+            images.indices.iter().map(|i| items[*i].clone())
         }
         let source = match (&self.source, &other.source) {
-            (Source::Files(a), Source::Files(b)) => Source::Files(Arc::new(of(self, a).chain(of(other, b)).collect())),
+            (Source::Files(a), Source::Files(b)) => {
+                Source::Files(Arc::new(select(self, a).chain(select(other, b)).collect()))
+            }
             (Source::Memory(a), Source::Memory(b)) => {
-                Source::Memory(Arc::new(of(self, a).chain(of(other, b)).collect()))
+                Source::Memory(Arc::new(select(self, a).chain(select(other, b)).collect()))
             }
             _ => return None,
         };
-        let both = |a: &Option<Vec<usize>>, b: &Option<Vec<usize>>| Some([a.as_deref()?, b.as_deref()?].concat());
+        let labels = self.labels.as_ref().zip(other.labels.as_ref()).map(|(a, b)| [&a[..], b].concat());
         let tags = self.tags.as_ref().zip(other.tags.as_ref()).map(|(a, b)| [&a[..], b].concat());
         let n = self.len() + other.len();
-        Some(Images { tags, ..Images::new(source, n, both(&self.labels, &other.labels)) })
+        Some(Images { tags, ..Images::new(source, n, labels) })
     }
 
-    /// `n` images, one at random of each of as many stretches of this order; all where `n` is 0 or not fewer than there are. Of a regular order,
-    /// such as classes in turn, an even spread would take one kind alone.
-    pub fn some(&self, n: usize) -> Images {
-        let all = self.len();
-        if n == 0 || n >= all { self.clone() } else { self.subset(&one_of_each_stretch(all, n)) }
+    /// Returns a stratified random sample of `n` images: one from each of `n` equal intervals of
+    /// the order. Returns all images if `n` is 0 or not smaller than their number.
+    ///
+    /// In a periodic order, such as alternating classes, a fixed stride could select a single
+    /// class.
+    pub fn sample_random(&self, n: usize) -> Images {
+        let len = self.len();
+        if n == 0 || n >= len { self.clone() } else { self.subset(&stratified_positions(len, n)) }
     }
 
-    /// About `n` images that can be used, all where `n` is 0, for a read-out while a run goes on; of shards among the first, so that the others need
-    /// not be opened for them.
+    /// Returns a sample of about `n` readable images, or all if `n` is 0, for evaluation during a
+    /// run. In shards, the sample comes from the first images, so that few shards are opened for
+    /// it.
     pub fn sample(&self, n: usize) -> Images {
         match self.source {
-            Source::Files(_) | Source::Memory(_) => self.some(n),
+            Source::Files(_) | Source::Memory(_) => self.sample_random(n),
             Source::Shards(_) => {
-                let near = if n == 0 { self.len() } else { self.len().min(NEAR * n) };
-                let first: Vec<usize> = (0..near).collect();
-                self.subset(&first).some(n).check(0, &|| ()).0
+                let range = if n == 0 { self.len() } else { self.len().min(SHARD_SAMPLE_FACTOR * n) };
+                let first: Vec<usize> = (0..range).collect();
+                self.subset(&first).sample_random(n).check(0, &|| ()).0
             }
         }
     }
 
-    /// Those of these few images that can be used, and the rest by name; all where somebody has looked at them before.
-    pub fn usable(&self) -> (Images, Vec<Skipped>) {
+    /// Separates unreadable images. Decodes each image in shards; returns all others unchanged,
+    /// since they have been checked before.
+    pub fn readable(&self) -> (Images, Vec<Skipped>) {
         match self.source {
             Source::Shards(_) => self.check(0, &|| ()),
             Source::Files(_) | Source::Memory(_) => (self.clone(), Vec::new()),
         }
     }
 
-    /// Takes `n` images out, one at random of each of as many stretches: `(the others, the n)`. The same of the same number of images.
-    pub fn hold_out(&self, n: usize) -> (Images, Images) {
-        // Of shards from the first of them, so that the others need not be opened for a few images.
-        let near = matches!(self.source, Source::Shards(_)).then_some(NEAR * n);
-        let all = self.len().min(near.unwrap_or(usize::MAX));
-        let out = one_of_each_stretch(all, n);
-        let mut is_out = vec![false; self.len()];
-        out.iter().for_each(|p| is_out[*p] = true);
-        let rest: Vec<usize> = (0..self.len()).filter(|p| !is_out[*p]).collect();
-        (self.subset(&rest), self.subset(&out))
+    /// Splits off a stratified random sample of `n` images: `(rest, sample)`. The positions depend
+    /// only on the number of images and `n`.
+    pub fn split_off(&self, n: usize) -> (Images, Images) {
+        // In shards, from the first images, so that few shards are opened for the sample.
+        let range = matches!(self.source, Source::Shards(_)).then_some(SHARD_SAMPLE_FACTOR * n);
+        let range = self.len().min(range.unwrap_or(usize::MAX));
+        let sample = stratified_positions(range, n);
+        let mut is_sampled = vec![false; self.len()];
+        sample.iter().for_each(|p| is_sampled[*p] = true);
+        let rest: Vec<usize> = (0..self.len()).filter(|p| !is_sampled[*p]).collect();
+        (self.subset(&rest), self.subset(&sample))
     }
 
-    /// Takes about a share of 1 / `of` out to test on, of each class where there are labels, so that none is without images to train on:
-    /// `(the others, those)`.
-    pub fn hold_out_to_test(&self, of: usize) -> (Images, Images) {
-        let Some(labels) = &self.labels else { return self.hold_out(self.len().div_ceil(of)) };
+    /// Splits off about 1 / `denominator` of the images for testing: `(train, test)`. With labels,
+    /// per class, and every class keeps at least one training image.
+    pub fn split_off_test(&self, denominator: usize) -> (Images, Images) {
+        let Some(labels) = &self.labels else { return self.split_off(self.len().div_ceil(denominator)) };
         let mut classes: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
         labels.iter().enumerate().for_each(|(i, class)| classes.entry(*class).or_default().push(i));
-        let mut is_out = vec![false; self.len()];
+        let mut is_test = vec![false; self.len()];
         for positions in classes.values() {
-            let n = (positions.len() / of).max(usize::from(positions.len() > 1));
-            one_of_each_stretch(positions.len(), n).into_iter().for_each(|at| is_out[positions[at]] = true);
+            let n = (positions.len() / denominator).max(usize::from(positions.len() > 1));
+            stratified_positions(positions.len(), n).into_iter().for_each(|at| is_test[positions[at]] = true);
         }
-        let where_so = |so: bool| self.subset(&(0..self.len()).filter(|i| is_out[*i] == so).collect::<Vec<_>>());
-        (where_so(false), where_so(true))
+        let select = |test: bool| self.subset(&(0..self.len()).filter(|i| is_test[*i] == test).collect::<Vec<_>>());
+        (select(false), select(true))
     }
 
-    /// A hash of names, sizes on disk and order: the same images in the same order give the same.
+    /// Hash of names, sizes on disk and order. Equal for the same images in the same order.
     pub fn fingerprint(&self) -> String {
         let mut hash = Sha256::new();
-        for &i in &self.chosen {
+        for &i in &self.indices {
             match &self.source {
                 Source::Files(paths) => {
                     let name = paths[i].file_name().unwrap_or_default();
@@ -470,156 +512,198 @@ impl Images {
         if let Source::Shards(shards) = &self.source {
             hash.update(shards.fingerprint());
         }
-        crate::files::hex(&hash.finalize()[..8])
+        hex(&hash.finalize()[..8])
     }
 
-    /// [`Images::check`] of training images: shards are not looked through, but for their first images.
-    fn check_to_train(&self, keep_bytes: usize, looked_at: &(dyn Fn() + Sync)) -> (Images, Vec<Skipped>) {
+    /// [`Images::check`] before training: decodes only the first images of shards.
+    fn check_for_training(&self, cache_bytes: usize, on_progress: &(dyn Fn() + Sync)) -> (Images, Vec<Skipped>) {
         if !matches!(self.source, Source::Shards(_)) {
-            return self.check(keep_bytes, looked_at);
+            return self.check(cache_bytes, on_progress);
         }
-        let (_, bad) = self.subset(&(0..self.looked_at()).collect::<Vec<_>>()).check(0, looked_at);
-        (self.clone(), bad)
+        let first: Vec<usize> = (0..self.n_checked_for_training()).collect();
+        let (_, skipped) = self.subset(&first).check(0, on_progress);
+        (self.clone(), skipped)
     }
 
-    /// How many images [`Images::check_to_train`] looks at.
-    fn looked_at(&self) -> usize {
-        if matches!(self.source, Source::Shards(_)) { self.len().min(LOOKED_AT) } else { self.len() }
+    /// Number of images that [`Images::check_for_training`] decodes.
+    fn n_checked_for_training(&self) -> usize {
+        if matches!(self.source, Source::Shards(_)) { self.len().min(CHECKED_IN_SHARDS) } else { self.len() }
     }
 
-    /// Decodes every image once: those that can be used, kept in memory where all of them take at most `keep_bytes`, and the rest by
-    /// name.
-    fn check(&self, keep_bytes: usize, looked_at: &(dyn Fn() + Sync)) -> (Images, Vec<Skipped>) {
+    /// Decodes every image once. Returns the readable images, kept decoded if all of them take at
+    /// most `cache_bytes`, and the unreadable ones.
+    fn check(&self, cache_bytes: usize, on_progress: &(dyn Fn() + Sync)) -> (Images, Vec<Skipped>) {
         let total = AtomicUsize::new(0);
-        let look = |i: usize| -> Result<Option<Arc<Image>>, Skipped> {
+        let decode = |i: usize| -> Result<Option<Arc<Image>>, Skipped> {
             let image = self.get(i);
-            looked_at();
+            on_progress();
             match image {
                 Ok(image) => {
                     let so_far = total.fetch_add(image.pixels.len(), Ordering::Relaxed) + image.pixels.len();
-                    Ok((so_far <= keep_bytes).then_some(image))
+                    Ok((so_far <= cache_bytes).then_some(image))
                 }
-                Err(Error::Image { what, source }) => Err(Skipped::new(what, &source)),
-                Err(other) => Err(Skipped { what: self.name(i), why: other.to_string() }),
+                Err(Error::Image { name, source }) => Err(Skipped::new(name, &source)),
+                Err(other) => Err(Skipped::new(self.name(i), &other)),
             }
         };
-        let looked: Vec<_> = (0..self.len()).into_par_iter().map(look).collect();
-        let good: Vec<usize> = (0..self.len()).filter(|i| looked[*i].is_ok()).collect();
-        let (mut kept, mut skipped) = (Vec::new(), Vec::new());
-        for result in looked {
+        let results: Vec<_> = (0..self.len()).into_par_iter().map(decode).collect();
+        let readable: Vec<usize> = (0..self.len()).filter(|i| results[*i].is_ok()).collect();
+        let (mut decoded, mut skipped) = (Vec::new(), Vec::new());
+        for result in results {
             match result {
-                Ok(image) => kept.extend(image),
-                Err(bad) => skipped.push(bad),
+                Ok(image) => decoded.extend(image),
+                Err(unreadable) => skipped.push(unreadable),
             }
         }
-        let mut images = self.subset(&good);
-        let fits = kept.len() == images.len() && !matches!(images.source, Source::Memory(_));
-        images.kept = fits.then_some(kept);
+        let mut images = self.subset(&readable);
+        let fits = decoded.len() == images.len() && !matches!(images.source, Source::Memory(_));
+        images.decoded = fits.then_some(decoded);
         (images, skipped)
     }
 }
 
 impl Dataset {
-    /// Finds the images of `root`, without looking into them.
+    /// Opens the data at `root`: shards, a folder with `labels.csv`, CIFAR or IDX files, or a
+    /// folder of images. Finds the images without decoding them.
     ///
     /// # Errors
-    /// All but [`Error::Image`], [`Error::MostlyBad`] and [`Error::Unlabelled`].
-    pub fn open(root: &Path) -> Result<Dataset, Error> {
+    /// Any but [`Error::Image`], [`Error::MostlyBad`] and [`Error::Unlabeled`].
+    pub fn open(root: impl AsRef<Path>) -> Result<Dataset, Error> {
+        let root = root.as_ref();
         if !root.exists() && !shards::is_pattern(root) && !shards::is_remote(root) {
             return Err(Error::Missing(root.to_owned()));
         }
-        // A folder that cannot be listed is said as such, not as empty.
+        // A folder that cannot be listed is an error of its own, not an empty folder.
         if root.is_dir() {
             std::fs::read_dir(root).map_err(|source| Error::Read { path: root.to_owned(), source })?;
         }
-        if let Some(found) = shards::open(root)? {
-            return Ok(found);
-        }
-        if let Some(found) = labelled::open(root)? {
-            return Ok(found);
-        }
-        if let Some(found) = cifar::open(root)? {
-            return Ok(found);
-        }
-        if let Some(found) = idx::open(root)? {
-            return Ok(found);
+        for open in [shards::open, labels_csv::open, cifar::open, idx::open] {
+            if let Some(dataset) = open(root)? {
+                return Ok(dataset);
+            }
         }
         folder::open(root)
     }
 
-    /// Keeps `n` training images, one at random of each of as many stretches of the data's own order (0: all).
+    /// Opens a folder of image files, at any depth, whatever else it contains. Subfolders are
+    /// classes; `train`, `val` and `test` are splits. [`Dataset::open`] also recognizes other kinds
+    /// of data.
+    ///
+    /// # Errors
+    /// [`Error::Missing`], [`Error::Empty`], [`Error::Read`].
+    pub fn folder(path: impl AsRef<Path>) -> Result<Dataset, Error> {
+        let path = path.as_ref();
+        if path.exists() { folder::open(path) } else { Err(Error::Missing(path.to_owned())) }
+    }
+
+    /// Creates a data set of RGB images in memory, with the class of each image if `labels` is
+    /// given. All images are for training; classes are named by their numbers.
+    ///
+    /// # Panics
+    /// If an image is not RGB or has the wrong number of pixels, or the number of labels is not
+    /// that of the images.
+    pub fn from_images(images: Vec<Image>, labels: Option<Vec<usize>>) -> Dataset {
+        for image in &images {
+            assert_eq!(image.channels, CHANNELS, "images must be RGB");
+            assert_eq!(image.pixels.len(), image.height * image.width * CHANNELS, "pixels must match height and width");
+            assert!(!image.pixels.is_empty(), "images must not be empty");
+        }
+        assert!(labels.as_ref().is_none_or(|labels| labels.len() == images.len()), "every image needs one label");
+        let n_classes = labels.iter().flatten().max().map_or(0, |max| max + 1);
+        Dataset {
+            root: "images in memory".into(),
+            kind: "images in memory".into(),
+            classes: (0..n_classes).map(|class| class.to_string()).collect(),
+            train: Images::memory(images, labels),
+            held_out: None,
+            test: None,
+            skipped: Vec::new(),
+        }
+    }
+
+    /// Keeps a stratified random sample of `n` training images ([`Images::sample_random`]); 0 keeps
+    /// all.
     pub fn limit(self, n: usize) -> Dataset {
-        Dataset { train: self.train.some(n), ..self }
+        Dataset { train: self.train.sample_random(n), ..self }
     }
 
-    /// Decodes every image once and leaves out what cannot be used. Small data stay in memory, up to `keep_bytes` in all.
+    /// Decodes every image once and drops the unreadable ones. Small data stay decoded in memory,
+    /// up to `cache_bytes` for the training images and a quarter of it for each other split.
     ///
     /// # Errors
-    /// [`Error::MostlyBad`] if more than half of the training images are bad, [`Error::Empty`] if none is left.
-    pub fn check(self, keep_bytes: usize, looked_at: &(dyn Fn() + Sync)) -> Result<Dataset, Error> {
-        let (all, found) = (self.train.len(), self.train.check(keep_bytes, looked_at));
-        self.checked(all, found, keep_bytes, looked_at)
+    /// [`Error::MostlyBad`] if more than half of the training images are unreadable,
+    /// [`Error::Empty`] if none is left.
+    pub fn check(self, cache_bytes: usize, on_progress: &(dyn Fn() + Sync)) -> Result<Dataset, Error> {
+        let (n_checked, train) = (self.train.len(), self.train.check(cache_bytes, on_progress));
+        self.checked(n_checked, train, cache_bytes, on_progress)
     }
 
-    /// The same for training, which passes over what it cannot use: of training images in shards only the first are looked at.
+    /// [`Dataset::check`] for training, which skips unreadable images in shards as it meets them:
+    /// decodes only the first training images of shards.
     ///
     /// # Errors
-    /// As [`Dataset::check`].
-    pub fn check_to_train(self, keep_bytes: usize, looked_at: &(dyn Fn() + Sync)) -> Result<Dataset, Error> {
-        let (all, found) = (self.train.looked_at(), self.train.check_to_train(keep_bytes, looked_at));
-        self.checked(all, found, keep_bytes, looked_at)
+    /// Those of [`Dataset::check`].
+    pub(crate) fn check_for_training(
+        self,
+        cache_bytes: usize,
+        on_progress: &(dyn Fn() + Sync),
+    ) -> Result<Dataset, Error> {
+        let (n_checked, train) =
+            (self.train.n_checked_for_training(), self.train.check_for_training(cache_bytes, on_progress));
+        self.checked(n_checked, train, cache_bytes, on_progress)
     }
 
-    /// Of `all` training images looked at, `train` and others can be used.
+    /// Completes a check of which `n_checked` training images are done, with this outcome.
     fn checked(
         self,
-        all: usize,
+        n_checked: usize,
         (train, mut skipped): (Images, Vec<Skipped>),
-        keep_bytes: usize,
-        looked_at: &(dyn Fn() + Sync),
+        cache_bytes: usize,
+        on_progress: &(dyn Fn() + Sync),
     ) -> Result<Dataset, Error> {
-        if 2 * skipped.len() > all {
-            let first = skipped.first().map_or(String::new(), |s| format!("{}: {}", s.what, s.why));
-            return Err(Error::MostlyBad { root: self.root, bad: skipped.len(), all, first });
+        if 2 * skipped.len() > n_checked {
+            let first = skipped.first().map_or(String::new(), Skipped::to_string);
+            return Err(Error::MostlyBad { root: self.root, bad: skipped.len(), all: n_checked, first });
         }
         if train.is_empty() {
             return Err(Error::Empty(self.root));
         }
-        let mut look = |images: Option<Images>| {
-            let (images, bad) = images?.check(keep_bytes / 4, looked_at);
-            skipped.extend(bad);
+        let mut check = |images: Option<Images>| {
+            let (images, unreadable) = images?.check(cache_bytes / 4, on_progress);
+            skipped.extend(unreadable);
             (!images.is_empty()).then_some(images)
         };
-        let held_out = look(self.held_out);
-        let test = look(self.test);
-        let mut known = HashSet::new();
-        skipped.retain(|one| known.insert(one.what.clone()));
+        let held_out = check(self.held_out);
+        let test = check(self.test);
+        // `held_out` and `test` may be the same images.
+        let mut names = HashSet::new();
+        skipped.retain(|one| names.insert(one.name.clone()));
         Ok(Dataset { train, held_out, test, skipped, ..self })
     }
 
-    /// How many images [`Dataset::check`] will look at.
+    /// Number of images in all splits, which is the number that [`Dataset::check`] decodes.
     pub fn n_images(&self) -> usize {
         let len = |images: &Option<Images>| images.as_ref().map_or(0, Images::len);
         self.train.len() + len(&self.held_out) + len(&self.test)
     }
 }
 
-/// A position at random of each of `n` equal stretches of `all`, which are no fewer.
-fn one_of_each_stretch(all: usize, n: usize) -> Vec<usize> {
-    let mut rng = random::stream(&[Domain::Split as u64, all as u64, n as u64]);
-    let one = |i: usize| {
-        let (from, to) = (i * all / n, (i + 1) * all / n);
+/// Draws one random position from each of `n` equal intervals of 0..`len`. `n` is at most `len`.
+fn stratified_positions(len: usize, n: usize) -> Vec<usize> {
+    let mut rng = random::stream(&[Domain::Split as u64, len as u64, n as u64]);
+    let position = |i: usize| {
+        let (from, to) = (i * len / n, (i + 1) * len / n);
         from + random::below(&mut rng, to - from)
     };
-    (0..n).map(one).collect()
+    (0..n).map(position).collect()
 }
 
-/// A folder's entries, sorted by name, so that the order does not depend on the file system.
+/// Lists a folder's entries, sorted by name, so that the order does not depend on the file system.
 fn list(folder: &Path) -> Result<Vec<PathBuf>, Error> {
-    let read = |source| Error::Read { path: folder.to_owned(), source };
+    let unreadable = |source| Error::Read { path: folder.to_owned(), source };
     let mut entries = Vec::new();
-    for entry in std::fs::read_dir(folder).map_err(read)? {
-        entries.push(entry.map_err(read)?.path());
+    for entry in std::fs::read_dir(folder).map_err(unreadable)? {
+        entries.push(entry.map_err(unreadable)?.path());
     }
     entries.sort();
     Ok(entries)
@@ -635,49 +719,66 @@ mod tests {
     }
 
     #[test]
-    fn some_are_spread_over_all() {
-        let some = numbered(10).some(4);
-        let some = some.labels().unwrap();
-        assert!([0..2, 2..5, 5..7, 7..10].iter().zip(some).all(|(of, i)| of.contains(i)), "{some:?}");
-        assert_eq!(numbered(3).some(5).len(), 3);
-        assert_eq!(numbered(3).some(0).len(), 3);
+    fn sample_takes_one_image_per_interval() {
+        let sample = numbered(10).sample_random(4);
+        let sample = sample.labels().unwrap();
+        let intervals = [0..2, 2..5, 5..7, 7..10];
+        assert!(intervals.iter().zip(sample).all(|(interval, i)| interval.contains(i)), "{sample:?}");
+        assert_eq!(numbered(3).sample_random(5).len(), 3);
+        assert_eq!(numbered(3).sample_random(0).len(), 3);
     }
 
     #[test]
-    fn two_lots_of_images_are_one() {
+    fn concat_keeps_order_and_labels() {
         let (a, b) = (numbered(10).subset(&[0, 2, 3]), numbered(10).subset(&[9, 1]));
         assert!(a.is_same(&a.clone()) && !a.is_same(&b) && !a.is_same(&numbered(3)));
-        let both = b.and(&a).unwrap();
+        let both = b.concat(&a).unwrap();
         assert_eq!(both.labels().unwrap(), [9, 1, 0, 2, 3]);
         assert_eq!(both.get(3).unwrap().pixels, [2]);
     }
 
     #[test]
-    fn hold_out_parts_the_images() {
-        let (rest, out) = numbered(10).hold_out(3);
-        let out = out.labels().unwrap();
-        assert!([0..3, 3..6, 6..10].iter().zip(out).all(|(of, i)| of.contains(i)), "one of each stretch: {out:?}");
-        let others: Vec<usize> = (0..10).filter(|i| !out.contains(i)).collect();
+    fn split_off_partitions_the_images() {
+        let (rest, sample) = numbered(10).split_off(3);
+        let sample = sample.labels().unwrap();
+        let intervals = [0..3, 3..6, 6..10];
+        assert!(intervals.iter().zip(sample).all(|(interval, i)| interval.contains(i)), "one each: {sample:?}");
+        let others: Vec<usize> = (0..10).filter(|i| !sample.contains(i)).collect();
         assert_eq!(rest.labels().unwrap(), others);
-        assert_eq!(numbered(10).hold_out(3).1.labels().unwrap(), out);
+        assert_eq!(numbered(10).split_off(3).1.labels().unwrap(), sample);
     }
 
     #[test]
-    fn a_class_of_few_images_has_some_to_train_on() {
+    fn test_split_leaves_training_images_in_every_class() {
         let labels = [vec![0; 20], vec![1; 2], vec![2; 1]].concat();
         let image = || Image { height: 1, width: 1, channels: 1, pixels: vec![0] };
-        let (train, test) = Images::memory((0..23).map(|_| image()).collect(), Some(labels)).hold_out_to_test(5);
+        let (train, test) = Images::memory((0..23).map(|_| image()).collect(), Some(labels)).split_off_test(5);
         assert_eq!(test.labels().unwrap(), [0, 0, 0, 0, 1]);
         assert_eq!(train.len(), 18);
     }
 
     #[test]
-    fn classes_in_turn_are_all_among_some() {
+    fn samples_of_alternating_classes_contain_every_class() {
         let image = || Image { height: 1, width: 1, channels: 1, pixels: vec![0] };
-        let turns = Images::memory((0..800).map(|_| image()).collect(), Some((0..800).map(|i| i % 5).collect()));
-        for some in [turns.some(160), turns.hold_out(160).1, turns.some(400)] {
-            let of = |class: usize| some.labels().unwrap().iter().filter(|l| **l == class).count();
-            assert!((0..5).all(|class| of(class) > some.len() / 8), "{:?}", [0, 1, 2, 3, 4].map(of));
+        let alternating = Images::memory((0..800).map(|_| image()).collect(), Some((0..800).map(|i| i % 5).collect()));
+        for sample in [alternating.sample_random(160), alternating.split_off(160).1, alternating.sample_random(400)] {
+            let count = |class: usize| sample.labels().unwrap().iter().filter(|l| **l == class).count();
+            assert!((0..5).all(|class| count(class) > sample.len() / 8), "{:?}", [0, 1, 2, 3, 4].map(count));
         }
+    }
+
+    #[test]
+    fn images_in_memory_make_a_dataset() {
+        let image = |i: u8| Image { height: 1, width: 2, channels: 3, pixels: vec![i; 6] };
+        let data = Dataset::from_images((0..4).map(image).collect(), Some(vec![0, 2, 0, 2]));
+        assert_eq!((data.train.len(), data.classes.len()), (4, 3));
+        assert!(Dataset::from_images(vec![image(0)], None).classes.is_empty());
+    }
+
+    #[test]
+    fn skipped_reasons_are_on_one_line() {
+        let error = Error::Missing("photos".into());
+        let skipped = Skipped::new("a.png".into(), &error);
+        assert_eq!(skipped.to_string(), "a.png: photos does not exist; pass a folder of images");
     }
 }

@@ -1,8 +1,8 @@
-//! PACKING: a data set into tar shards in WebDataset's layout, each image under its own name, with its class where it has one. Training
-//! images are shuffled once, so that every shard is a sample of all classes.
+//! Packing of a data set into tar shards in WebDataset's layout. Images keep their names and
+//! classes. Training images are shuffled once, so that every shard is a sample of all classes.
 //!
-//! `manifest.json` lists the shards with their checksums. It is written after each shard, so that a packing that was killed goes on after the
-//! last whole one.
+//! `manifest.json` lists the shards with their checksums. It is written after each shard, so an
+//! interrupted packing resumes after the last complete shard.
 
 use std::{
     fs::{self, File},
@@ -16,90 +16,94 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::{Dataset, Error, Image, Images, decode};
-use crate::files::{self, hex};
+use super::{Dataset, Error, Image, Images, Skipped, decode};
+use crate::atomic_write::{self, hex};
 
-/// Images that are made ready at once.
-const AT_ONCE: usize = 256;
+/// Images encoded in parallel.
+const BATCH: usize = 256;
 
-/// Quality of a JPEG that is written anew.
+/// Quality of reencoded JPEGs.
 const QUALITY: u8 = 92;
 
-/// What is packed, and how.
+/// Packing settings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Packing {
-    /// The short side of larger images afterwards, in pixels; none: images stay as they are, to the byte.
+    /// Short side that larger images are resized to, in pixels; `None` keeps all files byte for
+    /// byte.
     pub size: Option<usize>,
-    /// A shard is full from here on, in bytes.
+    /// Shard size in bytes: a shard is closed once it has reached it.
     pub shard_bytes: u64,
-    /// Names the order of the training images.
+    /// Seed of the order of the training images.
     pub seed: u64,
 }
 
-/// One shard.
+/// Shard in a manifest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shard {
-    /// Its name in the folder.
+    /// File name.
     pub file: String,
-    /// How many images it holds.
+    /// Number of images.
     pub images: usize,
-    /// Its length.
+    /// Size in bytes.
     pub bytes: u64,
-    /// Of the whole file, in hexadecimal.
+    /// Checksum of the file, in hexadecimal.
     pub sha256: String,
-    /// The class of each image, where there are classes: who reads the shards from afar need not fetch them all to know.
+    /// Class of each image, if there are classes, so that remote shards need not be fetched for
+    /// their labels.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub labels: Vec<usize>,
 }
 
-/// `manifest.json`.
+/// Contents of `manifest.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
-    /// What the data was.
+    /// Fingerprint of the packed data.
     pub data: String,
-    /// How it was packed.
+    /// Settings.
     #[serde(flatten)]
     pub packing: Packing,
-    /// Names of the classes, in the order of their numbers; empty without labels.
+    /// Class names, in the order of their numbers; empty without labels.
     pub classes: Vec<String>,
-    /// In order.
+    /// Completed shards, in order.
     pub shards: Vec<Shard>,
-    /// Images that could not be used, with the reason.
+    /// Unreadable images, as `name: reason`.
     pub skipped: Vec<String>,
-    /// Images of the data that the shards hold or that were skipped.
+    /// Number of images in completed shards or skipped.
     pub done: usize,
-    /// Whether that is all of them.
+    /// True once all images are done.
     pub complete: bool,
 }
 
-/// The manifest's name in a folder of shards.
-pub const MANIFEST: &str = "manifest.json";
+/// File name of the manifest in a folder of shards.
+pub(crate) const MANIFEST: &str = "manifest.json";
 
-/// How packing ended.
+/// Result of [`pack`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
-    /// All is there.
+    /// All images are packed.
     Finished(Manifest),
-    /// Somebody said stop; so many images are in whole shards or were skipped.
+    /// Stopped on request, with the number of images in completed shards or skipped.
     Stopped(usize),
 }
 
-/// An image on its way into a shard.
-struct Ready {
+/// Encoded image for a shard.
+struct Encoded {
     name: String,
     bytes: Vec<u8>,
     label: Option<usize>,
 }
 
-fn failed(path: &Path) -> impl Fn(io::Error) -> Error + '_ {
+fn write_error(path: &Path) -> impl Fn(io::Error) -> Error + '_ {
     |source| Error::Write { path: path.to_owned(), source }
 }
 
-/// Packs `data` into the folder `out`, or goes on with a packing that was stopped there. `progress` hears of images done and of all; `stop` is
-/// looked at now and then.
+/// Packs `data` into the folder `out`, or resumes a packing that was stopped there. `progress` is
+/// called with the number of images done and their total. Packing stops soon after `stop` is set.
 ///
 /// # Errors
-/// [`Error::Occupied`] if something else is in the folder, [`Error::Write`], [`Error::Shard`] if its manifest cannot be read.
+/// [`Error::Occupied`] if the folder has other contents, [`Error::Write`], [`Error::Shard`] if its
+/// manifest is invalid or a completed shard has changed, [`Error::MostlyBad`] if no image is
+/// readable.
 pub fn pack(
     data: &Dataset,
     out: &Path,
@@ -108,42 +112,41 @@ pub fn pack(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Outcome, Error> {
     let splits = splits(data, packing.seed);
-    let all = splits.iter().map(|(_, images)| images.len()).sum();
-    let mut manifest = begin(data, out, packing, &splits)?;
+    let total = splits.iter().map(|(_, images)| images.len()).sum();
+    let mut manifest = load_or_create_manifest(data, out, packing, &splits)?;
     if manifest.complete {
-        verify(out, &manifest)?;
-        progress(all, all);
+        verify_checksums(out, &manifest)?;
+        progress(total, total);
         return Ok(Outcome::Finished(manifest));
     }
     let mut first = 0;
     for (split, images) in &splits {
-        let from = manifest.done.saturating_sub(first).min(images.len());
         let mut writer: Option<Writer> = None;
-        let mut at = from;
+        let mut at = manifest.done.saturating_sub(first).min(images.len());
         while at < images.len() {
             if stop.load(Ordering::Relaxed) {
                 if let Some(unfinished) = writer {
-                    let _ = fs::remove_file(&unfinished.temporary); // the images are packed again
+                    let _ = fs::remove_file(&unfinished.temporary); // its images are packed again on resume
                 }
                 return Ok(Outcome::Stopped(manifest.done));
             }
-            let some = at..(at + AT_ONCE).min(images.len());
-            let ready: Vec<Result<Ready, String>> =
-                some.clone().into_par_iter().map(|i| ready(&data.root, images, i, packing.size)).collect();
-            for one in ready {
+            let batch = at..(at + BATCH).min(images.len());
+            let encoded: Vec<Result<Encoded, Skipped>> =
+                batch.into_par_iter().map(|i| encode(&data.root, images, i, packing.size)).collect();
+            for image in encoded {
                 at += 1;
-                let full = match one {
-                    Err(why) => {
-                        manifest.skipped.push(why);
+                let full = match image {
+                    Err(skipped) => {
+                        manifest.skipped.push(skipped.to_string());
                         false
                     }
-                    Ok(one) => {
+                    Ok(image) => {
                         let number = manifest.shards.iter().filter(|s| s.file.starts_with(split)).count();
                         let mut open = match writer.take() {
                             Some(open) => open,
                             None => Writer::create(out, format!("{split}-{number:06}.tar"))?,
                         };
-                        open.add(one)?;
+                        open.add(image)?;
                         let full = open.tar.get_ref().bytes >= packing.shard_bytes;
                         writer = Some(open);
                         full
@@ -154,54 +157,54 @@ pub fn pack(
                         manifest.shards.push(open.finish()?);
                     }
                     manifest.done = first + at;
-                    save(out, &manifest)?;
+                    save_manifest(out, &manifest)?;
                 }
-                progress(first + at, all);
+                progress(first + at, total);
             }
         }
         first += images.len();
     }
     if manifest.shards.is_empty() {
         let first = manifest.skipped.first().cloned().unwrap_or_default();
-        return Err(Error::MostlyBad { root: data.root.clone(), bad: manifest.skipped.len(), all, first });
+        return Err(Error::MostlyBad { root: data.root.clone(), bad: manifest.skipped.len(), all: total, first });
     }
     manifest.complete = true;
-    save(out, &manifest)?;
+    save_manifest(out, &manifest)?;
     Ok(Outcome::Finished(manifest))
 }
 
-/// Whether all shards are as the manifest has them.
-fn verify(out: &Path, manifest: &Manifest) -> Result<(), Error> {
-    let one = |shard: &Shard| {
+/// Verifies the checksum of every shard.
+fn verify_checksums(out: &Path, manifest: &Manifest) -> Result<(), Error> {
+    let verify = |shard: &Shard| {
         let path = out.join(&shard.file);
         let bad = |reason: String| {
-            let reason = format!("{reason}; remove {} and pack again", out.join(MANIFEST).display());
+            let reason = format!("{reason}\nhint: remove {} and pack again", out.join(MANIFEST).display());
             Error::Shard { path: path.clone(), reason }
         };
-        let (mut hash, mut some) = (Sha256::new(), vec![0; 1 << 20]);
+        let (mut hash, mut buffer) = (Sha256::new(), vec![0; 1 << 20]);
         let mut file = File::open(&path).map_err(|e| bad(e.to_string()))?;
         loop {
-            match io::Read::read(&mut file, &mut some).map_err(|e| bad(e.to_string()))? {
+            match io::Read::read(&mut file, &mut buffer).map_err(|e| bad(e.to_string()))? {
                 0 => break,
-                n => hash.update(&some[..n]),
+                n => hash.update(&buffer[..n]),
             }
         }
         match hex(&hash.finalize()) == shard.sha256 {
             true => Ok(()),
-            false => Err(bad("it is not what was packed: its checksum differs".into())),
+            false => Err(bad("its checksum differs from the manifest".into())),
         }
     };
-    manifest.shards.par_iter().try_for_each(one)
+    manifest.shards.par_iter().try_for_each(verify)
 }
 
-/// The splits by name, in the order in which they are packed.
+/// Returns the splits with their names, in packing order.
 fn splits(data: &Dataset, seed: u64) -> Vec<(&'static str, Images)> {
-    // Shards are read from beginning to end: they are mixed through a buffer, which is large.
+    // Shards are read sequentially and mixed by a large buffer.
     const BUFFER: usize = 1 << 16;
-    let mut mixed = data.train.order(seed, BUFFER);
-    let order: Vec<usize> = (0..data.train.len() as u64).map(|place| mixed.at(place).1).collect();
+    let mut shuffled = data.train.order(seed, BUFFER);
+    let order: Vec<usize> = (0..data.train.len() as u64).map(|position| shuffled.at(position).1).collect();
     let mut splits = vec![("train", data.train.subset(&order))];
-    // With one split beside the training images both fields hold it.
+    // A data set with one such split has it in both fields.
     let same = data.held_out.as_ref().zip(data.test.as_ref()).is_some_and(|(a, b)| a.fingerprint() == b.fingerprint());
     if !same {
         splits.extend(data.held_out.clone().map(|images| ("val", images)));
@@ -210,8 +213,14 @@ fn splits(data: &Dataset, seed: u64) -> Vec<(&'static str, Images)> {
     splits
 }
 
-/// The manifest of a folder that is new or holds the same packing.
-fn begin(data: &Dataset, out: &Path, packing: Packing, splits: &[(&str, Images)]) -> Result<Manifest, Error> {
+/// Loads the manifest of a packing with the same data and settings, or creates one in an empty
+/// folder.
+fn load_or_create_manifest(
+    data: &Dataset,
+    out: &Path,
+    packing: Packing,
+    splits: &[(&str, Images)],
+) -> Result<Manifest, Error> {
     let fingerprint: Vec<String> =
         splits.iter().map(|(name, images)| format!("{name} {}", images.fingerprint())).collect();
     let new = Manifest {
@@ -223,91 +232,96 @@ fn begin(data: &Dataset, out: &Path, packing: Packing, splits: &[(&str, Images)]
         done: 0,
         complete: false,
     };
-    fs::create_dir_all(out).map_err(failed(out))?;
+    fs::create_dir_all(out).map_err(write_error(out))?;
     let path = out.join(MANIFEST);
-    let occupied = |what| Error::Occupied { path: out.to_owned(), what };
+    let occupied = |contents| Error::Occupied { path: out.to_owned(), contents };
     let text = match fs::read_to_string(&path) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let mut entries = fs::read_dir(out).map_err(failed(out))?;
+            let mut entries = fs::read_dir(out).map_err(write_error(out))?;
             return if entries.next().is_some() {
-                Err(occupied("something that is not a packing"))
+                Err(occupied("other files"))
             } else {
-                save(out, &new).map(|()| new)
+                save_manifest(out, &new).map(|()| new)
             };
         }
         Err(source) => return Err(Error::Read { path, source }),
     };
-    let found: Manifest = serde_json::from_str(&text).map_err(|e| Error::Shard { path, reason: e.to_string() })?;
-    if (&found.data, found.packing) != (&new.data, new.packing) {
-        return Err(occupied("a packing of other images, or by other settings"));
+    let existing: Manifest = serde_json::from_str(&text).map_err(|e| Error::Shard { path, reason: e.to_string() })?;
+    if (&existing.data, existing.packing) != (&new.data, new.packing) {
+        return Err(occupied("other images, or images packed with other settings"));
     }
-    Ok(found)
+    Ok(existing)
 }
 
-fn save(out: &Path, manifest: &Manifest) -> Result<(), Error> {
+fn save_manifest(out: &Path, manifest: &Manifest) -> Result<(), Error> {
     let path = out.join(MANIFEST);
     let text = serde_json::to_string_pretty(manifest).expect("a manifest is plain data") + "\n";
-    files::write_whole(&path, text.as_bytes()).map_err(failed(&path))
+    atomic_write::write_whole(&path, text.as_bytes()).map_err(write_error(&path))
 }
 
-/// Image `i` as it goes into a shard, or why it cannot.
-fn ready(root: &Path, images: &Images, i: usize, size: Option<usize>) -> Result<Ready, String> {
+/// Encodes image `i` for a shard.
+fn encode(root: &Path, images: &Images, i: usize, size: Option<usize>) -> Result<Encoded, Skipped> {
     let label = images.labels().map(|labels| labels[i]);
-    let why = |error: &dyn std::fmt::Display| format!("{}: {error}", images.name(i));
+    let skipped = |error: &dyn std::fmt::Display| Skipped::new(images.name(i), error);
     let stem = |path: &Path| path.with_extension("").to_string_lossy().replace('.', "_");
-    let (bytes, name) = match images.file_bytes(i) {
+    let (bytes, name) = match images.encoded_bytes(i) {
         Some(bytes) => {
             let name = images.path(i).map_or_else(|| PathBuf::from(images.name(i)), Path::to_owned);
-            // An archive holds no absolute paths.
-            let inner = name.strip_prefix(root).unwrap_or(&name);
-            let inner: PathBuf = inner.components().filter(|c| matches!(c, std::path::Component::Normal(_))).collect();
-            (bytes.map_err(|e| why(&e))?, stem(&inner))
+            // An archive must not contain absolute paths.
+            let relative = name.strip_prefix(root).unwrap_or(&name);
+            let relative: PathBuf =
+                relative.components().filter(|c| matches!(c, std::path::Component::Normal(_))).collect();
+            (bytes.map_err(|e| skipped(&e))?, stem(&relative))
         }
         None => {
-            let image = images.get(i).map_err(|e| e.to_string())?;
-            return Ok(Ready { name: format!("{i:09}.png"), bytes: written(&image, ImageFormat::Png, size), label });
+            let image = images.get(i).map_err(|e| skipped(&e))?;
+            return Ok(Encoded {
+                name: format!("{i:09}.png"),
+                bytes: resize_and_encode(&image, ImageFormat::Png, size),
+                label,
+            });
         }
     };
-    // Every image is decoded: who trains on shards does not look through them first.
-    let image = decode::bytes(&bytes).map_err(|e| why(&e))?;
+    // Every image is decoded, since shards are not checked before training.
+    let image = decode::bytes(&bytes).map_err(|e| skipped(&e))?;
     let format = image::guess_format(&bytes).unwrap_or(ImageFormat::Jpeg);
-    let large = size.is_some_and(|size| image.height.min(image.width) > size);
-    if !large {
+    let is_large = size.is_some_and(|size| image.height.min(image.width) > size);
+    if !is_large {
         let extension = format.extensions_str()[0];
-        return Ok(Ready { name: format!("{name}.{extension}"), bytes, label });
+        return Ok(Encoded { name: format!("{name}.{extension}"), bytes, label });
     }
-    let to = if format == ImageFormat::Jpeg { ImageFormat::Jpeg } else { ImageFormat::Png };
-    let extension = to.extensions_str()[0];
-    Ok(Ready { name: format!("{name}.{extension}"), bytes: written(&image, to, size), label })
+    let target = if format == ImageFormat::Jpeg { ImageFormat::Jpeg } else { ImageFormat::Png };
+    let extension = target.extensions_str()[0];
+    Ok(Encoded { name: format!("{name}.{extension}"), bytes: resize_and_encode(&image, target, size), label })
 }
 
-/// The image as a file, its short side `size` where it is larger.
-fn written(image: &Image, format: ImageFormat, size: Option<usize>) -> Vec<u8> {
+/// Encodes an image, resized to the short side `size` if it is larger.
+fn resize_and_encode(image: &Image, format: ImageFormat, size: Option<usize>) -> Vec<u8> {
     let rgb = RgbImage::from_raw(image.width as u32, image.height as u32, image.pixels.clone());
-    let mut rgb = DynamicImage::from(rgb.expect("an image has three values a pixel"));
+    let mut rgb = DynamicImage::from(rgb.expect("an image has three values per pixel"));
     let short = image.height.min(image.width);
     if let Some(size) = size.filter(|size| *size < short) {
-        let of = |side: usize| (side * size).div_ceil(short).max(1) as u32;
-        rgb = rgb.resize_exact(of(image.width), of(image.height), FilterType::Lanczos3);
+        let scaled = |side: usize| (side * size).div_ceil(short).max(1) as u32;
+        rgb = rgb.resize_exact(scaled(image.width), scaled(image.height), FilterType::Lanczos3);
     }
     let mut bytes = Vec::new();
-    let written = match format {
+    let result = match format {
         ImageFormat::Jpeg => rgb.write_with_encoder(JpegEncoder::new_with_quality(&mut bytes, QUALITY)),
         format => rgb.write_to(&mut Cursor::new(&mut bytes), format),
     };
-    written.expect("a picture in memory can be encoded");
+    result.expect("an image in memory can be encoded");
     bytes
 }
 
-/// A file that is hashed as it is written.
-struct Hashed {
+/// File with a running checksum and size.
+struct HashedFile {
     file: io::BufWriter<File>,
     hash: Sha256,
     bytes: u64,
 }
 
-impl Write for Hashed {
+impl Write for HashedFile {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let n = self.file.write(bytes)?;
         self.hash.update(&bytes[..n]);
@@ -320,38 +334,38 @@ impl Write for Hashed {
     }
 }
 
-/// A shard that is being written, under a name that is never taken for a finished one.
+/// Shard being written, under a temporary name.
 struct Writer {
     path: PathBuf,
     temporary: PathBuf,
     file: String,
-    tar: tar::Builder<Hashed>,
+    tar: tar::Builder<HashedFile>,
     images: usize,
     labels: Vec<usize>,
-    /// Of the last image.
+    /// Sample name of the last image.
     key: String,
 }
 
 impl Writer {
     fn create(out: &Path, file: String) -> Result<Writer, Error> {
         let path = out.join(&file);
-        let temporary = files::temporary_name(&path);
-        let to = File::create(&temporary).map_err(failed(&temporary))?;
-        let to = Hashed { file: io::BufWriter::new(to), hash: Sha256::new(), bytes: 0 };
+        let temporary = atomic_write::temporary_name(&path);
+        let tar = File::create(&temporary).map_err(write_error(&temporary))?;
+        let tar = HashedFile { file: io::BufWriter::new(tar), hash: Sha256::new(), bytes: 0 };
         Ok(Writer {
             path,
             temporary,
             file,
-            tar: tar::Builder::new(to),
+            tar: tar::Builder::new(tar),
             images: 0,
             labels: Vec::new(),
             key: String::new(),
         })
     }
 
-    fn add(&mut self, image: Ready) -> Result<(), Error> {
+    fn add(&mut self, image: Encoded) -> Result<(), Error> {
         let (key, extension) = image.name.rsplit_once('.').unwrap_or((&image.name, "jpg"));
-        // Two neighbours of one name would be one sample.
+        // Consecutive images with the same name would become one sample.
         let key = if key == self.key { format!("{key}_{}", self.images) } else { key.to_owned() };
         let label = image.label.map(|label| label.to_string());
         let members = [(extension, Some(&image.bytes[..])), ("cls", label.as_ref().map(|text| text.as_bytes()))];
@@ -361,7 +375,7 @@ impl Writer {
             header.set_size(bytes.len() as u64);
             header.set_mode(0o644);
             let name = format!("{key}.{extension}");
-            self.tar.append_data(&mut header, name, bytes).map_err(failed(&self.temporary))?;
+            self.tar.append_data(&mut header, name, bytes).map_err(write_error(&self.temporary))?;
         }
         self.key = key;
         self.images += 1;
@@ -371,14 +385,14 @@ impl Writer {
 
     fn finish(self) -> Result<Shard, Error> {
         let Writer { path, temporary, file, tar, images, labels, .. } = self;
-        let done = (|| {
-            let Hashed { file, hash, bytes } = tar.into_inner()?;
+        let result = (|| {
+            let HashedFile { file, hash, bytes } = tar.into_inner()?;
             file.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()?;
             fs::rename(&temporary, &path)?;
-            files::sync_folder(path.parent())?;
+            atomic_write::sync_folder(path.parent())?;
             Ok((hash, bytes))
         })();
-        let (hash, bytes) = done.map_err(failed(&path))?;
+        let (hash, bytes) = result.map_err(write_error(&path))?;
         Ok(Shard { file, images, bytes, sha256: hex(&hash.finalize()), labels })
     }
 }

@@ -1,4 +1,4 @@
-//! Worker threads that decode and make views ahead of the training step.
+//! Worker threads that decode images and make views ahead of the training step.
 
 use std::{
     sync::{
@@ -11,70 +11,80 @@ use std::{
 use rayon::prelude::*;
 
 use super::{Error, Images};
-use crate::views::{self, Draw, Policy, Room};
+use crate::views::{self, Augmentation, Draw, Policy, Scratch};
 
-/// Two views of the same images: `[n, size, size, channels]` each, values in 0..1; or their crops, with what is left to the device.
+/// Two views of each image of a micro-batch.
+///
+/// Either finished views, `[n, size, size, channels]` in 0..1, or crops, `[n, channels, size,
+/// size]` in 0..1, that the device still has to augment.
 #[derive(Debug, Clone, PartialEq)]
 pub struct MicroBatch {
-    /// Images.
+    /// Number of images.
     pub n: usize,
-    /// Side of a view.
-    pub size: usize,
-    /// Values a pixel.
-    pub channels: usize,
-    /// Views by the first policy.
-    pub v: Vec<f32>,
-    /// Views by the second policy.
-    pub v2: Vec<f32>,
-    /// What is still to be done with each image, by the first policy and the second: then the values are crops as planes,
-    /// `[n, channels, size, size]`. None: they are finished.
-    pub rest: Option<[Vec<Draw>; 2]>,
-}
-
-/// What a loader makes.
-#[derive(Debug, Clone)]
-pub struct Request {
-    /// The images.
-    pub images: Images,
-    /// T and T′.
-    pub policies: [Policy; 2],
     /// Side of a view in pixels.
     pub size: usize,
-    /// Crop alone, and leave the rest to the device.
-    pub crops: bool,
-    /// Images a micro-batch, of all ranks together.
+    /// Values per pixel.
+    pub channels: usize,
+    /// Views of the first policy.
+    pub v: Vec<f32>,
+    /// Views of the second policy.
+    pub v2: Vec<f32>,
+    /// Augmentations that the device still has to apply to the crops `v` and `v2`, per image;
+    /// `None` if the views are finished.
+    pub draws: Option<[Vec<Draw>; 2]>,
+}
+
+/// Micro-batches that a loader makes.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// Training images.
+    pub images: Images,
+    /// Policies of the two views, T and T′.
+    pub policies: [Policy; 2],
+    /// User-defined augmentation of both views, applied after the built-in ones. Requires
+    /// `crop_only: false`.
+    pub augmentation: Option<Arc<dyn Augmentation>>,
+    /// Side of a view in pixels.
+    pub size: usize,
+    /// Crop only and leave the other augmentations to the device.
+    pub crop_only: bool,
+    /// Images per micro-batch, over all ranks.
     pub n: usize,
-    /// Which of how many equal parts of each micro-batch this loader makes, from 0: `[0, 1]` is the whole.
+    /// Rank and world size: this loader makes one of `part[1]` equal parts of each micro-batch,
+    /// counted from 0.
     pub part: [usize; 2],
-    /// Images that the buffer mixes, of data in shards.
+    /// Size of the shuffle buffer in images, for data in shards.
     pub buffer: usize,
-    /// Names the order and every draw.
+    /// Seed of the order and of every draw.
     pub seed: u64,
-    /// The first micro-batch wanted, from 0.
+    /// First micro-batch, counted from 0.
     pub first: u64,
-    /// One past the last.
+    /// End of the range of micro-batches, exclusive.
     pub last: u64,
     /// Worker threads, at least 1.
     pub threads: usize,
 }
 
-/// Micro-batches `first..last` in their order, made ahead by worker threads.
+/// Loader of the micro-batches `first..last` in order, made ahead of time by worker threads.
 #[derive(Debug)]
 pub struct Loader {
     batches: Receiver<Result<MicroBatch, Error>>,
 }
 
-/// Micro-batches that wait, beyond the one in work. Two hide the unevenness of decoding.
-const AHEAD: usize = 2;
+/// Finished micro-batches that wait in the queue. Two even out variable decoding times.
+const QUEUE: usize = 2;
 
 impl Loader {
     /// Starts the workers. They stop when the loader is dropped.
     ///
     /// # Panics
-    /// If the system starts no thread, or the parts of a micro-batch are not equal.
+    /// If the system cannot start a thread, a micro-batch does not divide into equal parts, or a
+    /// request has both `augmentation` and `crop_only`.
     pub fn start(request: Request) -> Loader {
-        assert!(request.n.is_multiple_of(request.part[1]), "equal parts of a micro-batch");
-        let (send, batches) = sync_channel(AHEAD);
+        assert!(request.n.is_multiple_of(request.part[1]), "a micro-batch must divide into equal parts");
+        let on_host = request.augmentation.is_none() || !request.crop_only;
+        assert!(on_host, "a user-defined augmentation requires the augmentation placement `cpu`");
+        let (send, batches) = sync_channel(QUEUE);
         let work = move || {
             let pool = rayon::ThreadPoolBuilder::new()
                 .num_threads(request.threads)
@@ -82,23 +92,23 @@ impl Loader {
                 .build()
                 .expect("the system starts threads");
             let mut order = request.images.order(request.seed, request.buffer);
-            // A second one runs ahead: each knows one epoch at a time.
+            // A clone runs ahead for prefetching: an order caches one epoch at a time.
             let (mut ahead, lookahead) = (order.clone(), request.images.lookahead() as u64);
-            let (mut told, end) = (request.first * request.n as u64, request.last * request.n as u64);
+            let (mut announced, end) = (request.first * request.n as u64, request.last * request.n as u64);
             let request = Arc::new(request);
             for m in request.first..request.last {
                 let [part, parts] = request.part.map(|p| p as u64);
                 let n = request.n as u64 / parts;
                 let start = m * request.n as u64 + part * n;
-                while lookahead > 0 && told < (start + n + lookahead).min(end) {
-                    request.images.coming(ahead.at(told).1);
-                    told += 1;
+                while lookahead > 0 && announced < (start + n + lookahead).min(end) {
+                    request.images.prefetch(ahead.at(announced).1);
+                    announced += 1;
                 }
-                let wanted: Vec<(u64, usize)> = (0..n).map(|i| order.at(start + i)).collect();
-                let batch = pool.install(|| make(&request, &wanted));
+                let items: Vec<(u64, usize)> = (0..n).map(|i| order.at(start + i)).collect();
+                let batch = pool.install(|| make_batch(&request, &items));
                 let failed = batch.is_err();
                 if send.send(batch).is_err() || failed {
-                    return; // nobody listens any more, or there is nothing sensible to follow
+                    return; // the loader was dropped, or the error has been delivered
                 }
             }
         };
@@ -106,38 +116,123 @@ impl Loader {
         Loader { batches }
     }
 
-    /// The next micro-batch.
+    /// Returns the next micro-batch.
     ///
     /// # Errors
-    /// [`Error::Image`] if an image that could be decoded when the run began no longer can.
+    /// [`Error::Image`] if an image that was readable when the run began no longer is.
     ///
     /// # Panics
-    /// If asked beyond the last.
+    /// If called after the last micro-batch or after an error.
     pub fn next_batch(&self) -> Result<MicroBatch, Error> {
-        self.batches.recv().expect("the loader has a micro-batch for every step, or said why not")
+        self.batches.recv().expect("the loader sends a micro-batch per step, or an error")
     }
 }
 
-/// Both views of each wanted (epoch, image).
-fn make(request: &Request, wanted: &[(u64, usize)]) -> Result<MicroBatch, Error> {
+/// Makes both views of each (epoch, image) in `items`.
+fn make_batch(request: &Request, items: &[(u64, usize)]) -> Result<MicroBatch, Error> {
     let channels = super::CHANNELS;
-    let view = request.size * request.size * channels;
-    let (mut v, mut v2) = (vec![0.0; wanted.len() * view], vec![0.0; wanted.len() * view]);
-    let places = v.par_chunks_exact_mut(view).zip(v2.par_chunks_exact_mut(view)).zip(wanted.par_iter());
-    let rests = places.map_init(Room::default, |room, ((v, v2), &(epoch, index))| {
+    let view_len = request.size * request.size * channels;
+    let (mut v, mut v2) = (vec![0.0; items.len() * view_len], vec![0.0; items.len() * view_len]);
+    let outputs = v.par_chunks_exact_mut(view_len).zip(v2.par_chunks_exact_mut(view_len)).zip(items.par_iter());
+    let draws = outputs.map_init(Scratch::default, |scratch, ((v, v2), &(epoch, index))| {
         let (image, size) = (request.images.get_or_next(index)?, request.size);
-        let mut rest = Vec::new();
+        let mut draws = Vec::new();
         for (which, (out, policy)) in [v, v2].into_iter().zip(&request.policies).enumerate() {
-            let name = [request.seed, epoch, index as u64, which as u64];
-            match request.crops {
-                true => rest.push(views::crop_into(policy, &image, size, name, room, out)),
-                false => views::view_into(policy, &image, size, name, room, out),
+            let key = [request.seed, epoch, index as u64, which as u64];
+            match request.crop_only {
+                true => draws.push(views::crop_into(policy, &image, size, key, scratch, out)),
+                false => {
+                    let augmentation = request.augmentation.as_deref();
+                    views::view_into(policy, augmentation, &image, size, key, scratch, out);
+                }
             }
         }
-        Ok(<[Draw; 2]>::try_from(rest).ok())
+        Ok(<[Draw; 2]>::try_from(draws).ok())
     });
-    let rests = rests.collect::<Result<Vec<_>, Error>>()?;
-    let rest = request.crops.then(|| rests.into_iter().flatten().map(|[first, second]| (first, second)).unzip());
-    let rest = rest.map(|(first, second)| [first, second]);
-    Ok(MicroBatch { n: wanted.len(), size: request.size, channels, v, v2, rest })
+    let draws = draws.collect::<Result<Vec<_>, Error>>()?;
+    let draws = request.crop_only.then(|| draws.into_iter().flatten().map(|[first, second]| (first, second)).unzip());
+    let draws = draws.map(|(first, second)| [first, second]);
+    Ok(MicroBatch { n: items.len(), size: request.size, channels, v, v2, draws })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        data::synthetic,
+        random::uniform,
+        views::{ChaCha8Rng, View},
+    };
+
+    fn batches(augmentation: Option<Arc<dyn Augmentation>>, threads: usize) -> Vec<MicroBatch> {
+        let loader = Loader::start(Request {
+            images: synthetic::dataset(1, 12, 0).train,
+            policies: [Policy::default(), Policy::second()],
+            augmentation,
+            size: 16,
+            crop_only: false,
+            n: 4,
+            part: [0, 1],
+            buffer: 1,
+            seed: 7,
+            first: 0,
+            last: 4,
+            threads,
+        });
+        (0..4).map(|_| loader.next_batch().unwrap()).collect()
+    }
+
+    /// Shifts the first channel by a random offset.
+    fn shift_red(view: &mut View, rng: &mut ChaCha8Rng) {
+        let offset = uniform(rng) as f32;
+        let plane = view.height * view.width;
+        view.pixels[..plane].iter_mut().for_each(|v| *v += offset);
+    }
+
+    #[test]
+    fn user_defined_augmentation_follows_the_built_in_ones() {
+        let (plain, shifted) = (batches(None, 2), batches(Some(Arc::new(shift_red)), 2));
+        for (plain, shifted) in plain.iter().zip(&shifted) {
+            for (plain, shifted) in [(&plain.v, &shifted.v), (&plain.v2, &shifted.v2)] {
+                let pairs = || plain.as_chunks::<3>().0.iter().zip(shifted.as_chunks::<3>().0);
+                assert!(pairs().all(|(p, s)| p[0] <= s[0] && s[0] <= 1.0 && p[1..] == s[1..]));
+                assert!(pairs().any(|(p, s)| p[0] < s[0]));
+            }
+            assert_ne!(shifted.v, shifted.v2);
+        }
+    }
+
+    #[test]
+    fn user_defined_augmentation_is_deterministic_for_any_thread_count() {
+        let augmentation = || Some(Arc::new(shift_red) as Arc<dyn Augmentation>);
+        assert_eq!(batches(augmentation(), 1), batches(augmentation(), 3));
+    }
+
+    #[test]
+    fn built_in_draws_do_not_depend_on_a_user_defined_augmentation() {
+        let consume = |_: &mut View, rng: &mut ChaCha8Rng| {
+            let _ = uniform(rng);
+        };
+        assert_eq!(batches(None, 2), batches(Some(Arc::new(consume)), 2));
+    }
+
+    #[test]
+    #[should_panic(expected = "placement `cpu`")]
+    fn user_defined_augmentation_is_refused_with_crops_only() {
+        let images = synthetic::dataset(1, 2, 0).train;
+        Loader::start(Request {
+            images,
+            policies: [Policy::default(), Policy::second()],
+            augmentation: Some(Arc::new(shift_red)),
+            size: 16,
+            crop_only: true,
+            n: 2,
+            part: [0, 1],
+            buffer: 1,
+            seed: 0,
+            first: 0,
+            last: 1,
+            threads: 1,
+        });
+    }
 }

@@ -1,22 +1,23 @@
-//! Procedural images with labels, for trying the program without data: patterns in ink on paper. The class is the kind of pattern;
-//! lightness, tint, scale, turn and place are chance, so that pixels alone say little about the class. Synthetic, and called so wherever
-//! it is shown.
+//! Procedural labeled images, for trying the program without data: patterns in ink on paper. The
+//! class is the kind of pattern. Lightness, tint, scale, rotation and position are random, so
+//! pixels alone predict the class poorly. All output calls them synthetic.
 //!
-//! Tints are faint on purpose. A pair of strong colours tells an image from all others and survives the views' jitter, so a short run
-//! learns that short cut and nothing of the pattern: measured, and the reason why the views' jitter matters so much (paper, section 5).
+//! Tints are faint on purpose. A pair of strong colors identifies an image and survives the color
+//! jitter, so a short run learned that shortcut and nothing of the pattern (measured). This is why
+//! color jitter matters so much (paper, section 5).
 
 use rand_chacha::ChaCha8Rng;
 
 use super::{CHANNELS, Dataset, Image, Images};
 use crate::random::{self, Domain, uniform, uniform_in};
 
-/// Kinds of pattern: the classes.
+/// Kinds of pattern, which are the classes.
 pub const PATTERNS: [&str; 6] = ["stripes", "checks", "dots", "rings", "grid", "clouds"];
 
 /// Side of an image in pixels.
 pub const SIDE: usize = 32;
 
-/// `n` training and `n_test` test images, classes in turn.
+/// Creates `n` training and `n_test` test images with alternating classes.
 pub fn dataset(seed: u64, n: usize, n_test: usize) -> Dataset {
     let split = |which: u64, n: usize| {
         let label = |i: usize| i % PATTERNS.len();
@@ -38,7 +39,7 @@ pub fn dataset(seed: u64, n: usize, n_test: usize) -> Dataset {
 }
 
 fn draw(rng: &mut ChaCha8Rng, pattern: &str) -> Image {
-    // Paper and ink differ in lightness; a faint tint on top.
+    // Paper and ink differ in lightness, plus a faint tint.
     let ground_light = uniform(rng);
     let step = uniform_in(rng, 0.35, 0.65);
     let ink_light = if ground_light < 0.5 { ground_light + step } else { ground_light - step };
@@ -49,18 +50,18 @@ fn draw(rng: &mut ChaCha8Rng, pattern: &str) -> Image {
     let (cx, cy) = (uniform_in(rng, 0.0, SIDE as f64), uniform_in(rng, 0.0, SIDE as f64));
     let phases: [f64; 4] = std::array::from_fn(|_| uniform_in(rng, 0.0, std::f64::consts::TAU));
 
-    // How much ink at a place, 0 or 1; clouds lie between.
+    // Amount of ink at a point: 0 or 1, for clouds anything between.
     let ink_at = |x: f64, y: f64| {
         let (dx, dy) = (x - cx, y - cy);
         let (u, v) = ((cos * dx + sin * dy) / period, (cos * dy - sin * dx) / period);
         let band = |w: f64| w.rem_euclid(1.0) < 0.5;
-        let from_middle = |w: f64| w.rem_euclid(1.0) - 0.5;
+        let from_center = |w: f64| w.rem_euclid(1.0) - 0.5;
         let on = match pattern {
             "stripes" => band(u),
             "checks" => band(u) != band(v),
-            "dots" => from_middle(u).hypot(from_middle(v)) < 0.3,
+            "dots" => from_center(u).hypot(from_center(v)) < 0.3,
             "rings" => band(u.hypot(v)),
-            "grid" => from_middle(u).abs() < 0.13 || from_middle(v).abs() < 0.13,
+            "grid" => from_center(u).abs() < 0.13 || from_center(v).abs() < 0.13,
             _ => {
                 let waves = (3.1 * u + phases[0]).sin()
                     + (2.7 * v + phases[1]).sin()
@@ -74,12 +75,12 @@ fn draw(rng: &mut ChaCha8Rng, pattern: &str) -> Image {
     let mut pixels = Vec::with_capacity(SIDE * SIDE * CHANNELS);
     for y in 0..SIDE {
         for x in 0..SIDE {
-            // Four samples a pixel soften the edges.
+            // Four samples per pixel, for antialiased edges.
             let sample =
                 |i: usize| ink_at(x as f64 + 0.25 + 0.5 * (i % 2) as f64, y as f64 + 0.25 + 0.5 * (i / 2) as f64);
-            let share = (0..4).map(sample).sum::<f64>() / 4.0;
+            let ink_fraction = (0..4).map(sample).sum::<f64>() / 4.0;
             for k in 0..CHANNELS {
-                let value = ground[k] + share * (ink[k] - ground[k]) + 0.02 * random::normal(rng);
+                let value = ground[k] + ink_fraction * (ink[k] - ground[k]) + 0.02 * random::normal(rng);
                 pixels.push((value * 255.0).clamp(0.0, 255.0) as u8);
             }
         }
@@ -87,59 +88,61 @@ fn draw(rng: &mut ChaCha8Rng, pattern: &str) -> Image {
     Image { height: SIDE, width: SIDE, channels: CHANNELS, pixels }
 }
 
-/// Keeps the draws of scenes apart from those of the two splits of patterns.
+/// Random domain of the scenes; 0 and 1 are the splits of the patterns.
 const SCENES: u64 = 2;
 
-/// A room seen from inside, with balls in it, and the distance of every pixel along the line of sight's depth axis, in metres: an image
-/// whose depth is known. `[height, width]` values, row by row.
+/// Draws a room with balls, seen from inside. Returns the image and the depth of each pixel along
+/// the optical axis in meters, `[height, width]`, row-major.
 pub fn scene(seed: u64, index: u64, height: usize, width: usize) -> (Image, Vec<f32>) {
     let mut rng = random::stream(&[Domain::Synthetic as u64, seed, SCENES, index]);
-    let mut draw = |low: f64, high: f64| random::uniform_in(&mut rng, low, high);
-    let (floor, ceiling, back, side) = (draw(-1.8, -1.2), draw(1.2, 2.0), draw(5.0, 9.0), draw(2.0, 3.5));
-    let light = [draw(-0.6, 0.6), 0.8, draw(-0.8, -0.2)];
+    let mut uniform = |low: f64, high: f64| random::uniform_in(&mut rng, low, high);
+    let (floor, ceiling, back, side) = (uniform(-1.8, -1.2), uniform(1.2, 2.0), uniform(5.0, 9.0), uniform(2.0, 3.5));
+    let light = [uniform(-0.6, 0.6), 0.8, uniform(-0.8, -0.2)];
     let balls: Vec<([f64; 3], f64, [f64; 3])> = (0..6)
         .map(|_| {
-            let radius = draw(0.25, 0.8);
-            let middle = [draw(-side + radius, side - radius), draw(floor + radius, 0.8), draw(2.0, back - radius)];
-            (middle, radius, [draw(0.2, 1.0), draw(0.2, 1.0), draw(0.2, 1.0)])
+            let radius = uniform(0.25, 0.8);
+            let center =
+                [uniform(-side + radius, side - radius), uniform(floor + radius, 0.8), uniform(2.0, back - radius)];
+            (center, radius, [uniform(0.2, 1.0), uniform(0.2, 1.0), uniform(0.2, 1.0)])
         })
         .collect();
-    let walls: [[f64; 3]; 3] = std::array::from_fn(|_| std::array::from_fn(|_| draw(0.3, 0.9)));
-    let tile = draw(0.4, 0.9);
+    let walls: [[f64; 3]; 3] = std::array::from_fn(|_| std::array::from_fn(|_| uniform(0.3, 0.9)));
+    let tile = uniform(0.4, 0.9);
     let (mut pixels, mut depth) = (Vec::with_capacity(3 * height * width), Vec::with_capacity(height * width));
     for i in 0..height * width {
         let (x, y) = ((i % width) as f64 + 0.5, (i / width) as f64 + 0.5);
-        // A field of view of 60 degrees across the longer side.
+        // The field of view is 60 degrees across the longer side.
         let focal = 0.866 * height.max(width) as f64;
         let ray = [(x - width as f64 / 2.0) / focal, (height as f64 / 2.0 - y) / focal, 1.0];
-        // Each surface: how far, its normal, its colour, and the distance is the depth since the ray's third part is 1.
+        // The nearest surface so far: depth, normal, color. The ray has z = 1, so its length factor
+        // is the depth.
         let mut nearest = (back, [0.0, 0.0, -1.0], walls[0]);
-        let mut offer = |z: f64, normal: [f64; 3], colour: [f64; 3]| {
+        let mut intersect = |z: f64, normal: [f64; 3], color: [f64; 3]| {
             if z > 0.1 && z < nearest.0 {
-                nearest = (z, normal, colour);
+                nearest = (z, normal, color);
             }
         };
         let floor_z = floor / ray[1];
         let checks = ((ray[0] * floor_z / tile).floor() + (floor_z / tile).floor()) as i64;
-        offer(floor_z, [0.0, 1.0, 0.0], walls[1].map(|c| if checks % 2 == 0 { c } else { 0.4 * c }));
-        offer(ceiling / ray[1], [0.0, -1.0, 0.0], [0.9; 3]);
-        offer(side / ray[0], [-1.0, 0.0, 0.0], walls[2]);
-        offer(-side / ray[0], [1.0, 0.0, 0.0], walls[2]);
-        for (middle, radius, colour) in &balls {
-            // |z ray − middle|² = radius².
+        intersect(floor_z, [0.0, 1.0, 0.0], walls[1].map(|c| if checks % 2 == 0 { c } else { 0.4 * c }));
+        intersect(ceiling / ray[1], [0.0, -1.0, 0.0], [0.9; 3]);
+        intersect(side / ray[0], [-1.0, 0.0, 0.0], walls[2]);
+        intersect(-side / ray[0], [1.0, 0.0, 0.0], walls[2]);
+        for (center, radius, color) in &balls {
+            // Solves |z ray − center|² = radius² for z.
             let dot = |a: &[f64; 3], b: &[f64; 3]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
-            let (a, b, c) = (dot(&ray, &ray), dot(&ray, middle), dot(middle, middle) - radius * radius);
-            let root = b * b - a * c;
-            if root > 0.0 {
-                let z = (b - root.sqrt()) / a;
-                let normal = std::array::from_fn(|k| (z * ray[k] - middle[k]) / radius);
-                offer(z, normal, *colour);
+            let (a, b, c) = (dot(&ray, &ray), dot(&ray, center), dot(center, center) - radius * radius);
+            let discriminant = b * b - a * c;
+            if discriminant > 0.0 {
+                let z = (b - discriminant.sqrt()) / a;
+                let normal = std::array::from_fn(|k| (z * ray[k] - center[k]) / radius);
+                intersect(z, normal, *color);
             }
         }
-        let (z, normal, colour) = nearest;
-        let facing: f64 = normal.iter().zip(&light).map(|(n, l)| n * l).sum();
-        let shade = (0.45 + 0.55 * facing.max(0.0)) / (1.0 + 0.06 * z);
-        pixels.extend(colour.map(|c| (255.0 * c * shade).clamp(0.0, 255.0) as u8));
+        let (z, normal, color) = nearest;
+        let cosine: f64 = normal.iter().zip(&light).map(|(n, l)| n * l).sum();
+        let shade = (0.45 + 0.55 * cosine.max(0.0)) / (1.0 + 0.06 * z);
+        pixels.extend(color.map(|c| (255.0 * c * shade).clamp(0.0, 255.0) as u8));
         depth.push(z as f32);
     }
     (Image { height, width, channels: CHANNELS, pixels }, depth)
@@ -150,7 +153,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_same_seed_gives_the_same_images() {
+    fn images_are_reproducible_from_the_seed() {
         let (a, b) = (dataset(1, 9, 0), dataset(1, 9, 0));
         assert!((0..9).all(|i| a.train.get(i).unwrap() == b.train.get(i).unwrap()));
         assert_eq!(a.classes.len(), PATTERNS.len());

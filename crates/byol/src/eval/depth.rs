@@ -1,46 +1,44 @@
-//! Depth from one image (appendix E; Laina et al. 2016, arXiv:1606.00373): four up-projection blocks of 512, 256, 128 and 64 channels on the
-//! encoder's map, a 1x1 convolution to one value, and the reverse Huber loss.
+//! Monocular depth estimation (appendix E; Laina et al. 2016, arXiv:1606.00373): four up-projection
+//! blocks of 512, 256, 128 and 64 channels on the encoder's feature map, a 1x1 convolution to one
+//! value, and the reverse Huber loss.
 //!
-//! An up-projection doubles the side with zeros between; a branch of 5x5 convolution, ReLU, 3x3 convolution and a branch of a 5x5
-//! convolution are added, with ReLU. Every convolution but the last has a norm.
+//! An up-projection doubles the resolution by inserting zeros, then adds two branches: a 5x5
+//! convolution, ReLU and a 3x3 convolution, and a single 5x5 convolution; ReLU follows the sum.
+//! Every convolution but the last has batch norm.
 
 use burn::tensor::{Tensor, TensorData};
 
 use super::{
-    dense::{self, Head, Protocol, Task, Trained, crops, enlarge},
+    dense_heads::{self, Head, OutputLayer, Protocol, Sample, Trained},
     metrics,
 };
 use crate::{
-    data::{
-        Image,
-        dense::{DepthMap, DepthPair},
-    },
+    data::dense_labels::{DepthMap, DepthPair},
+    image::Image,
     nn::{
-        Encoder, Pass,
-        conv_norm_act::{ConvNorm, Then, conv_norm_act, up_conv_norm_act},
+        Encoder, ForwardContext,
+        conv_norm_act::{ConvNorm, Epilogue, conv_norm_act, up_conv_norm_act},
         tree::host,
     },
 };
 
-/// Channels of the blocks.
+/// Channels of the up-projection blocks.
 const BLOCKS: [usize; 4] = [512, 256, 128, 64];
 
-/// The name of the last layer.
-const LAST: &str = "head.depth";
+/// Smallest predicted depth, in meters; the relative metrics need depths above 0.
+const MIN_DEPTH: f32 = 1e-3;
 
-/// Nearer than this is predicted as this, in metres: ratios want depths above 0.
-const NEAREST: f32 = 1e-3;
-
+/// Head of up-projection blocks.
 #[derive(Debug)]
-struct UpProjections {
-    /// First and second of the long branch, the short branch.
+struct UpProjectionHead {
+    /// Convolutions of each block: first and second of the long branch, then the short branch.
     blocks: Vec<[ConvNorm; 3]>,
-    /// Mean depth of the training images: where the head begins.
+    /// Mean depth of the training images in meters, the head's initial output.
     mean: f64,
 }
 
-impl UpProjections {
-    fn new(features: usize, mean: f64) -> UpProjections {
+impl UpProjectionHead {
+    fn new(features: usize, mean: f64) -> UpProjectionHead {
         let mut c_in = features;
         let block = |(i, c_out): (usize, usize)| {
             let conv = |name: &str, c_in: usize, kernel: usize| ConvNorm {
@@ -52,67 +50,73 @@ impl UpProjections {
                 stride: 1,
                 dilation: 1,
             };
-            let all = [conv("1", c_in, 5), conv("2", c_out, 3), conv("3", c_in, 5)];
+            let convs = [conv("1", c_in, 5), conv("2", c_out, 3), conv("3", c_in, 5)];
             c_in = c_out;
-            all
+            convs
         };
-        UpProjections { blocks: BLOCKS.into_iter().enumerate().map(block).collect(), mean }
+        UpProjectionHead { blocks: BLOCKS.into_iter().enumerate().map(block).collect(), mean }
     }
 }
 
-impl Head for UpProjections {
+impl Head for UpProjectionHead {
+    /// Depth in meters; 0 if unknown.
+    type Label = f32;
+
+    const RATE_DROPS: [(f64, f64); 2] = [(0.4, 0.2), (2.0 / 3.0, 0.02)];
+    const WEIGHT_DECAY: f64 = 5e-4;
+    /// Crops keep their scale, which depth depends on.
+    const CROP_SCALES: [f64; 2] = [1.0, 1.0];
+
     fn convs(&self) -> Vec<&ConvNorm> {
         self.blocks.iter().flatten().collect()
     }
 
-    fn last(&self) -> (&'static str, [usize; 2], usize) {
-        (LAST, [1, BLOCKS[3]], 1)
+    fn output_layer(&self) -> OutputLayer {
+        OutputLayer { name: "head.depth", inputs: BLOCKS[3], outputs: 1 }
     }
 
-    fn forward(&self, pass: &mut Pass, map: Tensor<4>) -> Tensor<4> {
-        let up = |pass: &mut Pass, x: Tensor<4>, [first, second, short]: &[ConvNorm; 3]| {
-            let skip = up_conv_norm_act(pass, short, x.clone(), false).done();
-            let y = up_conv_norm_act(pass, first, x, true);
-            conv_norm_act(pass, second, y, Then::AddRelu(skip)).done()
+    fn forward(&self, context: &mut ForwardContext, map: Tensor<4>) -> Tensor<4> {
+        let up_project = |context: &mut ForwardContext, x: Tensor<4>, [first, second, short]: &[ConvNorm; 3]| {
+            let skip = up_conv_norm_act(context, short, x.clone(), false).into_tensor();
+            let y = up_conv_norm_act(context, first, x, true);
+            conv_norm_act(context, second, y, Epilogue::AddRelu(skip)).into_tensor()
         };
-        let y = self.blocks.iter().fold(map, |x, block| up(pass, x, block));
-        let [n, h, w, c] = y.dims();
-        let weight = pass.params.get::<4>(&format!("{LAST}.weight")).reshape([1, c]).transpose();
-        let bias = pass.params.get::<1>(&format!("{LAST}.bias")).reshape([1, 1]);
-        (y.reshape([n * h * w, c]).matmul(weight) + bias).reshape([n, h, w, 1]).add_scalar(self.mean)
+        let y = self.blocks.iter().fold(map, |x, block| up_project(context, x, block));
+        self.output_layer().forward(context, y).add_scalar(self.mean)
+    }
+
+    fn loss(depth: Tensor<4>, truth: &[f32]) -> Tensor<1> {
+        reverse_huber(depth, truth)
     }
 }
 
-/// An encoder with a depth head.
+/// Encoder with a depth head.
 #[derive(Debug)]
-pub struct DepthNet(Trained<UpProjections>);
+pub struct DepthNet(Trained<UpProjectionHead>);
 
 impl DepthNet {
-    /// Trains a head on a copy of the encoder; the rate falls to a fifth after 40 % of the steps, to a fiftieth after two thirds. `done` hears of each update's loss.
+    /// Trains a head on a copy of `encoder`. The learning rate drops to a fifth after 40 % of the
+    /// steps and to a fiftieth after two thirds. `on_step` receives the loss of each update.
     ///
     /// # Panics
-    /// If there is no pair.
-    pub fn train(start: &Encoder, pairs: &[DepthPair], p: &Protocol, done: impl FnMut(f64)) -> DepthNet {
-        let device = start.device();
-        let task = Task { drops: [(0.4, 0.2), (2.0 / 3.0, 0.02)], weight_decay: 5e-4 };
-        let known = pairs.iter().flat_map(|pair| &pair.depth.metres).filter(|m| **m > 0.0).map(|m| f64::from(*m));
-        let head = UpProjections::new(start.features(), metrics::mean(known));
-        let pair = |i: usize| (&pairs[i].image, &pairs[i].depth.metres[..]);
-        // Their scale stays, because depth goes with it.
-        let views = |some: &[(u64, usize)]| crops(some, p, [1.0, 1.0], pair, &device);
-        let loss = |depth: Tensor<4>, truth: &Vec<f32>| reverse_huber(enlarge(depth, p.crop, p.crop), truth);
-        DepthNet(dense::train(start.clone(), head, p, task, pairs.len(), views, loss, done))
+    /// If `pairs` is empty.
+    pub fn train(encoder: &Encoder, pairs: &[DepthPair], p: &Protocol, on_step: impl FnMut(f64)) -> DepthNet {
+        let known = pairs.iter().flat_map(|pair| &pair.depth.meters).filter(|m| **m > 0.0).map(|m| f64::from(*m));
+        let head = UpProjectionHead::new(encoder.features(), metrics::mean(known));
+        let samples: Vec<Sample<UpProjectionHead>> =
+            pairs.iter().map(|pair| (&pair.image, &pair.depth.meters[..])).collect();
+        DepthNet(dense_heads::train(encoder.clone(), head, &samples, p, on_step))
     }
 
-    /// The depth of every pixel of an image, at its own size.
+    /// Predicts the depth of every pixel of `image`.
     pub fn predict(&self, image: &Image) -> DepthMap {
-        let metres = host(enlarge(self.0.predict(image), image.height, image.width));
-        let metres = metres.into_iter().map(|m| m.max(NEAREST)).collect();
-        DepthMap { height: image.height, width: image.width, metres }
+        let meters = host(self.0.predict(image)).into_iter().map(|m| m.max(MIN_DEPTH)).collect();
+        DepthMap { height: image.height, width: image.width, meters }
     }
 }
 
-/// Mean over the pixels with a truth of |e| up to c, (e² + c²) / 2c above, with c a fifth of the largest |e|. `depth`: `[N, H, W, 1]`, tracked.
+/// Reverse Huber loss, averaged over the pixels of known depth: |e| up to c, (e² + c²) / 2c above,
+/// where c is a fifth of the largest |e|. `depth`: `[N, H, W, 1]`, tracked.
 fn reverse_huber(depth: Tensor<4>, truth: &[f32]) -> Tensor<1> {
     let (shape, device) = (depth.dims(), depth.device());
     let constant = |values: Vec<f32>| {
@@ -123,9 +127,9 @@ fn reverse_huber(depth: Tensor<4>, truth: &[f32]) -> Tensor<1> {
     let pixels = known.iter().sum::<f32>().max(1.0);
     let e = ((depth - constant(truth.to_vec())) * constant(known)).abs();
     let c = 0.2 * f64::from(e.clone().without_autodiff().max().into_scalar::<f32>()).max(1e-6);
-    let square = (e.clone().square() + c * c).div_scalar(2.0 * c);
-    let large = e.clone().greater_elem(c);
-    e.mask_where(large, square).sum().div_scalar(f64::from(pixels))
+    let quadratic = (e.clone().square() + c * c).div_scalar(2.0 * c);
+    let is_large = e.clone().greater_elem(c);
+    e.mask_where(is_large, quadratic).sum().div_scalar(f64::from(pixels))
 }
 
 #[cfg(test)]
@@ -139,7 +143,7 @@ mod tests {
     };
 
     #[test]
-    fn a_head_learns_more_than_the_mean_depth() {
+    fn head_learns_more_than_the_mean_depth() {
         let spec = EncoderSpec {
             architecture: Architecture::Resnet18,
             width: 0.125,
@@ -151,25 +155,25 @@ mod tests {
             eps: reference_eps(),
         };
         let pair = |i: u64| {
-            let (image, metres) = synthetic::scene(1, i, 32, 32);
-            DepthPair { path: "scene".into(), image, depth: DepthMap { height: 32, width: 32, metres } }
+            let (image, meters) = synthetic::scene(1, i, 32, 32);
+            DepthPair { path: "scene".into(), image, depth: DepthMap { height: 32, width: 32, meters } }
         };
         let pairs: Vec<DepthPair> = (0..12).map(pair).collect();
         let p = Protocol { steps: 120, batch: 4, crop: 32, rate: 0.05, frozen: false, seed: 0 };
         let net = DepthNet::train(&Encoder::random(spec, 1, &Device::flex()), &pairs, &p, |_| ());
-        let middle = metrics::mean(pairs.iter().flat_map(|p| &p.depth.metres).map(|m| f64::from(*m))) as f32;
-        let (mut learned, mut constant) = (metrics::Depth::default(), metrics::Depth::default());
+        let mean = metrics::mean(pairs.iter().flat_map(|p| &p.depth.meters).map(|m| f64::from(*m))) as f32;
+        let (mut learned, mut constant) = (metrics::DepthErrors::default(), metrics::DepthErrors::default());
         for pair in &pairs {
-            learned.add(&net.predict(&pair.image).metres, &pair.depth.metres);
-            constant.add(&vec![middle; 32 * 32], &pair.depth.metres);
+            learned.add(&net.predict(&pair.image).meters, &pair.depth.meters);
+            constant.add(&vec![mean; 32 * 32], &pair.depth.meters);
         }
-        assert!(learned.rms() < 0.9 * constant.rms(), "{} against {} of the mean", learned.rms(), constant.rms());
+        assert!(learned.rms() < 0.9 * constant.rms(), "rms {}, of the mean depth {}", learned.rms(), constant.rms());
     }
 
     #[test]
-    fn the_loss_is_linear_for_small_errors_and_square_for_large_ones() {
+    fn reverse_huber_is_linear_for_small_and_quadratic_for_large_errors() {
         let device = Device::flex();
-        // Errors 0.1, 1 and, without a truth, none: c = 0.2; 0.1, and (1 + 0.04) / 0.4 = 2.6.
+        // Errors 0.1, 1 and one unknown: c = 0.2, losses 0.1 and (1 + 0.04) / 0.4 = 2.6.
         let depth = Tensor::<4>::from_data(TensorData::new(vec![1.1f32, 3.0, 7.0], [1, 1, 3, 1]), &device).autodiff();
         let loss = f64::from(reverse_huber(depth, &[1.0, 2.0, 0.0]).without_autodiff().into_scalar::<f32>());
         assert!((loss - (0.1 + 2.6) / 2.0).abs() < 1e-5, "{loss}");

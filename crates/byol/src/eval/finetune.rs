@@ -1,165 +1,180 @@
-//! Fine-tuning, semi-supervised (§4.2, appendix D.2) and for transfer: encoder and a new linear layer, trained on labels or a part of them.
-//! Random crop and flip, SGD with Nesterov momentum 0.9, cosine learning rate, no decay; learning rate and epochs are chosen on a held-out fifth of that part.
+//! Fine-tuning, semi-supervised (§4.2, appendix D.2) and for transfer: the encoder and a new linear
+//! layer are trained on all labels or a subset. Random crops and flips, SGD with Nesterov momentum
+//! 0.9, cosine learning rate, no weight decay; the learning rate and the number of epochs are
+//! selected on a held-out fifth of the training images.
 
 use burn::tensor::Tensor;
 
 use super::{
-    CROP, crops, cross_entropy, embed,
+    cross_entropy, embed,
     logistic::Classifier,
-    measure::{Judged, Measure, Truth},
+    protocol::{Labels, MetricKind, ScoredPredictions},
+    random_crops,
 };
 use crate::{
     data::{Error, Images},
-    nn::{Encoder, Leaf, Mode, Pass, Precision, Tree, Weights},
+    nn::{Encoder, ForwardContext, Leaf, Mode, Precision, Tree, Weights},
     optim::{Optimizer, Rule, Schedule, Sgd},
     random::{self, Domain},
     ranks::Ranks,
 };
 
-/// The paper's base rates.
+/// The paper's base learning rates, for batch size 256.
 pub const RATES: [f64; 5] = [0.005, 0.01, 0.02, 0.05, 0.1];
 
-/// How to fine-tune.
+/// Fine-tuning protocol.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Protocol {
-    /// Passes over the images, to choose from. The paper: 30 and 50.
+    /// Numbers of epochs to select from. The paper: 30 and 50.
     pub epochs: Vec<usize>,
-    /// Images an update, at most. 1024 in the paper; with few images an eighth of them, so that an epoch has eight updates.
+    /// Maximum batch size. 1024 in the paper; small data sets use an eighth of their images, so
+    /// that an epoch has at least eight updates.
     pub batch: usize,
-    /// Base rates to choose from; the peak is rate × batch / 256.
+    /// Base learning rates to select from; the peak rate is base × batch / 256.
     pub rates: Vec<f64>,
-    /// Names the order, the crops and the held-out part.
+    /// Seed of the image order, the crops and the held-out images.
     pub seed: u64,
 }
 
-/// What came of it.
+/// Fine-tuned encoder and classifier with the selected hyperparameters.
 #[derive(Debug)]
-pub struct Tuned {
-    /// The encoder, no longer that of the file.
+pub struct FineTuned {
+    /// Fine-tuned encoder.
     pub encoder: Encoder,
-    /// On its representations.
+    /// Classifier on the encoder's representations.
     pub classifier: Classifier,
-    /// Base rate.
+    /// Selected base learning rate.
     pub rate: f64,
-    /// Passes over the images.
+    /// Selected number of epochs.
     pub epochs: usize,
-    /// The measure with them on the held-out part, by one that did not see it.
-    pub held_out: f64,
+    /// Metric on the held-out images at that setting, of a model trained without them; NaN if there
+    /// was nothing to select.
+    pub held_out_metric: f64,
 }
 
-/// The positions of a part of the labels: of every class as many, at least one, at random, in their own order. A smaller part with the same
-/// seed is a part of a larger one.
-pub fn part(labels: &[usize], classes: usize, share: f64, seed: u64) -> Vec<usize> {
-    let each = (share * labels.len() as f64 / classes.max(1) as f64).round().max(1.0) as usize;
-    let mut chosen = Vec::new();
+/// Returns the sorted indices of a class-balanced random subset of the labels: the same number from
+/// every class, at least one. With the same seed, a smaller `fraction` gives a subset of a larger
+/// one.
+pub fn label_subset(labels: &[usize], classes: usize, fraction: f64, seed: u64) -> Vec<usize> {
+    let per_class = (fraction * labels.len() as f64 / classes.max(1) as f64).round().max(1.0) as usize;
+    let mut subset = Vec::new();
     for class in 0..classes {
-        let mut of: Vec<usize> = (0..labels.len()).filter(|i| labels[*i] == class).collect();
-        random::shuffle(&mut random::stream(&[Domain::Split as u64, seed, class as u64]), &mut of);
-        of.truncate(if share >= 1.0 { of.len() } else { each });
-        chosen.extend(of);
+        let mut members: Vec<usize> = (0..labels.len()).filter(|i| labels[*i] == class).collect();
+        random::shuffle(&mut random::stream(&[Domain::Split as u64, seed, class as u64]), &mut members);
+        members.truncate(if fraction >= 1.0 { members.len() } else { per_class });
+        subset.extend(members);
     }
-    chosen.sort_unstable();
-    chosen
+    subset.sort_unstable();
+    subset
 }
 
-/// What an image counts to where some of each class are held out: its class, of several the first, of none one of their own.
-fn first_classes(truth: Truth, classes: usize) -> Vec<usize> {
-    (0..truth.len()).map(|i| truth.classes(i).first().copied().unwrap_or(classes)).collect()
+/// Class of each image for stratification: the first of several labels, `classes` for an image
+/// without one.
+fn strata(labels: Labels, classes: usize) -> Vec<usize> {
+    (0..labels.len()).map(|i| labels.classes(i).first().copied().unwrap_or(classes)).collect()
 }
 
-/// Which images are held out to choose by: one of `of` of each class that has several, at least one, at random.
-pub(super) fn held_out(labels: &[usize], of: usize, seed: u64) -> Vec<bool> {
-    let mut out = vec![false; labels.len()];
+/// Marks the images held out for selecting hyperparameters: a random 1 / `fold` of every class with
+/// at least two images, at least one per class.
+pub(super) fn held_out_mask(labels: &[usize], fold: usize, seed: u64) -> Vec<bool> {
+    let mut mask = vec![false; labels.len()];
     for class in 0..=labels.iter().copied().max().unwrap_or(0) {
-        let mut all: Vec<usize> = (0..labels.len()).filter(|i| labels[*i] == class).collect();
-        random::shuffle(&mut random::stream(&[Domain::Split as u64, seed, class as u64, 1]), &mut all);
-        let n = (all.len() / of).max(usize::from(all.len() > 1));
-        all[..n].iter().for_each(|i| out[*i] = true);
+        let mut members: Vec<usize> = (0..labels.len()).filter(|i| labels[*i] == class).collect();
+        random::shuffle(&mut random::stream(&[Domain::Split as u64, seed, class as u64, 1]), &mut members);
+        let n = (members.len() / fold).max(usize::from(members.len() > 1));
+        members[..n].iter().for_each(|i| mask[*i] = true);
     }
-    out
+    mask
 }
 
-/// Images an update of `n` in all: eight updates an epoch, and at most `most` images, but 16 where there are so many.
-pub fn batch_for(n: usize, most: usize) -> usize {
-    most.min((n / 8).max(16)).min(n)
+/// Batch size for `n` training images: an eighth of them, at least 16 if there are that many, at
+/// most `max`.
+pub fn batch_size(n: usize, max: usize) -> usize {
+    max.min((n / 8).max(16)).min(n)
 }
 
-/// Training images that [`choose`] goes through, for a bar: `n` images in all.
+/// Number of training images [`train`] processes for `n` images, for a progress bar.
 pub fn images_seen(n: usize, p: &Protocol) -> usize {
-    let fits = p.rates.len() * p.epochs.len();
+    let settings = p.rates.len() * p.epochs.len();
     let sweep: usize = p.epochs.iter().map(|e| p.rates.len() * e * (n - n / 5)).sum();
     let last = p.epochs.iter().max().copied().unwrap_or(0) * n;
-    if fits > 1 { sweep + last } else { last }
+    if settings > 1 { sweep + last } else { last }
 }
 
-/// Fine-tunes `start` on the images: tries every rate and number of epochs, then trains on all with the best by `measure`. `done` hears of images.
+/// Fine-tunes a copy of `start`: trains with every combination of learning rate and epochs without
+/// the held-out images, then on all images with the combination that has the best held-out
+/// `metric`. `on_progress` receives the number of training images processed.
 ///
 /// # Errors
-/// [`Error::Image`] for an image that cannot be decoded any more.
+/// [`Error::Image`] for an image that can no longer be decoded.
 ///
 /// # Panics
-/// If the images have no labels below `classes`, the measure is not for them, or there is nothing to choose from.
-pub fn choose(
+/// If the images have no labels below `classes`, the metric does not apply to them, or `p` has no
+/// rates or epochs.
+pub fn train(
     start: &Encoder,
     images: &Images,
     classes: usize,
-    measure: Measure,
+    metric: MetricKind,
     p: &Protocol,
-    mut done: impl FnMut(usize),
-) -> Result<Tuned, Error> {
-    let out = held_out(&first_classes(truth_of(images), classes), 5, p.seed);
-    let rows = |of: bool| images.subset(&(0..images.len()).filter(|i| out[*i] == of).collect::<Vec<_>>());
-    let (rest, test) = (rows(false), rows(true));
+    mut on_progress: impl FnMut(usize),
+) -> Result<FineTuned, Error> {
+    let mask = held_out_mask(&strata(require_labels(images), classes), 5, p.seed);
+    let select =
+        |held_out: bool| images.subset(&(0..images.len()).filter(|i| mask[*i] == held_out).collect::<Vec<_>>());
+    let (kept, validation) = (select(false), select(true));
     let mut best: Option<(f64, f64, usize)> = None;
     let settings: Vec<(f64, usize)> = p.epochs.iter().flat_map(|e| p.rates.iter().map(move |r| (*r, *e))).collect();
-    // With one setting, or no image to choose by, there is nothing to try.
-    if settings.len() > 1 && !test.is_empty() {
+    if settings.len() > 1 && !validation.is_empty() {
         for (rate, epochs) in &settings {
-            let (encoder, classifier) = train(start, &rest, classes, p, *rate, *epochs, &mut done)?;
-            let scores = classifier.scores(&embed(&encoder, &test, |_| ())?);
-            // One that has broken is chosen only where all have.
+            let (encoder, classifier) = fit(start, &kept, classes, p, *rate, *epochs, &mut on_progress)?;
+            let scores = classifier.scores(&embed(&encoder, &validation, |_| ())?);
+            // A diverged model is selected only if all have diverged.
             let value = match classifier.is_finite() && scores.iter().all(|s| s.is_finite()) {
-                true => Judged::new(measure, &scores, truth_of(&test), classes).of_all(),
+                true => ScoredPredictions::new(metric, &scores, require_labels(&validation), classes).metric(),
                 false => -1.0,
             };
-            if best.is_none_or(|(most, ..)| value > most) {
+            if best.is_none_or(|(best_value, ..)| value > best_value) {
                 best = Some((value, *rate, *epochs));
             }
         }
     }
-    // With nothing to choose by, the middle rate.
-    let (held_out, rate, epochs) = best.unwrap_or((f64::NAN, p.rates[p.rates.len() / 2], p.epochs[0]));
-    let (encoder, classifier) = train(start, images, classes, p, rate, epochs, &mut done)?;
-    Ok(Tuned { encoder, classifier, rate, epochs, held_out })
+    // With a single setting or no held-out image: the middle rate.
+    let (held_out_metric, rate, epochs) = best.unwrap_or((f64::NAN, p.rates[p.rates.len() / 2], p.epochs[0]));
+    let (encoder, classifier) = fit(start, images, classes, p, rate, epochs, &mut on_progress)?;
+    Ok(FineTuned { encoder, classifier, rate, epochs, held_out_metric })
 }
 
-/// Of images that were checked to have labels.
-fn truth_of(images: &Images) -> Truth<'_> {
-    Truth::of(images).expect("fine-tuning has labels")
+/// Labels of images that are known to be labeled.
+fn require_labels(images: &Images) -> Labels<'_> {
+    Labels::from_images(images).expect("fine-tuning needs labels")
 }
 
-/// Mean over the images of the sum over the classes of the binary cross-entropy: is the image of it? `logits`: `[N, classes]`, tracked.
-fn each_class_by_itself(logits: Tensor<2>, tags: &[&[usize]]) -> Tensor<1> {
+/// Multi-label loss: binary cross-entropy summed over classes, averaged over images. `logits`:
+/// `[N, classes]`, tracked.
+fn binary_cross_entropy(logits: Tensor<2>, labels: &[&[usize]]) -> Tensor<1> {
     let [n, classes] = logits.dims();
-    // No against yes: the softmax of two has its slope everywhere, also at 0, where every logit begins.
-    let yes = logits.reshape([n * classes, 1]);
-    let both = Tensor::cat(vec![yes.zeros_like(), yes], 1);
-    let is_of = tags.iter().flat_map(|tags| (0..classes).map(move |class| Some(usize::from(tags.contains(&class)))));
-    cross_entropy(both, is_of).mul_scalar(classes as f64)
+    // A two-way softmax of 0 and the logit: its gradient is exact everywhere, including at 0, where
+    // all logits start.
+    let positive = logits.reshape([n * classes, 1]);
+    let both = Tensor::cat(vec![positive.zeros_like(), positive], 1);
+    let targets =
+        labels.iter().flat_map(|labels| (0..classes).map(move |class| Some(usize::from(labels.contains(&class)))));
+    cross_entropy(both, targets).mul_scalar(classes as f64)
 }
 
-/// One fit.
-fn train(
+/// Trains a copy of `start` with a new linear layer at one learning rate.
+fn fit(
     start: &Encoder,
     images: &Images,
     classes: usize,
     p: &Protocol,
     rate: f64,
     epochs: usize,
-    done: &mut impl FnMut(usize),
+    on_progress: &mut impl FnMut(usize),
 ) -> Result<(Encoder, Classifier), Error> {
-    let (n, truth) = (images.len(), truth_of(images));
-    let (batch, device) = (batch_for(n, p.batch), start.device());
+    let (n, labels) = (images.len(), require_labels(images));
+    let (batch, device) = (batch_size(n, p.batch), start.device());
     let steps = (epochs * n / batch).max(1);
     let schedule = Schedule::cosine(rate * batch as f64 / 256.0, steps as u64);
     let features = start.features();
@@ -170,39 +185,39 @@ fn train(
     let (mut optimizer, norm) = (Optimizer::new(rule, &params), start.spec.norm());
     let mut order = random::endless(Domain::Order, p.seed, n);
     for step in 0..steps {
-        let some: Vec<(u64, usize)> = order.by_ref().take(batch).collect();
-        let x = crops(images, &some, start.spec.size, p.seed, CROP, &device)?;
-        let of: Vec<&[usize]> = some.iter().map(|(_, i)| truth.classes(*i)).collect();
+        let draws: Vec<(u64, usize)> = order.by_ref().take(batch).collect();
+        let x = random_crops(images, &draws, start.spec.size, p.seed, &device)?;
+        let batch_labels: Vec<&[usize]> = draws.iter().map(|(_, i)| labels.classes(*i)).collect();
         let theta = params.tracked();
-        let mut pass = Pass {
+        let mut context = ForwardContext {
             params: &theta,
             norm: &norm,
             precision: Precision::F32,
-            mode: Mode::Train(&mut statistics, Ranks::ALONE),
+            mode: Mode::Train(&mut statistics, Ranks::SINGLE),
         };
-        let y = start.represent(&mut pass, x.autodiff());
+        let y = start.forward(&mut context, x.autodiff());
         let logits = y.matmul(theta.get::<2>(HEAD[0]).transpose()) + theta.get::<1>(HEAD[1]).reshape([1, classes]);
-        let loss = match truth {
-            Truth::One(_) => cross_entropy(logits, of.into_iter().map(|one| one.first().copied())),
-            Truth::Several(_) => each_class_by_itself(logits, &of),
+        let loss = match labels {
+            Labels::Single(_) => cross_entropy(logits, batch_labels.into_iter().map(|label| label.first().copied())),
+            Labels::Multi(_) => binary_cross_entropy(logits, &batch_labels),
         };
         let grads = theta.gradients(&mut loss.backward());
-        (params, _) = optimizer.step(&params, &Tree::new(), &grads, schedule.eta(step as u64), 1.0);
-        done(some.len());
+        params = optimizer.step(&params, &grads, schedule.eta(step as u64));
+        on_progress(draws.len());
     }
     let mut theta: Vec<f64> = Vec::new();
     for name in HEAD {
-        theta.extend(params.leaf(name).expect("put in above").to_vec().iter().map(|v| f64::from(*v)));
+        theta.extend(params.leaf(name).expect("inserted above").to_vec().iter().map(|v| f64::from(*v)));
     }
-    let mut of_encoder = Tree::new();
+    let mut encoder_params = Tree::new();
     for (name, leaf) in params.iter().filter(|(name, _)| !HEAD.contains(name)) {
-        of_encoder.insert(name, leaf.clone());
+        encoder_params.insert(name, leaf.clone());
     }
-    let encoder = Encoder::new(start.spec.clone(), Weights { params: of_encoder, statistics });
+    let encoder = Encoder::new(start.spec.clone(), Weights { params: encoder_params, statistics });
     Ok((encoder, Classifier::new(&theta, classes)))
 }
 
-/// The linear layer, by torchvision's names.
+/// Parameters of the linear layer, with torchvision's names.
 const HEAD: [&str; 2] = ["fc.weight", "fc.bias"];
 
 #[cfg(test)]
@@ -216,48 +231,48 @@ mod tests {
     };
 
     #[test]
-    fn a_part_of_the_labels_is_balanced_and_grows() {
+    fn label_subset_is_balanced_and_nested() {
         let labels: Vec<usize> = (0..200).map(|i| if i < 150 { 0 } else { 1 + i % 2 }).collect();
-        let part = |share, seed| part(&labels, 3, share, seed);
-        let few = part(0.15, 7);
-        let of = |part: &[usize], class: usize| part.iter().filter(|i| labels[**i] == class).count();
-        assert_eq!([0, 1, 2].map(|class| of(&few, class)), [10; 3], "as many of every class, however many there are");
-        let more = part(0.3, 7);
-        assert!(few.iter().all(|i| more.contains(i)), "a larger part has the smaller one in it");
-        assert_eq!(few, part(0.15, 7));
-        assert_ne!(few, part(0.15, 8));
-        assert_eq!(part(1.0, 7).len(), 200);
-        assert_eq!(part(0.0001, 7).len(), 3, "at least one of each");
+        let subset = |fraction, seed| label_subset(&labels, 3, fraction, seed);
+        let small = subset(0.15, 7);
+        let count = |subset: &[usize], class: usize| subset.iter().filter(|i| labels[**i] == class).count();
+        assert_eq!([0, 1, 2].map(|class| count(&small, class)), [10; 3], "every class contributes equally");
+        let large = subset(0.3, 7);
+        assert!(small.iter().all(|i| large.contains(i)), "a larger subset contains the smaller one");
+        assert_eq!(small, subset(0.15, 7));
+        assert_ne!(small, subset(0.15, 8));
+        assert_eq!(subset(1.0, 7).len(), 200);
+        assert_eq!(subset(0.0001, 7).len(), 3, "at least one per class");
     }
 
     #[test]
-    fn what_is_held_out_is_of_every_class() {
+    fn held_out_mask_is_stratified() {
         let labels: Vec<usize> = (0..21).map(|i| if i == 0 { 2 } else { i % 2 }).collect();
-        let out = held_out(&labels, 5, 0);
-        let of = |class: usize| (0..21).filter(|i| out[*i] && labels[*i] == class).count();
-        assert_eq!([of(0), of(1), of(2)], [2, 2, 0], "of a class with one image that stays to be learned from");
-        let tags: Vec<Vec<usize>> = (0..20).map(|i| if i < 10 { vec![] } else { vec![1, 0] }).collect();
-        let out = held_out(&first_classes(Truth::Several(&tags), 3), 5, 0);
-        assert_eq!([0..10, 10..20].map(|of| of.filter(|i| out[*i]).count()), [2, 2]);
+        let mask = held_out_mask(&labels, 5, 0);
+        let count = |class: usize| (0..21).filter(|i| mask[*i] && labels[*i] == class).count();
+        assert_eq!([count(0), count(1), count(2)], [2, 2, 0], "the only image of a class is trained on");
+        let labels: Vec<Vec<usize>> = (0..20).map(|i| if i < 10 { vec![] } else { vec![1, 0] }).collect();
+        let mask = held_out_mask(&strata(Labels::Multi(&labels), 3), 5, 0);
+        assert_eq!([0..10, 10..20].map(|stratum| stratum.filter(|i| mask[*i]).count()), [2, 2]);
     }
 
     #[test]
-    fn each_class_has_a_cross_entropy_of_its_own() {
+    fn binary_cross_entropy_and_its_gradient_match_the_closed_form() {
         let logits =
             Tensor::<2>::from_data(TensorData::new(vec![0.0f32, 2.0, -1000.0, 1000.0], [2, 2]), &Device::flex());
         let logits = logits.autodiff().require_grad();
-        let loss = each_class_by_itself(logits.clone(), &[&[1], &[1]]);
-        let wanted = 0.5 * (2.0f64.ln() + (1.0 + (-2.0f64).exp()).ln());
-        assert!((f64::from(host(loss.clone())[0]) - wanted).abs() < 1e-6, "{wanted}");
-        // (σ(x) − y) / N, at 0 too.
-        let slope = host(logits.grad_remove(&mut loss.backward()).unwrap());
+        let loss = binary_cross_entropy(logits.clone(), &[&[1], &[1]]);
+        let expected = 0.5 * (2.0f64.ln() + (1.0 + (-2.0f64).exp()).ln());
+        assert!((f64::from(host(loss.clone())[0]) - expected).abs() < 1e-6, "{expected}");
+        // (σ(x) − y) / N, also at 0.
+        let gradient = host(logits.grad_remove(&mut loss.backward()).unwrap());
         let sigma = 1.0 / (1.0 + (-2.0f32).exp());
-        let wanted = [0.25, 0.5 * (sigma - 1.0), 0.0, 0.0];
-        assert!(slope.iter().zip(wanted).all(|(a, b)| (a - b).abs() < 1e-6), "{slope:?} {wanted:?}");
+        let expected = [0.25, 0.5 * (sigma - 1.0), 0.0, 0.0];
+        assert!(gradient.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-6), "{gradient:?} {expected:?}");
     }
 
     #[test]
-    fn the_encoder_and_its_statistics_move_and_learn() {
+    fn trains_every_encoder_tensor_and_fits_the_training_images() {
         let spec = EncoderSpec {
             architecture: Architecture::Resnet18,
             width: 0.125,
@@ -272,15 +287,16 @@ mod tests {
         let images = synthetic::dataset(1, 96, 0).train;
         let p = Protocol { epochs: vec![12], batch: 16, rates: vec![0.5], seed: 0 };
         let before: Vec<Vec<f32>> = start.weights.params.iter().map(|(_, l)| l.to_vec()).collect();
-        let tuned = choose(&start, &images, synthetic::PATTERNS.len(), Measure::Top1, &p, |_| ()).unwrap();
-        let moved = tuned.encoder.weights.params.iter().zip(&before).filter(|((_, l), b)| l.to_vec() != **b).count();
-        assert_eq!(moved, before.len(), "every tensor of the encoder is trained");
+        let tuned = train(&start, &images, synthetic::PATTERNS.len(), MetricKind::Top1, &p, |_| ()).unwrap();
+        let changed = tuned.encoder.weights.params.iter().zip(&before).filter(|((_, l), b)| l.to_vec() != **b).count();
+        assert_eq!(changed, before.len(), "every tensor of the encoder is trained");
         let mean = |encoder: &Encoder| host(encoder.weights.statistics.get("bn1").mean.clone());
         assert_ne!(mean(&tuned.encoder), mean(&start));
-        let unmoved = start.weights.params.iter().zip(&before).all(|((_, l), b)| l.to_vec() == *b);
-        assert!(unmoved, "the encoder that it began with stays as it is");
+        let unchanged = start.weights.params.iter().zip(&before).all(|((_, l), b)| l.to_vec() == *b);
+        assert!(unchanged, "the original encoder is unchanged");
         let scores = tuned.classifier.scores(&embed(&tuned.encoder, &images, |_| ()).unwrap());
-        let right = Judged::new(Measure::Top1, &scores, truth_of(&images), synthetic::PATTERNS.len()).of_all();
-        assert!(right > 0.33, "six classes are told apart on what was trained on: {right}");
+        let predictions =
+            ScoredPredictions::new(MetricKind::Top1, &scores, require_labels(&images), synthetic::PATTERNS.len());
+        assert!(predictions.metric() > 0.33, "six classes are fitted: {}", predictions.metric());
     }
 }

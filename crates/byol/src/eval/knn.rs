@@ -1,72 +1,70 @@
-//! Weighted k-nearest-neighbour classification (Wu et al. 2018, arXiv:1805.01978): cosine similarity; each of the k nearest votes for its
-//! class with exp(cos / T).
+//! Weighted k-nearest-neighbor classification (Wu et al. 2018, arXiv:1805.01978): cosine
+//! similarity; each of the k nearest neighbors votes for its class with weight exp(cos / T).
 
-use byol_kernels::{
-    conv::{self, Shape},
-    isa,
-};
+use byol_kernels::{isa, matmul};
 use rayon::prelude::*;
 
 use super::{Features, metrics};
 
-/// The outcome for some queries.
+/// kNN predictions for a set of queries.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Outcome {
-    /// Share of queries whose class won, in [0, 1].
+pub struct KnnPredictions {
+    /// Fraction of correctly classified queries, in [0, 1].
     pub accuracy: f64,
-    /// Votes by query and class, `[N, classes]`.
+    /// Vote weights, `[N, classes]`.
     pub votes: Vec<f64>,
-    /// The winner of each query.
+    /// Predicted class of each query.
     pub predicted: Vec<usize>,
 }
 
-/// Cosines that are held at once: 256 MiB. Each product lays out the whole bank anew, so few large ones are faster.
-const AT_ONCE: usize = 1 << 26;
+/// Maximum number of cosines held in memory: 256 MiB. Every product packs the whole bank again, so
+/// few large ones are faster.
+const MAX_COSINES: usize = 1 << 26;
 
-/// The `k` rows of `bank` nearest to each query by cosine, nearest first; of equals the earlier row. Both of unit rows.
+/// Returns the `k` nearest rows of `bank` for each query, as (row, cosine), nearest first. Ties go
+/// to the lower row. Rows of both must have unit length.
 pub fn nearest(bank: &Features, queries: &Features, k: usize) -> Vec<Vec<(usize, f32)>> {
-    nearest_of(bank, queries, k, (AT_ONCE / bank.n.max(1)).clamp(32, 2048))
+    nearest_in_blocks(bank, queries, k, (MAX_COSINES / bank.n.max(1)).clamp(32, 2048))
 }
 
-/// The same, for so many queries together.
-fn nearest_of(bank: &Features, queries: &Features, k: usize, together: usize) -> Vec<Vec<(usize, f32)>> {
-    assert_eq!(bank.dim, queries.dim, "rows to compare have the same length");
+/// [`nearest`], `block` queries at a time.
+fn nearest_in_blocks(bank: &Features, queries: &Features, k: usize, block: usize) -> Vec<Vec<(usize, f32)>> {
+    assert_eq!(bank.dim, queries.dim, "bank and queries must have the same dimension");
     if bank.n == 0 || queries.n == 0 {
         return vec![Vec::new(); queries.n];
     }
-    let of_some = |values: &[f32]| -> Vec<Vec<(usize, f32)>> {
-        // Cosines of unit rows are a matrix product: a convolution of maps of one pixel, with a channel for each row of the bank.
+    let search_block = |values: &[f32]| -> Vec<Vec<(usize, f32)>> {
         let n = values.len() / bank.dim;
-        let s = Shape { n, h: 1, w: 1, c_in: bank.dim, c_out: bank.n, kernel: 1, stride: 1, padding: 0, dilation: 1 };
-        let cosines = conv::forward(isa::chosen(), &s, values, &bank.values);
-        cosines.par_chunks(bank.n).map(|row| largest(row, k)).collect()
+        let cosines = matmul::nt(isa::current(), values, &bank.values, [n, bank.n, bank.dim]);
+        cosines.par_chunks(bank.n).map(|row| top_k(row, k)).collect()
     };
-    queries.values.chunks(together * bank.dim).flat_map(of_some).collect()
+    queries.values.chunks(block * bank.dim).flat_map(search_block).collect()
 }
 
-/// The `k` largest with their positions, largest first; of equals the earlier.
-pub(crate) fn largest(values: &[f32], k: usize) -> Vec<(usize, f32)> {
+/// Returns the `k` largest values as (index, value), largest first. Ties go to the lower index.
+pub(crate) fn top_k(values: &[f32], k: usize) -> Vec<(usize, f32)> {
     let order = |a: &(usize, f32), b: &(usize, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
     let k = k.min(values.len());
-    let mut best: Vec<(usize, f32)> = Vec::with_capacity(2 * k + 1);
-    // What is not above the k-th of those seen so far can be none of them.
-    let mut least = f32::NEG_INFINITY;
+    let mut candidates: Vec<(usize, f32)> = Vec::with_capacity(2 * k + 1);
+    // The k-th largest so far; a value that is not above it cannot be among the k largest.
+    let mut threshold = f32::NEG_INFINITY;
     for (i, v) in values.iter().enumerate() {
-        if *v > least || best.len() < k {
-            best.push((i, *v));
-            if best.len() == 2 * k {
-                best.sort_unstable_by(order);
-                best.truncate(k);
-                least = best.last().map_or(least, |(_, v)| *v);
+        if *v > threshold || candidates.len() < k {
+            candidates.push((i, *v));
+            if candidates.len() == 2 * k {
+                candidates.sort_unstable_by(order);
+                candidates.truncate(k);
+                threshold = candidates.last().map_or(threshold, |(_, v)| *v);
             }
         }
     }
-    best.sort_unstable_by(order);
-    best.truncate(k);
-    best
+    candidates.sort_unstable_by(order);
+    candidates.truncate(k);
+    candidates
 }
 
-/// Classifies `queries` by the `k` nearest of `bank`. Labels are in 0..`classes`.
+/// Classifies `queries` by their `k` nearest neighbors in `bank`. Labels are in 0..`classes`;
+/// `labels` are those of the queries.
 pub fn classify(
     bank: &Features,
     bank_labels: &[usize],
@@ -75,13 +73,13 @@ pub fn classify(
     classes: usize,
     k: usize,
     temperature: f64,
-) -> Outcome {
-    let mut all = classify_each(bank, bank_labels, queries, labels, classes, &[k], temperature);
-    all.pop().expect("one outcome a k")
+) -> KnnPredictions {
+    let mut predictions = classify_with_ks(bank, bank_labels, queries, labels, classes, &[k], temperature);
+    predictions.pop().expect("one result per k")
 }
 
-/// The same for several `k`, of one search.
-pub fn classify_each(
+/// [`classify`] for several values of `k` with a single neighbor search.
+pub fn classify_with_ks(
     bank: &Features,
     bank_labels: &[usize],
     queries: &Features,
@@ -89,27 +87,27 @@ pub fn classify_each(
     classes: usize,
     ks: &[usize],
     temperature: f64,
-) -> Vec<Outcome> {
-    let (bank, queries) = (bank.unit(), queries.unit());
-    let most = ks.iter().copied().max().unwrap_or(0);
-    // Neighbour after neighbour, nearest first, so that the votes of a smaller k are on the way to those of a larger one.
-    let vote = |near: &Vec<(usize, f32)>| -> Vec<Vec<f64>> {
-        let of = |k: &usize| {
+) -> Vec<KnnPredictions> {
+    let (bank, queries) = (bank.l2_normalized(), queries.l2_normalized());
+    let max_k = ks.iter().copied().max().unwrap_or(0);
+    let vote = |neighbors: &Vec<(usize, f32)>| -> Vec<Vec<f64>> {
+        let votes_at = |k: &usize| {
             let mut votes = vec![0.0; classes];
-            for (i, cosine) in near.iter().take(*k) {
+            for (i, cosine) in neighbors.iter().take(*k) {
                 votes[bank_labels[*i]] += (f64::from(*cosine) / temperature).exp();
             }
             votes
         };
-        ks.iter().map(of).collect()
+        ks.iter().map(votes_at).collect()
     };
-    let votes: Vec<Vec<Vec<f64>>> = nearest(&bank, &queries, most).par_iter().map(vote).collect();
-    let outcome = |i: usize| {
-        let votes: Vec<f64> = votes.iter().flat_map(|of_query| of_query[i].iter().copied()).collect();
-        let predicted = metrics::winners(&votes, classes);
-        Outcome { accuracy: metrics::accuracy(&predicted, labels), votes, predicted }
+    // `[query][k][class]`
+    let votes: Vec<Vec<Vec<f64>>> = nearest(&bank, &queries, max_k).par_iter().map(vote).collect();
+    let predict = |i: usize| {
+        let votes: Vec<f64> = votes.iter().flat_map(|query| query[i].iter().copied()).collect();
+        let predicted = metrics::argmax(&votes, classes);
+        KnnPredictions { accuracy: metrics::accuracy(&predicted, labels), votes, predicted }
     };
-    (0..ks.len()).map(outcome).collect()
+    (0..ks.len()).map(predict).collect()
 }
 
 #[cfg(test)]
@@ -117,29 +115,30 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_nearest_are_those_of_a_plain_search() {
+    fn nearest_matches_brute_force() {
         let rows = |n: usize, salt: usize| {
             let value =
                 |i: usize| ((i.wrapping_add(salt).wrapping_mul(2_654_435_761) >> 9) % 2000) as f32 / 1000.0 - 1.0;
-            Features { n, dim: 7, values: (0..7 * n).map(value).collect() }.unit()
+            Features { n, dim: 7, values: (0..7 * n).map(value).collect() }.l2_normalized()
         };
         let (mut bank, queries) = (rows(700, 1), rows(256 + 3, 5));
-        // Twins: the earlier comes first.
+        // Equal rows: the lower comes first.
         bank.values.copy_within(0..70, 700);
         for k in [1, 3, 20, 699, 1000] {
-            let found = nearest_of(&bank, &queries, k, 256);
-            assert_eq!(found.len(), queries.n);
-            for (q, found) in found.iter().enumerate() {
+            let results = nearest_in_blocks(&bank, &queries, k, 256);
+            assert_eq!(results.len(), queries.n);
+            for (q, neighbors) in results.iter().enumerate() {
                 let cosine = |i: usize| bank.row(i).iter().zip(queries.row(q)).map(|(a, b)| a * b).sum::<f32>();
-                assert_eq!(found.len(), k.min(700));
-                for (i, c) in found {
+                assert_eq!(neighbors.len(), k.min(700));
+                for (i, c) in neighbors {
                     assert!((cosine(*i) - c).abs() < 1e-5);
                 }
-                assert!(found.windows(2).all(|w| w[0].1 > w[1].1 || (w[0].1 == w[1].1 && w[0].0 < w[1].0)));
-                let least = found.last().unwrap().1;
+                assert!(neighbors.windows(2).all(|w| w[0].1 > w[1].1 || (w[0].1 == w[1].1 && w[0].0 < w[1].0)));
+                let threshold = neighbors.last().unwrap().1;
+                let above = |i: &usize| cosine(*i) > threshold + 1e-5;
                 assert_eq!(
-                    (0..700).filter(|i| cosine(*i) > least + 1e-5).count().min(k),
-                    (0..700).filter(|i| cosine(*i) > least + 1e-5 && found.iter().any(|(f, _)| f == i)).count()
+                    (0..700).filter(above).count().min(k),
+                    (0..700).filter(above).filter(|i| neighbors.iter().any(|(j, _)| j == i)).count()
                 );
             }
         }

@@ -1,105 +1,108 @@
-//! Semantic segmentation by a fully convolutional head (appendix E): the last group of the encoder dilated instead of strided, two 3x3
-//! convolutions of 256 channels with dilation 6, each with norm and ReLU, a 1x1 convolution to the classes, and bilinear enlargement.
+//! Semantic segmentation with a fully convolutional head (appendix E): the encoder's last group is
+//! dilated instead of strided; the head has two 3x3 convolutions of 256 channels with dilation 6,
+//! each with norm and ReLU, a 1x1 convolution to the classes, and bilinear upsampling.
 
 use burn::tensor::Tensor;
 
 use super::{
     cross_entropy,
-    dense::{self, Head, Protocol, Task, Trained, crops, enlarge},
+    dense_heads::{self, Head, OutputLayer, Protocol, Sample, Trained},
 };
 use crate::{
-    data::{
-        Image,
-        dense::{Mask, NO_CLASS, Pair},
-    },
+    data::dense_labels::{Mask, NO_CLASS, Pair},
+    image::Image,
     nn::{
-        Encoder, Pass,
-        conv_norm_act::{ConvNorm, Then, conv_norm_act},
+        Encoder, ForwardContext,
+        conv_norm_act::{ConvNorm, Epilogue, conv_norm_act},
         tree::host,
     },
 };
 
-/// Channels of the head.
-const INNER: usize = 256;
+/// Channels of the head's convolutions.
+const CHANNELS: usize = 256;
 
-/// The name of the last layer.
-const LAST: &str = "head.classifier";
-
+/// Fully convolutional head.
 #[derive(Debug)]
-struct Fcn {
+struct FcnHead {
     convs: [ConvNorm; 2],
     classes: usize,
 }
 
-impl Fcn {
-    fn new(features: usize, classes: usize) -> Fcn {
+impl FcnHead {
+    fn new(features: usize, classes: usize) -> FcnHead {
         let conv = |i: usize, c_in: usize| ConvNorm {
             conv: format!("head.conv{i}"),
             norm: format!("head.bn{i}"),
             c_in,
-            c_out: INNER,
+            c_out: CHANNELS,
             kernel: 3,
             stride: 1,
             dilation: 6,
         };
-        Fcn { convs: [conv(1, features), conv(2, INNER)], classes }
+        FcnHead { convs: [conv(1, features), conv(2, CHANNELS)], classes }
     }
 }
 
-impl Head for Fcn {
+impl Head for FcnHead {
+    type Label = u8;
+
+    const RATE_DROPS: [(f64, f64); 2] = [(0.7, 0.1), (0.9, 0.01)];
+    const WEIGHT_DECAY: f64 = 1e-4;
+    const CROP_SCALES: [f64; 2] = [0.5, 2.0];
+
     fn convs(&self) -> Vec<&ConvNorm> {
         self.convs.iter().collect()
     }
 
-    fn last(&self) -> (&'static str, [usize; 2], usize) {
-        (LAST, [self.classes, INNER], 1)
+    fn output_layer(&self) -> OutputLayer {
+        OutputLayer { name: "head.classifier", inputs: CHANNELS, outputs: self.classes }
     }
 
-    fn forward(&self, pass: &mut Pass, map: Tensor<4>) -> Tensor<4> {
-        let [n, h, w, _] = map.dims();
-        let y = self.convs.iter().fold(map, |y, conv| conv_norm_act(pass, conv, y, Then::Relu).done());
-        let weight = pass.params.get::<4>(&format!("{LAST}.weight")).reshape([self.classes, INNER]).transpose();
-        let bias = pass.params.get::<1>(&format!("{LAST}.bias")).reshape([1, self.classes]);
-        (y.reshape([n * h * w, INNER]).matmul(weight) + bias).reshape([n, h, w, self.classes])
+    fn forward(&self, context: &mut ForwardContext, map: Tensor<4>) -> Tensor<4> {
+        let y = self.convs.iter().fold(map, |y, conv| conv_norm_act(context, conv, y, Epilogue::Relu).into_tensor());
+        self.output_layer().forward(context, y)
+    }
+
+    /// Mean cross-entropy over the labeled pixels.
+    fn loss(scores: Tensor<4>, labels: &[u8]) -> Tensor<1> {
+        let [n, h, w, classes] = scores.dims();
+        let class = |label: &u8| (*label != NO_CLASS).then_some(usize::from(*label));
+        cross_entropy(scores.reshape([n * h * w, classes]), labels.iter().map(class))
     }
 }
 
-/// An encoder with a segmentation head.
+/// Encoder with a segmentation head.
 #[derive(Debug)]
-pub struct Segmenter(Trained<Fcn>);
+pub struct Segmenter(Trained<FcnHead>);
 
 impl Segmenter {
-    /// Trains a head on a copy of the encoder; the rate falls to a tenth after 70 % of the steps, and again after 90 %. `done` hears of each update's loss.
+    /// Trains a head on a copy of `encoder`. The learning rate drops to a tenth after 70 % of the
+    /// steps and to a hundredth after 90 %. `on_step` receives the loss of each update.
     ///
     /// # Panics
-    /// If there is no pair, or a mask has a class of `classes` or above.
-    pub fn train(start: &Encoder, pairs: &[Pair], classes: usize, p: &Protocol, done: impl FnMut(f64)) -> Segmenter {
-        let device = start.device();
-        let task = Task { drops: [(0.7, 0.1), (0.9, 0.01)], weight_decay: 1e-4 };
-        let pair = |i: usize| (&pairs[i].image, &pairs[i].mask.classes[..]);
-        let views = |some: &[(u64, usize)]| crops(some, p, [0.5, 2.0], pair, &device);
-        let loss = |scores: Tensor<4>, labels: &Vec<u8>| loss_of(enlarge(scores, p.crop, p.crop), labels);
-        let head = Fcn::new(start.features(), classes);
-        Segmenter(dense::train(start.clone().dilated(), head, p, task, pairs.len(), views, loss, done))
+    /// If `pairs` is empty, or a mask has a class outside 0..`classes`.
+    pub fn train(
+        encoder: &Encoder,
+        pairs: &[Pair],
+        classes: usize,
+        p: &Protocol,
+        on_step: impl FnMut(f64),
+    ) -> Segmenter {
+        let head = FcnHead::new(encoder.features(), classes);
+        let samples: Vec<Sample<FcnHead>> = pairs.iter().map(|pair| (&pair.image, &pair.mask.classes[..])).collect();
+        Segmenter(dense_heads::train(encoder.clone().dilated(), head, &samples, p, on_step))
     }
 
-    /// The class of every pixel of an image, at its own size.
+    /// Predicts the class of every pixel of `image`.
     pub fn predict(&self, image: &Image) -> Mask {
-        let scores = host(enlarge(self.0.predict(image), image.height, image.width));
-        let best = |row: &[f32]| {
+        let scores = host(self.0.predict(image));
+        let argmax = |row: &[f32]| {
             let larger = |best: (usize, f32), (c, s): (usize, &f32)| if *s > best.1 { (c, *s) } else { best };
             row.iter().enumerate().fold((0, f32::NEG_INFINITY), larger).0 as u8
         };
-        let classes = scores.chunks_exact(self.0.head.classes).map(best).collect();
+        let classes = scores.chunks_exact(self.0.head.classes).map(argmax).collect();
         Mask { height: image.height, width: image.width, classes }
     }
-}
-
-/// Mean cross-entropy of the pixels that have a class. `scores`: `[N, H, W, classes]`, tracked.
-fn loss_of(scores: Tensor<4>, labels: &[u8]) -> Tensor<1> {
-    let [n, h, w, k] = scores.dims();
-    let class = |l: &u8| (*l != NO_CLASS).then_some(usize::from(*l));
-    cross_entropy(scores.reshape([n * h * w, k]), labels.iter().map(class))
 }
 
 #[cfg(test)]
@@ -109,11 +112,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_pixel_without_class_counts_nothing() {
+    fn loss_ignores_unlabeled_pixels() {
         let device = Device::flex();
         let scores = vec![1.0f32, 0.0, 9.0, 0.0];
         let scores = Tensor::<4>::from_data(TensorData::new(scores, [1, 1, 2, 2]), &device).autodiff();
-        let loss = f64::from(loss_of(scores, &[0, NO_CLASS]).without_autodiff().into_scalar::<f32>());
+        let loss = f64::from(FcnHead::loss(scores, &[0, NO_CLASS]).without_autodiff().into_scalar::<f32>());
         assert!((loss - (1.0 + (-1.0f64).exp()).ln()).abs() < 1e-6, "{loss}");
     }
 }

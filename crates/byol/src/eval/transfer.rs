@@ -1,69 +1,72 @@
-//! Linear transfer (appendix E): frozen features of evaluation views, logistic regression by L-BFGS, its strength chosen among 45 on a held-out
-//! part of the training images by the measure that counts, then fitted to all of them.
+//! Linear transfer (appendix E): logistic regression by L-BFGS on frozen features of evaluation
+//! views. The L2 strength is selected among 45 by the data set's metric on held-out training
+//! images, then the classifier is fitted to all of them.
 
 use super::{
     Features, finetune, linear, logistic,
-    measure::{Judged, Measure, Truth},
     metrics::{average_precision_11, mean},
+    protocol::{Labels, MetricKind, ScoredPredictions},
 };
 
-/// What came of it.
+/// Scores of a linear transfer.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Transferred {
-    /// Of the test rows, `[N, classes]`.
+pub struct TransferScores {
+    /// Scores of the test images, `[N, classes]`.
     pub scores: Vec<f64>,
-    /// The strengths that were chosen: one, or one a class where an image may be of several.
+    /// Selected L2 strengths: one, or one per class for multi-label data.
     pub l2: Vec<f64>,
 }
 
-/// Classifiers fitted to the training rows, asked about the test rows.
+/// Fits classifiers to the training features and scores the test features.
 ///
 /// # Panics
-/// If the truth has not one entry a row, or the measure is not for such a truth.
+/// If `labels` does not have one entry per training row, or `metric` does not apply to them.
 pub fn linear(
     train: &Features,
-    truth: Truth,
+    labels: Labels,
     test: &Features,
     classes: usize,
-    measure: Measure,
+    metric: MetricKind,
     seed: u64,
-) -> Transferred {
+) -> TransferScores {
     let strengths = logistic::strengths();
-    match truth {
-        Truth::One(labels) => {
-            let out = linear::held_out(labels, seed);
-            let judge =
-                |scores: &[f64], labels: &[usize]| Judged::new(measure, scores, Truth::One(labels), classes).of_all();
-            let found = logistic::fit_best_by(train, labels, classes, &strengths, &out, judge);
-            Transferred { scores: found.classifier.scores(test), l2: vec![found.l2] }
+    match labels {
+        Labels::Single(labels) => {
+            let held_out = linear::held_out_mask(labels, seed);
+            let score = |scores: &[f64], labels: &[usize]| {
+                ScoredPredictions::new(metric, scores, Labels::Single(labels), classes).metric()
+            };
+            let fit = logistic::fit_best_by(train, labels, classes, &strengths, &held_out, score);
+            TransferScores { scores: fit.classifier.scores(test), l2: vec![fit.l2] }
         }
-        Truth::Several(tags) => {
-            // A classifier a class: is the image of it?
+        Labels::Multi(labels) => {
+            // One binary classifier per class.
             let (mut scores, mut l2) = (vec![0.0; test.n * classes], Vec::new());
             for class in 0..classes {
-                let labels: Vec<usize> = tags.iter().map(|of| usize::from(of.contains(&class))).collect();
-                // Of both sides: a rare class is not left without a row to choose by.
-                let out = finetune::held_out(&labels, 10, seed);
-                let found = logistic::fit_best_by(train, &labels, 2, &strengths, &out, precision);
-                for (i, margin) in margins(&found.classifier.scores(test)).into_iter().enumerate() {
+                let is_class: Vec<usize> = labels.iter().map(|l| usize::from(l.contains(&class))).collect();
+                // Stratified, so that a rare class has held-out positives.
+                let held_out = finetune::held_out_mask(&is_class, 10, seed);
+                let fit = logistic::fit_best_by(train, &is_class, 2, &strengths, &held_out, binary_score);
+                for (i, margin) in margins(&fit.classifier.scores(test)).into_iter().enumerate() {
                     scores[i * classes + class] = margin;
                 }
-                l2.push(found.l2);
+                l2.push(fit.l2);
             }
-            Transferred { scores, l2 }
+            TransferScores { scores, l2 }
         }
     }
 }
 
-/// Average precision of `[N, 2]` scores; where no row is positive, which has none, the mean log-likelihood.
-fn precision(scores: &[f64], labels: &[usize]) -> f64 {
+/// Average precision of `[N, 2]` scores; without positives, where it is undefined, the mean
+/// log-likelihood.
+fn binary_score(scores: &[f64], labels: &[usize]) -> f64 {
     let (margins, positive) = (margins(scores), labels.iter().map(|l| *l == 1).collect::<Vec<_>>());
     // ln σ(−m) = −max(m, 0) − ln(1 + exp(−|m|)).
-    let log_no = |m: &f64| -m.max(0.0) - (-m.abs()).exp().ln_1p();
-    average_precision_11(&margins, &positive).unwrap_or_else(|| mean(margins.iter().map(log_no)))
+    let log_negative = |m: &f64| -m.max(0.0) - (-m.abs()).exp().ln_1p();
+    average_precision_11(&margins, &positive).unwrap_or_else(|| mean(margins.iter().map(log_negative)))
 }
 
-/// How much more yes than no, of `[N, 2]` scores.
+/// Positive minus negative score of each row of `scores`, `[N, 2]`.
 fn margins(scores: &[f64]) -> Vec<f64> {
     scores.chunks_exact(2).map(|row| row[1] - row[0]).collect()
 }
@@ -73,29 +76,30 @@ mod tests {
     use super::*;
 
     #[test]
-    fn several_classes_an_image_are_learned_one_by_one() {
-        // Class 0 where the first value is positive, class 1 where the second is, class 2 of two images alone; a fourth that no image has.
+    fn learns_multi_label_classes_independently() {
+        // Class 0 if the first value is positive, class 1 if the second is, class 2 for two images
+        // only; class 3 does not occur.
         let n = 200;
         let value = |i: usize| ((i.wrapping_mul(2_654_435_761) >> 9) % 2000) as f32 / 1000.0 - 1.0;
         let x = Features { n, dim: 2, values: (0..2 * n).map(value).collect() };
-        let mut tags: Vec<Vec<usize>> = (0..n).map(|i| (0..2).filter(|c| x.row(i)[*c] > 0.0).collect()).collect();
-        let far: Vec<usize> = {
+        let mut labels: Vec<Vec<usize>> = (0..n).map(|i| (0..2).filter(|c| x.row(i)[*c] > 0.0).collect()).collect();
+        let extremes: Vec<usize> = {
             let mut order: Vec<usize> = (0..n).collect();
             order.sort_by(|a, b| x.row(*b)[0].total_cmp(&x.row(*a)[0]));
             order[..2].to_vec()
         };
-        far.iter().for_each(|i| tags[*i].push(2));
-        let found = linear(&x, Truth::Several(&tags), &x, 4, Measure::Map11, 0);
-        let map = Judged::new(Measure::Map11, &found.scores, Truth::Several(&tags), 4).of_all();
+        extremes.iter().for_each(|i| labels[*i].push(2));
+        let transfer = linear(&x, Labels::Multi(&labels), &x, 4, MetricKind::Map11, 0);
+        let map = ScoredPredictions::new(MetricKind::Map11, &transfer.scores, Labels::Multi(&labels), 4).metric();
         assert!(map > 0.95, "{map}");
-        assert_eq!(found.l2.len(), 4);
+        assert_eq!(transfer.l2.len(), 4);
     }
 
     #[test]
-    fn both_sides_have_rows_to_choose_by() {
+    fn holds_out_positives_and_negatives() {
         let labels: Vec<usize> = (0..30).map(|i| usize::from(i < 2)).collect();
-        let out = finetune::held_out(&labels, 10, 0);
-        let of = |side: usize| (0..30).filter(|i| out[*i] && labels[*i] == side).count();
-        assert_eq!([of(0), of(1)], [2, 1]);
+        let mask = finetune::held_out_mask(&labels, 10, 0);
+        let count = |class: usize| (0..30).filter(|i| mask[*i] && labels[*i] == class).count();
+        assert_eq!([count(0), count(1)], [2, 1]);
     }
 }

@@ -1,14 +1,14 @@
-//! The projector g and the predictor q. "This MLP consists in a linear layer with output size 4096 followed by batch
-//! normalization, rectified linear units, and a final linear layer with output dimension 256" (arXiv:2006.07733 §3.2). The first
-//! layer has a bias, the second has none; the output is not normalised.
+//! The projector g and the predictor q. "This MLP consists in a linear layer with output size 4096
+//! followed by batch normalization, rectified linear units, and a final linear layer with output
+//! dimension 256" (arXiv:2006.07733 §3.2). The first layer has a bias, the second has none; the
+//! output is not normalized.
 
 use burn::tensor::{Device, FloatDType, Tensor, activation::relu};
 
 use super::{
-    Init,
-    fused::{self, Options, Source},
-    init,
-    pass::{Pass, Statistics},
+    cpu::{self, ConvOptions, Norm},
+    forward_context::{ForwardContext, Statistics},
+    init::{self, Init},
     tree::{Leaf, Tree},
 };
 use crate::{
@@ -16,10 +16,10 @@ use crate::{
     random::{self, Domain},
 };
 
-/// Linear → batch norm → ReLU → Linear: the description, without weights.
+/// Linear → batch norm → ReLU → linear: the description, without weights.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Mlp {
-    /// Prefix of the parameters' names: `projector`.
+    /// Prefix of the parameter names: `projector`.
     pub name: &'static str,
     /// Input length.
     pub d_in: usize,
@@ -27,14 +27,14 @@ pub struct Mlp {
     pub hidden: usize,
     /// Output length.
     pub d_out: usize,
-    /// How the weights are drawn.
+    /// Initialization scheme.
     pub init: Init,
 }
 
 impl Mlp {
     /// Names and shapes of all parameters. Linear weights are `[out, in]`.
     pub fn shapes(&self) -> Vec<(String, Vec<usize>)> {
-        let name = |tail: &str| format!("{}.{tail}", self.name);
+        let name = |suffix: &str| format!("{}.{suffix}", self.name);
         vec![
             (name("fc1.weight"), vec![self.hidden, self.d_in]),
             (name("fc1.bias"), vec![self.hidden]),
@@ -44,12 +44,12 @@ impl Mlp {
         ]
     }
 
-    /// Fresh weights.
-    pub fn init(&self, seed: u64, who: &str, device: &Device) -> Tree {
+    /// Draws initial weights. `role` (`online` or `target`) selects the random streams.
+    pub fn init(&self, seed: u64, role: &str, device: &Device) -> Tree {
         let mut tree = Tree::new();
         for (name, shape) in self.shapes() {
             let n: usize = shape.iter().product();
-            let mut rng = random::named_stream(Domain::Weights, seed, &format!("{who}.{name}"));
+            let mut rng = random::named_stream(Domain::Weights, seed, &format!("{role}.{name}"));
             let values = match (shape.as_slice(), self.init) {
                 ([_, d_in], Init::Reference) => init::truncated_normal(&mut rng, n, *d_in),
                 ([_, d_in], Init::Torch) => init::torch_linear(&mut rng, n, *d_in),
@@ -63,44 +63,47 @@ impl Mlp {
         tree
     }
 
-    /// Running statistics that have seen nothing.
+    /// Initial running statistics.
     pub fn statistics(&self, device: &Device) -> Statistics {
         Statistics::new([(self.norm_name().as_str(), self.hidden)], device)
     }
 
+    /// Applies the MLP.
+    ///
     /// # Shapes
     /// `x`: `[N, d_in]`; returns `[N, d_out]`.
-    pub fn forward(&self, pass: &mut Pass, x: Tensor<2>) -> Tensor<2> {
-        if has_kernels(&x.device()) && pass.trains() {
-            return self.fused(pass, x);
+    pub fn forward(&self, ctx: &mut ForwardContext, x: Tensor<2>) -> Tensor<2> {
+        if has_kernels(&x.device()) && ctx.is_training() {
+            return self.forward_fused(ctx, x);
         }
-        let linear = |pass: &Pass, x: Tensor<2>, tail: &str| {
-            let w = pass.params.get::<2>(&format!("{}.{tail}", self.name)).transpose();
-            pass.operand(x).matmul(pass.operand(w)).cast(FloatDType::F32)
+        let linear = |ctx: &ForwardContext, x: Tensor<2>, suffix: &str| {
+            let w = ctx.params.get::<2>(&format!("{}.{suffix}", self.name)).transpose();
+            ctx.to_compute_precision(x).matmul(ctx.to_compute_precision(w)).cast(FloatDType::F32)
         };
-        let bias = pass.params.get::<1>(&format!("{}.fc1.bias", self.name));
-        let h = linear(pass, x, "fc1.weight") + bias.reshape([1, self.hidden]);
-        let h = relu(pass.batch_norm(&self.norm_name(), h));
-        linear(pass, h, "fc2.weight")
+        let bias = ctx.params.get::<1>(&format!("{}.fc1.bias", self.name));
+        let h = linear(ctx, x, "fc1.weight") + bias.reshape([1, self.hidden]);
+        let h = relu(ctx.batch_norm(&self.norm_name(), h));
+        linear(ctx, h, "fc2.weight")
     }
 
-    /// The same in training by the CPU's kernels: a linear layer is a convolution of maps of one pixel.
-    fn fused(&self, pass: &mut Pass, x: Tensor<2>) -> Tensor<2> {
-        let (n, norm) = (x.dims()[0], self.norm_name());
-        let weight = |pass: &Pass, tail: &str, c_out: usize, c_in: usize| {
-            pass.params.get::<2>(&format!("{}.{tail}", self.name)).reshape([c_out, c_in, 1, 1])
+    /// Training on the CPU: a linear layer is a convolution of maps of one pixel.
+    fn forward_fused(&self, ctx: &mut ForwardContext, x: Tensor<2>) -> Tensor<2> {
+        let (n, norm_name) = (x.dims()[0], self.norm_name());
+        let weight = |ctx: &ForwardContext, suffix: &str, c_out: usize, c_in: usize| {
+            ctx.params.get::<2>(&format!("{}.{suffix}", self.name)).reshape([c_out, c_in, 1, 1])
         };
-        let get = |name: String| pass.params.get::<1>(&name);
+        let get = |name: String| ctx.params.get::<1>(&name);
         let bias = get(format!("{}.fc1.bias", self.name));
-        let (gamma, beta) = (get(format!("{norm}.weight")), get(format!("{norm}.bias")));
-        // The norm takes the batch's mean away, and with it the bias, which moves the running mean and has a gradient of 0.
+        let (gamma, beta) = (get(format!("{norm_name}.weight")), get(format!("{norm_name}.bias")));
+        // The norm cancels the bias, which affects only the running mean. Its gradient is 0.
         let beta = beta + bias.clone().mul_scalar(0.0);
-        let x = Source::Done(x.reshape([n, 1, 1, self.d_in]));
-        let w = weight(pass, "fc1.weight", self.hidden, self.d_in);
-        let h = fused::conv(x, w, gamma, beta, Options::dense(pass), pass.norm.eps);
-        pass.saw(&norm, h.mean.clone() + bias, h.variance.clone());
-        let w = weight(pass, "fc2.weight", self.d_out, self.hidden);
-        fused::conv_alone(Source::Pending(h), w, Options::dense(pass)).reshape([n, self.d_out])
+        let norm = Norm { gamma, beta, eps: ctx.norm.eps };
+        let x = x.reshape([n, 1, 1, self.d_in]);
+        let w = weight(ctx, "fc1.weight", self.hidden, self.d_in);
+        let h = cpu::conv_norm(x.into(), w, norm, ConvOptions::new(ctx));
+        ctx.update_running_stats(&norm_name, h.mean.clone() + bias, h.variance.clone());
+        let w = weight(ctx, "fc2.weight", self.d_out, self.hidden);
+        cpu::conv(h.into(), w, ConvOptions::new(ctx)).reshape([n, self.d_out])
     }
 
     fn norm_name(&self) -> String {
@@ -113,7 +116,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parameter_counts_are_the_published_ones() {
+    fn parameter_counts_match_the_paper() {
         let count = |d_in| {
             let mlp = Mlp { name: "projector", d_in, hidden: 4096, d_out: 256, init: Init::Reference };
             mlp.shapes().iter().map(|(_, s)| s.iter().product::<usize>()).sum::<usize>()

@@ -1,22 +1,23 @@
-//! ResNet (He et al. 2015, arXiv:1512.03385) in the "v1.5" form: in a bottleneck the stride sits on the 3×3 convolution.
+//! ResNet (He et al. 2015, arXiv:1512.03385) in the "v1.5" form: a bottleneck has its stride on the
+//! 3×3 convolution.
 //!
-//! Parameter names, order and padding are torchvision's. Departs from the reference: it pads as TensorFlow's SAME does and
-//! has a projection shortcut in the first group of ResNet-18/34 too (docs/explanation/fidelity.md).
+//! Parameter names, order and padding are torchvision's. The reference differs: it pads like
+//! TensorFlow's SAME, and has a projection shortcut in the first group of ResNet-18 and 34 as well
+//! (docs/explanation/fidelity.md).
 
 use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Init,
-    conv_norm_act::{ConvNorm, Map, Then, conv_norm_act},
-    init,
-    pass::{Pass, Statistics},
+    conv_norm_act::{ConvNorm, Epilogue, FeatureMap, conv_norm_act},
+    forward_context::{ForwardContext, Statistics},
+    init::{self, Init},
     pool,
     tree::{Leaf, Tree},
 };
 use crate::random::{self, Domain};
 
-/// The published depths.
+/// Published depths.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Architecture {
@@ -35,7 +36,7 @@ pub enum Architecture {
 }
 
 impl Architecture {
-    /// All of them, by rising depth.
+    /// All architectures, by increasing depth.
     pub const ALL: [Architecture; 6] =
         [Self::Resnet18, Self::Resnet34, Self::Resnet50, Self::Resnet101, Self::Resnet152, Self::Resnet200];
 
@@ -50,13 +51,13 @@ impl Architecture {
         }
     }
 
-    /// The one with such blocks, so many in each group.
-    pub fn of(bottleneck: bool, depths: [usize; 4]) -> Option<Architecture> {
+    /// Returns the architecture with these blocks and number of blocks per group, if there is one.
+    pub(crate) fn from_depths(bottleneck: bool, depths: [usize; 4]) -> Option<Architecture> {
         let block = if bottleneck { Block::Bottleneck } else { Block::Basic };
         Self::ALL.into_iter().find(|a| a.blocks() == (block, depths))
     }
 
-    /// The name in recipes and files: `resnet18`.
+    /// Name in recipes and files: `resnet18`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Resnet18 => "resnet18",
@@ -69,16 +70,16 @@ impl Architecture {
     }
 }
 
-/// The two kinds of residual block.
+/// Residual block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Block {
-    /// 3×3, 3×3.
+    /// Two 3×3 convolutions.
     Basic,
     /// 1×1, 3×3 (with the stride), 1×1 to four times the channels.
     Bottleneck,
 }
 
-/// What stands before the first group.
+/// Layers before the first group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Stem {
@@ -89,7 +90,7 @@ pub enum Stem {
 }
 
 impl Stem {
-    /// As people write it.
+    /// Name in messages.
     pub fn name(self) -> &'static str {
         match self {
             Stem::Imagenet => "ImageNet",
@@ -97,13 +98,13 @@ impl Stem {
         }
     }
 
-    /// The stem for square views of `size` pixels.
+    /// Default stem for square views of side `size`.
     pub fn for_size(size: usize) -> Stem {
         if size <= 64 { Stem::Cifar } else { Stem::Imagenet }
     }
 }
 
-/// A ResNet up to the pooled features: the description, without weights.
+/// A ResNet up to the pooled representation: the description, without weights.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ResNet {
     stem: (ConvNorm, Stem),
@@ -119,14 +120,16 @@ struct ResidualBlock {
 }
 
 impl ResNet {
-    /// `width` multiplies every channel count (rounded down to a whole number, at least 1); `channels`: of the images.
+    /// Creates a published architecture. `width` multiplies every channel count (rounded down, at
+    /// least 1); `channels` are those of the images.
     pub fn new(architecture: Architecture, width: f64, stem: Stem, channels: usize) -> ResNet {
         let (block, depths) = architecture.blocks();
         let planes = [64.0, 128.0, 256.0, 512.0].map(|c| ((c * width) as usize).max(1));
         Self::custom(block, depths, planes, stem, channels)
     }
 
-    /// Any depths and inner channels of the four groups; the stem has the channels of the first.
+    /// Creates a network with any depths and inner channels (`planes`) of the four groups. The stem
+    /// has the channels of the first group.
     pub fn custom(block: Block, depths: [usize; 4], planes: [usize; 4], stem: Stem, channels: usize) -> ResNet {
         let conv = |conv: String, c_in, c_out, kernel, stride| {
             let norm = match conv.strip_suffix("downsample.0") {
@@ -145,7 +148,7 @@ impl ResNet {
             let mut blocks = Vec::new();
             for b in 0..depth {
                 let s = if b == 0 && g > 0 { 2 } else { 1 };
-                let name = |tail: &str| format!("layer{}.{b}.{tail}", g + 1);
+                let name = |suffix: &str| format!("layer{}.{b}.{suffix}", g + 1);
                 let convs = match block {
                     Block::Basic => {
                         vec![conv(name("conv1"), c, inner, 3, s), conv(name("conv2"), inner, outer, 3, 1)]
@@ -165,13 +168,15 @@ impl ResNet {
         ResNet { stem: (first, stem), groups, init: Init::Reference, zero_init_residual: false }
     }
 
-    /// How the weights are drawn, and whether each residual branch starts as zero (its last norm's scale is 0).
-    pub fn with_init(self, init: Init, zero_init_residual: bool) -> ResNet {
+    /// Sets the initialization. With `zero_init_residual` the last norm of each residual branch
+    /// starts with scale 0, so that the branch is 0.
+    pub(crate) fn with_init(self, init: Init, zero_init_residual: bool) -> ResNet {
         ResNet { init, zero_init_residual, ..self }
     }
 
-    /// The same weights for dense prediction: the last group keeps the side of its map, and its 3x3 convolutions reach twice as far instead
-    /// (appendix E: segmentation).
+    /// Changes the strides of the last group to dilations, for dense prediction with the same
+    /// weights: its map keeps its side, and its 3×3 convolutions have dilation 2 (appendix E:
+    /// segmentation).
     pub fn dilated(mut self) -> ResNet {
         for conv in
             self.groups.last_mut().into_iter().flatten().flat_map(|b| b.convs.iter_mut().chain(&mut b.projection))
@@ -187,29 +192,30 @@ impl ResNet {
         last.map_or(self.stem.0.c_out, |conv| conv.c_out)
     }
 
-    /// The first convolution, and what stands behind it.
+    /// The first convolution, and the kind of stem.
     pub fn stem(&self) -> (&ConvNorm, Stem) {
         (&self.stem.0, self.stem.1)
     }
 
-    /// Each residual block: its convolutions, and the one on its skip.
+    /// The residual blocks: convolutions, and the projection of the skip.
     pub fn blocks(&self) -> impl Iterator<Item = (&[ConvNorm], Option<&ConvNorm>)> {
         self.groups.iter().flatten().map(|b| (b.convs.as_slice(), b.projection.as_ref()))
     }
 
-    /// Channels of the images it takes.
+    /// Channels of the input images.
     pub fn channels(&self) -> usize {
         self.stem.0.c_in
     }
 
-    /// All convolutions in torchvision's order.
-    pub fn convs(&self) -> impl Iterator<Item = &ConvNorm> {
+    /// All convolutions, in torchvision's order.
+    pub(crate) fn convs(&self) -> impl Iterator<Item = &ConvNorm> {
         let blocks = self.groups.iter().flatten();
         std::iter::once(&self.stem.0).chain(blocks.flat_map(|b| b.convs.iter().chain(&b.projection)))
     }
 
-    /// Each convolution with the side of the map that it reads, for images of side `size`; in the order of [`ResNet::convs`].
-    pub fn maps(&self, size: usize) -> Vec<(&ConvNorm, usize)> {
+    /// Each convolution with the side of its input map, for images of side `size`, in the order of
+    /// [`ResNet::convs`].
+    pub fn input_sides(&self, size: usize) -> Vec<(&ConvNorm, usize)> {
         let down = |side: usize, stride: usize| (side - 1) / stride + 1;
         let (stem, kind) = &self.stem;
         let mut all = vec![(stem, size)];
@@ -230,12 +236,12 @@ impl ResNet {
     }
 
     /// Multiply-adds of the convolutions for one image of side `size`.
-    pub fn products(&self, size: usize) -> u64 {
-        let of = |(conv, side): &(&ConvNorm, usize)| {
+    pub fn multiply_adds(&self, size: usize) -> u64 {
+        let layer = |(conv, side): &(&ConvNorm, usize)| {
             let pixels = ((side - 1) / conv.stride + 1).pow(2);
             (pixels * conv.c_out * conv.c_in * conv.kernel.pow(2)) as u64
         };
-        self.maps(size).iter().map(of).sum()
+        self.input_sides(size).iter().map(layer).sum()
     }
 
     /// Names and shapes of all parameters, in torchvision's order.
@@ -250,8 +256,9 @@ impl ResNet {
         self.convs().flat_map(layer).collect()
     }
 
-    /// Fresh weights. Each tensor's draw depends on `seed`, `who` (online or target) and its own name alone.
-    pub fn init(&self, seed: u64, who: &str, device: &Device) -> Tree {
+    /// Draws initial weights. Each tensor depends only on `seed`, `role` (`online` or `target`) and
+    /// its own name.
+    pub fn init(&self, seed: u64, role: &str, device: &Device) -> Tree {
         let last_norms: Vec<&str> =
             self.groups.iter().flatten().filter_map(|b| b.convs.last().map(|c| c.norm.as_str())).collect();
         let mut tree = Tree::new();
@@ -259,7 +266,7 @@ impl ResNet {
             let n: usize = shape.iter().product();
             let values = match shape.as_slice() {
                 [c_out, c_in, kh, kw] => {
-                    let mut rng = random::named_stream(Domain::Weights, seed, &format!("{who}.{name}"));
+                    let mut rng = random::named_stream(Domain::Weights, seed, &format!("{role}.{name}"));
                     match self.init {
                         Init::Reference => init::truncated_normal(&mut rng, n, c_in * kh * kw),
                         Init::Torch => init::he_normal_fan_out(&mut rng, n, c_out * kh * kw),
@@ -276,7 +283,7 @@ impl ResNet {
         tree
     }
 
-    /// Running statistics that have seen nothing.
+    /// Initial running statistics.
     pub fn statistics(&self, device: &Device) -> Statistics {
         Statistics::new(self.convs().map(|c| (c.norm.as_str(), c.c_out)), device)
     }
@@ -284,37 +291,37 @@ impl ResNet {
     /// The representation y = f(x).
     ///
     /// # Shapes
-    /// `x`: `[N, H, W, C]`, normalised by channel; returns `[N, F]`.
-    pub fn forward(&self, pass: &mut Pass, x: Tensor<4>) -> Tensor<2> {
-        pool::mean(self.map(pass, x))
+    /// `x`: `[N, H, W, C]`, normalized by channel; returns `[N, F]`.
+    pub fn forward(&self, ctx: &mut ForwardContext, x: Tensor<4>) -> Tensor<2> {
+        pool::mean(self.feature_map(ctx, x))
     }
 
-    /// The map that the representation is the mean of.
+    /// Last feature map; the representation is its mean.
     ///
     /// # Shapes
-    /// `x`: `[N, H, W, C]`, normalised by channel; returns `[N, H', W', F]`.
-    pub fn map(&self, pass: &mut Pass, x: Tensor<4>) -> Tensor<4> {
+    /// `x`: `[N, H, W, C]`, normalized by channel; returns `[N, H', W', F]`.
+    pub(crate) fn feature_map(&self, ctx: &mut ForwardContext, x: Tensor<4>) -> Tensor<4> {
         let (stem, kind) = &self.stem;
-        let mut x = conv_norm_act(pass, stem, x, Then::Relu).done();
+        let mut x = conv_norm_act(ctx, stem, x, Epilogue::Relu).into_tensor();
         if *kind == Stem::Imagenet {
             x = pool::max_3x3_stride_2(x);
         }
         for block in self.groups.iter().flatten() {
-            x = block.forward(pass, x);
+            x = block.forward(ctx, x);
         }
         x
     }
 }
 
 impl ResidualBlock {
-    fn forward(&self, pass: &mut Pass, x: Tensor<4>) -> Tensor<4> {
+    fn forward(&self, ctx: &mut ForwardContext, x: Tensor<4>) -> Tensor<4> {
         let skip = match &self.projection {
-            Some(projection) => conv_norm_act(pass, projection, x.clone(), Then::Nothing).done(),
+            Some(projection) => conv_norm_act(ctx, projection, x.clone(), Epilogue::None).into_tensor(),
             None => x.clone(),
         };
         let (last, inner) = self.convs.split_last().expect("a block has convolutions");
-        let y = inner.iter().fold(Map::from(x), |y, conv| conv_norm_act(pass, conv, y, Then::Relu));
-        conv_norm_act(pass, last, y, Then::AddRelu(skip)).done()
+        let y = inner.iter().fold(FeatureMap::from(x), |y, conv| conv_norm_act(ctx, conv, y, Epilogue::Relu));
+        conv_norm_act(ctx, last, y, Epilogue::AddRelu(skip)).into_tensor()
     }
 }
 
@@ -327,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn parameter_counts_are_the_published_ones() {
+    fn parameter_counts_match_published_values() {
         use Architecture::*;
         let rows = [
             (Resnet18, 1.0, Stem::Imagenet, 512, 11_176_512),
@@ -351,16 +358,16 @@ mod tests {
     }
 
     #[test]
-    fn multiply_adds_are_the_published_ones() {
-        // torchvision's own figures, without the classifier.
-        let giga = |a, stem, size| ResNet::new(a, 1.0, stem, 3).products(size) as f64 / 1e9;
+    fn multiply_adds_match_published_values() {
+        // torchvision's values, without the classifier.
+        let giga = |a, stem, size| ResNet::new(a, 1.0, stem, 3).multiply_adds(size) as f64 / 1e9;
         assert!((giga(Architecture::Resnet50, Stem::Imagenet, 224) - 4.087).abs() < 0.001);
         assert!((giga(Architecture::Resnet18, Stem::Imagenet, 224) - 1.814).abs() < 0.001);
         assert!((giga(Architecture::Resnet18, Stem::Cifar, 32) - 0.556).abs() < 0.001);
     }
 
     #[test]
-    fn names_are_torchvisions() {
+    fn names_match_torchvision() {
         let net = ResNet::new(Architecture::Resnet50, 1.0, Stem::Imagenet, 3);
         let names: Vec<String> = net.shapes().into_iter().map(|(name, _)| name).collect();
         assert_eq!(names[..3], ["conv1.weight", "bn1.weight", "bn1.bias"]);
@@ -372,14 +379,14 @@ mod tests {
     }
 
     #[test]
-    fn a_fractional_width_scales_every_channel_count() {
+    fn fractional_width_scales_every_channel_count() {
         let net = ResNet::new(Architecture::Resnet18, 0.25, Stem::Cifar, 3);
         assert_eq!(net.features(), 128);
         assert_eq!(net.shapes()[0].1, [16, 3, 3, 3]);
     }
 
     #[test]
-    fn a_zero_initialised_branch_leaves_the_block_an_identity_at_the_start() {
+    fn zero_init_residual_zeroes_the_last_scale_of_each_block() {
         let device = Device::flex();
         let net = ResNet::new(Architecture::Resnet18, 0.125, Stem::Cifar, 3).with_init(Init::Reference, true);
         let tree = net.init(1, "online", &device);

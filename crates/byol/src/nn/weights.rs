@@ -1,5 +1,6 @@
-//! Encoder files: safetensors with torchvision's names, so that `torchvision.models.resnet18().load_state_dict(…, strict=False)` takes
-//! them, and a metadata entry `byol` (JSON of [`EncoderSpec`]) that says what they are.
+//! Encoder files: safetensors with torchvision's parameter names, which
+//! `torchvision.models.resnet18().load_state_dict(…, strict=False)` accepts, and a metadata entry
+//! `byol`, the [`EncoderSpec`] as JSON.
 
 use std::{
     collections::HashMap,
@@ -11,91 +12,113 @@ use burn::tensor::Device;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use sha2::{Digest, Sha256};
 
-use super::{Encoder, EncoderSpec, Leaf, Running, Statistics, Tree, Weights};
-use crate::files;
+use super::{
+    encoder::{Encoder, EncoderSpec, Weights},
+    forward_context::{RunningStats, Statistics},
+    tree::{self, Leaf, Tree},
+};
+use crate::atomic_write;
 
-/// What can be wrong with an encoder file.
+/// Errors of encoder files.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The file cannot be read.
-    #[error("cannot read the encoder {}: {source}; give an encoder.safetensors or a run folder that holds one", path.display())]
+    #[error(
+        "cannot read encoder {}: {source}\nhint: pass an encoder.safetensors, or a run folder that contains one",
+        path.display()
+    )]
     Read {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// Why.
+        /// Cause.
         source: io::Error,
     },
     /// The file cannot be written.
-    #[error("cannot write the encoder {}: {source}; {}", path.display(), crate::files::remedy(source))]
+    #[error("cannot write encoder {}: {source}\nhint: {}", path.display(), atomic_write::remedy(source))]
     Write {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// Why.
+        /// Cause.
         source: io::Error,
     },
-    /// Not safetensors, or truncated.
-    #[error("{} is not a whole safetensors file: {reason}; it may be cut off: copy it again", path.display())]
+    /// The file is not safetensors, or truncated.
+    #[error(
+        "{} is not a complete safetensors file: {reason}\nhint: the file may be truncated; copy it again",
+        path.display()
+    )]
     Format {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// What the parser said.
+        /// Message of the parser.
         reason: String,
     },
-    /// Safetensors of someone else.
-    #[error("{} does not say which encoder it holds ({reason}); use an encoder.safetensors that byol wrote, or make one of it with `byol import`", path.display())]
+    /// The file is safetensors, but has no description.
+    #[error(
+        "{} has no encoder description ({reason})\nhint: use an encoder.safetensors written by byol, or convert the \
+         file with `byol import`",
+        path.display()
+    )]
     Foreign {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// What is missing.
+        /// Missing or invalid part.
         reason: String,
     },
-    /// A file of someone else without a ResNet that we know.
-    #[error("{} cannot be imported: {reason}; give a ResNet's weights as .pth or .safetensors, with torchvision's, timm's, lightly's or solo-learn's names", path.display())]
+    /// The file contains no supported ResNet.
+    #[error(
+        "cannot import {}: {reason}\nhint: supported are ResNet weights as .pth or .safetensors, with the names of \
+         torchvision, timm, lightly or solo-learn",
+        path.display()
+    )]
     NoResnet {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// What is missing.
+        /// Missing or invalid part.
         reason: String,
     },
-    /// The weights are not those of the architecture that the file names.
-    #[error("{} holds {found} for `{name}`, but {encoder} has {expected}: its weights are of another architecture; use the file as byol wrote it", path.display())]
+    /// The weights do not match the description in the file.
+    #[error(
+        "{}: `{name}` is {found}, but {encoder} expects {expected}\nhint: the weights belong to another architecture; \
+         use the file as byol wrote it",
+        path.display()
+    )]
     Mismatch {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// The tensor.
+        /// Name of the tensor.
         name: String,
-        /// What the file has.
+        /// Type and shape in the file.
         found: String,
-        /// What the description asks for.
+        /// Shape according to the description.
         expected: String,
-        /// The description.
+        /// Architecture and width of the description.
         encoder: String,
     },
 }
 
-/// The metadata key of the description.
+/// Metadata key of the description.
 const KEY: &str = "byol";
 
-/// Bytes of f32 values, little-endian as safetensors wants them.
+/// Encodes f32 values as little-endian bytes, as safetensors requires.
 pub(crate) fn to_bytes(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|v| v.to_le_bytes()).collect()
 }
 
-/// f32 values from little-endian bytes.
+/// Decodes f32 values from little-endian bytes.
 pub(crate) fn from_bytes(bytes: &[u8]) -> Vec<f32> {
     bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
 }
 
-/// Writes the encoder to `path`, whole or not at all.
+/// Writes an encoder to `path`, atomically.
 ///
 /// # Errors
 /// [`Error::Write`].
 pub fn save(path: &Path, spec: &EncoderSpec, weights: &Weights) -> Result<(), Error> {
     let write = |source| Error::Write { path: path.to_owned(), source };
-    files::write_whole(path, &to_file(spec, weights, None)).map_err(write)
+    atomic_write::write_whole(path, &to_file(spec, weights, None)).map_err(write)
 }
 
-/// The encoder as the bytes of a file, with one more entry of metadata where there is something to say.
+/// Serializes an encoder, with an optional second metadata entry.
 pub(crate) fn to_file(spec: &EncoderSpec, weights: &Weights, note: Option<(&str, String)>) -> Vec<u8> {
     let mut tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
     for (name, leaf) in spec.resnet().shapes().iter().filter_map(|(name, _)| Some((name, weights.params.leaf(name)?))) {
@@ -103,21 +126,22 @@ pub(crate) fn to_file(spec: &EncoderSpec, weights: &Weights, note: Option<(&str,
     }
     for conv in spec.resnet().convs() {
         let (name, r) = (&conv.norm, weights.statistics.get(&conv.norm));
-        for (what, value) in [("running_mean", &r.mean), ("running_var", &r.var)] {
-            let values = super::tree::host(value.clone());
-            tensors.push((format!("{name}.{what}"), Dtype::F32, vec![values.len()], to_bytes(&values)));
+        for (suffix, value) in [("running_mean", &r.mean), ("running_var", &r.var)] {
+            let values = tree::host(value.clone());
+            tensors.push((format!("{name}.{suffix}"), Dtype::F32, vec![values.len()], to_bytes(&values)));
         }
         let batches = i64::try_from(r.batches).unwrap_or(i64::MAX);
         tensors.push((format!("{name}.num_batches_tracked"), Dtype::I64, vec![], batches.to_le_bytes().to_vec()));
     }
-    // One entry: a map of more is written in an order that changes from process to process, and equal encoders are equal files.
+    // A single entry by default: a hash map with more is written in an order that varies between
+    // processes, and equal encoders should be equal files.
     let mut metadata =
-        HashMap::from([(KEY.to_owned(), serde_json::to_string(spec).expect("a description is plain data"))]);
+        HashMap::from([(KEY.to_owned(), serde_json::to_string(spec).expect("a description is serializable"))]);
     metadata.extend(note.map(|(key, value)| (key.to_owned(), value)));
     serialize(&tensors, metadata)
 }
 
-/// Named tensors and metadata as a safetensors file.
+/// Serializes named tensors and metadata as a safetensors file.
 pub(crate) fn serialize(
     tensors: &[(String, Dtype, Vec<usize>, Vec<u8>)],
     metadata: HashMap<String, String>,
@@ -125,21 +149,21 @@ pub(crate) fn serialize(
     let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
         (name, TensorView::new(*dtype, shape.clone(), bytes).expect("bytes fit the shape"))
     });
-    safetensors::serialize(views, Some(metadata)).expect("named tensors of known types serialise")
+    safetensors::serialize(views, Some(metadata)).expect("named tensors of known types are serializable")
 }
 
-/// `encoder.safetensors` of a run folder, or the file itself.
+/// Returns the path of `encoder.safetensors` in a run folder, or the path itself for a file.
 pub fn resolve(path: &Path) -> PathBuf {
     if path.is_dir() { path.join("encoder.safetensors") } else { path.to_owned() }
 }
 
-/// SHA-256 of a file in hexadecimal: which encoder it is.
+/// SHA-256 of an encoder file in hexadecimal, which identifies the encoder.
 ///
 /// # Errors
 /// [`Error::Read`].
 pub fn sha256(path: &Path) -> Result<String, Error> {
     let bytes = fs::read(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
-    Ok(files::hex(&Sha256::digest(&bytes)))
+    Ok(atomic_write::hex(&Sha256::digest(&bytes)))
 }
 
 /// Reads an encoder from a file or a run folder.
@@ -152,7 +176,7 @@ pub fn load(path: &Path, device: &Device) -> Result<Encoder, Error> {
     parse(&path, &bytes, device)
 }
 
-/// As [`load`], from bytes; `path` is for messages.
+/// Parses an encoder from bytes. `path` is used in messages.
 ///
 /// # Errors
 /// [`Error::Format`], [`Error::Foreign`], [`Error::Mismatch`].
@@ -172,9 +196,9 @@ pub fn parse(path: &Path, bytes: &[u8], device: &Device) -> Result<Encoder, Erro
             name: name.to_owned(),
             found,
             expected: format!("{shape:?}"),
-            encoder: format!("{} of width {}", spec.architecture.name(), spec.width),
+            encoder: format!("a {} of width {}", spec.architecture.name(), spec.width),
         };
-        let tensor = tensors.tensor(name).map_err(|_| mismatch("nothing".into()))?;
+        let tensor = tensors.tensor(name).map_err(|_| mismatch("missing".into()))?;
         if tensor.dtype() != Dtype::F32 || tensor.shape() != shape {
             return Err(mismatch(format!("{:?} {:?}", tensor.dtype(), tensor.shape())));
         }
@@ -187,45 +211,16 @@ pub fn parse(path: &Path, bytes: &[u8], device: &Device) -> Result<Encoder, Erro
     }
     let mut statistics = Statistics::default();
     for conv in spec.resnet().convs() {
-        let flat = |what: &str| -> Result<_, Error> {
-            let values = read(&format!("{}.{what}", conv.norm), &[conv.c_out])?;
+        let flat = |suffix: &str| -> Result<_, Error> {
+            let values = read(&format!("{}.{suffix}", conv.norm), &[conv.c_out])?;
             Ok(Leaf::new(values, &[conv.c_out], device).value)
         };
         let (mean, var) = (flat("running_mean")?, flat("running_var")?);
         let batches = tensors.tensor(&format!("{}.num_batches_tracked", conv.norm)).ok();
         let batches = batches.and_then(|t| Some(u64::from_le_bytes(t.data().try_into().ok()?))).unwrap_or(0);
-        statistics.insert(&conv.norm, Running { mean, var, batches });
+        statistics.insert(&conv.norm, RunningStats { mean, var, batches });
     }
     Ok(Encoder::new(spec, Weights { params, statistics }))
-}
-
-impl EncoderSpec {
-    /// Whether the description makes sense; a reason where not.
-    ///
-    /// # Errors
-    /// The reason, for a file from outside.
-    pub fn check(&self) -> Result<(), String> {
-        let n = &self.normalization;
-        if !(self.width > 0.0 && self.width <= 64.0) {
-            return Err(format!("width {} is not in (0, 64]", self.width));
-        }
-        if self.size == 0 || self.size > 8192 || self.channels == 0 || self.channels > 4096 {
-            return Err(format!("{} px of {} channels is out of range", self.size, self.channels));
-        }
-        if !(self.center > 0.0 && self.center <= 1.0) {
-            return Err(format!("an evaluation window of {} of the shorter side is not in (0, 1]", self.center));
-        }
-        if !(self.eps.is_finite() && self.eps > 0.0) {
-            return Err(format!("an epsilon of {} is not above 0", self.eps));
-        }
-        if n.mean.len() != self.channels
-            || n.std.len() != self.channels
-            || n.std.iter().any(|s| s.is_nan() || *s <= 0.0)
-        {
-            return Err(format!("the normalisation is not of {} channels with deviations above 0", self.channels));
-        }
-        Ok(())
-    }
 }
 
 #[cfg(test)]
@@ -251,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn a_saved_encoder_comes_back() {
+    fn saved_encoder_loads_unchanged() {
         let (spec, weights, device) = small();
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("encoder.safetensors");
@@ -266,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn every_cut_of_a_file_is_refused() {
+    fn rejects_truncated_files() {
         let (spec, weights, device) = small();
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("encoder.safetensors");
@@ -278,13 +273,13 @@ mod tests {
     }
 
     #[test]
-    fn another_architectures_weights_are_refused() {
+    fn rejects_weights_of_another_width() {
         let (spec, weights, device) = small();
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("encoder.safetensors");
         save(&path, &spec, &weights).unwrap();
         let bytes = fs::read(&path).unwrap();
-        // Same length: 0.0625 → 0.1250.
+        // A width of the same length: 0.0625 → 0.1250.
         let at = bytes.windows(6).position(|w| w == b"0.0625").unwrap();
         let mut changed = bytes.clone();
         changed[at..at + 6].copy_from_slice(b"0.1250");

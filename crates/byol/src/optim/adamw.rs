@@ -1,5 +1,5 @@
-//! AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101): decay is decoupled from the gradient and multiplied by η; excluded tensors
-//! have none.
+//! AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101). Weight decay is decoupled from the
+//! gradient and multiplied by η; excluded tensors have none.
 
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
@@ -12,14 +12,14 @@ pub struct AdamW {
     pub beta1: f64,
     /// Decay of the second moment, in [0, 1).
     pub beta2: f64,
-    /// Added to the root of the second moment.
+    /// ε, added to the root of the second moment.
     pub eps: f64,
     /// Weight decay, at least 0.
     pub weight_decay: f64,
 }
 
 impl AdamW {
-    /// Update `t` (from 1): the new weight and the new moments.
+    /// Performs update `t` (from 1). Returns the new weights and moments.
     pub fn step(
         &self,
         w: Tensor<1>,

@@ -1,7 +1,7 @@
-//! LARS (You et al. 2017, arXiv:1708.03888) as deepmind-research `byol` has it.
+//! LARS (You et al. 2017, arXiv:1708.03888), as in deepmind-research `byol`.
 //!
-//! For a tensor w with gradient g: u = g + decay·w; u ← u · trust·‖w‖/‖u‖ where both norms are above 0;
-//! m ← momentum·m + u; w ← w − η·m. Excluded tensors skip decay and adaptation.
+//! For a tensor w with gradient g: u = g + decay·w; u ← u · trust_coefficient·‖w‖/‖u‖ if both norms
+//! are above 0; m ← momentum·m + u; w ← w − η·m. Excluded tensors skip decay and adaptation.
 
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
@@ -10,19 +10,20 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Lars {
-    /// Share of the momentum buffer that stays, in [0, 1). 0.9 as in the reference.
+    /// Momentum, in [0, 1). 0.9 in the reference.
     pub momentum: f64,
-    /// Weight decay, at least 0. 1.5e-6 for 1000 epochs as in the reference.
+    /// Weight decay, at least 0. 1.5e-6 in the reference, for 1000 epochs.
     pub weight_decay: f64,
-    /// Trust coefficient, above 0. 1e-3 as in the reference.
-    pub trust: f64,
-    /// Cap the adaptive rate: ratio ← min(ratio / η, 1), so that no tensor moves by more than its gradient times η. As in
-    /// solo-learn's CIFAR recipe; off in the reference.
+    /// Trust coefficient, above 0. 1e-3 in the reference.
+    #[serde(alias = "trust")]
+    pub trust_coefficient: f64,
+    /// Clip the adaptive rate (LARC): ratio ← min(ratio / η, 1), so that no tensor moves by more
+    /// than its gradient times η. On in solo-learn's CIFAR recipe, off in the reference.
     pub clip_lr: bool,
 }
 
 impl Lars {
-    /// One update: the new weight and the new momentum.
+    /// Performs one update. Returns the new weights and momentum.
     pub fn step(
         &self,
         w: Tensor<1>,
@@ -36,14 +37,15 @@ impl Lars {
         (w - m.clone().mul_scalar(eta), vec![m])
     }
 
-    /// The ratio stays on the device, so that no step waits for a value to be read back.
+    /// Applies weight decay and the trust ratio. The ratio stays on the device: reading it back
+    /// would stall every step.
     fn adapt(&self, w: &Tensor<1>, g: Tensor<1>, eta: f64) -> Tensor<1> {
         let u = g + w.clone().mul_scalar(self.weight_decay);
         let (w_norm, u_norm) = (norm(w.clone()), norm(u.clone()));
-        let neither = (w_norm.clone().equal_elem(0.0)).bool_or(u_norm.clone().equal_elem(0.0));
-        // A zero norm would give 0/0; the ratio there is 1, the plain step.
-        let mut ratio = w_norm.mul_scalar(self.trust) / u_norm.mask_fill(neither.clone(), 1.0);
-        ratio = ratio.mask_fill(neither, 1.0);
+        let is_zero = (w_norm.clone().equal_elem(0.0)).bool_or(u_norm.clone().equal_elem(0.0));
+        // If either norm is 0 the ratio is 1, not 0/0.
+        let mut ratio = w_norm.mul_scalar(self.trust_coefficient) / u_norm.mask_fill(is_zero.clone(), 1.0);
+        ratio = ratio.mask_fill(is_zero, 1.0);
         if self.clip_lr {
             ratio = ratio.div_scalar(eta.max(1e-12)).clamp_max(1.0);
         }

@@ -1,5 +1,5 @@
-//! Stochastic gradient descent with momentum: g ← g + decay·w (not for excluded tensors); m ← momentum·m + g;
-//! w ← w − η·m, or with Nesterov w − η·(g + momentum·m). No dampening.
+//! Stochastic gradient descent with momentum: g ← g + decay·w (except for excluded tensors);
+//! m ← momentum·m + g; w ← w − η·m, or with Nesterov w − η·(g + momentum·m). No dampening.
 
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
@@ -8,16 +8,16 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Sgd {
-    /// Share of the momentum buffer that stays, in [0, 1).
+    /// Momentum, in [0, 1).
     pub momentum: f64,
     /// Weight decay, at least 0, added to the gradient.
     pub weight_decay: f64,
-    /// Look ahead.
+    /// Use Nesterov's momentum.
     pub nesterov: bool,
 }
 
 impl Sgd {
-    /// One update: the new weight and the new momentum.
+    /// Performs one update. Returns the new weights and momentum.
     pub fn step(
         &self,
         w: Tensor<1>,
@@ -28,7 +28,7 @@ impl Sgd {
     ) -> (Tensor<1>, Vec<Tensor<1>>) {
         let g = if excluded { g } else { g + w.clone().mul_scalar(self.weight_decay) };
         let m = momentum.mul_scalar(self.momentum) + g.clone();
-        let move_by = if self.nesterov { g + m.clone().mul_scalar(self.momentum) } else { m.clone() };
-        (w - move_by.mul_scalar(eta), vec![m])
+        let update = if self.nesterov { g + m.clone().mul_scalar(self.momentum) } else { m.clone() };
+        (w - update.mul_scalar(eta), vec![m])
     }
 }

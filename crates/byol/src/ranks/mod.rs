@@ -1,6 +1,9 @@
-//! RANKS: the processes (or threads) that share every batch, each with a part of it and, where there are several, a device of its own. All
-//! hold the same weights; what they must agree on are sums: of gradients, and of batch norm's statistics, forward and backward. So N
-//! ranks with batches of B / N walk as one rank with a batch of B does, but for rounding.
+//! RANKS: data-parallel processes (or threads), each with a part of every batch and, if there are
+//! several, a device of its own.
+//!
+//! All ranks hold the same weights. They exchange only sums: of gradients, and of batch norm's
+//! statistics, forward and backward. So training on N ranks with batches of B / N is equivalent to
+//! one rank with a batch of B, up to rounding.
 
 #[cfg(feature = "mpi")]
 pub mod mpi;
@@ -8,160 +11,160 @@ pub mod threads;
 
 use std::fmt;
 
-use burn::tensor::Tensor;
 use serde::{Serialize, de::DeserializeOwned};
 
-use crate::nn::{Tree, tree::host};
-
-/// What ranks need of each other. All ranks call the same, in the same order. Sums have the same bits on all ranks.
+/// Collective operations. All ranks call the same operations in the same order. Sums have the same
+/// bits on all ranks.
 pub trait Communicator: Sync {
-    /// Which of them this is, from 0.
+    /// Index of this rank, from 0.
     fn rank(&self) -> usize;
 
-    /// How many there are.
-    fn ranks(&self) -> usize;
+    /// Number of ranks.
+    fn world_size(&self) -> usize;
 
-    /// Adds up over all ranks, in place.
-    fn sum(&self, values: &mut [f32]);
+    /// Sums over all ranks, in place.
+    fn all_reduce_sum(&self, values: &mut [f32]);
 
-    /// The same in double precision.
-    fn sum_f64(&self, values: &mut [f64]);
+    /// Sums over all ranks in double precision, in place.
+    fn all_reduce_sum_f64(&self, values: &mut [f64]);
 
-    /// Gives all ranks what rank 0 has.
+    /// Replaces `bytes` on all ranks with those of rank 0.
     fn broadcast(&self, bytes: &mut Vec<u8>);
 
-    /// What all of it has taken so far.
-    fn spent(&self) -> Spent;
+    /// Communication of this rank so far.
+    fn comm_stats(&self) -> CommStats;
 }
 
-/// What ranks have said to each other, as one of them counts it.
+/// Communication statistics of one rank.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct Spent {
-    /// How often.
+pub struct CommStats {
+    /// Number of collective operations.
     pub messages: u64,
-    /// Bytes that this rank has brought.
+    /// Bytes sent by this rank.
     pub bytes: u64,
-    /// Seconds, with the waiting for slower ranks.
+    /// Seconds, including the time spent waiting for slower ranks.
     pub seconds: f64,
 }
 
-/// The ranks as one of them sees them.
+/// Handle to all data-parallel ranks, as seen by one of them.
 #[derive(Clone, Copy)]
 pub struct Ranks(Option<&'static dyn Communicator>);
 
 impl fmt::Debug for Ranks {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        write!(f, "rank {} of {}", self.rank(), self.count())
+        write!(f, "rank {} of {}", self.rank(), self.world_size())
     }
 }
 
-/// Equal where they sum over the same ranks.
+/// Equal if rank and world size are.
 impl PartialEq for Ranks {
     fn eq(&self, other: &Self) -> bool {
-        (self.rank(), self.count()) == (other.rank(), other.count())
+        (self.rank(), self.world_size()) == (other.rank(), other.world_size())
     }
 }
 
 impl Eq for Ranks {}
 
-/// Numbers a message: large enough for the bandwidth, small enough for a network card's buffers.
-const MESSAGE: usize = 1 << 22;
+/// Maximum values per message: large enough for full bandwidth, small enough for the buffers of
+/// network cards.
+const MESSAGE_LEN: usize = 1 << 22;
 
 impl Ranks {
-    /// One that shares with nobody.
-    pub const ALONE: Ranks = Ranks(None);
+    /// A single rank, which does not communicate.
+    pub const SINGLE: Ranks = Ranks(None);
 
-    /// Those of a communicator.
-    pub fn new(of: &'static dyn Communicator) -> Ranks {
-        Ranks((of.ranks() > 1).then_some(of))
+    /// The ranks of a communicator.
+    pub fn new(communicator: &'static dyn Communicator) -> Ranks {
+        Ranks((communicator.world_size() > 1).then_some(communicator))
     }
 
-    /// Which this is, from 0.
+    /// Index of this rank, from 0.
     pub fn rank(self) -> usize {
         self.0.map_or(0, Communicator::rank)
     }
 
-    /// How many there are.
-    pub fn count(self) -> usize {
-        self.0.map_or(1, Communicator::ranks)
+    /// Number of ranks.
+    pub fn world_size(self) -> usize {
+        self.0.map_or(1, Communicator::world_size)
     }
 
-    /// Whether this is the one that writes and tells.
-    pub fn leads(self) -> bool {
+    /// Returns `true` on rank 0, the one that reads and writes files and prints.
+    pub fn is_root(self) -> bool {
         self.rank() == 0
     }
 
-    /// What they have said to each other.
-    pub fn spent(self) -> Spent {
-        self.0.map_or(Spent::default(), Communicator::spent)
+    /// Communication of this rank so far.
+    pub fn comm_stats(self) -> CommStats {
+        self.0.map_or(CommStats::default(), Communicator::comm_stats)
     }
 
-    /// Adds up over all ranks, in place.
-    pub fn sum(self, values: &mut [f64]) {
-        if let Some(all) = self.0 {
-            all.sum_f64(values);
+    /// Sums over all ranks, in place.
+    pub fn all_reduce_sum(self, values: &mut [f64]) {
+        if let Some(communicator) = self.0 {
+            communicator.all_reduce_sum_f64(values);
         }
     }
 
-    /// Gives all ranks what rank 0 has.
+    /// Returns the bytes of rank 0 on all ranks.
     pub fn broadcast(self, mut bytes: Vec<u8>) -> Vec<u8> {
-        if let Some(all) = self.0 {
-            all.broadcast(&mut bytes);
+        if let Some(communicator) = self.0 {
+            communicator.broadcast(&mut bytes);
         }
         bytes
     }
 
-    /// The mean over all ranks, leaf by leaf; in few large messages, as a message of few numbers costs as much as one of thousands.
-    pub fn mean(self, tree: Tree) -> Tree {
-        let Some(all) = self.0 else { return tree };
-        let mut values = host(Tensor::cat(tree.iter().map(|(_, leaf)| leaf.value.clone()).collect(), 0));
-        let share = 1.0 / all.ranks() as f32;
-        for message in values.chunks_mut(MESSAGE) {
-            all.sum(message);
+    /// Averages over all ranks, in place. Sends few large messages, since a message of few values
+    /// takes as long as one of thousands.
+    pub fn all_reduce_mean(self, values: &mut [f32]) {
+        let Some(communicator) = self.0 else { return };
+        let share = 1.0 / communicator.world_size() as f32;
+        for message in values.chunks_mut(MESSAGE_LEN) {
+            communicator.all_reduce_sum(message);
             message.iter_mut().for_each(|v| *v *= share);
         }
-        tree.with_values(&values)
     }
 
-    /// What each rank has, in their order, on all ranks. For little: it goes as numbers.
-    pub fn gather(self, own: &[u8]) -> Vec<Vec<u8>> {
-        let mut lengths = vec![0.0; self.count()];
+    /// Returns the bytes of every rank, in rank order, on all ranks. For small data: each byte is
+    /// sent as an f64.
+    pub fn all_gather(self, own: &[u8]) -> Vec<Vec<u8>> {
+        let mut lengths = vec![0.0; self.world_size()];
         lengths[self.rank()] = own.len() as f64;
-        self.sum(&mut lengths);
+        self.all_reduce_sum(&mut lengths);
         let lengths: Vec<usize> = lengths.into_iter().map(|n| n as usize).collect();
         let mut all = vec![0.0; lengths.iter().sum()];
         let from = lengths[..self.rank()].iter().sum::<usize>();
         all[from..from + own.len()].iter_mut().zip(own).for_each(|(to, byte)| *to = f64::from(*byte));
-        self.sum(&mut all);
+        self.all_reduce_sum(&mut all);
         let mut rest = all.into_iter().map(|byte| byte as u8);
         lengths.into_iter().map(|n| rest.by_ref().take(n).collect()).collect()
     }
 
-    /// What rank 0 has found, on all ranks.
+    /// Returns the value of rank 0 on all ranks.
     ///
     /// # Panics
-    /// If it is nothing that JSON can hold.
-    pub fn agree<T: Serialize + DeserializeOwned>(self, own: T) -> T {
-        if self == Ranks::ALONE {
+    /// If the value cannot be serialized as JSON.
+    pub fn broadcast_value<T: Serialize + DeserializeOwned>(self, own: T) -> T {
+        if self == Ranks::SINGLE {
             return own;
         }
-        let bytes = if self.leads() { serde_json::to_vec(&own).expect("plain data") } else { Vec::new() };
-        serde_json::from_slice(&self.broadcast(bytes)).expect("rank 0 has sent it")
+        let bytes = if self.is_root() { serde_json::to_vec(&own).expect("serializable data") } else { Vec::new() };
+        serde_json::from_slice(&self.broadcast(bytes)).expect("sent by rank 0")
     }
 
-    /// Whether it is so on any rank.
-    pub fn any(self, so: bool) -> bool {
-        let mut how_often = [f64::from(u8::from(so))];
-        self.sum(&mut how_often);
-        how_often[0] > 0.0
+    /// Returns `true` if the condition holds on any rank.
+    pub fn any(self, condition: bool) -> bool {
+        let mut count = [f64::from(u8::from(condition))];
+        self.all_reduce_sum(&mut count);
+        count[0] > 0.0
     }
 
-    /// The first rank that says something else than rank 0, if any; all ranks learn of the same.
-    pub fn differs(self, what: &[u8]) -> Option<usize> {
-        let of_first = self.broadcast(what.to_vec());
-        let mut differ = vec![0.0; self.count()];
-        differ[self.rank()] = f64::from(u8::from(of_first != what));
-        self.sum(&mut differ);
-        differ.iter().position(|d| *d > 0.0)
+    /// Returns the first rank whose bytes differ from those of rank 0, if any; the same on all
+    /// ranks.
+    pub fn first_mismatch(self, bytes: &[u8]) -> Option<usize> {
+        let expected = self.broadcast(bytes.to_vec());
+        let mut mismatches = vec![0.0; self.world_size()];
+        mismatches[self.rank()] = f64::from(u8::from(expected != bytes));
+        self.all_reduce_sum(&mut mismatches);
+        mismatches.iter().position(|m| *m > 0.0)
     }
 }

@@ -1,4 +1,5 @@
-//! Ranks that are processes, started by `mpirun` or the like: they add up through an MPI library.
+//! Ranks as processes, started by `mpirun` or a similar launcher, which communicate through an MPI
+//! library.
 
 use std::{
     sync::{
@@ -17,33 +18,35 @@ use mpi::{
     traits::{CommunicatorCollectives as _, Equivalence, Root as _},
 };
 
-use super::{Communicator, Ranks, Spent};
+use super::{CommStats, Communicator, Ranks};
 
-/// MPI, from its start until it is dropped.
+/// An initialized MPI library. Finalized when dropped.
 pub struct Session {
-    /// Who shares the work.
+    /// All ranks.
     pub ranks: Ranks,
-    /// Which of the ranks of this machine, and how many they are.
+    /// Index of this rank among those of the same machine, and their number.
     pub local: [usize; 2],
-    of: &'static Mpi,
+    mpi: &'static Mpi,
     _universe: Universe,
 }
 
-/// Bytes a message: MPI counts in 32 bits.
-const MOST: usize = 1 << 30;
+/// Maximum bytes per message: MPI counts in 32 bits.
+const MESSAGE_BYTES: usize = 1 << 30;
 
 struct Mpi {
     rank: usize,
-    ranks: usize,
-    /// MPI is told that no two threads call it at once.
-    alone: Mutex<Spent>,
-    began: Instant,
-    /// Milliseconds from `began` to when this rank began to wait for others; 0: it does not wait.
-    waits_since: AtomicU64,
+    world_size: usize,
+    /// Communication so far. Also serializes the calls of several threads, which MPI was promised
+    /// (`Threading::Serialized`).
+    stats: Mutex<CommStats>,
+    start: Instant,
+    /// Milliseconds from `start` to the start of the current collective operation; 0 outside of
+    /// one.
+    waiting_since: AtomicU64,
 }
 
 impl Session {
-    /// Starts MPI; none where it has been started before, or cannot be used from threads.
+    /// Initializes MPI. `None` if it has been initialized before, or does not support threads.
     pub fn start() -> Option<Session> {
         let (universe, threading) = mpi::initialize_with_threading(Threading::Serialized)?;
         if threading < Threading::Serialized {
@@ -51,70 +54,74 @@ impl Session {
         }
         let world = universe.world();
         let count = |n: i32| usize::try_from(n).expect("MPI counts from 0");
-        let here = world.split_shared(world.rank());
-        let of: &'static Mpi = Box::leak(Box::new(Mpi {
+        let machine = world.split_shared(world.rank());
+        let mpi: &'static Mpi = Box::leak(Box::new(Mpi {
             rank: count(world.rank()),
-            ranks: count(world.size()),
-            alone: Mutex::default(),
-            began: Instant::now(),
-            waits_since: AtomicU64::new(0),
+            world_size: count(world.size()),
+            stats: Mutex::default(),
+            start: Instant::now(),
+            waiting_since: AtomicU64::new(0),
         }));
-        let local = [count(here.rank()), count(here.size())];
-        Some(Session { ranks: Ranks::new(of), local, of, _universe: universe })
+        let local = [count(machine.rank()), count(machine.size())];
+        Some(Session { ranks: Ranks::new(mpi), local, mpi, _universe: universe })
     }
 
-    /// Looks on whether this rank waits for the others; the look outlives the session.
+    /// Returns a probe for the time that this rank has been waiting for the others, `None` while it
+    /// is not waiting. The probe outlives the session.
     pub fn waiting(&self) -> impl Fn() -> Option<Duration> + Send + Sync + 'static {
-        let of = self.of;
-        move || of.waits()
+        let mpi = self.mpi;
+        move || mpi.waiting()
     }
 
-    /// Calls `tell` once this rank has waited so long for the others: one of them hangs, or has died unseen.
-    pub fn watch(&self, limit: Duration, tell: impl Fn(Duration) + Send + 'static) {
-        let of = self.of;
+    /// Calls `on_timeout` once this rank has been waiting for the others for `limit`: one of them
+    /// hangs, or has died unnoticed.
+    pub fn watch(&self, limit: Duration, on_timeout: impl Fn(Duration) + Send + 'static) {
+        let mpi = self.mpi;
         thread::spawn(move || {
             loop {
                 thread::sleep((limit / 10).min(Duration::from_secs(5)));
-                if let Some(waited) = of.waits().filter(|waited| *waited >= limit) {
-                    return tell(waited);
+                if let Some(waited) = mpi.waiting().filter(|waited| *waited >= limit) {
+                    return on_timeout(waited);
                 }
             }
         });
     }
 }
 
-/// Ends all ranks at once: the others would wait for this one. After [`Session::start`] alone.
+/// Terminates all ranks, since the others would wait for this one. Only after [`Session::start`].
 pub fn abort(code: i32) -> ! {
     SimpleCommunicator::world().abort(code)
 }
 
 impl Mpi {
-    fn waits(&self) -> Option<Duration> {
-        match self.waits_since.load(Ordering::Relaxed) {
+    /// Time since the start of the current collective operation.
+    fn waiting(&self) -> Option<Duration> {
+        match self.waiting_since.load(Ordering::Relaxed) {
             0 => None,
-            since => Some(self.began.elapsed().saturating_sub(Duration::from_millis(since))),
+            since => Some(self.start.elapsed().saturating_sub(Duration::from_millis(since))),
         }
     }
 
-    fn together(&self, bytes: usize, what: impl FnOnce(&SimpleCommunicator)) {
-        let mut spent = self.alone.lock().unwrap_or_else(PoisonError::into_inner);
-        let began = Instant::now();
-        self.waits_since.store(self.began.elapsed().as_millis().max(1) as u64, Ordering::Relaxed);
-        what(&SimpleCommunicator::world());
-        self.waits_since.store(0, Ordering::Relaxed);
-        *spent = Spent {
-            messages: spent.messages + 1,
-            bytes: spent.bytes + bytes as u64,
-            seconds: spent.seconds + began.elapsed().as_secs_f64(),
+    /// Runs a collective operation that sends `bytes`, and records it.
+    fn collective(&self, bytes: usize, operation: impl FnOnce(&SimpleCommunicator)) {
+        let mut stats = self.stats.lock().unwrap_or_else(PoisonError::into_inner);
+        let start = Instant::now();
+        self.waiting_since.store(self.start.elapsed().as_millis().max(1) as u64, Ordering::Relaxed);
+        operation(&SimpleCommunicator::world());
+        self.waiting_since.store(0, Ordering::Relaxed);
+        *stats = CommStats {
+            messages: stats.messages + 1,
+            bytes: stats.bytes + bytes as u64,
+            seconds: stats.seconds + start.elapsed().as_secs_f64(),
         };
     }
 
-    fn add_up<T: Equivalence + Copy>(&self, values: &mut [T]) {
+    fn sum<T: Equivalence + Copy>(&self, values: &mut [T]) {
         let own = values.to_vec();
-        let most = MOST / size_of::<T>();
-        self.together(size_of_val(values), |world| {
-            for (own, all) in own.chunks(most).zip(values.chunks_mut(most)) {
-                world.all_reduce_into(own, all, SystemOperation::sum());
+        let len = MESSAGE_BYTES / size_of::<T>();
+        self.collective(size_of_val(values), |world| {
+            for (own, sums) in own.chunks(len).zip(values.chunks_mut(len)) {
+                world.all_reduce_into(own, sums, SystemOperation::sum());
             }
         });
     }
@@ -125,29 +132,29 @@ impl Communicator for Mpi {
         self.rank
     }
 
-    fn ranks(&self) -> usize {
-        self.ranks
+    fn world_size(&self) -> usize {
+        self.world_size
     }
 
-    fn sum(&self, values: &mut [f32]) {
-        self.add_up(values);
+    fn all_reduce_sum(&self, values: &mut [f32]) {
+        self.sum(values);
     }
 
-    fn sum_f64(&self, values: &mut [f64]) {
-        self.add_up(values);
+    fn all_reduce_sum_f64(&self, values: &mut [f64]) {
+        self.sum(values);
     }
 
     fn broadcast(&self, bytes: &mut Vec<u8>) {
         let mut length = bytes.len() as u64;
-        self.together(size_of::<u64>() + bytes.len(), |world| {
+        self.collective(size_of::<u64>() + bytes.len(), |world| {
             let root = world.process_at_rank(0);
             root.broadcast_into(&mut length);
             bytes.resize(length as usize, 0);
-            bytes.chunks_mut(MOST).for_each(|part| root.broadcast_into(part));
+            bytes.chunks_mut(MESSAGE_BYTES).for_each(|part| root.broadcast_into(part));
         });
     }
 
-    fn spent(&self) -> Spent {
-        *self.alone.lock().unwrap_or_else(PoisonError::into_inner)
+    fn comm_stats(&self) -> CommStats {
+        *self.stats.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

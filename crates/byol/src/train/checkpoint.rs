@@ -1,5 +1,8 @@
-//! All that a run is, on disk: `checkpoints/step-00000123/` with `state.safetensors` (θ, ξ, running statistics, the optimiser's state) and
-//! `state.json` (version, counters, checksum). Made under a temporary name, synced, renamed: a crash leaves the last good one.
+//! Checkpoints: the complete training state on disk.
+//!
+//! `checkpoints/step-0000000123/` holds `state.safetensors` (θ, ξ, running statistics, optimizer
+//! state) and `state.json` (version, counters, checksum). A checkpoint is written under a temporary
+//! name, synced and renamed, so that a crash leaves the last complete one.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -13,10 +16,10 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::{
+    atomic_write::{self, hex},
     byol::Byol,
-    files::{self, hex},
     nn::{
-        Leaf, Running, Statistics, Tree,
+        Leaf, RunningStats, Statistics, Tree,
         tree::host,
         weights::{from_bytes, serialize, to_bytes},
     },
@@ -24,84 +27,84 @@ use crate::{
     ranks::Ranks,
 };
 
-/// Of the layout on disk.
-pub const VERSION: u32 = 1;
+/// Version of the layout on disk.
+pub(crate) const VERSION: u32 = 1;
 
-/// What can be wrong with a checkpoint.
+/// Errors of a checkpoint.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// There is none.
-    #[error("no checkpoint in {}; start the run again with `byol pretrain`", .0.display())]
+    /// The folder has no checkpoint.
+    #[error("no checkpoint in {}\nhint: start the run again with `byol pretrain`", .0.display())]
     None(PathBuf),
-    /// It cannot be read.
-    #[error("cannot read the checkpoint {}: {source}{}", path.display(), offer(previous))]
+    /// The checkpoint cannot be read.
+    #[error("cannot read the checkpoint {}: {source}\nhint: {}", path.display(), remedy(previous))]
     Read {
-        /// Which one.
+        /// Path of the checkpoint.
         path: PathBuf,
-        /// Why.
+        /// Cause.
         source: io::Error,
-        /// The good one before it.
+        /// Latest intact checkpoint before it.
         previous: Option<PathBuf>,
     },
-    /// It is not what was written.
-    #[error("the checkpoint {} is damaged ({reason}){}", path.display(), offer(previous))]
+    /// The checksum or content does not match what was written.
+    #[error("the checkpoint {} is damaged ({reason})\nhint: {}", path.display(), remedy(previous))]
     Damaged {
-        /// Which one.
+        /// Path of the checkpoint.
         path: PathBuf,
-        /// What is wrong.
+        /// Cause.
         reason: String,
-        /// The good one before it.
+        /// Latest intact checkpoint before it.
         previous: Option<PathBuf>,
     },
-    /// It is of another run or program.
-    #[error("the checkpoint {} does not belong here ({reason}){}", path.display(), offer(previous))]
+    /// The checkpoint belongs to a different run or version.
+    #[error("the checkpoint {} belongs to a different run ({reason})\nhint: {}", path.display(), remedy(previous))]
     Foreign {
-        /// Which one.
+        /// Path of the checkpoint.
         path: PathBuf,
-        /// What differs.
+        /// Difference.
         reason: String,
-        /// The good one before it.
+        /// Latest intact checkpoint before it.
         previous: Option<PathBuf>,
     },
-    /// It cannot be written.
-    #[error("cannot write the checkpoint {}: {source}; {} (one before it is whole), then `byol resume`", path.display(), files::remedy(source))]
+    /// The checkpoint cannot be written. Earlier ones are intact.
+    #[error("cannot write the checkpoint {}: {source}\nhint: {}, then `byol resume` from the checkpoint before it", path.display(), atomic_write::remedy(source))]
     Write {
-        /// Which one.
+        /// Path of the checkpoint.
         path: PathBuf,
-        /// Why.
+        /// Cause.
         source: io::Error,
     },
 }
 
-fn offer(previous: &Option<PathBuf>) -> String {
+fn remedy(previous: &Option<PathBuf>) -> String {
     match previous {
-        Some(path) => format!("; the one before it is good: to go on from {}, remove the damaged one", path.display()),
-        None => "; there is no good one before it, so the run has to start again".into(),
+        Some(path) => format!("remove it to resume from the intact checkpoint {}", path.display()),
+        None => "no earlier checkpoint is intact; start the run again".into(),
     }
 }
 
-/// The counters beside the tensors.
+/// Counters of a checkpoint (`state.json`).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct State {
-    /// [`VERSION`].
+    /// Layout version, [`VERSION`].
     pub version: u32,
-    /// Steps done.
+    /// Completed steps.
     pub step: u64,
-    /// The optimiser's updates done.
+    /// Completed optimizer updates.
     pub updates: u64,
-    /// Batches each norm layer has seen, online and target, by name.
+    /// Batches seen by each norm layer, by name (`online.…`, `target.…`).
     pub batches: BTreeMap<String, u64>,
-    /// Lines of `metrics.jsonl` that belong to the run so far, in bytes.
+    /// Length of `metrics.jsonl`, in bytes.
     pub metrics_bytes: u64,
-    /// Sum of the losses since the last epoch's end, and their number: the next epoch's mean needs them.
+    /// Sum of the losses of the current epoch, for its mean.
     pub loss_sum: f64,
-    /// See `loss_sum`.
+    /// Number of losses in `loss_sum`.
     pub loss_count: u64,
-    /// How often the learning rate has been halved by going back.
+    /// Number of rollbacks, each of which halved the learning rate.
     #[serde(default)]
     pub halvings: u32,
-    /// The loss's scale, with f16.
+    /// Loss scale, with f16.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scale: Option<LossScale>,
     /// SHA-256 of `plan.toml`.
@@ -110,7 +113,7 @@ pub struct State {
     pub sha256: String,
 }
 
-/// What a checkpoint adds to the networks.
+/// Counters of a run that are not part of [`Byol`].
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Counters {
     /// As in [`State`].
@@ -121,24 +124,27 @@ pub struct Counters {
     pub loss_count: u64,
     /// As in [`State`].
     pub halvings: u32,
+    /// As `scale` in [`State`].
+    pub loss_scale: Option<LossScale>,
 }
 
-/// What ties a checkpoint to its run: the hash of `plan.toml` as it stands there, since a later version may write the same plan in other words.
+/// Hash of the text of `plan.toml`, which ties a checkpoint to its run. It is computed from the
+/// file, since a later version may write the same plan differently.
 pub fn plan_hash(text: &str) -> String {
     hex(&Sha256::digest(text.as_bytes()))
 }
 
-/// The step of a checkpoint, by its name.
+/// Step of a checkpoint, from its name.
 fn step_of(path: &Path) -> Option<u64> {
     path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()
 }
 
-/// The newest checkpoint that is not after `step`, if there is one.
-pub fn newest_until(folder: &Path, step: u64) -> Option<PathBuf> {
+/// Latest checkpoint of step `step` or before.
+pub(crate) fn newest_until(folder: &Path, step: u64) -> Option<PathBuf> {
     list(folder).into_iter().rfind(|path| step_of(path).is_some_and(|s| s <= step))
 }
 
-/// The checkpoints in a folder, the oldest first. Half-written ones have other names.
+/// Checkpoints of a folder, oldest first. Incomplete ones have other names.
 pub fn list(folder: &Path) -> Vec<PathBuf> {
     let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
     let mut all: Vec<PathBuf> = entries.flatten().map(|e| e.path()).filter(|p| step_of(p).is_some()).collect();
@@ -146,11 +152,12 @@ pub fn list(folder: &Path) -> Vec<PathBuf> {
     all
 }
 
-/// Writes a checkpoint into `folder` and removes the oldest beyond `keep`, but for the newest that is not after each of the steps `healthy`: those
-/// to go back to. `plan` is the hash of the run's plan. Returns its path.
+/// Writes a checkpoint into `folder` and removes the oldest beyond `keep`, except the latest ones
+/// up to each step of `healthy`, which a rollback needs. `plan` is the hash of the plan. Returns
+/// the path.
 ///
 /// # Errors
-/// [`Error::Write`]; the checkpoints before it are untouched.
+/// [`Error::Write`]; earlier checkpoints are unchanged.
 pub fn save(
     folder: &Path,
     byol: &Byol,
@@ -160,37 +167,38 @@ pub fn save(
     healthy: [u64; 2],
 ) -> Result<PathBuf, Error> {
     let path = folder.join(format!("step-{:010}", byol.k));
-    let temporary = files::temporary_name(&path);
+    let temporary = atomic_write::temporary_name(&path);
     let write = |source| Error::Write { path: path.clone(), source };
-    let (state, bytes) = packed(byol, counters, plan);
+    let (state, bytes) = serialize_state(byol, counters, plan);
     let json = serde_json::to_vec_pretty(&state).expect("counters are plain data");
-    let stands = fs::read(path.join("state.json")).ok().and_then(|old| serde_json::from_slice::<State>(&old).ok());
+    let existing = fs::read(path.join("state.json")).ok().and_then(|old| serde_json::from_slice::<State>(&old).ok());
     let written = (|| {
-        if stands.is_some_and(|old| old.sha256 == state.sha256) {
-            // A run that went back: the same tensors, other counters. It may be the only checkpoint, so it stays readable throughout.
-            return files::write_whole(&path.join("state.json"), &json);
+        if existing.is_some_and(|old| old.sha256 == state.sha256) {
+            // After a rollback: the same tensors with new counters. This may be the only
+            // checkpoint, so it must stay readable throughout.
+            return atomic_write::write_whole(&path.join("state.json"), &json);
         }
-        sweep(folder)?;
+        remove_leftovers(folder)?;
         fs::create_dir_all(&temporary)?;
-        files::write_whole(&temporary.join("state.safetensors"), &bytes)?;
-        files::write_whole(&temporary.join("state.json"), &json)?;
+        atomic_write::write_whole(&temporary.join("state.safetensors"), &bytes)?;
+        atomic_write::write_whole(&temporary.join("state.json"), &json)?;
         remove(&path)?;
         fs::rename(&temporary, &path)?;
-        files::sync_folder(Some(folder))
+        atomic_write::sync_folder(Some(folder))
     })();
     if let Err(source) = written {
-        let _ = remove_if_there(&temporary); // the first error is the one to report
+        let _ = remove_if_exists(&temporary); // the first error is the one to report
         return Err(write(source));
     }
     let all = list(folder);
-    let spared = healthy.map(|step| newest_until(folder, step));
-    for old in all[..all.len().saturating_sub(keep)].iter().filter(|path| !spared.contains(&Some((*path).clone()))) {
+    let needed = healthy.map(|step| newest_until(folder, step));
+    for old in all[..all.len().saturating_sub(keep)].iter().filter(|path| !needed.contains(&Some((*path).clone()))) {
         remove(old).map_err(write)?;
     }
     Ok(path)
 }
 
-fn packed(byol: &Byol, counters: Counters, plan: &str) -> (State, Vec<u8>) {
+fn serialize_state(byol: &Byol, counters: Counters, plan: &str) -> (State, Vec<u8>) {
     let bytes = serialize(&tensors(byol), HashMap::new());
     let mut batches = BTreeMap::new();
     for (who, weights) in [("online", &byol.online), ("target", &byol.target)] {
@@ -205,33 +213,33 @@ fn packed(byol: &Byol, counters: Counters, plan: &str) -> (State, Vec<u8>) {
         loss_sum: counters.loss_sum,
         loss_count: counters.loss_count,
         halvings: counters.halvings,
-        scale: byol.scale,
+        scale: counters.loss_scale,
         plan: plan.to_owned(),
         sha256: hex(&Sha256::digest(&bytes)),
     };
     (state, bytes)
 }
 
-/// Gives all ranks the state of rank 0, so that no other needs its files.
+/// Broadcasts the state of rank 0 to all ranks, so that only rank 0 needs the files.
 pub fn share(ranks: Ranks, byol: &mut Byol, counters: Counters, plan: &str, device: &Device) -> Counters {
-    if ranks == Ranks::ALONE {
+    if ranks == Ranks::SINGLE {
         return counters;
     }
-    let own = ranks.leads().then(|| packed(byol, counters, plan));
+    let own = ranks.is_root().then(|| serialize_state(byol, counters, plan));
     let (state, bytes) = own.map_or((None, Vec::new()), |(state, bytes)| (Some(state), bytes));
-    let (state, bytes) = (ranks.agree(state), ranks.broadcast(bytes));
+    let (state, bytes) = (ranks.broadcast_value(state), ranks.broadcast(bytes));
     let state = state.expect("rank 0 has a state");
-    if ranks.leads() {
+    if ranks.is_root() {
         return counters;
     }
-    unpack(byol, state, &bytes, device).expect("rank 0 has packed what this rank unpacks: both run the same program")
+    restore(byol, state, &bytes, device).expect("all ranks run the same program")
 }
 
-/// Removes the checkpoints of later steps than `step`, where one of it or before is left.
+/// Removes the checkpoints after `step`, provided that one of `step` or before remains.
 ///
 /// # Errors
 /// [`Error::Write`].
-pub fn remove_after(folder: &Path, step: u64) -> Result<(), Error> {
+pub(crate) fn remove_after(folder: &Path, step: u64) -> Result<(), Error> {
     let all = list(folder);
     if all.first().and_then(|path| step_of(path)).is_some_and(|first| first <= step) {
         for path in all.iter().filter(|path| step_of(path).is_some_and(|s| s > step)) {
@@ -241,38 +249,40 @@ pub fn remove_after(folder: &Path, step: u64) -> Result<(), Error> {
     Ok(())
 }
 
-/// Removes a checkpoint, which loses its name first: a kill leaves none that is half there.
+/// Renames, then deletes a checkpoint, so that a crash never leaves a partial one.
 fn remove(path: &Path) -> io::Result<()> {
-    let nameless = path.with_extension("removed");
-    remove_if_there(&nameless)?;
-    match fs::rename(path, &nameless) {
+    let renamed_path = path.with_extension("removed");
+    remove_if_exists(&renamed_path)?;
+    match fs::rename(path, &renamed_path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-        renamed => renamed.and_then(|()| files::sync_folder(path.parent())).and_then(|()| remove_if_there(&nameless)),
+        renamed => renamed
+            .and_then(|()| atomic_write::sync_folder(path.parent()))
+            .and_then(|()| remove_if_exists(&renamed_path)),
     }
 }
 
-/// Removes what a kill has left of checkpoints that were being written or removed.
-fn sweep(folder: &Path) -> io::Result<()> {
+/// Removes leftovers of interrupted writes and removals.
+fn remove_leftovers(folder: &Path) -> io::Result<()> {
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();
         if path.extension().is_some_and(|e| e == "partial" || e == "removed") {
-            remove_if_there(&path)?;
+            remove_if_exists(&path)?;
         }
     }
     Ok(())
 }
 
-fn remove_if_there(path: &Path) -> io::Result<()> {
+fn remove_if_exists(path: &Path) -> io::Result<()> {
     match fs::remove_dir_all(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
         _ => Ok(()),
     }
 }
 
-type Named = Vec<(String, Dtype, Vec<usize>, Vec<u8>)>;
+type NamedTensors = Vec<(String, Dtype, Vec<usize>, Vec<u8>)>;
 
-fn tensors(byol: &Byol) -> Named {
-    let mut all = Named::new();
+fn tensors(byol: &Byol) -> NamedTensors {
+    let mut all = NamedTensors::new();
     let mut add = |prefix: &str, tree: &Tree| {
         for (name, leaf) in tree.iter() {
             all.push((format!("{prefix}{name}"), Dtype::F32, leaf.shape.clone(), to_bytes(&host(leaf.value.clone()))));
@@ -288,27 +298,33 @@ fn tensors(byol: &Byol) -> Named {
     all
 }
 
-/// The newest checkpoint, put into `byol` (made by [`Plan::start`](super::Plan::start)); `plan` is the hash of the run's plan.
+/// Loads the latest checkpoint into `byol`, as made by
+/// [`Plan::initial_state`](super::Plan::initial_state). `plan` is the hash of the plan.
 ///
 /// # Errors
-/// Any but [`Error::Write`]; a damaged one names the good one before it.
-pub fn load_newest(folder: &Path, byol: &mut Byol, plan: &str, device: &Device) -> Result<(PathBuf, Counters), Error> {
+/// All but [`Error::Write`]. The error of a damaged checkpoint names the last intact one.
+pub(crate) fn load_newest(
+    folder: &Path,
+    byol: &mut Byol,
+    plan: &str,
+    device: &Device,
+) -> Result<(PathBuf, Counters), Error> {
     let all = list(folder);
     let (newest, older) = all.split_last().ok_or_else(|| Error::None(folder.to_owned()))?;
-    let good = || older.iter().rev().find(|p| read(p, plan, None).is_ok()).cloned();
-    let (state, bytes) = read(newest, plan, Some(&good))?;
-    let damaged = |reason: String| Error::Damaged { path: newest.clone(), reason, previous: good() };
-    let counters = unpack(byol, state, &bytes, device).map_err(damaged)?;
+    let last_intact = || older.iter().rev().find(|p| read(p, plan, None).is_ok()).cloned();
+    let (state, bytes) = read(newest, plan, Some(&last_intact))?;
+    let damaged = |reason: String| Error::Damaged { path: newest.clone(), reason, previous: last_intact() };
+    let counters = restore(byol, state, &bytes, device).map_err(damaged)?;
     Ok((newest.clone(), counters))
 }
 
-/// Puts packed tensors and counters into `byol`; what is wrong with them, if anything.
-fn unpack(byol: &mut Byol, state: State, bytes: &[u8], device: &Device) -> Result<Counters, String> {
+/// Restores tensors and counters into `byol`. Returns a description of the first mismatch as error.
+fn restore(byol: &mut Byol, state: State, bytes: &[u8], device: &Device) -> Result<Counters, String> {
     let file = SafeTensors::deserialize(bytes).map_err(|e| e.to_string())?;
     let leaf = |name: String, shape: &[usize]| -> Result<Leaf, String> {
-        let tensor = file.tensor(&name).map_err(|_| format!("no tensor {name}"))?;
+        let tensor = file.tensor(&name).map_err(|_| format!("tensor {name} is missing"))?;
         if tensor.dtype() != Dtype::F32 || tensor.shape() != shape {
-            return Err(format!("{name} is {:?} {:?}, not f32 {shape:?}", tensor.dtype(), tensor.shape()));
+            return Err(format!("{name} is {:?} {:?} (expected f32 {shape:?})", tensor.dtype(), tensor.shape()));
         }
         Ok(Leaf::new(from_bytes(tensor.data()), shape, device))
     };
@@ -325,8 +341,8 @@ fn unpack(byol: &mut Byol, state: State, bytes: &[u8], device: &Device) -> Resul
         for (name, old) in weights.statistics.iter() {
             let one = |what: &str| leaf(format!("{who}.{name}.{what}"), &old.mean.dims()).map(|l| l.value);
             let batches = state.batches.get(&format!("{who}.{name}"));
-            let batches = *batches.ok_or_else(|| format!("no counter of {who}.{name}"))?;
-            statistics.insert(name, Running { mean: one("running_mean")?, var: one("running_var")?, batches });
+            let batches = *batches.ok_or_else(|| format!("counter of {who}.{name} is missing"))?;
+            statistics.insert(name, RunningStats { mean: one("running_mean")?, var: one("running_var")?, batches });
         }
         weights.statistics = statistics;
     }
@@ -335,14 +351,14 @@ fn unpack(byol: &mut Byol, state: State, bytes: &[u8], device: &Device) -> Resul
     byol.optimizer.state = states.collect::<Result<_, _>>()?;
     byol.optimizer.t = state.updates;
     byol.k = state.step;
-    byol.scale = state.scale;
-    let State { metrics_bytes, loss_sum, loss_count, halvings, .. } = state;
-    Ok(Counters { metrics_bytes, loss_sum, loss_count, halvings })
+    let State { metrics_bytes, loss_sum, loss_count, halvings, scale: loss_scale, .. } = state;
+    Ok(Counters { metrics_bytes, loss_sum, loss_count, halvings, loss_scale })
 }
 
-/// State and tensors of a checkpoint, checked against its checksum and the plan. `good` finds the one to offer instead.
-fn read(path: &Path, plan: &str, good: Option<&dyn Fn() -> Option<PathBuf>>) -> Result<(State, Vec<u8>), Error> {
-    let previous = || good.and_then(|good| good());
+/// Reads and verifies a checkpoint against its checksum and the plan. `last_intact` finds the one
+/// to suggest instead.
+fn read(path: &Path, plan: &str, last_intact: Option<&dyn Fn() -> Option<PathBuf>>) -> Result<(State, Vec<u8>), Error> {
+    let previous = || last_intact.and_then(|find| find());
     let load = |name: &str| {
         fs::read(path.join(name)).map_err(|source| Error::Read { path: path.join(name), source, previous: previous() })
     };
@@ -350,14 +366,14 @@ fn read(path: &Path, plan: &str, good: Option<&dyn Fn() -> Option<PathBuf>>) -> 
     let foreign = |reason: String| Error::Foreign { path: path.to_owned(), reason, previous: previous() };
     let state: State = serde_json::from_slice(&load("state.json")?).map_err(|e| damaged(format!("state.json: {e}")))?;
     if state.version != VERSION {
-        return Err(foreign(format!("it has version {}, this byol writes {VERSION}", state.version)));
+        return Err(foreign(format!("layout version {}, expected {VERSION}", state.version)));
     }
     if state.plan != plan {
-        return Err(foreign("it was written under another plan.toml".into()));
+        return Err(foreign("its plan.toml differs".into()));
     }
     let bytes = load("state.safetensors")?;
     if hex(&Sha256::digest(&bytes)) != state.sha256 {
-        return Err(damaged("its checksum differs".into()));
+        return Err(damaged("checksum mismatch".into()));
     }
     Ok((state, bytes))
 }
@@ -367,22 +383,22 @@ mod tests {
     use super::*;
     use crate::{
         data::synthetic,
-        train::{Plan, Prepared, Recipe, recipe::HealthConfig},
+        train::{Plan, PrepareOptions, Recipe, TrainingData},
     };
 
-    fn begun() -> Byol {
+    fn new_state() -> Byol {
         let mut recipe = Recipe::default();
         (recipe.encoder.width, recipe.heads.hidden, recipe.heads.projection) = (0.0625, 8, 4);
         (recipe.train.batch, recipe.views.size) = (4, 8);
-        let none = HealthConfig { images: 0, ..HealthConfig::default() };
-        let data = Prepared::new(synthetic::dataset(1, 10, 0), 0, &none, 0, &|_| ()).unwrap();
-        Plan::new("test", recipe, &data, "cpu").unwrap().start(&Device::flex())
+        let options = PrepareOptions { monitoring_images: 0, ..PrepareOptions::default() };
+        let data = TrainingData::prepare(synthetic::dataset(1, 10, 0), options, &|_| ()).unwrap();
+        Plan::new("test", recipe, &data, "cpu").unwrap().initial_state(&Device::flex())
     }
 
     #[test]
-    fn the_same_step_again_gets_new_counters_and_stays_readable() {
+    fn saving_a_step_again_replaces_its_counters_only() {
         let folder = tempfile::tempdir().unwrap();
-        let mut byol = begun();
+        let mut byol = new_state();
         let save = |byol: &Byol, halvings| {
             let counters = Counters { halvings, ..Counters::default() };
             super::save(folder.path(), byol, counters, "plan", 3, [0; 2]).unwrap()
@@ -390,13 +406,13 @@ mod tests {
         let path = save(&byol, 0);
         let tensors = path.join("state.safetensors");
         let written = fs::metadata(&tensors).unwrap().modified().unwrap();
-        // What a kill has left.
+        // Leftovers of a killed process.
         for name in ["step-0000000007.partial", "step-0000000003.removed"] {
             fs::create_dir_all(folder.path().join(name)).unwrap();
         }
         assert_eq!(save(&byol, 1), path);
-        assert_eq!(fs::metadata(&tensors).unwrap().modified().unwrap(), written, "tensors are not written again");
-        let mut other = begun();
+        assert_eq!(fs::metadata(&tensors).unwrap().modified().unwrap(), written, "the tensors are not rewritten");
+        let mut other = new_state();
         let (_, counters) = load_newest(folder.path(), &mut other, "plan", &Device::flex()).unwrap();
         assert_eq!(counters.halvings, 1);
         byol.k = 1;
@@ -404,7 +420,7 @@ mod tests {
         let names: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(names.len(), 2, "{names:?}");
         assert!(matches!(
-            load_newest(folder.path(), &mut other, "another plan", &Device::flex()),
+            load_newest(folder.path(), &mut other, "different plan", &Device::flex()),
             Err(Error::Foreign { .. })
         ));
     }

@@ -1,6 +1,7 @@
-//! Is it working? Figures on a fixed held-out set of images, at the end of every epoch, and what they mean in words.
+//! Health checks: metrics of the online network on the monitoring images at the end of every epoch,
+//! and the failures that they reveal.
 //!
-//! They use the online network in evaluation mode and change nothing in it.
+//! The network runs in evaluation mode and is not modified.
 
 use std::{fmt, time::Instant};
 
@@ -8,97 +9,98 @@ use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    byol::{Byol, unit},
+    byol::{Byol, l2_normalize},
     data::{Error, Images},
     eval::{
-        self, Features,
-        card::{self, Card},
-        knn, spectrum,
+        self, Features, effective_rank, knn,
+        label_free::{self, LabelFreeMetrics},
     },
-    nn::{Encoder, EncoderSpec, Mode, Pass, Precision, tree::host},
+    nn::{Encoder, EncoderSpec, ForwardContext, Mode, Precision, tree::host},
     views::Policy,
 };
 
 use super::recipe::HealthConfig;
 
-/// What is watched.
+/// Setup of the health checks.
 #[derive(Debug, Clone)]
-pub struct Watch {
-    /// The held-out images.
+pub struct Monitor {
+    /// Monitoring images.
     pub held_out: Images,
-    /// Training images that the kNN votes among; only with labels on both sides.
+    /// Training images of the kNN classifier; `None` unless both sides have labels.
     pub bank: Option<Images>,
-    /// How many classes.
+    /// Number of classes.
     pub classes: usize,
-    /// k and T.
+    /// k and temperature of the kNN classifier.
     pub config: HealthConfig,
-    /// T and T′.
+    /// Augmentations T and T′.
     pub policies: [Policy; 2],
-    /// Side of the views in training.
+    /// Side of training views in pixels.
     pub size: usize,
-    /// Names the views of the report card.
+    /// Seed of the views of the label-free metrics.
     pub seed: u64,
-    /// Images of the report card: so few that it costs less than a hundredth of an epoch.
-    pub card: usize,
-    /// What the evaluation views are for.
+    /// Images of the label-free metrics: few enough to cost below 1 % of an epoch.
+    pub label_free_images: usize,
+    /// Encoder, which determines the evaluation views.
     pub spec: EncoderSpec,
 }
 
-/// Figures of one moment.
+/// Metrics of a network on the monitoring images.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Health {
-    /// Images they are of; 0 where an older file does not say.
+    /// Monitoring images; 0 in files of older versions.
     #[serde(default)]
     pub images: usize,
-    /// Mean over channels of the deviation of the L2-normalised projections. Near 1/√D: spread out; near 0: constant.
+    /// Standard deviation of the L2-normalized projections, averaged over channels. Near 1/√D for
+    /// uniformly distributed, near 0 for constant projections.
     pub projection_std: f64,
-    /// 1/√D, what independent directions give.
+    /// 1/√D, the value for a uniform distribution.
     pub projection_std_ideal: f64,
-    /// Mean cosine of the projections of different images. Near 0: spread out; near 1: constant.
+    /// Mean cosine similarity of the projections of different images. Near 0 for uniformly
+    /// distributed, near 1 for constant projections.
     pub projection_cosine: f64,
-    /// RankMe of the representations, from 1 to min(N, F).
+    /// RankMe of the representations, in [1, min(N, F)].
     pub rankme: f64,
-    /// [`spectrum::directions`] of the representations, which one image of great length does not make small; no number where an older file
-    /// does not say.
-    #[serde(default = "spectrum::unsaid")]
+    /// [`effective_rank::rankme_normalized`] of the representations, which unlike RankMe is robust
+    /// to a single representation of large norm. NaN in files of older versions.
+    #[serde(default = "effective_rank::not_recorded")]
     pub directions: f64,
-    /// The report card, of some of the images.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub card: Option<Card>,
-    /// Weighted kNN accuracy in [0, 1], where there are labels.
+    /// Label-free metrics, of some of the monitoring images.
+    #[serde(default, skip_serializing_if = "Option::is_none", alias = "card")]
+    pub label_free: Option<LabelFreeMetrics>,
+    /// Weighted kNN accuracy in [0, 1]; `None` without labels.
     pub knn: Option<f64>,
 }
 
-/// What can go wrong in learning.
+/// Kinds of failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Kind {
-    /// All images get the same projection: the trivial solution that the paper speaks of (§3.2).
+pub enum FailureKind {
+    /// All images have the same projection: the trivial solution of the paper (§3.2).
     Constant,
-    /// The representations fill few dimensions.
+    /// The representations span few dimensions.
     Dimensional,
-    /// The loss is above chance or no number.
+    /// The loss is above chance level, or NaN.
     Diverged,
-    /// The predictions agree with their targets hardly better than chance: the predictor does not follow.
+    /// The predictions match their targets hardly better than chance: the predictor lags behind.
     PredictorLag,
 }
 
-impl fmt::Display for Kind {
+impl fmt::Display for FailureKind {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         f.write_str(match self {
-            Kind::Constant => "constant collapse",
-            Kind::Dimensional => "dimensional collapse",
-            Kind::Diverged => "divergence",
-            Kind::PredictorLag => "predictor lag",
+            FailureKind::Constant => "constant collapse",
+            FailureKind::Dimensional => "dimensional collapse",
+            FailureKind::Diverged => "divergence",
+            FailureKind::PredictorLag => "predictor lag",
         })
     }
 }
 
-/// A failure, named, with its reason.
+/// A detected failure.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Failure {
-    /// Which.
-    pub kind: Kind,
-    /// The figures that say so, in words.
+    /// Kind of failure.
+    pub kind: FailureKind,
+    /// Evidence, in words.
     pub why: String,
 }
 
@@ -108,27 +110,30 @@ impl fmt::Display for Failure {
     }
 }
 
-/// Steps before which figures are still those of the start: networks with random weights give all images nearly the same projection.
-pub(super) const SETTLING: u64 = 200;
+/// Steps before the first check: at random initialization all images have nearly the same
+/// projection.
+pub(super) const SETTLING_STEPS: u64 = 200;
 
-/// Fewer images say nothing of a collapse: they fill few directions whatever the network is.
-pub const FEWEST: usize = 16;
+/// Images that a collapse check needs: fewer span few directions for any network.
+pub const MIN_IMAGES: usize = 16;
 
-/// Steps after which a predictor should have begun to predict.
-const FOLLOWING: u64 = 500;
+/// Steps after which the predictor must predict better than chance.
+const PREDICTOR_STEPS: u64 = 500;
 
-/// Share of the deviation of spread-out projections below which they are called alike. The healthy runs of `tests/guard.rs` have 0.6 and more.
-const LEAST_SPREAD: f64 = 0.25;
+/// Threshold of constant collapse, as a fraction of the std of uniformly distributed projections.
+/// The healthy runs of the tests have 0.6 or more.
+const MIN_STD_RATIO: f64 = 0.25;
 
-/// Mean cosine of different images' projections above which they are called alike. Healthy runs have 0.5 and less.
-const MOST_COSINE: f64 = 0.75;
+/// Threshold of constant collapse, as mean cosine similarity of the projections of different
+/// images. Healthy runs have 0.5 or less.
+const MAX_COSINE: f64 = 0.75;
 
-/// The loss of unrelated directions.
-const CHANCE: f64 = 4.0;
+/// Loss of unrelated directions.
+const CHANCE_LOSS: f64 = 4.0;
 
 impl Health {
-    /// Of outputs that are not numbers; `dim` is the length of a projection.
-    fn of_a_broken_network(images: usize, dim: usize) -> Health {
+    /// Metrics of a network with non-finite outputs. `dim` is the dimension of a projection.
+    fn non_finite(images: usize, dim: usize) -> Health {
         Health {
             images,
             projection_std: f64::NAN,
@@ -136,112 +141,124 @@ impl Health {
             projection_cosine: f64::NAN,
             rankme: f64::NAN,
             directions: f64::NAN,
-            card: None,
+            label_free: None,
             knn: None,
         }
     }
 
-    /// What has gone wrong by `step`, if anything. `start` are the figures before the first step; `loss` is BYOL's mean loss of the epoch, none
-    /// where another one is minimised.
-    pub fn failure(&self, start: Option<&Health>, loss: Option<f64>, step: u64) -> Option<Failure> {
+    /// Returns the failure at `step`, if any. `initial` are the metrics before the first step;
+    /// `loss` is BYOL's mean loss of the epoch, `None` for another objective.
+    pub fn failure(&self, initial: Option<&Health>, loss: Option<f64>, step: u64) -> Option<Failure> {
         let failure = |kind, why: String| Some(Failure { kind, why });
         if !(self.projection_std.is_finite() && self.rankme.is_finite()) {
-            return failure(Kind::Diverged, "the projections are not numbers any more".into());
+            return failure(FailureKind::Diverged, "the projections contain NaN or infinity".into());
         }
-        if step < SETTLING {
+        if step < SETTLING_STEPS {
             return None;
         }
-        if let Some(loss) = loss.filter(|loss| *loss > 1.1 * CHANCE) {
-            return failure(Kind::Diverged, format!("the loss is {loss:.2}, and unrelated directions have {CHANCE}"));
+        if let Some(loss) = loss.filter(|loss| *loss > 1.1 * CHANCE_LOSS) {
+            return failure(
+                FailureKind::Diverged,
+                format!("loss {loss:.2} is above the chance level of {CHANCE_LOSS}"),
+            );
         }
-        if self.images >= FEWEST
-            && let Some(collapse) = self.collapse(start)
+        if self.images >= MIN_IMAGES
+            && let Some(collapse) = self.collapse(initial)
         {
             return Some(collapse);
         }
-        if let Some(loss) = loss.filter(|loss| step > FOLLOWING && *loss > 0.8 * CHANCE) {
-            let why = format!("after {step} steps the loss is {loss:.2}, and unrelated directions have {CHANCE}");
-            return failure(Kind::PredictorLag, why);
+        if let Some(loss) = loss.filter(|loss| step > PREDICTOR_STEPS && *loss > 0.8 * CHANCE_LOSS) {
+            let why = format!("loss {loss:.2} after {step} steps is near the chance level of {CHANCE_LOSS}");
+            return failure(FailureKind::PredictorLag, why);
         }
         None
     }
 
-    /// Whether images look alike, to the projector or to the encoder.
-    fn collapse(&self, start: Option<&Health>) -> Option<Failure> {
+    /// Constant collapse of the projections, or dimensional collapse of the representations.
+    fn collapse(&self, initial: Option<&Health>) -> Option<Failure> {
         let failure = |kind, why: String| Some(Failure { kind, why });
-        if self.projection_std < LEAST_SPREAD * self.projection_std_ideal {
+        if self.projection_std < MIN_STD_RATIO * self.projection_std_ideal {
             let (std, ideal) = (self.projection_std, self.projection_std_ideal);
-            let why = format!(
-                "all images get nearly the same projection (deviation {std:.4}, spread out would be {ideal:.4})"
-            );
-            return failure(Kind::Constant, why);
+            let why = format!("all images have nearly the same projection (std {std:.4}; uniform: {ideal:.4})");
+            return failure(FailureKind::Constant, why);
         }
-        if self.projection_cosine > MOST_COSINE {
-            let why = format!("projections of different images have cosine {:.3}", self.projection_cosine);
-            return failure(Kind::Constant, why);
+        if self.projection_cosine > MAX_COSINE {
+            let why = format!("projections of different images have cosine similarity {:.3}", self.projection_cosine);
+            return failure(FailureKind::Constant, why);
         }
-        let least = start.map_or(2.0, |start| (start.directions / 4.0).max(2.0));
-        if self.directions < least {
+        let min = initial.map_or(2.0, |initial| (initial.directions / 4.0).max(2.0));
+        if self.directions < min {
             let why = format!(
-                "the representations fill {:.1} dimensions, a quarter of the start's or fewer than 2",
+                "the representations span {:.1} dimensions, fewer than 2 or a quarter of the initial number",
                 self.directions
             );
-            return failure(Kind::Dimensional, why);
+            return failure(FailureKind::Dimensional, why);
         }
         None
     }
 }
 
-/// Seconds that the figures of one moment took.
+/// HealthSeconds of a health check, in seconds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
-pub struct Cost {
-    /// All of them, kNN included.
+pub struct HealthSeconds {
+    /// All metrics, including kNN.
     pub health: f64,
-    /// The report card.
-    pub card: f64,
+    /// Label-free metrics.
+    pub label_free: f64,
 }
 
-/// Takes the figures, and says what they cost. `byol` stays as it is.
+/// Evaluates the metrics. Also returns their cost.
 ///
 /// # Errors
-/// [`Error::Image`] if an image that could be decoded no longer can.
-pub fn measure(byol: &Byol, watch: &Watch, device: &Device) -> Result<(Health, Cost), Error> {
+/// [`Error::Image`] if an image is no longer readable.
+pub fn evaluate(byol: &Byol, monitor: &Monitor, device: &Device) -> Result<(Health, HealthSeconds), Error> {
     let began = Instant::now();
-    let (representations, projections) = forward(byol, &watch.held_out, &watch.spec, device)?;
+    let (representations, projections) = forward(byol, &monitor.held_out, &monitor.spec, device)?;
     if !(representations.is_finite() && projections.is_finite()) {
-        let cost = Cost { health: began.elapsed().as_secs_f64(), card: 0.0 };
-        return Ok((Health::of_a_broken_network(projections.n, projections.dim), cost));
+        let cost = HealthSeconds { health: began.elapsed().as_secs_f64(), label_free: 0.0 };
+        return Ok((Health::non_finite(projections.n, projections.dim), cost));
     }
-    let knn = match (&watch.bank, watch.held_out.labels()) {
+    let knn = match (&monitor.bank, monitor.held_out.labels()) {
         (Some(bank), Some(labels)) => {
-            let (of_bank, _) = forward(byol, bank, &watch.spec, device)?;
+            let (bank_features, _) = forward(byol, bank, &monitor.spec, device)?;
             let bank_labels = bank.labels().expect("a bank has labels");
-            let HealthConfig { k, temperature, .. } = watch.config;
-            Some(knn::classify(&of_bank, bank_labels, &representations, labels, watch.classes, k, temperature).accuracy)
+            let HealthConfig { k, temperature, .. } = monitor.config;
+            Some(
+                knn::classify(&bank_features, bank_labels, &representations, labels, monitor.classes, k, temperature)
+                    .accuracy,
+            )
         }
         _ => None,
     };
-    let of_all = figures(&representations, &projections, knn);
-    let before_card = Instant::now();
-    let health = Health { card: card(byol, watch, &representations)?, ..of_all };
-    Ok((health, Cost { health: began.elapsed().as_secs_f64(), card: before_card.elapsed().as_secs_f64() }))
+    let all = summarize(&representations, &projections, knn);
+    let before = Instant::now();
+    let health = Health { label_free: label_free_metrics(byol, monitor, &representations)?, ..all };
+    Ok((health, HealthSeconds { health: began.elapsed().as_secs_f64(), label_free: before.elapsed().as_secs_f64() }))
 }
 
-/// The report card of evenly spread ones of the watched images.
-fn card(byol: &Byol, watch: &Watch, representations: &Features) -> Result<Option<Card>, Error> {
-    let (all, n) = (watch.held_out.len(), watch.card.min(watch.held_out.len()));
+/// Label-free metrics of evenly sampled monitoring images.
+fn label_free_metrics(
+    byol: &Byol,
+    monitor: &Monitor,
+    representations: &Features,
+) -> Result<Option<LabelFreeMetrics>, Error> {
+    let (all, n) = (monitor.held_out.len(), monitor.label_free_images.min(monitor.held_out.len()));
     if n < 2 {
         return Ok(None);
     }
-    let at: Vec<usize> = (0..n).map(|i| i * all / n).collect();
+    let sample: Vec<usize> = (0..n).map(|i| i * all / n).collect();
     // θ's tensors are shared, not copied.
-    let encoder = Encoder::new(watch.spec.clone(), byol.online.clone());
-    let how = card::Views { policies: [&watch.policies[0], &watch.policies[1]], size: watch.size, seed: watch.seed };
-    card::measure(&encoder, &watch.held_out.subset(&at), &representations.subset(&at), how).map(Some)
+    let encoder = Encoder::new(monitor.spec.clone(), byol.online.clone());
+    let views = label_free::ViewConfig {
+        policies: [&monitor.policies[0], &monitor.policies[1]],
+        size: monitor.size,
+        seed: monitor.seed,
+    };
+    label_free::measure(&encoder, &monitor.held_out.subset(&sample), &representations.subset(&sample), views).map(Some)
 }
 
-/// The figures of representations and L2-normalised projections.
-pub fn figures(representations: &Features, projections: &Features, knn: Option<f64>) -> Health {
+/// Metrics of representations and L2-normalized projections.
+pub(crate) fn summarize(representations: &Features, projections: &Features, knn: Option<f64>) -> Health {
     let (n, d) = (projections.n as f64, projections.dim);
     let mut sum = vec![0.0f64; d];
     let mut squares = vec![0.0f64; d];
@@ -251,29 +268,30 @@ pub fn figures(representations: &Features, projections: &Features, knn: Option<f
             *q += f64::from(*v).powi(2);
         }
     }
-    let deviation = |(s, q): (&f64, &f64)| (q / n - (s / n).powi(2)).max(0.0).sqrt();
-    let projection_std = sum.iter().zip(&squares).map(deviation).sum::<f64>() / d as f64;
+    let std = |(s, q): (&f64, &f64)| (q / n - (s / n).powi(2)).max(0.0).sqrt();
+    let projection_std = sum.iter().zip(&squares).map(std).sum::<f64>() / d as f64;
     Health {
         images: projections.n,
         projection_std,
         projection_std_ideal: 1.0 / (d as f64).sqrt(),
-        projection_cosine: card::mean_cosine(projections),
-        rankme: spectrum::rankme(representations),
-        directions: spectrum::directions(representations),
-        card: None,
+        projection_cosine: label_free::mean_cosine(projections),
+        rankme: effective_rank::rankme(representations),
+        directions: effective_rank::rankme_normalized(representations),
+        label_free: None,
         knn,
     }
 }
 
-/// Representations, and L2-normalised projections, of the evaluation views.
+/// Representations and L2-normalized projections of the evaluation views.
 fn forward(byol: &Byol, images: &Images, spec: &EncoderSpec, device: &Device) -> Result<(Features, Features), Error> {
     let net = &byol.network;
     let (mut y_all, mut z_all) = (Vec::new(), Vec::new());
-    eval::for_batches(images, spec, device, |x: Tensor<4>| {
+    eval::for_each_batch(images, spec, device, |x: Tensor<4>| {
         let mode = Mode::Eval(&byol.online.statistics);
-        let mut pass = Pass { params: &byol.online.params, norm: &net.norm, precision: Precision::F32, mode };
-        let y = net.represent(&mut pass, x);
-        z_all.extend(host(unit(net.projector.forward(&mut pass, y.clone()))));
+        let mut context =
+            ForwardContext { params: &byol.online.params, norm: &net.norm, precision: Precision::F32, mode };
+        let y = net.encode(&mut context, x);
+        z_all.extend(host(l2_normalize(net.projector.forward(&mut context, y.clone()))));
         y_all.extend(host(y));
     })?;
     let features = |values: Vec<f32>| Features { n: images.len(), dim: values.len() / images.len().max(1), values };
@@ -289,43 +307,50 @@ mod tests {
     }
 
     #[test]
-    fn a_constant_projection_is_a_collapse_and_a_spread_one_is_not() {
+    fn detects_each_kind_of_failure() {
         let constant = rows(&[[1.0, 0.0]; 16]);
         let spread = rows(&[[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]].repeat(4));
-        let bad = figures(&constant, &constant, None);
+        let bad = summarize(&constant, &constant, None);
         assert!((bad.projection_cosine - 1.0).abs() < 1e-9 && bad.projection_std < 1e-9);
-        assert_eq!(bad.failure(None, None, 1000).map(|f| f.kind), Some(Kind::Constant));
-        assert_eq!(bad.failure(None, None, 10), None, "so does a network that has learned nothing yet");
-        let few = Health { images: FEWEST - 1, ..bad.clone() };
-        assert_eq!(few.failure(None, Some(1.0), 1000), None, "a few images say nothing of a collapse");
-        assert_eq!(few.failure(None, Some(4.5), 1000).map(|f| f.kind), Some(Kind::Diverged), "the loss still does");
-        let good = figures(&spread, &spread, None);
+        assert_eq!(bad.failure(None, None, 1000).map(|f| f.kind), Some(FailureKind::Constant));
+        assert_eq!(bad.failure(None, None, 10), None, "random initialization looks the same");
+        let few = Health { images: MIN_IMAGES - 1, ..bad.clone() };
+        assert_eq!(few.failure(None, Some(1.0), 1000), None, "too few images to judge");
+        assert_eq!(
+            few.failure(None, Some(4.5), 1000).map(|f| f.kind),
+            Some(FailureKind::Diverged),
+            "the loss is still judged"
+        );
+        let good = summarize(&spread, &spread, None);
         assert!((good.projection_std - good.projection_std_ideal).abs() < 1e-9);
         assert!((good.rankme - 2.0).abs() < 1e-3);
         assert!(good.projection_cosine < 0.0);
         let good = Health { directions: 4.0, ..good };
         let kind = |loss: f64, start: Option<&Health>| good.failure(start, Some(loss), 1000).map(|f| f.kind);
         assert_eq!(kind(1.0, None), None);
-        assert_eq!(kind(3.5, None), Some(Kind::PredictorLag));
-        assert_eq!(kind(4.5, None), Some(Kind::Diverged));
+        assert_eq!(kind(3.5, None), Some(FailureKind::PredictorLag));
+        assert_eq!(kind(4.5, None), Some(FailureKind::Diverged));
         let wide = Health { directions: 20.0, ..good.clone() };
-        assert_eq!(kind(1.0, Some(&wide)), Some(Kind::Dimensional));
-        let broken = Health::of_a_broken_network(64, 2);
-        assert_eq!(broken.failure(None, None, 1).map(|f| f.kind), Some(Kind::Diverged));
+        assert_eq!(kind(1.0, Some(&wide)), Some(FailureKind::Dimensional));
+        let broken = Health::non_finite(64, 2);
+        assert_eq!(broken.failure(None, None, 1).map(|f| f.kind), Some(FailureKind::Diverged));
     }
 
     #[test]
-    fn one_image_of_great_length_is_no_collapse() {
+    fn a_single_large_norm_is_not_a_collapse() {
         let row = |i: usize| (0..32).map(move |j| if i % 32 == j { if i == 0 { 3e3 } else { 1.0 } } else { 0.1 });
         let long = Features { n: 64, dim: 32, values: (0..64).flat_map(row).collect() };
-        let (start, now) = (figures(&long.unit(), &long.unit(), None), figures(&long, &long.unit(), None));
+        let (start, now) = (
+            summarize(&long.l2_normalized(), &long.l2_normalized(), None),
+            summarize(&long, &long.l2_normalized(), None),
+        );
         assert!(now.rankme < start.rankme / 4.0, "{} of {}", now.rankme, start.rankme);
         assert_eq!(now.failure(Some(&start), Some(1.0), 1000), None);
-        let card: Card = serde_json::from_value(serde_json::json!({
+        let metrics: LabelFreeMetrics = serde_json::from_value(serde_json::json!({
             "rankme": 1.5, "lidar": 9.0, "alpha_req": 1.0, "uniformity": -1.0, "alignment": 0.5, "retrieval": 0.5,
             "consistency": 0.5, "cosine": 0.5, "directions": now.directions,
         }))
         .unwrap();
-        assert!(card.score() > 0.0);
+        assert!(metrics.score() > 0.0);
     }
 }

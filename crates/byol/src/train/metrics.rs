@@ -1,4 +1,5 @@
-//! `metrics.jsonl`: one object a line, a line a step and a line an epoch. Appended; cut back to the checkpoint on resume.
+//! `metrics.jsonl`: one JSON object per line, for every step and every epoch. Resuming truncates
+//! the file to the checkpoint.
 
 use std::{
     fs::{File, OpenOptions},
@@ -8,21 +9,21 @@ use std::{
 
 use serde::Serialize;
 
-use super::health::{Cost, Health, SETTLING};
+use super::health::{Health, HealthSeconds, SETTLING_STEPS};
 
-/// Seconds spent in each part of the steps.
+/// Seconds of a step, by phase.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
-pub struct Split {
-    /// Waiting for images.
+pub struct PhaseSeconds {
+    /// Waiting for views.
     pub data: f64,
-    /// Both networks, both views.
+    /// Both networks, both views, the loss.
     pub forward: f64,
-    /// Gradients.
+    /// Gradient.
     pub backward: f64,
-    /// The mean of the gradients over all ranks; left out where there is one.
+    /// All-reduce of the gradient. Omitted with a single rank.
     #[serde(skip_serializing_if = "is_zero")]
     pub exchange: f64,
-    /// θ and ξ.
+    /// Optimizer and moving average.
     pub update: f64,
 }
 
@@ -30,85 +31,85 @@ fn is_zero(seconds: &f64) -> bool {
     *seconds == 0.0
 }
 
-impl Split {
-    /// All of it.
+impl PhaseSeconds {
+    /// Sum of all phases.
     pub fn total(&self) -> f64 {
         self.data + self.forward + self.backward + self.exchange + self.update
     }
 }
 
-/// A line of `metrics.jsonl`.
+/// One line of `metrics.jsonl`.
 #[derive(Debug, Clone, Serialize)]
 #[serde(tag = "kind", rename_all = "lowercase")]
-pub enum Line {
-    /// After a step.
+pub enum Record {
+    /// End of a step.
     Step {
-        /// Steps done, from 1.
+        /// Completed steps, from 1.
         step: u64,
-        /// Epochs done, with the part of the running one.
+        /// Completed epochs, with the fraction of the current one.
         epoch: f64,
-        /// Of this step.
+        /// Loss of the step.
         loss: f64,
         /// Learning rate.
         eta: f64,
         /// Target decay.
         tau: f64,
-        /// Whether the weights stayed, as the gradient was beyond the range of f16; left out where they moved.
+        /// The update was skipped because the gradient exceeds the range of f16. Omitted if false.
         #[serde(skip_serializing_if = "std::ops::Not::not")]
         skipped: bool,
-        /// Training images a second.
+        /// Training images per second.
         images_per_second: f64,
-        /// Where the time went.
-        seconds: Split,
+        /// Wall-clock time by phase.
+        seconds: PhaseSeconds,
     },
-    /// After an epoch. Epoch 0 is before the first step.
+    /// End of an epoch. Epoch 0 is before the first step.
     Epoch {
-        /// Epochs done.
+        /// Completed epochs.
         epoch: u64,
-        /// Steps done.
+        /// Completed steps.
         step: u64,
-        /// Mean over the epoch's steps; none for epoch 0.
+        /// Mean loss of the epoch; null for epoch 0.
         loss: Option<f64>,
-        /// Figures on the held-out images.
+        /// Metrics on the monitoring images.
         #[serde(flatten)]
         health: Option<Health>,
-        /// Why it looks collapsed, if it does.
+        /// Failure that the health check detected, if any.
         #[serde(skip_serializing_if = "Option::is_none")]
         collapse: Option<String>,
-        /// What the figures cost.
+        /// Cost of the health check.
         #[serde(skip_serializing_if = "Option::is_none")]
-        seconds: Option<Cost>,
-        /// Since the program started.
+        seconds: Option<HealthSeconds>,
+        /// Seconds since the program started.
         elapsed_s: f64,
     },
-    /// The run stopped where no number could be trained on any more.
+    /// The run stopped because it diverged.
     Failed {
-        /// At this step.
+        /// Step of the failure.
         step: u64,
-        /// What had gone wrong.
+        /// Cause.
         why: String,
     },
-    /// The run went back.
+    /// Rollback to an earlier checkpoint.
     Rollback {
-        /// From after this step.
+        /// Step of the failure.
         from: u64,
-        /// To after this one.
+        /// Step of the checkpoint.
         to: u64,
-        /// The peak of the learning rate from now on.
+        /// Peak learning rate from here on.
         peak: f64,
-        /// What had gone wrong.
+        /// Cause.
         why: String,
     },
 }
 
-/// The figures at the ends of the epochs so far that have not failed, from epoch 0 on, of a file that may not be there yet.
-pub fn figures(path: &Path) -> Vec<Health> {
-    /// As [`Line::Epoch`] writes it.
+/// Reads the health metrics of all epochs without failure, from epoch 0. The file may not exist
+/// yet.
+pub fn read_health(path: &Path) -> Vec<Health> {
+    /// The part of [`Record::Epoch`] that is read back.
     #[derive(serde::Deserialize)]
     struct Epoch {
         #[serde(flatten)]
         health: Health,
-        /// Of a failing network no figure counts.
         collapse: Option<String>,
     }
     let Ok(file) = File::open(path) else { return Vec::new() };
@@ -117,25 +118,26 @@ pub fn figures(path: &Path) -> Vec<Health> {
     epochs.filter(|epoch| epoch.collapse.is_none()).map(|epoch| epoch.health).collect()
 }
 
-/// Where a run was well and where it failed: what going back needs to know.
+/// Healthy and failed steps of a run, which determine the target of a rollback.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct History {
-    /// The last two ends of epochs that were found healthy, the later one first; 0 where there is none yet.
+    /// Steps of the last two healthy epochs, latest first; 0 if there is none yet.
     pub healthy: [u64; 2],
-    /// The furthest step from which the run has gone back.
+    /// Latest step that triggered a rollback.
     pub failed_at: u64,
 }
 
 impl History {
-    /// Nothing was wrong after this step. The first steps are not judged.
-    pub fn was_well(&mut self, step: u64) {
-        if step >= SETTLING {
+    /// Records a healthy epoch that ended at `step`. The first steps are not judged.
+    pub(crate) fn healthy_at(&mut self, step: u64) {
+        if step >= SETTLING_STEPS {
             self.healthy = [step, self.healthy[0]];
         }
     }
 
-    /// It failed after this step. Where the way to it has failed before, the network it began with counts as ill too.
-    pub fn failed(&mut self, step: u64) {
+    /// Records a failure at `step`. A second failure no later than the first discredits the
+    /// checkpoint in between as well.
+    pub(crate) fn failed_at(&mut self, step: u64) {
         if step <= self.failed_at {
             self.healthy = [self.healthy[1]; 2];
         }
@@ -143,9 +145,9 @@ impl History {
     }
 }
 
-/// What the lines say of it, of a file that may not be there yet.
-pub fn history(path: &Path) -> History {
-    /// As [`Line::Epoch`] and [`Line::Rollback`] write it.
+/// Reads the [`History`] of a run. The file may not exist yet.
+pub(crate) fn read_history(path: &Path) -> History {
+    /// The parts of [`Record::Epoch`] and [`Record::Rollback`] that are read back.
     #[derive(serde::Deserialize)]
     struct Event {
         kind: String,
@@ -158,43 +160,44 @@ pub fn history(path: &Path) -> History {
     let lines = io::BufRead::lines(io::BufReader::new(file)).map_while(Result::ok);
     for event in lines.filter_map(|line| serde_json::from_str::<Event>(&line).ok()) {
         match (event.kind.as_str(), event.step, event.from) {
-            ("epoch", Some(step), _) if event.collapse.is_none() => history.was_well(step),
-            ("rollback", _, Some(from)) => history.failed(from),
+            ("epoch", Some(step), _) if event.collapse.is_none() => history.healthy_at(step),
+            ("rollback", _, Some(from)) => history.failed_at(from),
             _ => {}
         }
     }
     history
 }
 
-/// What the curves of a run are drawn from.
+/// Data of the training curves.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Curves {
-    /// The lines of the epochs, as they stand in the file.
+    /// Epoch records, as in the file.
     pub epochs: Vec<serde_json::Value>,
-    /// (epoch, mean loss of the steps up to there), a few hundred points at most.
+    /// (epoch, mean loss since the previous point), at most a few hundred points.
     pub loss: Vec<[f64; 2]>,
 }
 
-/// The curves so far, of a file that may not be there yet and whose last line may be half written.
-pub fn curves(path: &Path) -> Curves {
+/// Reads the curves. The file may not exist yet, and its last line may be incomplete.
+pub fn read_curves(path: &Path) -> Curves {
     const POINTS: usize = 400;
     let text = std::fs::read_to_string(path).unwrap_or_default();
     let lines = text.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
     let (epochs, steps): (Vec<_>, Vec<_>) =
         lines.filter(|l| l["kind"] == "epoch" || l["kind"] == "step").partition(|l| l["kind"] == "epoch");
     let every = steps.len().div_ceil(POINTS).max(1);
-    let point = |some: &[serde_json::Value]| {
-        // Of a diverged step there is no loss.
-        let losses: Vec<f64> = some.iter().filter_map(|s| s["loss"].as_f64()).collect();
+    let point = |chunk: &[serde_json::Value]| {
+        // The loss of a diverged step is null.
+        let losses: Vec<f64> = chunk.iter().filter_map(|s| s["loss"].as_f64()).collect();
         let mean = losses.iter().sum::<f64>() / losses.len() as f64;
-        Some([some.last()?["epoch"].as_f64()?, mean]).filter(|_| !losses.is_empty())
+        Some([chunk.last()?["epoch"].as_f64()?, mean]).filter(|_| !losses.is_empty())
     };
     let loss = steps.chunks(every).filter_map(point).collect();
     Curves { epochs, loss }
 }
 
-/// Seconds that a run has taken, by its epochs' lines: the clock begins anew where it was gone on with.
-pub fn seconds(epochs: &[serde_json::Value]) -> f64 {
+/// Total training time in seconds, from the epoch records. `elapsed_s` restarts when a run is
+/// resumed.
+pub fn total_seconds(epochs: &[serde_json::Value]) -> f64 {
     let (mut total, mut last) = (0.0, 0.0);
     for elapsed in epochs.iter().filter_map(|epoch| epoch["elapsed_s"].as_f64()) {
         if elapsed < last {
@@ -205,47 +208,47 @@ pub fn seconds(epochs: &[serde_json::Value]) -> f64 {
     total + last
 }
 
-/// The open file.
+/// Open `metrics.jsonl`.
 #[derive(Debug)]
-pub struct Metrics {
+pub struct MetricsFile {
     file: File,
     bytes: u64,
 }
 
-impl Metrics {
-    /// Opens or makes the file and cuts it to `bytes`.
+impl MetricsFile {
+    /// Opens or creates the file and truncates it to `bytes`.
     ///
     /// # Errors
-    /// What the file system says.
-    pub fn open(path: &Path, bytes: u64) -> io::Result<Metrics> {
+    /// I/O errors.
+    pub fn open(path: &Path, bytes: u64) -> io::Result<MetricsFile> {
         let mut file = OpenOptions::new().create(true).truncate(false).write(true).open(path)?;
         let bytes = bytes.min(file.metadata()?.len());
         file.set_len(bytes)?;
         file.seek(SeekFrom::End(0))?;
-        Ok(Metrics { file, bytes })
+        Ok(MetricsFile { file, bytes })
     }
 
-    /// Appends a line.
+    /// Appends a record.
     ///
     /// # Errors
-    /// What the file system says.
-    pub fn write(&mut self, line: &Line) -> io::Result<()> {
-        let mut text = serde_json::to_vec(line).expect("metrics are plain data");
+    /// I/O errors.
+    pub fn write(&mut self, record: &Record) -> io::Result<()> {
+        let mut text = serde_json::to_vec(record).expect("metrics are plain data");
         text.push(b'\n');
         self.file.write_all(&text)?;
         self.bytes += text.len() as u64;
         Ok(())
     }
 
-    /// Waits until all lines are on disk.
+    /// Syncs the file to disk.
     ///
     /// # Errors
-    /// What the file system says.
+    /// I/O errors.
     pub fn sync(&self) -> io::Result<()> {
         self.file.sync_data()
     }
 
-    /// Bytes written so far, all of the run.
+    /// Length of the file in bytes.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
@@ -256,38 +259,39 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_lines_say_what_going_back_needs_to_know() {
+    fn history_is_restored_from_the_file() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics.jsonl");
-        let mut metrics = Metrics::open(&path, 0).unwrap();
-        let mut lived = History::default();
+        let mut metrics = MetricsFile::open(&path, 0).unwrap();
+        let mut expected = History::default();
         let epoch = |step, collapse: Option<&str>| {
             let (health, collapse) = (None, collapse.map(str::to_owned));
-            Line::Epoch { epoch: 1, step, loss: None, health, collapse, seconds: None, elapsed_s: 0.0 }
+            Record::Epoch { epoch: 1, step, loss: None, health, collapse, seconds: None, elapsed_s: 0.0 }
         };
-        let back = |from| Line::Rollback { from, to: 0, peak: 0.1, why: "it failed".into() };
+        let rollback = |from| Record::Rollback { from, to: 0, peak: 0.1, why: "it failed".into() };
         for step in [100, 300, 600] {
             metrics.write(&epoch(step, None)).unwrap();
-            lived.was_well(step);
+            expected.healthy_at(step);
         }
-        assert_eq!(lived, History { healthy: [600, 300], failed_at: 0 });
-        // It goes back to 600, is well after 900 and fails earlier than before: then 600 is suspect, and 900 with it.
+        assert_eq!(expected, History { healthy: [600, 300], failed_at: 0 });
+        // Rolls back to 600, is healthy at 900 and fails earlier than before: then 600 is suspect,
+        // and 900 with it.
         metrics.write(&epoch(1200, Some("collapsed"))).unwrap();
-        metrics.write(&back(1200)).unwrap();
+        metrics.write(&rollback(1200)).unwrap();
         metrics.write(&epoch(900, None)).unwrap();
-        metrics.write(&back(1100)).unwrap();
-        lived.failed(1200);
-        lived.was_well(900);
-        lived.failed(1100);
-        assert_eq!(lived, History { healthy: [600, 600], failed_at: 1200 });
-        assert_eq!(history(&path), lived);
-        assert_eq!(history(&folder.path().join("none")), History::default());
+        metrics.write(&rollback(1100)).unwrap();
+        expected.failed_at(1200);
+        expected.healthy_at(900);
+        expected.failed_at(1100);
+        assert_eq!(expected, History { healthy: [600, 600], failed_at: 1200 });
+        assert_eq!(read_history(&path), expected);
+        assert_eq!(read_history(&folder.path().join("none")), History::default());
     }
 
     #[test]
-    fn the_time_of_a_run_is_that_of_all_its_parts() {
+    fn total_time_spans_resumed_parts() {
         let epochs = [1.0, 5.0, 2.0, 3.0, 0.5].map(|s| serde_json::json!({ "elapsed_s": s }));
-        assert_eq!(seconds(&epochs), 5.0 + 3.0 + 0.5);
-        assert_eq!(seconds(&[]), 0.0);
+        assert_eq!(total_seconds(&epochs), 5.0 + 3.0 + 0.5);
+        assert_eq!(total_seconds(&[]), 0.0);
     }
 }

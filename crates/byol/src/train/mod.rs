@@ -1,183 +1,201 @@
-//! A run: [`Recipe`] (what the user asks for) → [`Plan`] (what it means, complete) → [`Run`] (the loop, its metrics, its checkpoints).
+//! Pretraining: [`Recipe`] (settings) → [`Plan`] (settings resolved for the data) → [`Run`]
+//! (training loop, metrics and checkpoints).
 
+#[doc(hidden)]
+pub mod ablations;
+#[doc(hidden)]
+pub mod augment_placement;
 pub mod auto;
+pub mod batch;
 pub mod checkpoint;
-pub mod feed;
+pub mod data;
 pub mod health;
+#[doc(hidden)]
 pub mod metrics;
 pub mod plan;
 pub mod recipe;
 pub mod run;
-pub mod studies;
+pub mod step;
+#[doc(hidden)]
 pub mod tensorboard;
 
+pub use data::{PrepareOptions, TrainingData};
 pub use plan::Plan;
-pub use recipe::Recipe;
-pub use run::{Event, Outcome, Place, Prepared, Run};
+pub use recipe::{Recipe, RecipeOverrides};
+pub use run::{Event, Outcome, Run, RunContext};
 
 use std::{
     io,
     path::{Path, PathBuf},
 };
 
-/// What can go wrong in a run.
+/// Errors of a run.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The recipe.
+    /// Invalid recipe.
     #[error(transparent)]
     Recipe(#[from] recipe::Error),
-    /// The data.
+    /// Unusable data.
     #[error(transparent)]
     Data(#[from] crate::data::Error),
-    /// A checkpoint.
+    /// Unusable checkpoint.
     #[error(transparent)]
     Checkpoint(#[from] checkpoint::Error),
-    /// The encoder file.
+    /// Unusable encoder file.
     #[error(transparent)]
     Encoder(#[from] crate::nn::weights::Error),
-    /// The device.
+    /// Unusable device.
     #[error(transparent)]
     Device(#[from] crate::device::Error),
-    /// The batch needs more images than there are.
-    #[error("{}", too_few(*batch, *images, root))]
+    /// The batch is larger than the data set.
+    #[error("{}", too_few_images(*batch, *images, root))]
     BatchTooLarge {
-        /// Images an update.
+        /// Batch size.
         batch: usize,
         /// Training images.
         images: usize,
-        /// The data.
+        /// Path of the data.
         root: PathBuf,
     },
-    /// The path of the data cannot be written into a plan.
-    #[error("the path of {} is not Unicode, so no plan can hold it; give its folders other names", .0.display())]
+    /// A plan is a text file, which cannot hold the path.
+    #[error("the path of {} is not valid UTF-8\nhint: rename the folder", .0.display())]
     NotUnicode(PathBuf),
-    /// The weights to start with are of another network.
-    #[error("{} holds {found}, but the recipe asks for {wanted}; set --encoder, --width or encoder.stem to the file's, or start without --init", path.display())]
-    Unlike {
-        /// The file.
+    /// The pretrained weights are of a different network.
+    #[error(
+        "{} holds a {found}, but the recipe specifies a {expected}\nhint: set `--encoder`, `--width` or `encoder.stem` accordingly, or omit `--init`",
+        path.display()
+    )]
+    EncoderMismatch {
+        /// Path of the file.
         path: PathBuf,
-        /// What it holds.
+        /// Network of the file.
         found: String,
-        /// What the recipe says.
-        wanted: String,
+        /// Network of the recipe.
+        expected: String,
     },
-    /// `--out` is not empty.
-    #[error("{} already holds {what}; choose another --out, or go on with it by `byol resume {}`", path.display(), path.display())]
+    /// The output folder is not empty.
+    #[error("{}", occupied(path, *run))]
     Occupied {
-        /// The folder.
+        /// Path of the folder.
         path: PathBuf,
-        /// What is in it.
-        what: &'static str,
+        /// The folder holds a run.
+        run: bool,
     },
-    /// Another program has the run open.
-    #[error("another byol is training in {}; wait for it to end, or stop it", .0.display())]
+    /// Another process has locked the run.
+    #[error("{} is in use by another byol process\nhint: wait for it to finish, or stop it", .0.display())]
     Busy(PathBuf),
-    /// A file of the run cannot be written.
-    #[error("cannot write {}: {source}; {} (a checkpoint that was written before is whole)", path.display(), crate::files::remedy(source))]
+    /// A file of the run cannot be written. The last checkpoint is intact.
+    #[error("cannot write {}: {source}\nhint: {}", path.display(), crate::atomic_write::remedy(source))]
     Write {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// Why.
+        /// Cause.
         source: io::Error,
     },
     /// A file of the run cannot be read.
-    #[error("cannot read {}: {source}; is it a run folder of byol?", path.display())]
+    #[error("cannot read {}: {source}\nhint: expected the folder of a run, as made by `byol pretrain`", path.display())]
     Read {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// Why.
+        /// Cause.
         source: io::Error,
     },
-    /// The stored plan is not one.
-    #[error("{} is not a plan that this byol understands: {reason}; resume with the version that began the run", path.display())]
+    /// The stored plan is invalid.
+    #[error("invalid plan {}: {reason}\nhint: resume with the version of byol that created the run", path.display())]
     BadPlan {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong.
+        /// Cause.
         reason: String,
     },
-    /// The images are not those the run began with.
-    #[error("the images in {} are not those that the run began with ({reason}); put them back, or start a new run", root.display())]
+    /// The images differ from those that the run started with.
+    #[error("the images in {} have changed since the run started ({reason})\nhint: restore them, or start a new run", root.display())]
     DataChanged {
-        /// The data.
+        /// Path of the data.
         root: PathBuf,
-        /// What differs.
+        /// Difference.
         reason: String,
     },
-    /// The batch cannot be shared.
-    #[error("{ranks} ranks cannot share each batch: {reason}")]
+    /// The ranks cannot share a batch.
+    #[error("cannot train on {ranks} ranks: {reason}")]
     Ranks {
-        /// How many.
+        /// World size.
         ranks: usize,
-        /// Why not.
+        /// Cause.
         reason: String,
     },
-    /// The ranks do not go together.
-    #[error("rank {rank} has {what} than rank 0; {remedy}")]
+    /// A rank differs from rank 0.
+    #[error("rank {rank} has {what} than rank 0\nhint: {remedy}")]
     OtherRank {
-        /// The first that differs.
+        /// First rank that differs.
         rank: usize,
-        /// What differs.
+        /// Difference.
         what: String,
-        /// What to do.
+        /// Remedy.
         remedy: &'static str,
     },
-    /// Learning has failed.
+    /// A health check has failed.
     #[error(
-        "stopped at step {step}, {failure}; {kept}; `byol resume` would fail again: begin a new run with a lower --lr, more --warmup-epochs or a higher --tau, or with --on-collapse rollback"
+        "stopped at step {step}: {failure}; {kept}\nhint: `byol resume` would fail again; start a new run with a lower `--lr`, more `--warmup-epochs`, a higher `--tau`, or `--on-collapse rollback`"
     )]
     Collapsed {
-        /// The step, from 1.
+        /// Step, from 1.
         step: u64,
-        /// What is wrong.
+        /// Failed check.
         failure: health::Failure,
-        /// Where to go back to.
+        /// Last healthy checkpoint, in words.
         kept: String,
     },
-    /// No scale of the loss keeps the gradient in the range of f16.
+    /// No loss scale keeps the gradient in the range of f16.
     #[error(
-        "the gradient is beyond f16 at step {step}, even of a loss scaled by {factor}; {kept}; start again with --precision bf16 or f32"
+        "the gradient exceeds the range of f16 at step {step}, even with loss scale {factor}; {kept}\nhint: start again with `--precision bf16` or `f32`"
     )]
     Overflow {
-        /// The step, from 1.
+        /// Step, from 1.
         step: u64,
-        /// The loss's scale.
+        /// Loss scale.
         factor: f64,
-        /// Where to go back to.
+        /// Last healthy checkpoint, in words.
         kept: String,
     },
-    /// NaN or infinity.
+    /// Loss or weights are NaN or infinite.
     #[error(
-        "the {what} is {value} at step {step}: the run has diverged; {kept}; `byol resume` would fail again: begin a new run with a lower --lr or more --warmup-epochs, or with --on-collapse rollback{}",
-        if *f16 { "; or it is beyond the range of f16: --precision bf16 or f32" } else { "" }
+        "the run has diverged: the {what} is {value} at step {step}; {kept}\nhint: `byol resume` would fail again; start a new run with a lower `--lr`, more `--warmup-epochs`, or `--on-collapse rollback`{}",
+        if *f16 { ", or avoid f16 with `--precision bf16` or `f32`" } else { "" }
     )]
     Diverged {
         /// Loss, or norm of the weights.
         what: &'static str,
-        /// What it is.
+        /// Its value.
         value: f64,
-        /// The step, from 1.
+        /// Step, from 1.
         step: u64,
-        /// Whether it was computed in f16.
+        /// Compute precision was f16.
         f16: bool,
-        /// Where to go back to.
+        /// Last healthy checkpoint, in words.
         kept: String,
     },
 }
 
-fn too_few(batch: usize, images: usize, root: &Path) -> String {
+fn too_few_images(batch: usize, images: usize, root: &Path) -> String {
     let root = root.display();
     match images {
-        0 | 1 => format!("{root} has too few training images ({images}); give at least two"),
-        n => format!(
-            "batch {batch} is larger than the data: {n} training images in {root}; use --batch {n} or less, or add images"
-        ),
+        0 | 1 => format!("too few training images in {root}: {images}\nhint: BYOL needs at least 2"),
+        n => format!("batch size {batch} exceeds the {n} training images in {root}\nhint: use `--batch {n}` or less"),
+    }
+}
+
+fn occupied(path: &Path, run: bool) -> String {
+    let path = path.display();
+    match run {
+        true => format!("{path} already contains a run\nhint: choose another `--out`, or run `byol resume {path}`"),
+        false => format!("{path} is not empty\nhint: choose another `--out`"),
     }
 }
 
 impl Error {
-    /// Whether all ranks have come to it together: then one need say so.
-    pub fn is_of_all_ranks(&self) -> bool {
+    /// Whether all ranks return this error together, so that one message is enough.
+    pub fn is_collective(&self) -> bool {
         use Error::*;
         matches!(self, Collapsed { .. } | Diverged { .. } | Overflow { .. } | Ranks { .. } | OtherRank { .. })
     }

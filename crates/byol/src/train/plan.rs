@@ -1,12 +1,17 @@
-//! What a recipe means for these data: every number resolved. Printed before the run and stored with it.
+//! A recipe resolved for a data set: every number is known. Printed before the run and stored with
+//! it.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Error, Prepared,
-    recipe::{Finish, Recipe, TargetInit, TauSchedule},
+    Error, TrainingData,
+    recipe::{Placement, Recipe, TargetInit, TauSchedule},
+    step::Stepper,
 };
 use crate::{
     byol::Byol,
@@ -14,44 +19,44 @@ use crate::{
     device::Precision,
     nn::{
         EncoderSpec, Mlp, Network, Weights,
-        foreign::{self, Preparation},
+        import::{self, Preparation},
     },
     optim::{LossScale, Optimizer, Schedule},
     ranks::Ranks,
 };
 use burn::tensor::Device;
 
-/// A run, complete: with the data it gives the same bits again.
+/// Complete description of a run: with the same data it reproduces the same bits.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Plan {
-    /// Of the program that made it.
+    /// Version of the program that made the plan.
     pub version: String,
     /// Name or file of the recipe.
     pub recipe_name: String,
-    /// As given.
+    /// Path of the data.
     pub data: PathBuf,
-    /// Name of the device it began on: `cpu`, `vulkan`, …
+    /// Device the run started on: `cpu`, `vulkan`, …
     pub device: String,
-    /// Training images, after `limit`, what was skipped and what is held out.
+    /// Training images, without skipped and held-out ones.
     pub images: usize,
-    /// Images that are watched.
+    /// Monitoring images.
     pub held_out: usize,
-    /// A hash of the training images' names, sizes and order.
+    /// Hash of names, sizes and order of the training images.
     pub fingerprint: String,
-    /// The same of the images that are watched, if there are any.
+    /// Hash of the monitoring images, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held_out_fingerprint: Option<String>,
-    /// η and τ.
+    /// Schedules of η and τ.
     pub schedule: Schedule,
-    /// The network that is kept.
+    /// Encoder of the run.
     pub encoder: EncoderSpec,
-    /// All settings.
+    /// Settings.
     pub recipe: Recipe,
 }
 
-/// A path that means the same from every folder. A pattern of shards names no file, and an address no path.
-fn whole(root: &Path) -> PathBuf {
+/// Absolute path of the data. Patterns of shards and URLs stay as they are.
+fn absolute(root: &Path) -> PathBuf {
     if shards::is_remote(root) {
         return root.to_owned();
     }
@@ -63,26 +68,26 @@ impl Plan {
     ///
     /// # Errors
     /// [`Error::BatchTooLarge`], [`Error::NotUnicode`], [`Error::Recipe`].
-    pub fn new(recipe_name: &str, mut recipe: Recipe, data: &Prepared, device: &str) -> Result<Plan, Error> {
+    pub fn new(recipe_name: &str, mut recipe: Recipe, data: &TrainingData, device: &str) -> Result<Plan, Error> {
         recipe.check()?;
-        if whole(&data.root).to_str().is_none() {
+        if absolute(&data.root).to_str().is_none() {
             return Err(Error::NotUnicode(data.root.clone()));
         }
-        if device == "cpu" && recipe.views.finish == Finish::Auto {
-            recipe.views.finish = Finish::Cpu; // the host's cores are the device
+        if device == "cpu" && recipe.views.placement == Placement::Auto {
+            recipe.views.placement = Placement::Cpu; // the host is the device
         }
         let (root, train) = (&data.root, &data.train);
         let (n, batch) = (train.len(), recipe.train.batch);
         if batch > n {
             return Err(Error::BatchTooLarge { batch, images: n, root: root.clone() });
         }
-        // ⌊epochs · images / batch⌋, as the reference counts: a batch may reach over the end of an epoch.
+        // ⌊epochs · images / batch⌋, as in the reference: a batch may span the end of an epoch.
         let steps = |epochs: u64| (u128::from(epochs) * n as u128 / batch as u128) as u64;
         let size = recipe.views.size;
         Ok(Plan {
             version: env!("CARGO_PKG_VERSION").into(),
             recipe_name: recipe_name.into(),
-            data: whole(root),
+            data: absolute(root),
             device: device.into(),
             images: n,
             held_out: data.held_out.as_ref().map_or(0, Images::len),
@@ -93,7 +98,7 @@ impl Plan {
                 warmup: steps(recipe.train.warmup_epochs),
                 total: steps(recipe.train.epochs),
                 tau_base: recipe.target.tau,
-                tau_stays: recipe.target.schedule == TauSchedule::Constant,
+                constant_tau: recipe.target.schedule == TauSchedule::Constant,
             },
             encoder: EncoderSpec {
                 architecture: recipe.encoder.architecture,
@@ -109,36 +114,34 @@ impl Plan {
         })
     }
 
-    /// Images a micro-batch.
+    /// Images per micro-batch.
     pub fn micro_batch(&self) -> usize {
         self.recipe.train.batch / self.recipe.train.accumulate
     }
 
-    /// Whether so many ranks can share each batch.
+    /// Checks that the ranks can share every batch.
     ///
     /// # Errors
     /// [`Error::Ranks`].
-    pub fn check_ranks(&self, ranks: Ranks) -> Result<(), Error> {
-        let (n, own) = (ranks.count(), self.micro_batch());
+    pub(crate) fn check_ranks(&self, ranks: Ranks) -> Result<(), Error> {
+        let (n, batch) = (ranks.world_size(), self.micro_batch());
         let refuse = |reason: String| Err(Error::Ranks { ranks: n, reason });
-        if !own.is_multiple_of(n) {
-            let parts = if self.recipe.train.accumulate > 1 { " (a part of the batch)" } else { "" };
+        if !batch.is_multiple_of(n) {
+            let micro = if self.recipe.train.accumulate > 1 { "micro-batch" } else { "batch" };
             return refuse(format!(
-                "{own} images{parts} are no multiple of {n}; choose another --batch or number of ranks"
+                "{micro} size {batch} is not divisible by {n}\nhint: change `--batch` or the number of ranks"
             ));
         }
-        if n > 1 && !self.recipe.train.sync_bn && own / n < 2 {
-            return refuse(
-                "each has one image, of which batch norm knows no variance; let it see all by --sync-bn true".into(),
-            );
+        if n > 1 && !self.recipe.train.sync_bn && batch / n < 2 {
+            return refuse("batch norm needs at least 2 images per rank\nhint: pass `--sync-bn true`".into());
         }
         if n > 1 && self.recipe.method.beta != 0.0 {
-            return refuse("the negatives of method.beta are those of a whole batch; train it on one".into());
+            return refuse("negatives (`method.beta`) need the whole batch on one rank".into());
         }
         Ok(())
     }
 
-    /// Epochs that are complete after `steps` steps.
+    /// Completed epochs after `steps` steps.
     pub fn epochs_done(&self, steps: u64) -> u64 {
         if steps >= self.schedule.total {
             return self.recipe.train.epochs;
@@ -146,12 +149,7 @@ impl Plan {
         steps * self.recipe.train.batch as u64 / self.images as u64
     }
 
-    /// Steps until `epochs` epochs are complete.
-    pub fn steps_until(&self, epochs: u64) -> u64 {
-        (epochs * self.images as u64).div_ceil(self.recipe.train.batch as u64).min(self.schedule.total)
-    }
-
-    /// f, g and q.
+    /// Networks f, g and q.
     pub fn network(&self) -> Network {
         let (r, init) = (&self.recipe, self.recipe.encoder.init);
         let encoder = self.encoder.resnet().with_init(init, r.encoder.zero_init_residual);
@@ -159,33 +157,42 @@ impl Plan {
         Network {
             projector: Mlp { name: "projector", d_in: encoder.features(), hidden, d_out, init },
             predictor: Mlp { name: "predictor", d_in: d_out, hidden, d_out, init },
-            encoder,
+            encoder: Arc::new(encoder),
             normalization: r.normalize.clone(),
             norm: r.norm.clone(),
             precision: r.train.precision,
-            ranks: Ranks::ALONE,
+            ranks: Ranks::SINGLE,
         }
     }
 
-    /// The networks before the first step, with the weights of `encoder.from` where it names some: f of θ and of ξ.
+    /// Splits of a step: objective, micro-batches and loss scale. Single rank.
+    pub fn stepper(&self) -> Stepper {
+        Stepper {
+            objective: self.recipe.method,
+            micro_batches: self.recipe.train.accumulate,
+            ranks: Ranks::SINGLE,
+            loss_scale: (self.recipe.train.precision == Precision::F16).then(LossScale::default),
+        }
+    }
+
+    /// State before the first step. If `encoder.from` is set, f of θ and ξ has its weights.
     ///
     /// # Errors
-    /// [`Error::Encoder`], [`Error::Unlike`].
-    pub fn begin(&self, device: &Device) -> Result<Byol, Error> {
-        let mut byol = self.start(device);
+    /// [`Error::Encoder`], [`Error::EncoderMismatch`].
+    pub(crate) fn pretrained_state(&self, device: &Device) -> Result<Byol, Error> {
+        let mut byol = self.initial_state(device);
         let from = Path::new(&self.recipe.encoder.from);
         if from.as_os_str().is_empty() {
             return Ok(byol);
         }
         let normalization = self.recipe.normalize.clone();
-        let encoder = foreign::load(from, &Preparation { size: None, normalization }, device)?;
+        let encoder = import::load(from, &Preparation { size: None, normalization }, device)?;
         let kind = |s: &EncoderSpec| (s.architecture, s.width, s.stem, s.channels);
         if kind(&encoder.spec) != kind(&self.encoder) {
-            let said = |s: &EncoderSpec| {
-                format!("a {} of width {} with the {} stem", s.architecture.name(), s.width, s.stem.name())
-            };
-            let (found, wanted) = (said(&encoder.spec), said(&self.encoder));
-            return Err(Error::Unlike { path: from.to_owned(), found, wanted });
+            let describe =
+                |s: &EncoderSpec| format!("{} of width {} with {} stem", s.architecture.name(), s.width, s.stem.name());
+            let (found, expected) = (describe(&encoder.spec), describe(&self.encoder));
+            return Err(Error::EncoderMismatch { path: from.to_owned(), found, expected });
         }
         for weights in [&mut byol.online, &mut byol.target] {
             weights.params.extend("", &encoder.weights.params);
@@ -196,50 +203,40 @@ impl Plan {
         Ok(byol)
     }
 
-    /// The networks with fresh weights.
-    pub fn start(&self, device: &Device) -> Byol {
+    /// State with random initialization.
+    pub fn initial_state(&self, device: &Device) -> Byol {
         let (network, seed) = (self.network(), self.recipe.seed);
         let online = network.init(seed, "online", self.recipe.method.predictor, device);
-        let own = network.init(seed, "target", false, device);
+        let random = network.init(seed, "target", false, device);
         let target = match self.recipe.target.init {
-            TargetInit::Independent => own,
-            TargetInit::Copy => {
-                Weights { params: own.params.zip(&online.params, |_, _, theta| theta), statistics: own.statistics }
-            }
+            TargetInit::Independent => random,
+            TargetInit::Copy => Weights {
+                params: random.params.zip(&online.params, |_, _, theta| theta),
+                statistics: random.statistics,
+            },
         };
         let optimizer = Optimizer::new(self.recipe.optimizer.rule(), &online.params);
-        let objective = self.recipe.method;
-        Byol {
-            network,
-            objective,
-            online,
-            target,
-            optimizer,
-            schedule: self.schedule.clone(),
-            k: 0,
-            ranks: Ranks::ALONE,
-            scale: (self.recipe.train.precision == Precision::F16).then(LossScale::default),
-        }
+        Byol { network, online, target, optimizer, schedule: self.schedule.clone(), k: 0 }
     }
 
-    /// As TOML.
+    /// TOML of the plan.
     pub fn to_toml(&self) -> String {
         toml::to_string(self).expect("a plan is plain data")
     }
 
-    /// From `plan.toml`; `path` is for messages.
+    /// Parses `plan.toml`. `path` is for messages.
     ///
     /// # Errors
     /// [`Error::BadPlan`].
     pub fn parse(text: &str, path: &Path) -> Result<Plan, Error> {
         let bad = |reason: String| Error::BadPlan { path: path.to_owned(), reason };
         let mut plan: Plan = toml::from_str(text).map_err(|e| bad(e.message().to_owned()))?;
-        // A plan of an earlier version has the one and not the other.
+        // Plans of earlier versions have no `encoder.eps`.
         plan.encoder.eps = plan.recipe.norm.eps;
         plan.recipe.check()?;
         plan.encoder.check().map_err(bad)?;
         if plan.images == 0 || plan.recipe.train.batch > plan.images || plan.schedule.total == 0 {
-            return Err(bad("its counts do not go together".into()));
+            return Err(bad("inconsistent numbers of images, batch and steps".into()));
         }
         Ok(plan)
     }
@@ -248,11 +245,11 @@ impl Plan {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{data::synthetic, train::recipe::HealthConfig};
+    use crate::{data::synthetic, train::PrepareOptions};
 
-    fn ten_images() -> Prepared {
-        let none = HealthConfig { images: 0, ..HealthConfig::default() };
-        Prepared::new(synthetic::dataset(1, 10, 0), 0, &none, 0, &|_| ()).unwrap()
+    fn ten_images() -> TrainingData {
+        let options = PrepareOptions { monitoring_images: 0, ..PrepareOptions::default() };
+        TrainingData::prepare(synthetic::dataset(1, 10, 0), options, &|_| ()).unwrap()
     }
 
     fn plan(epochs: u64, batch: usize) -> Plan {
@@ -262,22 +259,20 @@ mod tests {
     }
 
     #[test]
-    fn steps_are_counted_over_the_ends_of_epochs() {
+    fn batches_may_span_the_end_of_an_epoch() {
         let p = plan(5, 4);
         assert_eq!(p.schedule.total, 12, "⌊5 · 10 / 4⌋");
         assert_eq!((0..=12).map(|k| p.epochs_done(k)).collect::<Vec<_>>(), [0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 4, 4, 5]);
-        assert_eq!(p.steps_until(1), 3);
-        assert_eq!(p.steps_until(5), 12);
     }
 
     #[test]
-    fn a_plan_comes_back_from_its_file() {
+    fn plan_round_trips_through_its_file() {
         let p = plan(5, 4);
         assert_eq!(Plan::parse(&p.to_toml(), Path::new("plan.toml")).unwrap(), p);
     }
 
     #[test]
-    fn a_batch_beyond_the_data_is_refused() {
+    fn rejects_batches_larger_than_the_data() {
         let mut recipe = Recipe::default();
         recipe.train.batch = 11;
         let refused = Plan::new("test", recipe, &ten_images(), "cpu");

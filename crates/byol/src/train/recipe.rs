@@ -1,5 +1,7 @@
-//! What the user asks for: one TOML file, or flags, or both. A recipe is complete: no default outside it decides anything about the
-//! result. Unknown keys are refused with the nearest known one named; relations are checked before any data is read.
+//! Settings of a run, from a TOML file, flags, or both.
+//!
+//! A recipe is complete: no default outside it affects the result. Unknown keys are rejected with
+//! the nearest known key; all values are validated before any data is read.
 
 use std::{fs, io, path::PathBuf};
 
@@ -7,65 +9,67 @@ use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 use crate::{
-    byol::Objective,
+    image::CHANNELS,
     nn::{Architecture, Init, NormConfig, Normalization, Precision, Stem, reference_center},
+    objective::Objective,
     optim::{AdamW, Lars, Rule, Sgd},
     views::Policy,
 };
 
-/// All settings of a run.
+/// Settings of a run.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
-    /// Seed of all random draws.
+    /// Random seed.
     pub seed: u64,
-    /// The network f.
+    /// Encoder f.
     pub encoder: EncoderConfig,
-    /// g and q.
+    /// Projector g and predictor q.
     pub heads: HeadsConfig,
-    /// How long, how many at once.
+    /// Duration, batch size and precision.
     pub train: TrainConfig,
-    /// How θ moves.
+    /// Optimizer of θ.
     pub optimizer: OptimizerConfig,
-    /// How ξ moves.
+    /// Target network ξ.
     pub target: TargetConfig,
-    /// What is minimised: BYOL, or an ablation of it.
+    /// BYOL's loss, or an ablation of it.
     pub method: Objective,
     /// Batch norm of all networks.
     pub norm: NormConfig,
-    /// Of the input.
+    /// Input normalization.
     pub normalize: Normalization,
-    /// T and T′.
+    /// Augmentations T and T′.
     pub views: ViewsConfig,
-    /// What is watched.
+    /// Health checks at the end of every epoch.
     pub health: HealthConfig,
-    /// What is kept.
+    /// Checkpoint retention.
     pub checkpoint: CheckpointConfig,
 }
 
-/// The encoder f.
+/// Encoder f.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EncoderConfig {
-    /// resnet18, 34, 50, 101, 152 or 200. resnet50 as in the paper.
+    /// resnet18, 34, 50, 101, 152 or 200. Default: resnet50, as in the paper.
     pub architecture: Architecture,
-    /// Multiplies every channel count, above 0. 1.
+    /// Multiplier of every channel count, above 0. Default: 1.
     pub width: f64,
-    /// imagenet, cifar, or auto: cifar for views of 64 px or less.
+    /// imagenet, cifar, or auto: cifar for views of up to 64 px.
     pub stem: StemChoice,
-    /// reference or torch: whose initial weights.
+    /// Weight initialization: reference (deepmind-research) or torch.
     pub init: Init,
-    /// Start each residual branch at zero. The paper's results did not.
+    /// Initialize the last norm of each residual branch to zero. The paper's results did not.
     pub zero_init_residual: bool,
-    /// An encoder whose weights f starts with: a file of byol, or a ResNet's weights as .pth or .safetensors. Empty: fresh weights.
+    /// Pretrained weights of f: a byol encoder, or a ResNet checkpoint (.pth or .safetensors).
+    /// Empty: random initialization.
     pub from: String,
 }
 
-/// Which stem.
+/// Choice of the stem.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum StemChoice {
-    /// By the size of the views.
+    /// By view size.
     Auto,
     /// 7×7 stride 2 and a max pool.
     Imagenet,
@@ -87,7 +91,7 @@ impl Default for EncoderConfig {
 }
 
 impl EncoderConfig {
-    /// The stem for views of this size.
+    /// Stem for views of `size` pixels.
     pub fn stem(&self, size: usize) -> Stem {
         match self.stem {
             StemChoice::Auto => Stem::for_size(size),
@@ -101,9 +105,9 @@ impl EncoderConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct HeadsConfig {
-    /// Length of both hidden layers. 4096 as in the paper.
+    /// Width of both hidden layers. Default: 4096, as in the paper.
     pub hidden: usize,
-    /// Length of projection and prediction. 256 as in the paper.
+    /// Dimension of projection and prediction. Default: 256, as in the paper.
     pub projection: usize,
 }
 
@@ -113,27 +117,30 @@ impl Default for HeadsConfig {
     }
 }
 
-/// How long, how many at once. A plan of an earlier version may lack a key.
+/// Duration, batch size and precision. Plans of earlier versions may lack a key.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainConfig {
-    /// Passes over the images. 1000 in the paper's main run.
+    /// Epochs. Default: 1000, as in the paper's main run.
     pub epochs: u64,
-    /// Epochs of linear warm-up of the learning rate; fewer than `epochs`. 10 as in the reference.
+    /// Epochs of linear learning-rate warm-up, fewer than `epochs`. Default: 10, as in the
+    /// reference.
     pub warmup_epochs: u64,
-    /// Images an update. 4096 as in the paper.
+    /// Batch size: images per update. Default: 4096, as in the paper.
     pub batch: usize,
-    /// Micro-batches an update; divides `batch`. 1. More need less memory; only batch norm sees the smaller batch.
+    /// Micro-batches per update, a divisor of `batch`. More need less memory; only batch norm sees
+    /// the smaller batch. Default: 1.
     pub accumulate: usize,
-    /// f32; bf16, where the processor (AVX512-BF16) or the GPU has such numbers; or f16, on GPUs, with a loss that is scaled while it is
-    /// differentiated: what convolutions and linear layers multiply. Statistics, loss, weights, momenta and target are f32 with all. f32.
+    /// Compute precision of convolutions and linear layers: f32, bf16 (CPUs with AVX512-BF16, and
+    /// GPUs) or f16 (GPUs; with a scaled loss). Statistics, loss, weights, optimizer state and
+    /// target are always f32. Default: f32.
     pub precision: Precision,
-    /// Of several ranks: batch norm sees the images of all of them, as the reference's does; false: each rank its own. true.
+    /// Synchronize batch-norm statistics across ranks, as the reference does. Default: true.
     pub sync_bn: bool,
-    /// Training images to take, evenly spread over the data's own order; 0: all.
+    /// Number of training images, sampled evenly over the data; 0: all.
     pub limit: usize,
-    /// Images that the buffer mixes, of data in shards: shards are read one after the other, and each image is taken by chance from so
-    /// many that come up next. 4096. Other data are shuffled as a whole.
+    /// Shuffle buffer for data in shards, in images: shards are read sequentially, and each image
+    /// is drawn from the next this many. Other data are shuffled globally. Default: 4096.
     pub shuffle: usize,
 }
 
@@ -152,46 +159,50 @@ impl Default for TrainConfig {
     }
 }
 
-/// The optimiser. Fields that the kind does not use are ignored by it.
+/// Optimizer. Fields that the kind does not use are ignored.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct OptimizerConfig {
-    /// lars, sgd or adamw.
+    /// lars, sgd or adamw. Default: lars.
     pub kind: OptimizerKind,
-    /// Learning rate for batch 256; the peak is this × batch / 256. 0.2 for 1000 epochs as in the reference.
+    /// Learning rate for batch size 256; the peak is this × batch / 256. Default: 0.2, as in the
+    /// reference for 1000 epochs.
     pub lr: f64,
-    /// lars, sgd: share of the momentum that stays, in [0, 1). 0.9.
+    /// lars, sgd: momentum, in [0, 1). Default: 0.9.
     pub momentum: f64,
-    /// Weight decay, at least 0. 1.5e-6 for 1000 epochs as in the reference. Biases and norms have none.
+    /// Weight decay, at least 0. Not applied to biases and norms. Default: 1.5e-6, as in the
+    /// reference for 1000 epochs.
     pub weight_decay: f64,
-    /// lars: trust coefficient, above 0. 0.001.
-    pub trust: f64,
-    /// lars: cap the adaptive rate at the learning rate, as solo-learn does. The reference does not.
+    /// lars: trust coefficient, above 0. Default: 0.001.
+    #[serde(alias = "trust")]
+    pub trust_coefficient: f64,
+    /// lars: clip the adaptive rate at the learning rate, as solo-learn does. The reference does
+    /// not.
     pub clip_lr: bool,
-    /// sgd: look ahead.
+    /// sgd: Nesterov momentum.
     pub nesterov: bool,
     /// adamw: decay of the first moment, in [0, 1).
     pub beta1: f64,
     /// adamw: decay of the second moment, in [0, 1).
     pub beta2: f64,
-    /// adamw: added to the root of the second moment.
+    /// adamw: term added to the root of the second moment.
     pub eps: f64,
 }
 
-/// Which optimiser.
+/// Kind of optimizer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OptimizerKind {
-    /// The paper's.
+    /// LARS, as in the paper.
     Lars,
-    /// With momentum.
+    /// SGD with momentum.
     Sgd,
-    /// Adam with decoupled decay.
+    /// Adam with decoupled weight decay.
     Adamw,
 }
 
 impl OptimizerKind {
-    /// As people write it.
+    /// Name for display.
     pub fn name(self) -> &'static str {
         match self {
             OptimizerKind::Lars => "LARS",
@@ -208,7 +219,7 @@ impl Default for OptimizerConfig {
             lr: 0.2,
             momentum: 0.9,
             weight_decay: 1.5e-6,
-            trust: 1e-3,
+            trust_coefficient: 1e-3,
             clip_lr: false,
             nesterov: false,
             beta1: 0.9,
@@ -219,46 +230,50 @@ impl Default for OptimizerConfig {
 }
 
 impl OptimizerConfig {
-    /// The rule that these settings name.
+    /// Update rule with these settings.
     pub fn rule(&self) -> Rule {
-        let &OptimizerConfig { momentum, weight_decay, trust, clip_lr, nesterov, beta1, beta2, eps, .. } = self;
+        let &OptimizerConfig {
+            momentum, weight_decay, trust_coefficient, clip_lr, nesterov, beta1, beta2, eps, ..
+        } = self;
         match self.kind {
-            OptimizerKind::Lars => Rule::Lars(Lars { momentum, weight_decay, trust, clip_lr }),
+            OptimizerKind::Lars => Rule::Lars(Lars { momentum, weight_decay, trust_coefficient, clip_lr }),
             OptimizerKind::Sgd => Rule::Sgd(Sgd { momentum, weight_decay, nesterov }),
             OptimizerKind::Adamw => Rule::Adamw(AdamW { beta1, beta2, eps, weight_decay }),
         }
     }
 }
 
-/// The target network.
+/// Target network ξ.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TargetConfig {
-    /// Target decay at the start, in [0, 1]. 0.996 for 1000 epochs as in the paper. 0: the target is the online network; 1: it never moves.
+    /// Initial target decay, in [0, 1]. 0: the target is the online network; 1: it never changes.
+    /// Default: 0.996, as in the paper for 1000 epochs.
     pub tau: f64,
-    /// cosine: τ rises to 1 at the end; constant: it stays, as in the paper's ablation.
+    /// cosine: τ rises to 1 at the end of the run; constant: as in the paper's ablation.
     pub schedule: TauSchedule,
-    /// independent: ξ starts from a draw of its own, as in the reference; copy: from θ, as solo-learn has it.
+    /// independent: ξ has a random initialization of its own, as in the reference; copy: starts as
+    /// θ, as in solo-learn.
     pub init: TargetInit,
 }
 
-/// Where ξ starts.
+/// Initialization of ξ.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TargetInit {
-    /// A random draw of its own.
+    /// Random, independent of θ.
     Independent,
-    /// θ.
+    /// Copy of θ.
     Copy,
 }
 
-/// How τ goes.
+/// Schedule of τ.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TauSchedule {
-    /// Up to 1 on half a cosine.
+    /// Half a cosine up to 1.
     Cosine,
-    /// Not at all.
+    /// Constant.
     Constant,
 }
 
@@ -268,48 +283,50 @@ impl Default for TargetConfig {
     }
 }
 
-/// The views.
+/// Views and their augmentations.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ViewsConfig {
-    /// Side in pixels. 224 as in the paper.
+    /// Side of a view in pixels. Default: 224, as in the paper.
     pub size: usize,
-    /// Side of the evaluation's view in pixels; 0: as `size`. A crop enlarges what it shows, so an encoder may know larger images
-    /// better than those of its training (Touvron et al. 2019, arXiv:1906.06423).
+    /// Side of evaluation views in pixels; 0: same as `size`. Random crops enlarge their content,
+    /// so an encoder may perform better on larger images than it was trained on (Touvron et al.
+    /// 2019, arXiv:1906.06423).
     pub eval_size: usize,
-    /// Evaluation takes the centre square of this share of the shorter side, in (0, 1]. 0.875 as in the reference; 1 where images are
-    /// so small that their border counts.
+    /// Fraction of the shorter side that the center crop of evaluation keeps, in (0, 1]. Default:
+    /// 0.875, as in the reference; 1 for images whose border matters.
     pub center: f64,
-    /// Where what follows the crop (flip, colour, grey, blur, solarise) is computed: cpu; device: as operations over a batch; or auto:
-    /// where a batch and a step side by side are faster, by what the first ones take. auto. A plan without the key is one of the cpu.
-    #[serde(default = "Finish::cpu", skip_serializing_if = "Finish::is_cpu")]
-    pub finish: Finish,
-    /// T.
+    /// Device of the augmentations after the crop (flip, color, gray, blur, solarize): cpu; device,
+    /// as operations over a batch; or auto, the faster by timing the first steps. Default: auto.
+    /// Plans without the key use the CPU.
+    #[serde(default = "Placement::cpu", skip_serializing_if = "Placement::is_cpu", alias = "finish")]
+    pub placement: Placement,
+    /// Augmentations T of the first view.
     pub first: Policy,
-    /// T′.
+    /// Augmentations T′ of the second view.
     pub second: Policy,
 }
 
-/// Where views are finished.
+/// Augmentation placement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Finish {
-    /// By what is faster.
+pub enum Placement {
+    /// The faster one, by timing.
     #[default]
     Auto,
-    /// By the threads that decode.
+    /// On the CPU threads that decode.
     Cpu,
-    /// Where the networks are.
+    /// On the device of the networks.
     Device,
 }
 
-impl Finish {
-    fn cpu() -> Finish {
-        Finish::Cpu
+impl Placement {
+    fn cpu() -> Placement {
+        Placement::Cpu
     }
 
     fn is_cpu(&self) -> bool {
-        *self == Finish::Cpu
+        *self == Placement::Cpu
     }
 }
 
@@ -319,40 +336,42 @@ impl Default for ViewsConfig {
             size: 224,
             eval_size: 0,
             center: reference_center(),
-            finish: Finish::Auto,
+            placement: Placement::Auto,
             first: Policy::default(),
             second: Policy::second(),
         }
     }
 }
 
-/// What is watched at the end of every epoch.
+/// Health checks at the end of every epoch.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct HealthConfig {
-    /// Images that are watched: of the data's own `val` or `test` split, else held out of the training images (at most a tenth of
-    /// them). 0: none, and no health figures. 512.
+    /// Monitoring images: of the `val` or `test` split, else held out of the training images (at
+    /// most a tenth of them). 0: none, and no health checks. Default: 512.
     pub images: usize,
-    /// Training images that the kNN votes among, evenly spread; 0: all. 4096.
+    /// Training images for the kNN classifier, sampled evenly; 0: all. Default: 4096.
     pub bank: usize,
-    /// kNN: neighbours. 20.
+    /// kNN: number of neighbors. Default: 20.
     pub k: usize,
-    /// kNN: temperature of the votes. 0.07.
+    /// kNN: temperature of the votes. Default: 0.07.
     pub temperature: f64,
-    /// What to do when learning has failed: stop; rollback: go back to the last healthy checkpoint with half the learning rate; or go-on.
+    /// Response to a failure: stop; rollback to the last healthy checkpoint with half the learning
+    /// rate; or continue. Default: stop.
     pub on_collapse: OnCollapse,
 }
 
-/// What to do when learning has failed.
+/// Response to a failed health check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum OnCollapse {
-    /// With an error; the last healthy checkpoint is kept.
+    /// Stop with an error. The last healthy checkpoint is kept.
     Stop,
-    /// To the last healthy checkpoint, with half the learning rate.
+    /// Return to the last healthy checkpoint, with half the learning rate.
     Rollback,
-    /// With a warning.
-    GoOn,
+    /// Continue with a warning.
+    #[serde(alias = "go-on")]
+    Continue,
 }
 
 impl Default for HealthConfig {
@@ -361,15 +380,15 @@ impl Default for HealthConfig {
     }
 }
 
-/// What is kept.
+/// Checkpoint interval and retention.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CheckpointConfig {
     /// Steps between checkpoints; 0: at the end of every epoch.
     pub every_steps: u64,
-    /// Minutes after which one is written in any case. 10.
+    /// Longest time between checkpoints, in minutes. Default: 10.
     pub every_minutes: f64,
-    /// How many are kept. 3.
+    /// Number of checkpoints to keep. Default: 3.
     pub keep: usize,
 }
 
@@ -379,63 +398,63 @@ impl Default for CheckpointConfig {
     }
 }
 
-/// What can be wrong with a recipe.
+/// Errors of a recipe.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The file cannot be read.
-    #[error("cannot read the recipe {}: {source}; give a TOML file or one of {}", path.display(), NAMES.join(", "))]
+    #[error("cannot read the recipe {}: {source}\nhint: use a TOML file, or one of {}", path.display(), NAMES.join(", "))]
     Read {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// Why.
+        /// Cause.
         source: io::Error,
     },
-    /// No recipe of that name.
-    #[error("no recipe is called `{name}`; did you mean `{nearest}`? The recipes are {}, or a file NAME.toml", NAMES.join(", "))]
+    /// No built-in recipe has this name.
+    #[error("unknown recipe `{name}`\nhint: did you mean `{nearest}`? Available recipes: {}, or a file NAME.toml", NAMES.join(", "))]
     Unknown {
-        /// What was asked for.
+        /// Requested name.
         name: String,
-        /// The nearest name.
+        /// Nearest known name.
         nearest: String,
     },
-    /// Not TOML.
-    #[error("the recipe {} is not TOML: {reason}", path.display())]
+    /// The file is not valid TOML.
+    #[error("the recipe {} is not valid TOML: {reason}", path.display())]
     Syntax {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// What the parser said.
+        /// Message of the parser.
         reason: String,
     },
-    /// An unknown key.
-    #[error("unknown recipe key `{key}` in {from}; did you mean `{nearest}`?")]
+    /// Unknown key.
+    #[error("unknown recipe key `{key}` in {from}\nhint: did you mean `{nearest}`?")]
     Key {
         /// The key.
         key: String,
-        /// File or flag.
+        /// File or flag that has it.
         from: String,
-        /// The nearest known key.
+        /// Nearest known key.
         nearest: String,
     },
-    /// A value of the wrong type, or none of the choices.
-    #[error("recipe key `{key}` {reason}")]
+    /// Value of the wrong type, or out of range.
+    #[error("invalid recipe key `{key}`: {reason}")]
     Value {
-        /// The key, or the section.
+        /// The key, or its section.
         key: String,
-        /// What is wrong.
+        /// Cause.
         reason: String,
     },
-    /// Not KEY=VALUE.
-    #[error("`--set {text}` is not KEY=VALUE; for example --set target.tau=0.99")]
+    /// Not of the form KEY=VALUE.
+    #[error("invalid `--set {text}` (expected KEY=VALUE, e.g. `--set target.tau=0.99`)")]
     Set {
-        /// What was typed.
+        /// Argument as typed.
         text: String,
     },
 }
 
-/// The built-in recipes.
+/// Names of the built-in recipes.
 pub const NAMES: [&str; 6] = ["auto", "cifar10", "imagenet-1000", "imagenet-300", "imagenet-100", "imagenette"];
 
-/// The text of a built-in recipe; none for `auto`, which is made for the data.
+/// TOML of a built-in recipe; `None` for `auto`, which depends on the data.
 pub fn built_in(name: &str) -> Option<&'static str> {
     Some(match name {
         "cifar10" => include_str!("../../../../recipes/cifar10.toml"),
@@ -447,22 +466,42 @@ pub fn built_in(name: &str) -> Option<&'static str> {
     })
 }
 
-/// What the user has said so far: a part of a recipe, by key. Later words replace earlier ones.
-#[derive(Debug, Clone, Default)]
-pub struct Draft {
-    /// The recipe's name; `auto` where nothing was said.
-    pub name: String,
-    said: Table,
+/// Keys of earlier versions, with their current names. Still accepted.
+const RENAMED: [(&str, &str); 4] = [
+    ("optimizer.trust", "optimizer.trust_coefficient"),
+    ("views.finish", "views.placement"),
+    ("views.first.grey", "views.first.gray"),
+    ("views.second.grey", "views.second.gray"),
+];
+
+/// Current name of a key.
+fn current_name(key: &str) -> &str {
+    RENAMED.iter().find(|(old, _)| *old == key).map_or(key, |(_, new)| new)
 }
 
-impl Draft {
-    /// From a built-in name, or a path to a TOML file.
+/// Recipe keys set by a file and by flags. Later values replace earlier ones.
+#[derive(Debug, Clone)]
+pub struct RecipeOverrides {
+    /// Name of the recipe.
+    pub name: String,
+    overrides: Table,
+}
+
+impl Default for RecipeOverrides {
+    /// `auto`, without overrides.
+    fn default() -> Self {
+        RecipeOverrides { name: "auto".into(), overrides: Table::new() }
+    }
+}
+
+impl RecipeOverrides {
+    /// Loads a built-in recipe by name, or a TOML file by path.
     ///
     /// # Errors
     /// All but [`Error::Set`].
-    pub fn from_recipe(name: &str) -> Result<Draft, Error> {
+    pub fn from_recipe(name: &str) -> Result<RecipeOverrides, Error> {
         if name == "auto" {
-            return Ok(Draft { name: name.to_owned(), said: Table::new() });
+            return Ok(RecipeOverrides::default());
         }
         let path = PathBuf::from(name);
         let text = match built_in(name) {
@@ -474,211 +513,261 @@ impl Draft {
                 return Err(Error::Unknown { name: name.to_owned(), nearest: nearest(name, NAMES.iter().copied()) });
             }
         };
-        Draft::from_text(name, &text)
+        RecipeOverrides::from_text(name, &text)
     }
 
-    /// From TOML; `name` is for messages.
+    /// Parses TOML. `name` is for messages.
     ///
     /// # Errors
     /// [`Error::Syntax`], [`Error::Key`].
-    pub fn from_text(name: &str, text: &str) -> Result<Draft, Error> {
-        let mut draft = Draft { name: name.to_owned(), said: Table::new() };
+    pub fn from_text(name: &str, text: &str) -> Result<RecipeOverrides, Error> {
+        let mut parsed = RecipeOverrides { name: name.to_owned(), overrides: Table::new() };
         let syntax = |e: toml::de::Error| Error::Syntax { path: name.into(), reason: e.message().to_owned() };
         let table: Table = text.parse().map_err(syntax)?;
         for (key, value) in flatten(&table) {
-            draft.say(&key, value, name)?;
+            parsed.insert(&key, value, name)?;
         }
-        Ok(draft)
+        Ok(parsed)
     }
 
-    /// Sets a key; `from` is for messages.
+    /// Sets a key. `from` is for messages.
     ///
     /// # Errors
-    /// [`Error::Key`] for a key that no recipe has.
-    pub fn say(&mut self, key: &str, value: impl Into<Value>, from: &str) -> Result<(), Error> {
-        let known = known_keys();
+    /// [`Error::Key`] for an unknown key.
+    pub fn insert(&mut self, key: &str, value: impl Into<Value>, from: &str) -> Result<(), Error> {
+        let (key, known) = (current_name(key), known_keys());
         if !known.iter().any(|k| k == key) {
             let nearest = nearest(key, known.iter().map(String::as_str));
             return Err(Error::Key { key: key.to_owned(), from: from.to_owned(), nearest });
         }
-        insert(&mut self.said, key, value.into());
+        insert(&mut self.overrides, key, value.into());
         Ok(())
     }
 
-    /// `KEY=VALUE` of `--set`. The value is TOML; a bare word is a string.
+    /// Sets a key from `KEY=VALUE`, as in `--set`. The value is TOML; a bare word is a string.
     ///
     /// # Errors
     /// [`Error::Set`], [`Error::Key`].
     pub fn set(&mut self, text: &str) -> Result<(), Error> {
-        let wrong = || Error::Set { text: text.to_owned() };
-        let (key, value) = text.split_once('=').ok_or_else(wrong)?;
+        let invalid = || Error::Set { text: text.to_owned() };
+        let (key, value) = text.split_once('=').ok_or_else(invalid)?;
         let (key, value) = (key.trim(), value.trim());
         if value.is_empty() {
-            return Err(wrong());
+            return Err(invalid());
         }
         let parsed = format!("x = {value}").parse::<Table>().ok().and_then(|mut t| t.remove("x"));
-        self.say(key, parsed.unwrap_or_else(|| Value::String(value.to_owned())), "--set")
+        self.insert(key, parsed.unwrap_or_else(|| Value::String(value.to_owned())), "--set")
     }
 
-    /// Whether the key has been said.
-    pub fn has(&self, key: &str) -> bool {
-        self.get(key).is_some()
+    /// Sets a key. A builder-style [`RecipeOverrides::insert`].
+    ///
+    /// # Errors
+    /// [`Error::Key`] for an unknown key.
+    pub fn with(mut self, key: &str, value: impl Into<Value>) -> Result<RecipeOverrides, Error> {
+        self.insert(key, value, "`with`")?;
+        Ok(self)
     }
 
-    /// What was said for a key.
-    pub fn get(&self, key: &str) -> Option<Value> {
-        flatten(&self.said).into_iter().find(|(k, _)| k == key).map(|(_, v)| v)
+    /// Sets the number of epochs, and shortens the warm-up of the recipe to a tenth of them if it
+    /// would take longer.
+    ///
+    /// # Panics
+    /// If `epochs` exceeds `i64::MAX`.
+    pub fn epochs(mut self, epochs: u64) -> RecipeOverrides {
+        let signed = |n: u64| Value::Integer(i64::try_from(n).expect("a number of epochs"));
+        insert(&mut self.overrides, "train.epochs", signed(epochs));
+        let warmup = self.get("train.warmup_epochs").and_then(|v| v.as_integer());
+        let warmup = warmup.unwrap_or(Recipe::default().train.warmup_epochs as i64) as u64;
+        if self.name != "auto" && warmup > epochs / 10 {
+            insert(&mut self.overrides, "train.warmup_epochs", signed(epochs / 10));
+        }
+        self
     }
 
-    /// `base` with all that was said on top, checked.
+    /// Applies the overrides to the defaults, as far as that is possible without data: the recipe
+    /// `auto` has not made its choices yet.
     ///
     /// # Errors
     /// [`Error::Value`].
-    pub fn over(&self, base: &Recipe) -> Result<Recipe, Error> {
-        let mut table = to_table(base);
-        for (key, value) in flatten(&self.said) {
-            let old = lookup(&table, &key).cloned();
-            insert(&mut table, &key, fit(old, value));
+    pub fn check(&self) -> Result<Recipe, Error> {
+        let mut base = Recipe::default();
+        if self.name == "auto" {
+            // Neutral values, so that only the overrides are checked.
+            (base.train.warmup_epochs, base.train.accumulate) = (0, 1);
         }
-        // Key by key, so that a wrong type is said with its key.
-        for (key, value) in flatten(&self.said) {
+        self.apply_to(&base)
+    }
+
+    /// Whether the key is set.
+    pub fn contains(&self, key: &str) -> bool {
+        self.get(key).is_some()
+    }
+
+    /// Value of a key, if set.
+    pub fn get(&self, key: &str) -> Option<Value> {
+        flatten(&self.overrides).into_iter().find(|(k, _)| k == key).map(|(_, v)| v)
+    }
+
+    /// Applies the overrides to `base` and validates the result.
+    ///
+    /// # Errors
+    /// [`Error::Value`].
+    pub fn apply_to(&self, base: &Recipe) -> Result<Recipe, Error> {
+        let invalid =
+            |key: &str, e: &toml::de::Error| Error::Value { key: key.into(), reason: e.message().trim().into() };
+        let mut table = to_table(base);
+        for (key, value) in flatten(&self.overrides) {
+            let old = lookup(&table, &key).cloned();
+            insert(&mut table, &key, coerce(old, value));
+        }
+        // One key at a time, so that a type error names its key.
+        for (key, value) in flatten(&self.overrides) {
             let mut one = to_table(base);
             let old = lookup(&one, &key).cloned();
-            insert(&mut one, &key, fit(old, value));
-            if let Err(e) = Recipe::deserialize(one) {
-                return Err(Error::Value { key, reason: format!("cannot be that: {}", e.message().trim()) });
-            }
+            insert(&mut one, &key, coerce(old, value));
+            Recipe::deserialize(one).map_err(|e| invalid(&key, &e))?;
         }
-        let recipe = Recipe::deserialize(table)
-            .map_err(|e| Error::Value { key: "recipe".into(), reason: format!("cannot be that: {}", e.message()) })?;
+        let recipe = Recipe::deserialize(table).map_err(|e| invalid("recipe", &e))?;
         recipe.check()?;
         Ok(recipe)
     }
 }
 
-/// Whole numbers stand for floats where a float is wanted.
-fn fit(old: Option<Value>, new: Value) -> Value {
+/// Converts integers to floats where the recipe has a float.
+fn coerce(old: Option<Value>, new: Value) -> Value {
     match (old, new) {
         (Some(Value::Float(_)), Value::Integer(i)) => Value::Float(i as f64),
         (Some(Value::Array(old)), Value::Array(new)) if old.len() == new.len() => {
-            Value::Array(old.into_iter().zip(new).map(|(o, n)| fit(Some(o), n)).collect())
+            Value::Array(old.into_iter().zip(new).map(|(o, n)| coerce(Some(o), n)).collect())
         }
         (_, new) => new,
     }
 }
 
 impl Recipe {
-    /// As TOML, complete.
+    /// Loads a built-in recipe by name (`auto`, `cifar10`, …) or a TOML file by path, to adjust and
+    /// run.
+    ///
+    /// # Errors
+    /// [`Error::Unknown`], [`Error::Read`], [`Error::Syntax`], [`Error::Key`].
+    pub fn named(name: &str) -> Result<RecipeOverrides, Error> {
+        RecipeOverrides::from_recipe(name)
+    }
+
+    /// Complete TOML of the recipe.
     pub fn to_toml(&self) -> String {
         toml::to_string(self).expect("a recipe is plain data")
     }
 
-    /// Whether every value is in its range and the values go together.
+    /// Validates every value, and the relations between them.
     ///
     /// # Errors
-    /// [`Error::Value`] for the first that is not.
+    /// [`Error::Value`] for the first invalid value.
     pub fn check(&self) -> Result<(), Error> {
-        let wrong = |key: &str, reason: String| Err(Error::Value { key: key.to_owned(), reason });
-        let at_least = |key: &'static str, value: usize, least: usize, most: usize| {
-            if (least..=most).contains(&value) {
-                Ok(())
-            } else {
-                wrong(key, format!("is {value}; it must be from {least} to {most}"))
-            }
-        };
-        at_least("train.epochs", self.train.epochs as usize, 1, 1_000_000)?;
-        at_least("train.batch", self.train.batch, 2, 1 << 20)?;
-        at_least("train.accumulate", self.train.accumulate, 1, self.train.batch)?;
-        at_least("heads.hidden", self.heads.hidden, 1, 1 << 16)?;
-        at_least("heads.projection", self.heads.projection, 1, 1 << 16)?;
-        at_least("views.size", self.views.size, 4, 2048)?;
-        if self.views.eval_size != 0 {
-            at_least("views.eval_size", self.views.eval_size, 4, 2048)?;
-        }
-        at_least("health.k", self.health.k, 1, 100_000)?;
-        at_least("checkpoint.keep", self.checkpoint.keep, 1, 1000)?;
-        if self.train.warmup_epochs >= self.train.epochs {
-            let (w, e) = (self.train.warmup_epochs, self.train.epochs);
-            return wrong("train.warmup_epochs", format!("is {w}, but the run has {e} epochs; use fewer than {e}"));
-        }
-        let t = &self.train;
-        if !t.batch.is_multiple_of(t.accumulate) || t.batch / t.accumulate < 2 {
-            let reason = format!(
-                "is {}, but batch {} must split into that many equal parts of at least 2 images (batch norm needs two)",
-                t.accumulate, t.batch
-            );
-            return wrong("train.accumulate", reason);
-        }
-        let in_range = |key: &str, value: f64, ok: bool, range: &str| {
-            if ok && value.is_finite() { Ok(()) } else { wrong(key, format!("is {value}; it must be {range}")) }
-        };
-        let center = self.views.center;
-        in_range("views.center", center, center > 0.0 && center <= 1.0, "above 0, at most 1")?;
-        let o = &self.optimizer;
-        in_range(
-            "encoder.width",
-            self.encoder.width,
-            self.encoder.width > 0.0 && self.encoder.width <= 64.0,
-            "above 0, at most 64",
-        )?;
-        in_range("optimizer.lr", o.lr, o.lr > 0.0, "above 0")?;
-        in_range("optimizer.trust", o.trust, o.trust > 0.0, "above 0")?;
-        in_range("optimizer.weight_decay", o.weight_decay, o.weight_decay >= 0.0, "at least 0")?;
-        in_range("optimizer.eps", o.eps, o.eps > 0.0, "above 0")?;
-        for (key, v) in [
-            ("optimizer.momentum", o.momentum),
-            ("optimizer.beta1", o.beta1),
-            ("optimizer.beta2", o.beta2),
-            ("norm.decay", self.norm.decay),
-        ] {
-            in_range(key, v, (0.0..1.0).contains(&v), "at least 0 and below 1")?;
-        }
-        in_range("norm.eps", self.norm.eps, self.norm.eps > 0.0, "above 0")?;
-        in_range("target.tau", self.target.tau, (0.0..=1.0).contains(&self.target.tau), "from 0 to 1")?;
-        in_range("method.beta", self.method.beta, self.method.beta >= 0.0, "at least 0")?;
-        in_range("method.alpha", self.method.alpha, self.method.alpha > 0.0, "above 0")?;
-        // Below, every vote is beyond the range of numbers.
-        in_range("health.temperature", self.health.temperature, self.health.temperature >= 0.01, "at least 0.01")?;
-        in_range(
-            "checkpoint.every_minutes",
-            self.checkpoint.every_minutes,
-            self.checkpoint.every_minutes > 0.0,
-            "above 0",
-        )?;
-        let n = &self.normalize;
-        if n.mean.len() != crate::data::CHANNELS || n.std.len() != crate::data::CHANNELS {
-            return wrong(
-                "normalize",
-                format!(
-                    "has {} means and {} deviations for {} channels",
-                    n.mean.len(),
-                    n.std.len(),
-                    crate::data::CHANNELS
-                ),
-            );
-        }
-        if n.std.iter().any(|s| !s.is_finite() || *s <= 0.0) || n.mean.iter().any(|m| !m.is_finite()) {
-            return wrong("normalize.std", "must be above 0".into());
-        }
+        self.check_counts()?;
+        self.check_ranges()?;
+        self.check_batch()?;
+        self.check_normalization()?;
         for (name, policy) in [("first", &self.views.first), ("second", &self.views.second)] {
-            if let Err((field, reason)) = policy.check() {
-                return wrong(&format!("views.{name}.{field}"), reason);
+            policy.check().map_err(|(field, reason)| invalid(&format!("views.{name}.{field}"), reason))?;
+        }
+        Ok(())
+    }
+
+    fn check_counts(&self) -> Result<(), Error> {
+        let (t, v) = (&self.train, &self.views);
+        for (key, value, min, max) in [
+            ("train.epochs", t.epochs as usize, 1, 1_000_000),
+            ("train.batch", t.batch, 2, 1 << 20),
+            ("train.accumulate", t.accumulate, 1, t.batch),
+            ("heads.hidden", self.heads.hidden, 1, 1 << 16),
+            ("heads.projection", self.heads.projection, 1, 1 << 16),
+            ("views.size", v.size, 4, 2048),
+            ("views.eval_size", if v.eval_size == 0 { v.size } else { v.eval_size }, 4, 2048),
+            ("health.k", self.health.k, 1, 100_000),
+            ("checkpoint.keep", self.checkpoint.keep, 1, 1000),
+        ] {
+            if !(min..=max).contains(&value) {
+                return Err(invalid(key, format!("{value} (expected {min} to {max})")));
             }
         }
         Ok(())
     }
+
+    fn check_ranges(&self) -> Result<(), Error> {
+        let (o, above_0) = (&self.optimizer, 0.0..f64::MAX);
+        let excluding_0 = |value: f64, max: f64| value > 0.0 && value <= max;
+        let decay = |value: f64| (0.0..1.0).contains(&value);
+        for (key, value, is_valid, range) in [
+            ("views.center", self.views.center, excluding_0(self.views.center, 1.0), "above 0, at most 1"),
+            ("encoder.width", self.encoder.width, excluding_0(self.encoder.width, 64.0), "above 0, at most 64"),
+            ("optimizer.lr", o.lr, o.lr > 0.0, "above 0"),
+            ("optimizer.trust_coefficient", o.trust_coefficient, o.trust_coefficient > 0.0, "above 0"),
+            ("optimizer.weight_decay", o.weight_decay, above_0.contains(&o.weight_decay), "at least 0"),
+            ("optimizer.eps", o.eps, o.eps > 0.0, "above 0"),
+            ("optimizer.momentum", o.momentum, decay(o.momentum), "at least 0, below 1"),
+            ("optimizer.beta1", o.beta1, decay(o.beta1), "at least 0, below 1"),
+            ("optimizer.beta2", o.beta2, decay(o.beta2), "at least 0, below 1"),
+            ("norm.decay", self.norm.decay, decay(self.norm.decay), "at least 0, below 1"),
+            ("norm.eps", self.norm.eps, self.norm.eps > 0.0, "above 0"),
+            ("target.tau", self.target.tau, (0.0..=1.0).contains(&self.target.tau), "0 to 1"),
+            ("method.beta", self.method.beta, self.method.beta >= 0.0, "at least 0"),
+            ("method.alpha", self.method.alpha, self.method.alpha > 0.0, "above 0"),
+            // Lower temperatures overflow the votes.
+            ("health.temperature", self.health.temperature, self.health.temperature >= 0.01, "at least 0.01"),
+            ("checkpoint.every_minutes", self.checkpoint.every_minutes, self.checkpoint.every_minutes > 0.0, "above 0"),
+        ] {
+            if !is_valid || !value.is_finite() {
+                return Err(invalid(key, format!("{value} (expected {range})")));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_batch(&self) -> Result<(), Error> {
+        let t = &self.train;
+        if t.warmup_epochs >= t.epochs {
+            let (warmup, epochs) = (t.warmup_epochs, t.epochs);
+            let reason = format!("{warmup} (expected fewer than the {epochs} epochs of the run)");
+            return Err(invalid("train.warmup_epochs", reason));
+        }
+        if !t.batch.is_multiple_of(t.accumulate) || t.batch / t.accumulate < 2 {
+            let reason = format!(
+                "{} (expected a divisor of batch size {} with at least 2 images per part, for batch norm)",
+                t.accumulate, t.batch
+            );
+            return Err(invalid("train.accumulate", reason));
+        }
+        Ok(())
+    }
+
+    fn check_normalization(&self) -> Result<(), Error> {
+        let Normalization { mean, std } = &self.normalize;
+        if mean.len() != CHANNELS || std.len() != CHANNELS {
+            let reason = format!("{} means and {} stds (expected {CHANNELS} each)", mean.len(), std.len());
+            return Err(invalid("normalize", reason));
+        }
+        if std.iter().any(|s| !s.is_finite() || *s <= 0.0) || mean.iter().any(|m| !m.is_finite()) {
+            return Err(invalid("normalize.std", "expected values above 0".into()));
+        }
+        Ok(())
+    }
+}
+
+fn invalid(key: &str, reason: String) -> Error {
+    Error::Value { key: key.to_owned(), reason }
 }
 
 fn to_table(recipe: &Recipe) -> Table {
     Table::try_from(recipe).expect("a recipe is a table")
 }
 
-/// Every key of a recipe, dotted, in the recipe's order.
+/// Dotted keys of a recipe, in order.
 pub fn known_keys() -> Vec<String> {
     flatten(&to_table(&Recipe::default())).into_iter().map(|(key, _)| key).collect()
 }
 
-/// Dotted keys and their values.
+/// Dotted keys with their values.
 fn flatten(table: &Table) -> Vec<(String, Value)> {
     let mut all = Vec::new();
     for (key, value) in table {
@@ -712,7 +801,7 @@ fn insert(table: &mut Table, key: &str, value: Value) {
 }
 
 fn nearest<'a>(word: &str, known: impl Iterator<Item = &'a str>) -> String {
-    // A key typed without its section is nearest to the key that ends in it.
+    // A key without its section is nearest to the key that ends in it.
     let distance = |k: &&str| {
         let last = k.rsplit('.').next().unwrap_or(k);
         let whole = strsim::damerau_levenshtein(word, k);
@@ -722,10 +811,10 @@ fn nearest<'a>(word: &str, known: impl Iterator<Item = &'a str>) -> String {
     known.min_by_key(distance).unwrap_or_default().to_owned()
 }
 
-/// Reads a complete recipe, as a plan stores it.
+/// Parses a complete recipe, as stored in a plan.
 ///
 /// # Errors
-/// What is wrong with it.
+/// Description of the first error.
 pub fn parse_complete(text: &str) -> Result<Recipe, String> {
     let recipe: Recipe = toml::from_str(text).map_err(|e| e.message().to_owned())?;
     recipe.check().map_err(|e| e.to_string())?;
@@ -737,22 +826,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_built_in_recipe_is_valid_and_complete() {
+    fn built_in_recipes_are_valid_and_complete() {
         for name in NAMES {
-            let recipe = Draft::from_recipe(name).unwrap().over(&Recipe::default()).unwrap();
+            let recipe = RecipeOverrides::from_recipe(name).unwrap().apply_to(&Recipe::default()).unwrap();
             assert_eq!(parse_complete(&recipe.to_toml()).unwrap(), recipe, "{name}");
         }
     }
 
     #[test]
-    fn the_references_presets_are_the_references() {
+    fn imagenet_recipes_match_the_reference() {
         let rows = [
             ("imagenet-1000", 1000, 0.2, 1.5e-6, 0.996),
             ("imagenet-300", 300, 0.3, 1e-6, 0.99),
             ("imagenet-100", 100, 0.45, 1e-6, 0.99),
         ];
         for (name, epochs, lr, decay, tau) in rows {
-            let r = Draft::from_recipe(name).unwrap().over(&Recipe::default()).unwrap();
+            let r = RecipeOverrides::from_recipe(name).unwrap().apply_to(&Recipe::default()).unwrap();
             assert_eq!(
                 (r.train.epochs, r.optimizer.lr, r.optimizer.weight_decay, r.target.tau),
                 (epochs, lr, decay, tau)
@@ -762,19 +851,21 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_key_names_the_nearest() {
-        let mut draft = Draft::from_recipe("auto").unwrap();
+    fn unknown_key_suggests_the_nearest() {
+        let mut overrides = RecipeOverrides::from_recipe("auto").unwrap();
         for (typed, meant) in
             [("target.taw=0.9", "target.tau"), ("tau=0.9", "target.tau"), ("optimiser.lr=1", "optimizer.lr")]
         {
-            let Err(Error::Key { nearest, .. }) = draft.set(typed) else { panic!("{typed} is unknown") };
+            let Err(Error::Key { nearest, .. }) = overrides.set(typed) else { panic!("{typed} is unknown") };
             assert_eq!(nearest, meant);
         }
-        assert!(matches!(Draft::from_recipe("cifar"), Err(Error::Unknown { nearest, .. }) if nearest == "cifar10"));
+        assert!(
+            matches!(RecipeOverrides::from_recipe("cifar"), Err(Error::Unknown { nearest, .. }) if nearest == "cifar10")
+        );
     }
 
     #[test]
-    fn values_are_checked_with_their_key() {
+    fn invalid_values_name_their_key() {
         let bad = [
             "train.epochs=0",
             "train.batch=1",
@@ -788,17 +879,47 @@ mod tests {
             "seed=x",
         ];
         for text in bad {
-            let mut draft = Draft::from_recipe("auto").unwrap();
-            draft.set(text).unwrap();
-            let Err(Error::Value { key, .. }) = draft.over(&Recipe::default()) else { panic!("{text} passes") };
+            let mut overrides = RecipeOverrides::from_recipe("auto").unwrap();
+            overrides.set(text).unwrap();
+            let Err(Error::Value { key, .. }) = overrides.apply_to(&Recipe::default()) else {
+                panic!("{text} is accepted")
+            };
             assert_eq!(text.split('=').next().unwrap(), key, "{text}");
         }
     }
 
     #[test]
-    fn a_whole_number_is_a_float_where_one_is_wanted() {
-        let mut draft = Draft::from_recipe("auto").unwrap();
-        draft.set("encoder.width=2").unwrap();
-        assert_eq!(draft.over(&Recipe::default()).unwrap().encoder.width, 2.0);
+    fn fewer_epochs_shorten_the_warmup() {
+        let recipe = Recipe::named("cifar10").unwrap().epochs(10).check().unwrap();
+        assert_eq!((recipe.train.epochs, recipe.train.warmup_epochs), (10, 1));
+        let recipe = Recipe::named("cifar10").unwrap().epochs(500).check().unwrap();
+        assert_eq!((recipe.train.epochs, recipe.train.warmup_epochs), (500, 10));
+    }
+
+    #[test]
+    fn renamed_keys_keep_their_old_spelling() {
+        for (old, new) in RENAMED {
+            let mut overrides = RecipeOverrides::from_recipe("auto").unwrap();
+            overrides
+                .insert(old, if old == "views.finish" { Value::from("cpu") } else { Value::from(0.25) }, "test")
+                .unwrap();
+            assert!(overrides.contains(new) && overrides.apply_to(&Recipe::default()).is_ok(), "{old}");
+            let section = new.rsplit_once('.').unwrap().0;
+            let [old, new] = [old, new].map(|key| key.rsplit_once('.').unwrap().1);
+            // The default placement is left out of a plan; `auto` is not.
+            let text = Recipe::default().to_toml();
+            assert!(text.contains(&format!("\n{new} = ")), "[{section}] lacks {new}");
+            let recipe = parse_complete(&text.replace(&format!("\n{new} = "), &format!("\n{old} = ")));
+            assert_eq!(recipe.unwrap(), Recipe::default(), "[{section}] {old}");
+        }
+        let text = Recipe::default().to_toml().replace("\"stop\"", "\"go-on\"");
+        assert_eq!(parse_complete(&text).unwrap().health.on_collapse, OnCollapse::Continue);
+    }
+
+    #[test]
+    fn integers_are_accepted_for_floats() {
+        let mut overrides = RecipeOverrides::from_recipe("auto").unwrap();
+        overrides.set("encoder.width=2").unwrap();
+        assert_eq!(overrides.apply_to(&Recipe::default()).unwrap().encoder.width, 2.0);
     }
 }

@@ -1,5 +1,7 @@
-//! TensorBoard event files: TFRecords of `Event` messages with scalar summaries. The format is small enough to write by hand: a length,
-//! its masked CRC-32C, the message in protocol-buffer encoding, its masked CRC-32C.
+//! TensorBoard event files: TFRecords of `Event` messages with scalar summaries.
+//!
+//! A record is a length, its masked CRC-32C, the message in protocol-buffer encoding, and its
+//! masked CRC-32C.
 
 use std::{
     fs::{self, File},
@@ -15,10 +17,11 @@ pub struct EventFile {
 }
 
 impl EventFile {
-    /// A new event file in `folder`. TensorBoard shows all event files of a folder as one run, so a resumed run opens another.
+    /// Creates an event file in `folder`. TensorBoard shows all event files of a folder as one run,
+    /// so a resumed run creates another.
     ///
     /// # Errors
-    /// What the file system says.
+    /// I/O errors.
     pub fn create(folder: &Path) -> io::Result<EventFile> {
         fs::create_dir_all(folder)?;
         let seconds = now();
@@ -31,11 +34,11 @@ impl EventFile {
         Ok(events)
     }
 
-    /// Scalars of one step.
+    /// Appends the scalars of one step.
     ///
     /// # Errors
-    /// What the file system says.
-    pub fn scalars(&mut self, step: u64, values: &[(&str, f64)]) -> io::Result<()> {
+    /// I/O errors.
+    pub(crate) fn scalars(&mut self, step: u64, values: &[(&str, f64)]) -> io::Result<()> {
         self.record(&event(now(), step, values))
     }
 
@@ -53,7 +56,8 @@ fn now() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64())
 }
 
-/// Event { wall_time = 1, step = 2, summary = 5 { value = 1 { tag = 1, simple_value = 2 } } }.
+/// Encodes Event { wall_time = 1, step = 2, summary = 5 { value = 1 { tag = 1, simple_value = 2 } }
+/// }.
 fn event(wall_time: f64, step: u64, values: &[(&str, f64)]) -> Vec<u8> {
     let mut summary = Vec::new();
     for (tag, value) in values {
@@ -90,7 +94,7 @@ fn varint(out: &mut Vec<u8>, mut value: u64) {
     out.push(value as u8);
 }
 
-/// CRC-32C (Castagnoli), rotated and offset as TFRecord asks.
+/// CRC-32C (Castagnoli), rotated and offset as in TFRecord.
 fn masked_crc(bytes: &[u8]) -> u32 {
     let mut crc = !0u32;
     for byte in bytes {
@@ -107,13 +111,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_checksum_is_crc_32c() {
+    fn checksum_is_crc_32c() {
         // CRC-32C of "123456789" is 0xE3069283.
         assert_eq!(masked_crc(b"123456789"), 0xE306_9283u32.rotate_right(15).wrapping_add(0xA282_EAD8));
     }
 
     #[test]
-    fn an_event_has_the_documented_bytes() {
+    fn event_has_the_documented_bytes() {
         let bytes = event(0.0, 300, &[("a", 1.0)]);
         assert_eq!(bytes, [9, 0, 0, 0, 0, 0, 0, 0, 0, 16, 0xAC, 2, 42, 10, 10, 8, 10, 1, b'a', 21, 0, 0, 0x80, 0x3F]);
     }

@@ -1,4 +1,4 @@
-//! Left-right flip.
+//! Horizontal flip.
 
 use super::View;
 

@@ -1,28 +1,61 @@
-//! VIEWS: from an image to an augmented view, one file an augmentation.
+//! Views: from an image to an augmented view, one file per augmentation.
 //!
-//! Source: deepmind-research `byol/utils/augmentations.py`; semantics and order as there (docs/reference/augmentations.md). A view is
-//! a pure function of (seed, epoch, image, which view): its draws come from a random stream of that name, so neither the order of
-//! images nor the number of threads can change it. Nothing here knows of tensors; a view is `[H, W, C]` in 0..1.
+//! ```text
+//! Policy ── draw(rng) ──▶ Draw ── apply(image, size) ──▶ View
+//! probabilities,          sampled parameters             pixels in 0..1
+//! strengths               of one view
+//! ```
+//!
+//! - A [`Policy`] holds every probability and strength of one of the two views, T and T′ of the
+//!   paper (the recipe's `views.first` and `views.second`).
+//! - [`Policy::draw`] samples a [`Draw`] from a random stream keyed by (seed, epoch, image, view).
+//!   A view is a pure function of that key: neither the order of the images nor the number of
+//!   threads changes it.
+//! - [`Draw::apply`] crops, resizes and augments on the host. With the augmentation placement
+//!   `device`, the host only crops and [`device::augment`] runs the rest as tensor operations over
+//!   a batch.
+//!
+//! Semantics and order are those of deepmind-research `byol/utils/augmentations.py`
+//! (docs/reference/augmentations.md). Except for [`device`], nothing here depends on tensors.
+//!
+//! # Adding an augmentation
+//!
+//! 1. `views/NAME.rs`: a pure function of a view and its sampled parameters.
+//! 2. A field of [`Policy`] with its default, `#[serde(default)]` so that plans of earlier runs
+//!    still load, and its range in [`Policy::check`]. The recipe keys `views.first.NAME` and
+//!    `views.second.NAME` follow from it.
+//! 3. A field of [`Draw`], sampled in [`Policy::draw`] after all others, and a call in
+//!    [`Draw::apply`].
+//! 4. The same operation on tensors in [`device::augment`].
+//! 5. A row in docs/reference/recipe.md (compared with the code by a test) and an item in
+//!    docs/reference/augmentations.md.
+//!
+//! A program that uses the library can add its own without any of this: see [`Augmentation`].
 
 pub mod blur;
 pub mod crop;
+mod custom;
+pub mod device;
 pub mod flip;
-pub mod grey;
+pub mod gray;
 pub mod jitter;
 pub mod resize;
 pub mod solarize;
 
-use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    data::Image,
+    image::Image,
     random::{self, Domain, uniform, uniform_in},
 };
 pub use crop::Window;
+pub use custom::Augmentation;
+pub use rand_chacha::ChaCha8Rng;
 
-/// A view: one plane a channel, `[channels, height, width]`, row-major, values in 0..1 once finished. Planes, because then every operation
-/// fills whole registers; [`View::interleave`] gives what networks take.
+/// A view: planes `[channels, height, width]`, row-major, values in 0..1.
+///
+/// Planes let every operation fill vector registers. Networks take `[height, width, channels]`: see
+/// [`View::interleave`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct View {
     /// Rows.
@@ -35,29 +68,29 @@ pub struct View {
     pub pixels: Vec<f32>,
 }
 
-/// The same stretch of every channel.
-pub type Strip<'a> = [&'a mut [f32]];
+/// The same range of pixels of every channel.
+pub type Chunk<'a> = [&'a mut [f32]];
 
-/// Pixels of a strip: all channels of it fit a first-level cache.
-const STRIP: usize = 1024;
+/// Pixels per chunk: all channels of a chunk fit the L1 cache.
+const CHUNK: usize = 1024;
 
-/// Hands `f` the view strip by strip.
-fn strips(view: &mut View, mut f: impl FnMut(&mut Strip)) {
+/// Calls `f` on the view chunk by chunk.
+fn for_each_chunk(view: &mut View, mut f: impl FnMut(&mut Chunk)) {
     let plane = view.height * view.width;
-    for from in (0..plane).step_by(STRIP) {
-        let to = (from + STRIP).min(plane);
-        let mut strip: Vec<&mut [f32]> = view.pixels.chunks_exact_mut(plane).map(|p| &mut p[from..to]).collect();
-        f(&mut strip);
+    for from in (0..plane).step_by(CHUNK) {
+        let to = (from + CHUNK).min(plane);
+        let mut chunk: Vec<&mut [f32]> = view.pixels.chunks_exact_mut(plane).map(|p| &mut p[from..to]).collect();
+        f(&mut chunk);
     }
 }
 
 impl View {
-    /// All 0.
+    /// Creates a view of zeros.
     pub fn new(height: usize, width: usize, channels: usize) -> View {
         View { height, width, channels, pixels: vec![0.0; height * width * channels] }
     }
 
-    /// From values in the order `[height, width, channels]`.
+    /// Creates a view from interleaved values `[height, width, channels]`.
     pub fn from_interleaved(height: usize, width: usize, channels: usize, values: &[f32]) -> View {
         let mut view = View::new(height, width, channels);
         for (k, plane) in view.pixels.chunks_exact_mut(height * width).enumerate() {
@@ -68,14 +101,14 @@ impl View {
         view
     }
 
-    /// The values in the order `[height, width, channels]`.
+    /// Returns the values interleaved, `[height, width, channels]`.
     pub fn interleaved(&self) -> Vec<f32> {
         let mut out = vec![0.0; self.pixels.len()];
         self.interleave(&mut out);
         out
     }
 
-    /// The same into `out`, of as many values.
+    /// Writes the values interleaved, `[height, width, channels]`, to `out` of the same length.
     pub fn interleave(&self, out: &mut [f32]) {
         let plane = self.height * self.width;
         if self.channels == 3 {
@@ -94,42 +127,45 @@ impl View {
     }
 }
 
-/// Room that a worker keeps from view to view.
+/// Buffers that a worker reuses from view to view.
 #[derive(Debug, Default)]
-pub struct Room {
+pub struct Scratch {
     view: Option<View>,
     values: Vec<f32>,
 }
 
-/// How one of the two views is made: every probability and strength. T and T′ of the paper are two of these.
+/// Probabilities and strengths of all augmentations of one of the two views, T or T′ in the paper.
 ///
 /// The defaults are the reference's T, the first view.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Policy {
-    /// Least and greatest share of the image's area that the crop covers, in (0, 1]. 0.08 and 1.
+    /// Smallest and largest fraction of the image area that the crop covers, in (0, 1]. Default:
+    /// 0.08 and 1.
     pub area: [f64; 2],
-    /// Least and greatest width / height of the crop. 3/4 and 4/3.
+    /// Smallest and largest aspect ratio (width / height) of the crop. Default: 3/4 and 4/3.
     pub aspect: [f64; 2],
-    /// Probability of a left-right flip. 0.5.
+    /// Probability of the horizontal flip. Default: 0.5.
     pub flip: f64,
-    /// Probability of the colour jitter. 0.8.
+    /// Probability of the color jitter. Default: 0.8.
     pub jitter: f64,
-    /// Brightness: a value in ± this is added. 0.4.
+    /// Brightness strength: an offset in ± this is added. Default: 0.4.
     pub brightness: f64,
-    /// Contrast: the distance from the channel's mean is multiplied by 1 ± this. 0.4.
+    /// Contrast strength: the distance from the channel mean is scaled by 1 ± this. Default: 0.4.
     pub contrast: f64,
-    /// Saturation (HSV): multiplied by 1 ± this. 0.2.
+    /// Saturation strength: the HSV saturation is multiplied by 1 ± this. Default: 0.2.
     pub saturation: f64,
-    /// Hue: turned by ± this, in turns. 0.1.
+    /// Hue strength: the HSV hue is shifted by ± this, in turns. Default: 0.1.
     pub hue: f64,
-    /// Probability of greyscale. 0.2.
-    pub grey: f64,
-    /// Probability of the blur. 1.0 in T, 0.1 in T′.
+    /// Probability of grayscale. Default: 0.2.
+    #[serde(alias = "grey")]
+    pub gray: f64,
+    /// Probability of the blur. Default: 1.0 in T, 0.1 in T′.
     pub blur: f64,
-    /// Least and greatest standard deviation of the blur, in pixels of the view. 0.1 and 2.0.
+    /// Smallest and largest standard deviation of the blur, in pixels of the view. Default: 0.1 and
+    /// 2.0.
     pub sigma: [f64; 2],
-    /// Probability of solarising. 0.0 in T, 0.2 in T′.
+    /// Probability of solarization. Default: 0.0 in T, 0.2 in T′.
     pub solarize: f64,
 }
 
@@ -144,7 +180,7 @@ impl Default for Policy {
             contrast: 0.4,
             saturation: 0.2,
             hue: 0.1,
-            grey: 0.2,
+            gray: 0.2,
             blur: 1.0,
             sigma: [0.1, 2.0],
             solarize: 0.0,
@@ -158,26 +194,26 @@ impl Policy {
         Policy { blur: 0.1, solarize: 0.2, ..Policy::default() }
     }
 
-    /// Crop and flip alone: the training view of the linear evaluation.
+    /// Crop and flip only: the training view of the linear evaluation.
     pub fn crop_and_flip() -> Self {
-        Policy { jitter: 0.0, grey: 0.0, blur: 0.0, solarize: 0.0, ..Policy::default() }
+        Policy { jitter: 0.0, gray: 0.0, blur: 0.0, solarize: 0.0, ..Policy::default() }
     }
 
-    /// Whether every field is in its range; the field and the range where not.
+    /// Checks that every field is in its range.
     ///
     /// # Errors
-    /// `(field, what is wrong)`.
+    /// The field, and its value with the valid range, such as `2 (expected 0 to 1)`.
     pub fn check(&self) -> Result<(), (&'static str, String)> {
         let probabilities = [
             ("flip", self.flip),
             ("jitter", self.jitter),
-            ("grey", self.grey),
+            ("gray", self.gray),
             ("blur", self.blur),
             ("solarize", self.solarize),
         ];
         for (name, p) in probabilities {
             if !(0.0..=1.0).contains(&p) {
-                return Err((name, format!("is a probability, so from 0 to 1, not {p}")));
+                return Err((name, format!("{p} (expected a probability, 0 to 1)")));
             }
         }
         let strengths = [
@@ -186,30 +222,28 @@ impl Policy {
             ("saturation", self.saturation, 1.0),
             ("hue", self.hue, 0.5),
         ];
-        for (name, s, most) in strengths {
-            if !(0.0..=most).contains(&s) {
-                return Err((name, format!("is from 0 to {most}, not {s}")));
+        for (name, s, max) in strengths {
+            if !(0.0..=max).contains(&s) {
+                return Err((name, format!("{s} (expected 0 to {max})")));
             }
         }
-        for (name, [low, high], most) in
+        for (name, [low, high], max) in
             [("area", self.area, 1.0), ("aspect", self.aspect, 100.0), ("sigma", self.sigma, 100.0)]
         {
-            if !(low > 0.0 && low <= high && high <= most) {
-                return Err((
-                    name,
-                    format!("is [least, greatest] with 0 < least ≤ greatest ≤ {most}, not [{low}, {high}]"),
-                ));
+            if !(low > 0.0 && low <= high && high <= max) {
+                return Err((name, format!("[{low}, {high}] (expected [min, max] with 0 < min ≤ max ≤ {max})")));
             }
         }
         Ok(())
     }
 
-    /// Draws one view's parameters. All draws are made whatever comes of them, so that a changed probability changes nothing else.
+    /// Samples the parameters of one view. Every parameter is sampled, applied or not, so that
+    /// changing one probability leaves all other draws as they were.
     pub fn draw(&self, rng: &mut ChaCha8Rng, image_height: usize, image_width: usize) -> Draw {
         let window = Window::draw(rng, image_height, image_width, self.area, self.aspect);
-        let mut apply = |p: f64| uniform(rng) < p;
-        let (flip, jitters, grey, blurs, solarize) =
-            (apply(self.flip), apply(self.jitter), apply(self.grey), apply(self.blur), apply(self.solarize));
+        let mut chance = |p: f64| uniform(rng) < p;
+        let (flip, jitters, gray, blurs, solarize) =
+            (chance(self.flip), chance(self.jitter), chance(self.gray), chance(self.blur), chance(self.solarize));
         let mut order = [0, 1, 2, 3];
         random::shuffle(rng, &mut order);
         let values = [
@@ -224,64 +258,66 @@ impl Policy {
             window,
             flip,
             jitter: jitters.then_some(jitter::Jitter { order, values }),
-            grey,
+            gray,
             blur: blurs.then_some(sigma),
             solarize,
         }
     }
 }
 
-/// What was drawn for one view.
+/// Sampled parameters of one view.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Draw {
-    /// Which part of the image.
+    /// Crop window.
     pub window: Window,
-    /// Left-right flip.
+    /// Horizontal flip.
     pub flip: bool,
-    /// Colour jitter, if any.
+    /// Color jitter, if applied.
     pub jitter: Option<jitter::Jitter>,
-    /// Greyscale.
-    pub grey: bool,
-    /// Standard deviation of the blur in pixels, if any.
+    /// Grayscale.
+    pub gray: bool,
+    /// Standard deviation of the blur in pixels, if applied.
     pub blur: Option<f64>,
-    /// Solarise.
+    /// Solarization.
     pub solarize: bool,
 }
 
 impl Draw {
-    /// The view of side `size`: crop, resize, clamp, flip, jitter, grey, blur, solarise, with every value in 0..1 after each. Not
-    /// normalised; the network does that.
+    /// Makes the view with side `size`: crop, resize, clamp, flip, jitter, grayscale, blur,
+    /// solarize.
+    ///
+    /// Values stay in 0..1 after each step. The network normalizes them.
     pub fn apply(&self, image: &Image, size: usize) -> View {
-        let mut room = Room::default();
-        self.apply_in(image, size, &mut room);
-        room.view.expect("a view has been made")
+        let mut scratch = Scratch::default();
+        self.apply_in(image, size, &mut scratch);
+        scratch.view.expect("apply_in sets the view")
     }
 
-    /// The crop alone, resized and cut to 0..1.
-    fn crop_in<'a>(&self, image: &Image, size: usize, room: &'a mut Room) -> (&'a mut View, &'a mut Vec<f32>) {
-        let Room { view, values } = room;
+    /// Crops and resizes, clamped to 0..1.
+    fn crop_in<'a>(&self, image: &Image, size: usize, scratch: &'a mut Scratch) -> (&'a mut View, &'a mut Vec<f32>) {
+        let Scratch { view, values } = scratch;
         let shape = (size, size, image.channels);
         if view.as_ref().is_none_or(|v| (v.height, v.width, v.channels) != shape) {
             *view = None;
         }
         let view = view.get_or_insert_with(|| View::new(size, size, image.channels));
-        resize::into(image, self.window, view, values);
+        resize::crop_resize_into(image, self.window, view, values);
         (view, values)
     }
 
-    fn apply_in<'a>(&self, image: &Image, size: usize, room: &'a mut Room) -> &'a View {
-        let (view, values) = self.crop_in(image, size, room);
+    fn apply_in<'a>(&self, image: &Image, size: usize, scratch: &'a mut Scratch) -> &'a mut View {
+        let (view, values) = self.crop_in(image, size, scratch);
         if self.flip {
             flip::left_right(view);
         }
-        match (&self.jitter, self.grey) {
-            (Some(jitter), true) => jitter.apply(view, grey::grey),
+        match (&self.jitter, self.gray) {
+            (Some(jitter), true) => jitter.apply(view, gray::grayscale_chunk),
             (Some(jitter), false) => jitter.apply(view, |_| ()),
-            (None, true) => grey::greyscale(view),
+            (None, true) => gray::grayscale(view),
             (None, false) => {}
         }
         if let Some(sigma) = self.blur {
-            blur::with_room(view, sigma, values);
+            blur::gaussian_with(view, sigma, values);
         }
         if self.solarize {
             solarize::solarize(view);
@@ -290,37 +326,56 @@ impl Draw {
     }
 }
 
-fn drawn(policy: &Policy, image: &Image, name: [u64; 4]) -> Draw {
-    let [seed, epoch, index, which] = name;
+fn draw_for(policy: &Policy, image: &Image, key: [u64; 4]) -> Draw {
+    let [seed, epoch, index, which] = key;
     let mut rng = random::stream(&[Domain::View as u64, seed, epoch, index, which]);
     policy.draw(&mut rng, image.height, image.width)
 }
 
-/// View `which` (0 or 1) of image `index` in `epoch`, named `[seed, epoch, index, which]`: a pure function of its arguments.
-pub fn view(policy: &Policy, image: &Image, size: usize, name: [u64; 4]) -> View {
-    drawn(policy, image, name).apply(image, size)
+/// Makes the view with key `[seed, epoch, index, which]`: view `which` (0 or 1) of image `index` in
+/// `epoch`. A pure function of its arguments.
+pub fn view(policy: &Policy, image: &Image, size: usize, key: [u64; 4]) -> View {
+    draw_for(policy, image, key).apply(image, size)
 }
 
-/// [`view`] as values `[size, size, channels]` in `out`, without allocating once `room` has the right size.
-pub fn view_into(policy: &Policy, image: &Image, size: usize, name: [u64; 4], room: &mut Room, out: &mut [f32]) {
-    drawn(policy, image, name).apply_in(image, size, room).interleave(out);
+/// Makes [`view`], followed by a user-defined augmentation if there is one, as interleaved values
+/// `[size, size, channels]` in `out`. Does not allocate once `scratch` has the right size.
+///
+/// # Panics
+/// If the augmentation changes the shape of the view.
+pub fn view_into(
+    policy: &Policy,
+    augmentation: Option<&dyn Augmentation>,
+    image: &Image,
+    size: usize,
+    key: [u64; 4],
+    scratch: &mut Scratch,
+    out: &mut [f32],
+) {
+    let view = draw_for(policy, image, key).apply_in(image, size, scratch);
+    if let Some(augmentation) = augmentation {
+        custom::apply(augmentation, view, key);
+    }
+    view.interleave(out);
 }
 
-/// The crop of [`view`] as planes `[channels, size, size]` in `out`, and what is still to be done with it.
+/// Makes the crop of [`view`] as planes `[channels, size, size]` in `out`. Returns the draw, whose
+/// other parameters are still to be applied.
 pub fn crop_into(
     policy: &Policy,
     image: &Image,
     size: usize,
-    name: [u64; 4],
-    room: &mut Room,
+    key: [u64; 4],
+    scratch: &mut Scratch,
     out: &mut [f32],
 ) -> Draw {
-    let draw = drawn(policy, image, name);
-    out.copy_from_slice(&draw.crop_in(image, size, room).0.pixels);
+    let draw = draw_for(policy, image, key);
+    out.copy_from_slice(&draw.crop_in(image, size, scratch).0.pixels);
     draw
 }
 
-/// The view for evaluation: the centre square of this share of the shorter side, resized. No draw.
+/// Makes the evaluation view: the center square with this fraction of the shorter side, resized.
+/// Nothing is random.
 pub fn evaluation_view(image: &Image, size: usize, center: f64) -> View {
     resize::crop_resize(image, Window::center(image.height, image.width, center), size, size)
 }

@@ -1,12 +1,14 @@
-//! Bicubic resize of a part of an image: Keys' kernel with a = −0.5, half-pixel centres, no antialiasing even when shrinking. Taps
-//! outside the part are dropped and the others renormalised: the part is resized from its own pixels alone.
+//! Bicubic resize of a crop: Keys' kernel with a = −0.5, half-pixel centers, no antialiasing even
+//! when shrinking. Taps outside the crop are dropped and the others renormalized, so only pixels of
+//! the crop count.
 
 use multiversion::multiversion;
 
 use super::{View, Window};
-use crate::data::Image;
+use crate::image::Image;
 
-/// Where an output position reads: `first + i` of the input for each weight; the weights have sum 1, and those that count nothing are 0.
+/// Source pixels of an output position: weight `i` belongs to input `first + i`. The weights sum to
+/// 1; those from `n` on are 0.
 #[derive(Debug, Clone, Copy)]
 struct Taps {
     first: usize,
@@ -14,41 +16,46 @@ struct Taps {
     n: usize,
 }
 
-/// The part of `image` in `window` as a view of this size, values / 255, cut to 0..1.
+/// Resizes the crop `window` of `image` to a view of this size, scaled by 1 / 255 and clamped to
+/// 0..1.
 pub fn crop_resize(image: &Image, window: Window, height: usize, width: usize) -> View {
     let mut view = View::new(height, width, image.channels);
-    into(image, window, &mut view, &mut Vec::new());
+    crop_resize_into(image, window, &mut view, &mut Vec::new());
     view
 }
 
-/// As [`crop_resize`], into a view that there is; `row` is room to work in.
-pub fn into(image: &Image, window: Window, view: &mut View, row: &mut Vec<f32>) {
-    raw(image, window, view, row);
-    unit_range(&mut view.pixels);
+/// [`crop_resize`] into an existing view; `row` is a reusable buffer.
+pub(crate) fn crop_resize_into(image: &Image, window: Window, view: &mut View, row: &mut Vec<f32>) {
+    crop_resize_unclamped(image, window, view, row);
+    to_unit_range(&mut view.pixels);
 }
 
-/// As [`into`], values still in 0..255 and overshoots kept.
-pub fn raw(image: &Image, window: Window, view: &mut View, row: &mut Vec<f32>) {
+/// [`crop_resize_into`] without the scaling and clamping: values on the scale 0..255, with
+/// overshoots.
+///
+/// # Panics
+/// If `view` does not have the channels of `image`.
+pub fn crop_resize_unclamped(image: &Image, window: Window, view: &mut View, row: &mut Vec<f32>) {
     let (c, width) = (image.channels, view.width);
-    assert_eq!(c, view.channels, "a view has its image's channels");
+    assert_eq!(c, view.channels, "the view must have the channels of the image");
     let plane = view.height * width;
     let columns: Vec<Taps> = (0..width).map(|x| taps(x, window.width, width)).collect();
-    // Four values behind the row are read, with weight 0, and never count.
+    // Up to four pixels past the row are read, with weight 0.
     row.clear();
     row.resize(window.width * c + 4 * c, 0.0);
     for y in 0..view.height {
         let t = taps(y, window.height, view.height);
-        // Rows that count nothing are the last that does.
+        // Rows of weight 0 may lie outside the crop; the last valid row replaces them.
         let source = |i: usize| {
             let at = window.top + t.first + i.min(t.n - 1);
             &image.pixels[(at * image.width + window.left) * c..][..window.width * c]
         };
-        blend(&mut row[..window.width * c], [source(0), source(1), source(2), source(3)], t.weights);
+        combine_rows(&mut row[..window.width * c], [source(0), source(1), source(2), source(3)], t.weights);
         if c == 3 {
             let (r, rest) = view.pixels.split_at_mut(plane);
             let (g, b) = rest.split_at_mut(plane);
             let at = y * width..(y + 1) * width;
-            along_rgb(row, &columns, [&mut r[at.clone()], &mut g[at.clone()], &mut b[at]]);
+            resample_row_rgb(row, &columns, [&mut r[at.clone()], &mut g[at.clone()], &mut b[at]]);
         } else {
             for k in 0..c {
                 let out = &mut view.pixels[k * plane + y * width..][..width];
@@ -60,17 +67,18 @@ pub fn raw(image: &Image, window: Window, view: &mut View, row: &mut Vec<f32>) {
     }
 }
 
-/// Σ weight · row.
+/// Computes the weighted sum of four rows.
 #[multiversion(targets("x86_64+avx2"))]
-fn blend(out: &mut [f32], [a, b, c, d]: [&[u8]; 4], [wa, wb, wc, wd]: [f32; 4]) {
+fn combine_rows(out: &mut [f32], [a, b, c, d]: [&[u8]; 4], [wa, wb, wc, wd]: [f32; 4]) {
     for ((((o, a), b), c), d) in out.iter_mut().zip(a).zip(b).zip(c).zip(d) {
         *o = f32::from(*a) * wa + f32::from(*b) * wb + f32::from(*c) * wc + f32::from(*d) * wd;
     }
 }
 
-/// One row of RGB pixels along its columns, into planes. A pixel is read as four values, of which the last is the next pixel's.
+/// Resamples one row of interleaved RGB pixels into planes. Each pixel is read as four values to
+/// fill a register; the fourth is ignored.
 #[multiversion(targets("x86_64+avx2"))]
-fn along_rgb(row: &[f32], columns: &[Taps], [r, g, b]: [&mut [f32]; 3]) {
+fn resample_row_rgb(row: &[f32], columns: &[Taps], [r, g, b]: [&mut [f32]; 3]) {
     for (((t, r), g), b) in columns.iter().zip(r).zip(g).zip(b) {
         let from = &row[3 * t.first..3 * t.first + 13];
         let mut sum = [0.0f32; 4];
@@ -84,20 +92,21 @@ fn along_rgb(row: &[f32], columns: &[Taps], [r, g, b]: [&mut [f32]; 3]) {
 }
 
 #[multiversion(targets("x86_64+avx2"))]
-fn unit_range(values: &mut [f32]) {
+fn to_unit_range(values: &mut [f32]) {
     for v in values {
         *v = (*v / 255.0).clamp(0.0, 1.0);
     }
 }
 
+/// Taps of output position `o` when resizing `n_in` pixels to `n_out`.
 fn taps(o: usize, n_in: usize, n_out: usize) -> Taps {
-    let centre = (o as f64 + 0.5) * n_in as f64 / n_out as f64 - 0.5;
-    let low = centre.floor() as i64;
+    let center = (o as f64 + 0.5) * n_in as f64 / n_out as f64 - 0.5;
+    let low = center.floor() as i64;
     let inside = (low - 1).max(0)..=(low + 2).min(n_in as i64 - 1);
     let (first, n) = (*inside.start() as usize, inside.clone().count());
     let mut raw = [0.0f64; 4];
     for (w, i) in raw.iter_mut().zip(inside) {
-        *w = keys(centre - i as f64);
+        *w = keys(center - i as f64);
     }
     let sum: f64 = raw.iter().sum();
     Taps { first, n, weights: raw.map(|w| (w / sum) as f32) }
@@ -121,7 +130,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn weights_sum_to_one_at_any_size() {
+    fn tap_weights_sum_to_one_for_every_size() {
         for (n_in, n_out) in [(1, 1), (1, 7), (2, 224), (5, 3), (1000, 32), (3, 3)] {
             for t in (0..n_out).map(|o| taps(o, n_in, n_out)) {
                 assert!((t.weights.iter().sum::<f32>() - 1.0).abs() < 1e-6, "{n_in} → {n_out}");

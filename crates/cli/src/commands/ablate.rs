@@ -11,266 +11,285 @@ use byol::{
     data::Dataset,
     device::Opened,
     eval::{
+        effective_rank::rankme,
         linear, logistic,
-        metrics::in_top,
-        rows::{Row, Table},
+        metrics::top_k_hits,
+        results::{ResultRow, ResultTable},
     },
     nn::{Encoder, weights},
     train::{
-        self, Outcome, Place, Plan, Prepared, Recipe, Run,
-        recipe::{Draft, Finish},
+        self, Outcome, Plan, Recipe, RecipeOverrides, Run, RunContext, TrainingData,
+        ablations::{self, Study, Variant},
+        auto,
+        recipe::Placement,
         run::read_plan,
-        studies::{self, Study, Variant},
     },
 };
 
-use super::{Flags, INTERRUPTED, eval, open, prepare, pretrain, set_threads, stop_flag};
-use crate::report::{self, Progress, Result, out};
+use super::{
+    EvalFlags, INTERRUPTED, eval, load_training_data, open_device,
+    recipe_args::{LengthArgs, RecipeArgs},
+    set_threads, stop_flag,
+};
+use crate::terminal::{self, Progress, Result, out};
 
-/// Repeat an ablation of the paper on your own images
+/// Repeat an ablation study of the paper on your own images
 ///
-/// A study is some runs that differ in a few keys of the recipe; each is a run like any other, in a folder of its own. A study that was
-/// stopped goes on where it was when the same command is given again.
+/// A study consists of runs that differ in a few recipe keys, each in a run folder of its own.
+/// Repeat the same command to continue a stopped study. The recipe flags apply to all runs.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Labelled images: class subfolders, CIFAR or IDX files
+    /// Labeled images: class subfolders, CIFAR or IDX files
     data: PathBuf,
-    /// batch-size, views, target, predictor or beta
-    #[arg(long, value_parser = ["batch-size", "views", "target", "predictor", "beta"])]
+    /// Study: batch-size, views, target, predictor or beta
+    #[arg(
+        long,
+        value_parser = ["batch-size", "views", "target", "predictor", "beta"],
+        hide_possible_values = true
+    )]
     study: String,
-    /// Folder for the study [default: byol-runs/STUDY]
+    /// Output folder of the study [default: byol-runs/STUDY]
     #[arg(long)]
     out: Option<PathBuf>,
-    /// auto, a built-in recipe or a TOML file: what all runs have in common
-    #[arg(long, default_value = "auto")]
-    recipe: String,
-    /// Set any key of the recipe for all runs
-    #[arg(long, value_name = "KEY=VALUE")]
-    set: Vec<String>,
-    /// Passes over the images, of each run
-    #[arg(long, value_name = "N")]
-    epochs: Option<i64>,
-    /// Take N training images, evenly spread over the data's own order
-    #[arg(long, value_name = "N")]
-    limit: Option<i64>,
     #[command(flatten)]
-    flags: Flags,
+    recipe: RecipeArgs,
+    #[command(flatten)]
+    length: LengthArgs,
+    #[command(flatten)]
+    flags: EvalFlags,
 }
 
 impl Args {
-    /// What was said for all runs.
-    fn draft(&self) -> Result<Draft> {
-        let mut draft = Draft::from_recipe(&self.recipe)?;
-        self.epochs.map(|n| draft.say("train.epochs", n, "--epochs")).transpose()?;
-        self.limit.map(|n| draft.say("train.limit", n, "--limit")).transpose()?;
-        let seed = i64::try_from(self.flags.seed);
-        draft.say(
-            "seed",
-            seed.map_err(|_| format!("--seed is {}; the largest is {}", self.flags.seed, i64::MAX))?,
-            "--seed",
-        )?;
-        for text in &self.set {
-            draft.set(text)?;
+    /// Recipe keys that apply to all runs.
+    fn overrides(&self) -> Result<RecipeOverrides> {
+        let mut overrides = RecipeOverrides::from_recipe(&self.recipe.recipe)?;
+        self.length.apply(&mut overrides)?;
+        let seed = i64::try_from(self.flags.seed)
+            .map_err(|_| format!("invalid `--seed` {} (expected at most {})", self.flags.seed, i64::MAX))?;
+        overrides.insert("seed", seed, "--seed")?;
+        self.recipe.apply_set(&mut overrides)?;
+        // The failure of a run is a result of the study.
+        if !overrides.contains("health.on_collapse") {
+            overrides.insert("health.on_collapse", "continue", "byol ablate")?;
         }
-        // A run that fails is a result of a study.
-        if !draft.has("health.on_collapse") {
-            draft.say("health.on_collapse", "go-on", "byol ablate")?;
-        }
-        Ok(draft)
+        Ok(overrides)
     }
 }
 
-/// What all runs of a study share.
-struct Shared<'a> {
+/// Inputs common to all runs of a study.
+struct Context<'a> {
     args: &'a Args,
-    draft: Draft,
+    overrides: RecipeOverrides,
     base: Recipe,
-    data: Prepared,
-    labelled: eval::Labelled,
+    data: TrainingData,
+    labeled: eval::Labeled,
     opened: Opened,
     threads: usize,
 }
 
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let draft = args.draft()?;
-    let threads = set_threads(args.flags.on.threads)?;
-    let opened = open(args.flags.on.device)?;
-    let said = pretrain::checked(&draft)?;
-    let data = prepare(Dataset::open(&args.data)?, said.train.limit, &said.health, 1)?;
-    let (base, _) = pretrain::resolved(&draft, said, &data, &opened)?;
-    let labelled = eval::labelled(Dataset::open(&args.data)?, base.train.limit)?;
-    let study =
-        studies::all(base.train.batch).into_iter().find(|s| s.name == args.study).expect("clap checked the name");
+    let overrides = args.overrides()?;
+    let threads = set_threads(args.flags.compute.threads)?;
+    let opened = open_device(args.flags.compute.device)?;
+    let checked = overrides.check()?;
+    let data = load_training_data(Dataset::open(&args.data)?, &checked, 1)?;
+    let (base, _) = auto::resolve(&overrides, &data.train, &opened)?;
+    let labeled = eval::labeled(Dataset::open(&args.data)?, base.train.limit)?;
+    let study = ablations::all(base.train.batch).into_iter().find(|s| s.name == args.study).expect("clap checks names");
     let folder = args.out.clone().unwrap_or_else(|| Path::new("byol-runs").join(study.name));
     if args.study == "views" && base.views.first.blur == 0.0 && base.views.second.blur == 0.0 {
-        report::warning(
-            "the recipe does not blur, so `no blur` repeats `all`; --set views.first.blur=0.5 --set views.second.blur=0.1 would",
+        terminal::warning(
+            "the recipe has no blur, so `no blur` repeats `all`\n\
+             hint: pass `--set views.first.blur=0.5 --set views.second.blur=0.1`",
         );
     }
-    let shared = Shared { args, draft, base, data, labelled, opened, threads };
+    let context = Context { args, overrides, base, data, labeled, opened, threads };
     let stop = stop_flag();
-    let mut rows = Vec::new();
-    let mut points = Vec::new();
+    let (mut rows, mut points) = (Vec::new(), Vec::new());
     for (i, variant) in study.variants.iter().enumerate() {
-        report::note(format!("{} of {}: {}, {}", i + 1, study.variants.len(), variant.name, variant.method));
-        let Some(of_run) = one(&shared, variant, &folder.join(slug(variant)), &stop)? else {
-            report::note(format!(
-                "stopped; go on with the same command (what is done is kept in {})",
-                folder.display()
-            ));
+        terminal::note(format!("{} of {}: {}, {}", i + 1, study.variants.len(), variant.name, variant.method));
+        let Some(results) = train_variant(&context, variant, &folder.join(slug(variant)), &stop)? else {
+            terminal::note("stopped; run the same command again to continue");
             return Ok(ExitCode::from(INTERRUPTED));
         };
-        let value = of_run[0].clone();
-        let interval = value.interval.map(|i| i.map(|v| 100.0 * v));
-        points.push(Point {
-            setting: variant.name.clone(),
-            series: variant.method.into(),
-            value: 100.0 * value.value,
-            interval,
-        });
-        rows.extend(
-            of_run
-                .into_iter()
-                .map(|row| Row { name: format!("{}, {}: {}", variant.name, variant.method, row.name), ..row }),
-        );
+        points.push(point(variant, &results[0]));
+        let prefix = format!("{}, {}", variant.name, variant.method);
+        rows.extend(results.into_iter().map(|row| ResultRow { name: format!("{prefix}: {}", row.name), ..row }));
     }
-    rows.extend(random(&shared)?.into_iter().map(|row| Row { name: format!("random weights: {}", row.name), ..row }));
-    finish(&shared, &study, &folder, rows, &points)
+    let baseline = random_initialization(&context)?;
+    rows.extend(
+        baseline.into_iter().map(|row| ResultRow { name: format!("random initialization: {}", row.name), ..row }),
+    );
+    write_results(&context, &study, &folder, rows, &points)
 }
 
-/// What a network that has learned nothing gives: only what is above it was learned.
-fn random(shared: &Shared) -> Result<Vec<Row>> {
-    let plan = Plan::new(&shared.draft.name, shared.base.clone(), &shared.data, shared.opened.found.choice)?;
-    let online = plan.start(&shared.opened.device).online;
-    Ok(read_out(shared, &Encoder::new(plan.encoder, online))?.0)
+/// Point of the plot for a variant, in percent.
+fn point(variant: &Variant, row: &ResultRow) -> Point {
+    Point {
+        setting: variant.name.clone(),
+        series: variant.method.into(),
+        value: 100.0 * row.value,
+        interval: row.interval.map(|interval| interval.map(|v| 100.0 * v)),
+    }
 }
 
-/// Trains and evaluates one run, or what is left of it; none where somebody said stop. The first row is the linear accuracy.
-fn one(shared: &Shared, variant: &Variant, folder: &Path, stop: &AtomicBool) -> Result<Option<Vec<Row>>> {
-    let mut draft = shared.draft.clone();
-    for (key, value) in &variant.set {
-        draft.say(key, value.clone(), shared.args.study.as_str())?;
-    }
-    let recipe = draft.over(&shared.base)?;
-    let mut plan = Plan::new(&draft.name, recipe, &shared.data, shared.opened.found.choice)?;
-    if plan.recipe.views.finish == Finish::Auto {
-        plan.recipe.views.finish = Finish::Cpu; // the runs of a study differ in what is studied alone
-    }
-    let device = shared.opened.device.clone();
-    let run = if folder.join("plan.toml").is_file() {
-        let begun = read_plan(folder)?;
-        if (&begun.recipe, begun.images) != (&plan.recipe, plan.images) {
-            let folder = folder.display();
-            return Err(format!("{folder} holds a run with other settings; choose another --out, or remove it").into());
-        }
-        Run::resume(folder, begun, &shared.data, Place::alone(device, shared.threads))?
-    } else {
-        Run::create(folder, plan, &shared.data, Place::alone(device, shared.threads), false)?
-    };
-    // A run that breaks in its first epoch has what it began with.
+/// Results of the untrained encoder.
+fn random_initialization(context: &Context) -> Result<Vec<ResultRow>> {
+    let Context { overrides, base, data, opened, .. } = context;
+    let plan = Plan::new(&overrides.name, base.clone(), data, opened.info.choice)?;
+    let online = plan.initial_state(&opened.device).online;
+    Ok(evaluate(context, &Encoder::new(plan.encoder, online))?.0)
+}
+
+/// Trains one run to its end, or resumes it, and evaluates it. `None` if it was stopped. The first
+/// row is the linear accuracy.
+fn train_variant(
+    context: &Context,
+    variant: &Variant,
+    folder: &Path,
+    stop: &AtomicBool,
+) -> Result<Option<Vec<ResultRow>>> {
+    let run = open_run(context, variant, folder)?;
+    // Evaluated if the run fails in its first epoch.
     let file = folder.join("encoder.safetensors");
     if !file.exists() {
         weights::save(&file, &run.plan.encoder, &run.byol.online)?;
     }
-    let failed = match learn(run, stop)? {
-        Ended::Stopped => return Ok(None),
-        Ended::Whole => "",
-        Ended::Failed => " (failed: its last checkpoint)",
+    let suffix = match train_run(run, stop)? {
+        RunEnd::Stopped => return Ok(None),
+        RunEnd::Finished => "",
+        RunEnd::Failed => " (failed: its last checkpoint)",
     };
-    Ok(Some(measure(shared, folder, failed)?))
+    Ok(Some(evaluate_run(context, folder, suffix)?))
 }
 
-/// How a run of a study ended.
-enum Ended {
-    /// Somebody said stop.
+/// Creates the run of a variant, or resumes the one in the folder.
+fn open_run(context: &Context, variant: &Variant, folder: &Path) -> Result<Run> {
+    let mut overrides = context.overrides.clone();
+    for (key, value) in &variant.set {
+        overrides.insert(key, value.clone(), context.args.study.as_str())?;
+    }
+    let recipe = overrides.apply_to(&context.base)?;
+    let mut plan = Plan::new(&overrides.name, recipe, &context.data, context.opened.info.choice)?;
+    if plan.recipe.views.placement == Placement::Auto {
+        // Runs of a study differ only in the studied keys.
+        plan.recipe.views.placement = Placement::Cpu;
+    }
+    let run_context = RunContext::single_process(context.opened.device.clone(), context.threads);
+    if !folder.join("plan.toml").is_file() {
+        return Ok(Run::create(folder, plan, &context.data, run_context, false)?);
+    }
+    let existing = read_plan(folder)?;
+    if (&existing.recipe, existing.images) != (&plan.recipe, plan.images) {
+        let folder = folder.display();
+        return Err(format!(
+            "{folder} contains a run with different settings\nhint: choose another `--out`, or remove it"
+        )
+        .into());
+    }
+    Ok(Run::resume(folder, existing, &context.data, run_context)?)
+}
+
+/// End of a run of a study.
+enum RunEnd {
+    /// Stopped by the user.
     Stopped,
     /// All steps are done.
-    Whole,
-    /// It diverged or collapsed, which is a result: that of its last checkpoint.
+    Finished,
+    /// Diverged or collapsed. The result is that of its last checkpoint.
     Failed,
 }
 
-fn learn(mut run: Run, stop: &AtomicBool) -> Result<Ended> {
+fn train_run(mut run: Run, stop: &AtomicBool) -> Result<RunEnd> {
     let mut progress = Progress::new(&run.plan, run.byol.k);
-    let outcome = run.go(stop, |event| progress.show(&event));
+    let outcome = run.run(stop, |event| progress.show(&event));
     progress.finish();
     match outcome {
-        Ok(Outcome::Stopped(_)) => Ok(Ended::Stopped),
-        Ok(Outcome::Finished) => Ok(Ended::Whole),
+        Ok(Outcome::Stopped(_)) => Ok(RunEnd::Stopped),
+        Ok(Outcome::Finished) => Ok(RunEnd::Finished),
         Err(e @ (train::Error::Diverged { .. } | train::Error::Overflow { .. } | train::Error::Collapsed { .. })) => {
-            report::warning(&e);
-            Ok(Ended::Failed)
+            terminal::warning(terminal::split_hint(&e.to_string()).0);
+            Ok(RunEnd::Failed)
         }
         Err(e) => Err(e.into()),
     }
 }
 
-/// The figures of a run, which are kept in its folder; `failed` is put behind their names.
-fn measure(shared: &Shared, folder: &Path, failed: &str) -> Result<Vec<Row>> {
-    let encoder = weights::load(folder, &shared.opened.device)?;
-    let (rows, found) = read_out(shared, &encoder)?;
-    let rows: Vec<Row> = rows.into_iter().map(|row| Row { name: format!("{}{failed}", row.name), ..row }).collect();
-    let table = Table {
+/// Evaluates a run and saves the results in its folder. `suffix` is appended to the names.
+fn evaluate_run(context: &Context, folder: &Path, suffix: &str) -> Result<Vec<ResultRow>> {
+    let encoder = weights::load(folder, &context.opened.device)?;
+    let (rows, details) = evaluate(context, &encoder)?;
+    let rows: Vec<ResultRow> =
+        rows.into_iter().map(|row| ResultRow { name: format!("{}{suffix}", row.name), ..row }).collect();
+    let table = ResultTable {
         evaluation: "linear-fast".into(),
         encoder: "encoder.safetensors".into(),
-        data: eval::whole(&shared.args.data).display().to_string(),
-        seed: shared.args.flags.seed,
-        settings: serde_json::json!({ "study": shared.args.study, "images": shared.labelled.train.len() }),
-        found,
+        data: eval::absolute(&context.args.data).display().to_string(),
+        seed: context.args.flags.seed,
+        settings: serde_json::json!({ "study": context.args.study, "images": context.labeled.train.len() }),
+        details,
         rows: rows.clone(),
     };
     table
         .save(folder)
-        .map_err(|e| format!("cannot write the figures into {}: {e}; free some space", folder.display()))?;
+        .map_err(|e| format!("cannot write the results into {}: {e}\nhint: free some disk space", folder.display()))?;
     Ok(rows)
 }
 
-/// Linear accuracy on features that are computed once, and how spread out the features are; with what was chosen.
-fn read_out(shared: &Shared, encoder: &Encoder) -> Result<(Vec<Row>, serde_json::Value)> {
-    let (data, seed) = (&shared.labelled, shared.args.flags.seed);
-    let x = eval::features(encoder, &data.train, "embedding training images")?;
+/// Linear accuracy on frozen features and their effective rank, with the selected hyperparameters.
+fn evaluate(context: &Context, encoder: &Encoder) -> Result<(Vec<ResultRow>, serde_json::Value)> {
+    let (data, seed) = (&context.labeled, context.args.flags.seed);
+    let train = eval::features(encoder, &data.train, "embedding training images")?;
     let test = eval::features(encoder, &data.test, "embedding test images")?;
-    let (classes, labels) = (data.classes.len(), eval::labels(&data.test));
-    let of_train = eval::labels(&data.train);
-    let out = linear::held_out(of_train, seed);
-    let found = logistic::fit_best(&x, of_train, classes, &logistic::strengths(), &out);
-    let hits = in_top(&found.classifier.scores(&test), labels, classes, 1);
-    let some = x.subset(&(0..x.n.min(2048)).map(|i| i * x.n / x.n.min(2048)).collect::<Vec<_>>());
-    let rows = vec![Row::rate("linear top-1", seed, &hits), Row::plain("RankMe", byol::eval::spectrum::rankme(&some))];
-    Ok((rows, serde_json::json!({ "l2": found.l2, "held_out": found.held_out })))
+    let (classes, labels, test_labels) = (data.classes.len(), eval::labels(&data.train), eval::labels(&data.test));
+    let held_out = linear::held_out_mask(labels, seed);
+    let found = logistic::fit_best(&train, labels, classes, &logistic::strengths(), &held_out);
+    let hits = top_k_hits(&found.classifier.scores(&test), test_labels, classes, 1);
+    let sampled = train.n.min(2048);
+    let sample = train.subset(&(0..sampled).map(|i| i * train.n / sampled).collect::<Vec<_>>());
+    let rows =
+        vec![ResultRow::hit_rate("linear top-1", seed, &hits), ResultRow::without_interval("RankMe", rankme(&sample))];
+    Ok((rows, serde_json::json!({ "l2": found.l2, "held_out": found.held_out_score })))
 }
 
-/// The table and the plot.
-fn finish(shared: &Shared, study: &Study, folder: &Path, rows: Vec<Row>, points: &[Point]) -> Result<ExitCode> {
-    let recipe = &shared.base;
-    let table = Table {
+/// Writes the table and the plot, and prints the table.
+fn write_results(
+    context: &Context,
+    study: &Study,
+    folder: &Path,
+    rows: Vec<ResultRow>,
+    points: &[Point],
+) -> Result<ExitCode> {
+    let (args, recipe) = (context.args, &context.base);
+    let table = ResultTable {
         evaluation: study.name.into(),
         encoder: folder.display().to_string(),
-        data: shared.args.data.display().to_string(),
-        seed: shared.args.flags.seed,
+        data: args.data.display().to_string(),
+        seed: args.flags.seed,
         settings: serde_json::json!({
             "study": study.title, "paper": study.paper, "epochs": recipe.train.epochs, "batch": recipe.train.batch,
-            "encoder": recipe.encoder.architecture.name(), "width": recipe.encoder.width, "images": shared.data.train.len(),
+            "encoder": recipe.encoder.architecture.name(), "width": recipe.encoder.width,
+            "images": context.data.train.len(),
         }),
-        found: serde_json::Value::Null,
+        details: serde_json::Value::Null,
         rows,
     };
     let plot = folder.join(format!("{}.svg", study.name));
     super::write_file(&plot, chart::svg(study.title, "linear top-1, %", points).as_bytes())?;
     let text = serde_json::to_string_pretty(&table).expect("a table is plain data") + "\n";
     super::write_file(&folder.join(format!("{}.json", study.name)), text.as_bytes())?;
-    if shared.args.flags.on.json {
+    if args.flags.compute.json {
         out!("{}", serde_json::to_string(&table).expect("a table is plain data"));
     } else {
         out!("{}", study.title);
         eval::print(&table.rows);
-        out!("the paper: {}", study.paper);
+        out!("paper: {}", study.paper);
     }
-    report::note(format!("plot: {}", plot.display()));
+    terminal::note(format!("wrote {}", plot.display()));
     Ok(ExitCode::SUCCESS)
 }
 
-/// The folder of a run: its name in letters, digits and hyphens.
+/// Folder name of a run: lower-case letters, digits and hyphens.
 fn slug(variant: &Variant) -> String {
     let text = format!("{} {}", variant.method, variant.name).to_lowercase().replace('β', "beta");
     let kept: String = text.chars().map(|c| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' }).collect();

@@ -2,51 +2,51 @@
 
 use std::process::ExitCode;
 
-use byol::device::{self, Choice, Kind};
+use byol::device::{self, DeviceChoice, Kind};
 
-use crate::report::{Result, out};
+use crate::terminal::{Result, out, plural};
 
-/// List the devices of this machine
+/// List the compute devices of this machine
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Print one JSON object with the results
+    /// Print the results as one JSON object
     #[arg(long)]
     json: bool,
 }
 
 pub fn run(args: &Args) -> Result<ExitCode> {
     let (machine, devices) = (device::machine(), device::list());
-    let auto = device::open(Choice::Auto)?.found;
-    let built = [("gpu", cfg!(feature = "gpu")), ("cuda", cfg!(feature = "cuda")), ("rocm", cfg!(feature = "rocm"))];
+    let auto = device::open(DeviceChoice::Auto)?.info;
+    let features = [("gpu", cfg!(feature = "gpu")), ("cuda", cfg!(feature = "cuda")), ("rocm", cfg!(feature = "rocm"))];
     if args.json {
-        let features: Vec<&str> = built.iter().filter(|(_, on)| *on).map(|(name, _)| *name).collect();
+        let enabled: Vec<&str> = features.iter().filter(|(_, enabled)| *enabled).map(|(name, _)| *name).collect();
         let result = serde_json::json!({
-            "machine": machine, "devices": devices, "auto": auto.choice, "features": features,
+            "machine": machine, "devices": devices, "auto": auto.choice, "features": enabled,
         });
         out!("{result}");
         return Ok(ExitCode::SUCCESS);
     }
     out!(
-        "{}, {} cores, {}{}, {} MiB of memory ({} free)",
+        "{}, {}, {}{}, {} MiB of memory ({} MiB free)",
         machine.cpu,
-        machine.cores,
+        plural(machine.cores, "core"),
         machine.isa,
         if machine.bf16 { " with bf16" } else { "" },
         machine.memory_mb,
         machine.free_mb
     );
-    for found in &devices {
-        let kind = match found.kind {
-            Kind::Cpu => "processor",
+    for device in &devices {
+        let kind = match device.kind {
+            Kind::Cpu => "CPU",
             Kind::Gpu => "GPU",
             Kind::Software => "software driver, for tests only",
         };
-        let mark = if found.choice == auto.choice && found.name == auto.name { "  <- auto" } else { "" };
-        out!("  --device {:<7} {} ({kind}){mark}", found.choice, found.name);
+        let mark = if device.choice == auto.choice && device.name == auto.name { "  <- auto" } else { "" };
+        out!("  --device {:<7} {} ({kind}){mark}", device.choice, device.name);
     }
-    for (name, on) in built {
-        if !on {
-            out!("  not in this build: {name} (cargo build --release --features {name})");
+    for (name, enabled) in features {
+        if !enabled {
+            out!("  not in this build: {name} (build with `--features {name}`)");
         }
     }
     Ok(ExitCode::SUCCESS)

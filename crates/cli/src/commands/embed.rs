@@ -1,6 +1,6 @@
 //! `byol embed ENCODER DATA -o FILE`
 
-use std::{path::PathBuf, process::ExitCode, str::FromStr};
+use std::{path::PathBuf, process::ExitCode, str::FromStr, time::Instant};
 
 use byol::{
     apply::{
@@ -11,36 +11,37 @@ use byol::{
     nn::weights,
 };
 
-use super::{INTERRUPTED, On, must_be_new};
-use crate::report::{self, Result, out, shown};
+use super::{ComputeArgs, INTERRUPTED, must_be_new, warn_skipped};
+use crate::terminal::{self, Result, display_path, out, plural};
 
-/// Write one vector an image to a file
+/// Compute the embedding of every image
 ///
-/// Each row has the image's path, its label if it has one, and its vector: the representation by the encoder, in the data's order
-/// (training images, then val, then test). What is done is kept in FILE.partial-rows until all is there: after Ctrl-C or a crash the same
-/// command goes on.
+/// Each row of the output has the path of the image, its label if there is one, and its embedding
+/// (the encoder output), in the order of the data: training, validation, test images. Finished rows
+/// are kept in FILE.partial-rows: after Ctrl-C or a crash, the same command continues from there.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// An encoder.safetensors, or the folder of a run
+    /// Encoder file (.safetensors) or run folder
     encoder: PathBuf,
-    /// Images: a folder, CIFAR or IDX files, shards
+    /// Images: a folder, CIFAR or IDX files, or shards
     data: PathBuf,
-    /// Where to: NAME.parquet, NAME.npy (with NAME.paths.txt) or NAME.csv
+    /// Output file (.parquet, .csv, or .npy with NAME.paths.txt)
     #[arg(short, long, value_name = "FILE")]
     out: PathBuf,
-    /// all, train or test: which of the data's splits
-    #[arg(long, default_value = "all", value_parser = ["all", "train", "test"])]
+    /// Split to embed: all, train or test
+    #[arg(long, default_value = "all", value_parser = ["all", "train", "test"], hide_possible_values = true)]
     split: String,
-    /// Part I of N, from 1, to share the work out among machines
+    /// Embed only part I of N, from 1, to distribute the work over machines
     #[arg(long, value_name = "I/N")]
     shard: Option<Shard>,
-    /// Replace FILE if it exists
+    /// Overwrite FILE if it exists
     #[arg(long)]
     overwrite: bool,
     #[command(flatten)]
-    on: On,
+    compute: ComputeArgs,
 }
 
+/// Part `i` of `n`, from 1.
 #[derive(Debug, Clone, Copy)]
 struct Shard([usize; 2]);
 
@@ -49,64 +50,66 @@ impl FromStr for Shard {
 
     fn from_str(text: &str) -> std::result::Result<Self, String> {
         let parts = text.split_once('/').and_then(|(i, n)| Some([i.parse().ok()?, n.parse().ok()?]));
-        parts.filter(|[i, n]| 1 <= *i && i <= n).map(Shard).ok_or("a shard is I/N with I from 1 to N, as 1/4".into())
+        parts
+            .filter(|[i, n]| 1 <= *i && i <= n)
+            .map(Shard)
+            .ok_or_else(|| format!("invalid shard `{text}` (expected I/N with I from 1 to N, e.g. `1/4`)"))
     }
 }
 
 pub fn run(args: &Args) -> Result<ExitCode> {
-    for file in embeddings::files(&args.out)? {
+    for file in embeddings::output_files(&args.out)? {
         must_be_new(&file, args.overwrite)?;
     }
-    let encoder = args.on.encoder(&args.encoder)?;
+    let encoder = args.compute.load_encoder(&args.encoder)?;
     let split = match args.split.as_str() {
         "train" => Split::Train,
         "test" => Split::Test,
         _ => Split::All,
     };
+    // Absolute, so that the paths in the file are valid from any folder.
     let absolute = |path: &PathBuf| std::fs::canonicalize(path).unwrap_or_else(|_| path.clone());
-    // The rows name their images wherever the file is read.
     let data = absolute(&args.data);
-    let items = Items::of(Dataset::open(&data)?, split);
+    let items = Items::new(Dataset::open(&data)?, split);
     if items.is_empty() {
-        return Err(format!("{} has no {} images; choose another --split", args.data.display(), args.split).into());
+        let data = args.data.display();
+        return Err(format!("{data} has no {} images\nhint: choose another `--split`", args.split).into());
     }
     let file = absolute(&weights::resolve(&args.encoder));
     let origin = Origin::new(&file, &data, &items, args.shard.map(|Shard(shard)| shard))?;
     let job = Job { encoder: &encoder, items: &items, origin, out: &args.out };
-    let began = std::time::Instant::now();
-    let mut first = None;
-    let outcome = report::counted("embedding", |progress| {
+    let start = Instant::now();
+    let mut resumed_at = None;
+    let outcome = terminal::with_progress("embedding", |progress| {
         job.run(&super::stop_flag(), |done, all| {
-            if *first.get_or_insert(done) == done && done > 0 {
-                report::note(format!("going on after {done} of {all} images"));
+            if *resumed_at.get_or_insert(done) == done && done > 0 {
+                terminal::note(format!("resuming at image {done} of {all}"));
             }
             progress(done as u64, all as u64);
         })
     });
-    match outcome? {
-        Outcome::Finished { rows, skipped } => {
-            if let Some(first) = skipped.first() {
-                report::warning(format!("{} images cannot be used and have no row; the first: {first}", skipped.len()));
-            }
-            let (dim, seconds) = (encoder.features(), began.elapsed().as_secs_f64());
-            let done = rows + skipped.len() - first.unwrap_or(0);
-            report::note(format!(
-                "{rows} rows of {dim} numbers: {} ({:.0} images/s)",
-                args.out.display(),
-                done as f64 / seconds
-            ));
-            if args.on.json {
-                let result = serde_json::json!({
-                    "file": shown(&args.out), "rows": rows, "dim": dim, "skipped": skipped, "seconds": seconds,
-                    "images_per_second": done as f64 / seconds,
-                });
-                out!("{result}");
-            }
-            Ok(ExitCode::SUCCESS)
-        }
+    let (rows, skipped) = match outcome? {
+        Outcome::Finished { rows, skipped } => (rows, skipped),
         Outcome::Stopped(done) => {
-            report::note(format!("stopped after {done} images; the same command goes on from there"));
-            Ok(ExitCode::from(INTERRUPTED))
+            let images = plural(done, "image");
+            terminal::note(format!("stopped after {images}; run the same command again to continue"));
+            return Ok(ExitCode::from(INTERRUPTED));
         }
+    };
+    warn_skipped(&skipped);
+    let (dim, seconds) = (encoder.features(), start.elapsed().as_secs_f64());
+    let images_per_second = (rows + skipped.len() - resumed_at.unwrap_or(0)) as f64 / seconds;
+    terminal::note(format!(
+        "wrote {} of dimension {dim} to {} ({images_per_second:.0} images/s)",
+        plural(rows, "embedding"),
+        args.out.display()
+    ));
+    if args.compute.json {
+        let result = serde_json::json!({
+            "file": display_path(&args.out), "rows": rows, "dim": dim, "skipped": skipped, "seconds": seconds,
+            "images_per_second": images_per_second,
+        });
+        out!("{result}");
     }
+    Ok(ExitCode::SUCCESS)
 }

@@ -1,20 +1,29 @@
-//! One file a command, or a family of like ones. A new command is a file, a variant here and a line in `run`.
+//! One file per command, or a folder for a family of subcommands. A new command is a file, a
+//! variant of [`Command`] and a line in [`Command::run_single`].
 
 mod ablate;
 mod bench;
+mod completions;
 mod demo;
 mod devices;
+mod duplicates;
 mod embed;
+mod embeddings_args;
 mod eval;
 mod explore;
 mod export;
-mod html;
-mod near;
+mod import;
+mod man;
+mod mpi_job;
+mod outliers;
 mod pack;
 mod plan;
 mod pretrain;
-mod ranks;
+mod recipe_args;
+mod report;
 mod resume;
+mod search;
+mod select;
 mod views;
 
 use std::{
@@ -28,24 +37,46 @@ use std::{
 
 use byol::{
     data::{CHANNELS, Dataset},
-    device::{self, Choice, Kind, Opened},
+    device::{self, DeviceChoice, Kind, Opened},
     nn::{Encoder, weights},
-    train::{Outcome, Prepared, Run, recipe::HealthConfig, run::keep_bytes},
+    train::{
+        Event, Outcome, Recipe, Run, TrainingData,
+        data::{PrepareOptions, cache_bytes},
+    },
 };
 use clap::{Parser, Subcommand};
 use rayon::ThreadPoolBuilder;
 
-use crate::report::{self, Progress, Result, out};
+use crate::terminal::{self, Progress, Result, out};
 
-/// Pretrain an encoder on a folder of images, without labels, by Bootstrap Your Own Latent.
+/// Pretrain image encoders without labels, with Bootstrap Your Own Latent
 #[derive(Debug, Parser)]
-#[command(name = "byol", version, propagate_version = true, max_term_width = 100, args_override_self = true)]
+#[command(
+    name = "byol",
+    version,
+    propagate_version = true,
+    max_term_width = 100,
+    args_override_self = true,
+    after_help = AFTER_HELP
+)]
 pub struct Cli {
     #[command(subcommand)]
     command: Command,
 }
 
-// What a command says of itself stands at its `Args`; a word here would take its place.
+const AFTER_HELP: &str = "\
+Examples:
+  byol demo                                    Train on synthetic images in a few minutes
+  byol pretrain photos                         Train an encoder on a folder of images
+  byol resume byol-runs/photos                 Continue a stopped run
+  byol eval knn byol-runs/photos labeled       Evaluate the encoder on labeled images
+  byol embed byol-runs/photos photos -o e.npy  Compute the embeddings of all images
+  byol explore byol-runs/photos                Browse the images in the web browser
+
+Run `byol help COMMAND` for the details of a command. Guides and a reference are in the folder
+`docs` of the source code.";
+
+// The help of each command is the doc comment of its `Args`; a comment here would override it.
 #[derive(Debug, Subcommand)]
 enum Command {
     Pretrain(Box<pretrain::Args>),
@@ -53,13 +84,13 @@ enum Command {
     Eval(eval::Args),
     Embed(embed::Args),
     Explore(explore::Args),
-    Report(html::Args),
-    Search(near::Search),
-    Duplicates(near::Duplicates),
-    Outliers(near::Outliers),
-    Select(near::Select),
-    Export(export::Export),
-    Import(export::Import),
+    Report(report::Args),
+    Search(search::Args),
+    Duplicates(duplicates::Args),
+    Outliers(outliers::Args),
+    Select(select::Args),
+    Export(export::Args),
+    Import(import::Args),
     Ablate(Box<ablate::Args>),
     Plan(plan::Args),
     Pack(pack::Args),
@@ -67,35 +98,37 @@ enum Command {
     Demo(demo::Args),
     Bench(Box<bench::Args>),
     Devices(devices::Args),
+    Completions(completions::Args),
+    Man(man::Args),
 }
 
 impl Cli {
     /// Runs the command.
     pub fn run(self) -> Result<ExitCode> {
         match self.command {
-            Command::Pretrain(args) => ranks::together(|joined| pretrain::run(&args, joined)),
-            Command::Resume(args) => ranks::together(|joined| resume::run(&args, joined)),
-            other => other.alone(),
+            Command::Pretrain(args) => mpi_job::run(|job| pretrain::run(&args, job)),
+            Command::Resume(args) => mpi_job::run(|job| resume::run(&args, job)),
+            single => single.run_single(),
         }
     }
 }
 
 impl Command {
-    /// Runs a command of one process.
-    fn alone(self) -> Result<ExitCode> {
-        ranks::must_be_alone()?;
+    /// Runs a command of a single process.
+    fn run_single(self) -> Result<ExitCode> {
+        mpi_job::require_single_process()?;
         match self {
             Command::Pretrain(_) | Command::Resume(_) => unreachable!("run by `Cli::run`"),
             Command::Eval(args) => eval::run(&args),
             Command::Embed(args) => embed::run(&args),
             Command::Explore(args) => explore::run(&args),
-            Command::Report(args) => html::run(&args),
-            Command::Search(args) => near::search(&args),
-            Command::Duplicates(args) => near::duplicates(&args),
-            Command::Outliers(args) => near::outliers(&args),
-            Command::Select(args) => near::select(&args),
-            Command::Export(args) => export::export(&args),
-            Command::Import(args) => export::import(&args),
+            Command::Report(args) => report::run(&args),
+            Command::Search(args) => search::run(&args),
+            Command::Duplicates(args) => duplicates::run(&args),
+            Command::Outliers(args) => outliers::run(&args),
+            Command::Select(args) => select::run(&args),
+            Command::Export(args) => export::run(&args),
+            Command::Import(args) => import::run(&args),
             Command::Ablate(args) => ablate::run(&args),
             Command::Plan(args) => plan::run(&args),
             Command::Pack(args) => pack::run(&args),
@@ -103,182 +136,187 @@ impl Command {
             Command::Demo(args) => demo::run(&args),
             Command::Bench(args) => bench::run(&args),
             Command::Devices(args) => devices::run(&args),
+            Command::Completions(args) => completions::run(&args),
+            Command::Man(args) => man::run(&args),
         }
     }
 }
 
-/// Flags of everything that works on the processor.
+/// Flags of commands that compute on the CPU.
 #[derive(Debug, Clone, clap::Args)]
-struct Work {
-    /// Threads [default: one a core]
+struct CpuArgs {
+    /// Number of threads [default: number of cores]
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     threads: usize,
-    /// Print one JSON object with the results
+    /// Print the results as one JSON object
     #[arg(long)]
     json: bool,
 }
 
-/// Flags of everything that computes with an encoder.
+/// Flags of commands that compute with an encoder.
 #[derive(Debug, Clone, clap::Args)]
-struct On {
-    /// Threads [default: one a core]
+struct ComputeArgs {
+    /// Number of threads [default: number of cores]
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     threads: usize,
-    /// auto, cpu, vulkan, metal, wgpu, cuda or rocm
+    /// Compute device: auto, cpu, vulkan, metal, wgpu, cuda or rocm
     #[arg(long, default_value = "auto")]
-    device: Choice,
-    /// Print one JSON object with the results
+    device: DeviceChoice,
+    /// Print the results as one JSON object
     #[arg(long)]
     json: bool,
 }
 
-impl On {
-    /// Sets the threads and opens an encoder on its device.
-    fn encoder(&self, path: &Path) -> Result<Encoder> {
+impl ComputeArgs {
+    /// Sets the number of threads and loads an encoder onto the device.
+    fn load_encoder(&self, path: &Path) -> Result<Encoder> {
         set_threads(self.threads)?;
-        encoder(path, &open(self.device)?.device)
-    }
-
-    /// A second one, where the first is.
-    fn encoder_again(&self, path: &Path, beside: &Encoder) -> Result<Encoder> {
-        encoder(path, &beside.device())
+        load_encoder(path, &open_device(self.device)?.device)
     }
 }
 
-/// Flags of everything that measures.
+/// Flags of commands that evaluate an encoder.
 #[derive(Debug, Clone, clap::Args)]
-struct Flags {
-    /// Seed of all random draws
+struct EvalFlags {
+    /// Random seed
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
     #[command(flatten)]
-    on: On,
+    compute: ComputeArgs,
 }
 
-/// Refuses to write over what is there, unless that was asked for.
+/// Refuses to overwrite an existing file without `--overwrite`.
 fn must_be_new(path: &Path, overwrite: bool) -> Result<()> {
     if path.exists() && !overwrite {
-        return Err(format!("{} exists; choose another -o or add --overwrite", path.display()).into());
+        let path = path.display();
+        return Err(format!("{path} already exists\nhint: choose another `--out`, or pass `--overwrite`").into());
     }
     Ok(())
 }
 
-/// The exit code of a run that was stopped by Ctrl-C, as shells have it.
+/// Exit code of a run interrupted by Ctrl-C, by the convention of shells.
 const INTERRUPTED: u8 = 130;
 
-/// Sets the number of threads of this process; 0: one a core. Returns the number. The calling thread, which must be the one that computes,
-/// is one of them: it works where it would wait, and a layer begins without waking anybody.
+/// Sets the number of threads, 0 for one per core, and returns it. The calling thread, which must
+/// be the one that computes, is one of them: it works where it would wait, and starting a layer
+/// wakes no other thread.
 fn set_threads(threads: usize) -> Result<usize> {
-    pool(threads, |pool| pool.use_current_thread())
+    build_pool(threads, |pool| pool.use_current_thread())
 }
 
-/// The same for a program whose other threads ask for work: all threads are apart from the calling one.
-fn set_threads_apart(threads: usize) -> Result<usize> {
-    pool(threads, |pool| pool)
+/// Sets the number of threads of a program that computes on several threads of its own, such as a
+/// server: the calling thread is not one of them.
+fn set_worker_threads(threads: usize) -> Result<usize> {
+    build_pool(threads, |pool| pool)
 }
 
-fn pool(threads: usize, of: fn(ThreadPoolBuilder) -> ThreadPoolBuilder) -> Result<usize> {
+fn build_pool(threads: usize, configure: fn(ThreadPoolBuilder) -> ThreadPoolBuilder) -> Result<usize> {
     let n = if threads == 0 { device::machine().cores } else { threads };
-    of(ThreadPoolBuilder::new().num_threads(n)).build_global()?;
+    configure(ThreadPoolBuilder::new().num_threads(n)).build_global()?;
     Ok(n)
 }
 
-/// Opens the device and says so if it is not what one would think.
-fn open(choice: Choice) -> Result<Opened> {
-    open_nth(choice, 0)
+/// Opens the device; warns about software drivers.
+fn open_device(choice: DeviceChoice) -> Result<Opened> {
+    open_nth_device(choice, 0)
 }
 
-/// The same for one of several processes of this machine.
-fn open_nth(choice: Choice, nth: usize) -> Result<Opened> {
+/// Opens the device of the `nth` process on this machine.
+fn open_nth_device(choice: DeviceChoice, nth: usize) -> Result<Opened> {
     let opened = device::open_nth(choice, nth)?;
-    if opened.found.kind == Kind::Software {
-        report::warning(format!("{} computes on the processor and is for tests only", opened.found.name));
+    if opened.info.kind == Kind::Software {
+        terminal::warning(format!("{} is a software driver, for tests only", opened.info.name));
     }
     Ok(opened)
 }
 
-/// Reads an encoder of images as all data are read, onto a device.
-fn encoder(path: &Path, device: &burn::tensor::Device) -> Result<Encoder> {
+/// Loads an encoder of RGB images onto a device.
+fn load_encoder(path: &Path, device: &burn::tensor::Device) -> Result<Encoder> {
     let encoder = weights::load(path, device)?;
     match encoder.spec.channels {
         CHANNELS => Ok(encoder),
-        n => {
-            let path = path.display();
-            Err(format!(
-                "{path} takes images of {n} channels, and all data are read as {CHANNELS}; use another encoder"
-            )
-            .into())
-        }
+        n => Err(format!(
+            "{} expects {n}-channel images, but all data are read with {CHANNELS} channels\n\
+             hint: use an encoder of RGB images",
+            path.display()
+        )
+        .into()),
     }
 }
 
-/// Opens the data, decodes every image once, and says what was skipped. `sharers` processes of this machine do so.
-fn prepare(dataset: Dataset, limit: usize, health: &HealthConfig, sharers: usize) -> Result<Prepared> {
-    let bar = report::counter("checking images", 0);
-    let keep = keep_bytes(device::machine().free_mb / sharers as u64);
-    let prepared = Prepared::new(dataset, limit, health, keep, &|all| {
-        bar.set_length(all as u64);
+/// Warns about images that were left out, if any.
+fn warn_skipped(skipped: &[String]) {
+    if let Some(first) = skipped.first() {
+        let images = terminal::plural(skipped.len(), "unreadable image");
+        terminal::warning(format!("skipped {images} (first: {})", terminal::split_hint(first).0));
+    }
+}
+
+/// Decodes every image once, and reports the images that were skipped. `processes` of this machine
+/// share its memory.
+fn load_training_data(dataset: Dataset, recipe: &Recipe, processes: usize) -> Result<TrainingData> {
+    let bar = terminal::progress_bar("checking images", 0);
+    let cache_bytes = cache_bytes(device::machine().free_mb / processes as u64);
+    let options = PrepareOptions { cache_bytes, ..PrepareOptions::from(recipe) };
+    let data = TrainingData::prepare(dataset, options, &|total| {
+        bar.set_length(total as u64);
         bar.inc(1);
     });
     bar.finish_and_clear();
-    let prepared = prepared?;
-    let labels =
-        if prepared.classes.is_empty() { "no labels".into() } else { format!("{} classes", prepared.classes.len()) };
-    report::note(format!(
-        "{}: {}, {}, {} held out to watch, {labels}",
-        prepared.root.display(),
-        prepared.kind,
-        report::counted_noun(prepared.train.len(), "training image"),
-        prepared.held_out.as_ref().map_or(0, byol::data::Images::len),
+    let data = data?;
+    let labels = match data.classes.len() {
+        0 => "no labels".into(),
+        n => format!("{n} classes"),
+    };
+    terminal::note(format!(
+        "{}: {}, {}, {}, {labels}",
+        data.root.display(),
+        data.kind,
+        terminal::plural(data.train.len(), "training image"),
+        terminal::plural(data.held_out.as_ref().map_or(0, byol::data::Images::len), "monitoring image"),
     ));
-    if let Some(first) = prepared.skipped.first() {
-        report::warning(format!(
-            "{} images cannot be used and are skipped; the first: {first}",
-            prepared.skipped.len()
-        ));
-    }
-    Ok(prepared)
+    warn_skipped(&data.skipped);
+    Ok(data)
 }
 
-/// Whether Ctrl-C ends the program at once: nobody looks at the flag of [`stop_flag`] any more.
-static AT_ONCE: AtomicBool = AtomicBool::new(false);
+/// Makes Ctrl-C end the program immediately, where the flag of [`stop_flag`] is no longer read.
+static EXIT_ON_CTRL_C: AtomicBool = AtomicBool::new(false);
 
-/// From now on Ctrl-C ends the program at once.
-fn stop_at_once() {
-    AT_ONCE.store(true, Ordering::Relaxed);
+/// Makes Ctrl-C end the program immediately from now on.
+fn exit_on_ctrl_c() {
+    EXIT_ON_CTRL_C.store(true, Ordering::Relaxed);
 }
 
-/// A flag that Ctrl-C sets. A second Ctrl-C ends the program at once.
+/// A flag set by Ctrl-C. A second Ctrl-C ends the program immediately.
 fn stop_flag() -> Arc<AtomicBool> {
     let stop = Arc::new(AtomicBool::new(false));
     let set = stop.clone();
-    // Clusters send SIGUSR1 before the time is up, and launchers pass it on.
+    // Clusters send SIGUSR1 shortly before the time limit, and launchers pass it on.
     #[cfg(unix)]
     let _ = signal_hook::flag::register(signal_hook::consts::SIGUSR1, stop.clone());
-    // Without a handler Ctrl-C ends the program at once: the last checkpoint still stands.
+    // Without a handler Ctrl-C ends the program immediately: the last checkpoint is still valid.
     let _ = ctrlc::set_handler(move || {
-        ranks::say_if_left_alone();
-        if set.swap(true, Ordering::Relaxed) || AT_ONCE.load(Ordering::Relaxed) {
+        mpi_job::exit_if_ranks_were_lost();
+        if set.swap(true, Ordering::Relaxed) || EXIT_ON_CTRL_C.load(Ordering::Relaxed) {
             std::process::exit(i32::from(INTERRUPTED));
         }
-        eprintln!("stopping after this step; once more to stop at once");
+        eprintln!("stopping; press Ctrl-C again to exit immediately");
     });
     stop
 }
 
-/// Runs a run to its end, showing progress, and prints the result.
-fn train(mut run: Run, json: bool, stop: &AtomicBool, joined: &ranks::Joined) -> Result<ExitCode> {
-    let (began, first) = (std::time::Instant::now(), run.byol.k);
-    let mut progress = Progress::new(&run.plan, run.byol.k);
-    let mut last: Option<serde_json::Value> = None;
-    let mut first_knn = None;
-    let outcome = run.go(stop, |event| {
-        if let byol::train::Event::Epoch { epoch, loss, health, collapse } = &event {
-            let knn = health.and_then(|h| h.knn);
+/// Trains a run to its end with a progress bar, and prints the result.
+fn train(mut run: Run, json: bool, stop: &AtomicBool, job: &mpi_job::MpiJob) -> Result<ExitCode> {
+    let (start, first_step) = (std::time::Instant::now(), run.byol.k);
+    let mut progress = Progress::new(&run.plan, first_step);
+    let mut last_epoch: Option<serde_json::Value> = None;
+    let mut knn_before = None;
+    let outcome = run.run(stop, |event| {
+        if let Event::Epoch { epoch, loss, health, collapse } = &event {
             if *epoch == 0 {
-                first_knn = knn;
+                knn_before = health.and_then(|h| h.knn);
             }
-            last = Some(serde_json::json!({
+            last_epoch = Some(serde_json::json!({
                 "epoch": epoch, "loss": loss, "health": health, "collapse": collapse,
             }));
         }
@@ -286,39 +324,40 @@ fn train(mut run: Run, json: bool, stop: &AtomicBool, joined: &ranks::Joined) ->
     });
     progress.finish();
     let outcome = outcome?;
-    joined.report(run.byol.k - first, began.elapsed().as_secs_f64());
+    job.print_comm_stats(run.byol.k - first_step, start.elapsed().as_secs_f64());
     let folder = &run.folder;
     let encoder = folder.join("encoder.safetensors");
-    let finished = outcome == Outcome::Finished;
     match &outcome {
-        Outcome::Finished => report::note(format!("done: {}", encoder.display())),
-        Outcome::Stopped(path) => {
-            report::note(format!("stopped; the checkpoint is {}", path.display()));
-            report::note(format!("go on with: byol resume {}", folder.display()));
+        Outcome::Finished => terminal::note(format!("finished: {}", encoder.display())),
+        Outcome::Stopped(checkpoint) => {
+            terminal::note(format!("stopped; saved {}", checkpoint.display()));
+            terminal::note(format!("resume with: `byol resume {}`", folder.display()));
         }
     }
-    if json && joined.ranks.leads() {
-        let spent = joined.ranks.spent();
+    let finished = outcome == Outcome::Finished;
+    if json && job.ranks.is_root() {
+        let stats = job.ranks.comm_stats();
         let result = serde_json::json!({
-            "run": report::shown(folder), "encoder": report::shown(&encoder), "finished": finished, "steps": run.byol.k,
-            "total_steps": run.plan.schedule.total, "knn_before": first_knn, "last_epoch": last,
-            "ranks": joined.ranks.count(), "seconds": began.elapsed().as_secs_f64(),
-            "exchange": { "messages": spent.messages, "bytes": spent.bytes, "seconds": spent.seconds },
+            "run": terminal::display_path(folder), "encoder": terminal::display_path(&encoder),
+            "finished": finished, "steps": run.byol.k, "total_steps": run.plan.schedule.total,
+            "knn_before": knn_before, "last_epoch": last_epoch,
+            "ranks": job.ranks.world_size(), "seconds": start.elapsed().as_secs_f64(),
+            "exchange": { "messages": stats.messages, "bytes": stats.bytes, "seconds": stats.seconds },
         });
         out!("{result}");
     }
     Ok(if finished { ExitCode::SUCCESS } else { ExitCode::from(INTERRUPTED) })
 }
 
-/// `NAME`, or `NAME-2`, `NAME-3`, … : the first that does not exist.
+/// The first of `NAME`, `NAME-2`, `NAME-3`, … that does not exist.
 fn free_folder(name: &str) -> PathBuf {
     let free = |path: &PathBuf| !path.exists();
     let numbered = (2..).map(|i| PathBuf::from(format!("{name}-{i}")));
     std::iter::once(PathBuf::from(name)).chain(numbered).find(free).expect("numbers do not end")
 }
 
-/// Writes a file that must not exist yet, or whose place nobody cares about.
+/// Writes a file atomically, replacing an existing one.
 fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
-    byol::files::write_whole(path, bytes)
-        .map_err(|e| format!("cannot write {}: {e}; {}", path.display(), byol::files::remedy(&e)).into())
+    byol::atomic_write::write_whole(path, bytes)
+        .map_err(|e| format!("cannot write {}: {e}\nhint: {}", path.display(), byol::atomic_write::remedy(&e)).into())
 }

@@ -11,47 +11,66 @@ use byol::{
     device,
     nn::{Architecture, ResNet, Stem},
     train::{
-        auto::{self, Facts},
-        recipe::Draft,
+        RecipeOverrides,
+        auto::{self, AutoInputs},
     },
 };
 use serde_json::{Value, json};
 
-use super::{On, open};
-use crate::report::{self, Result, duration, out};
+use super::{ComputeArgs, open_device};
+use crate::terminal::{self, Result, duration, out, plural};
 
-/// Say what a pretraining will take before it begins
+/// Estimate the time and memory of a pretraining run
 ///
-/// Counts the images, takes training steps of two small batches of each encoder on this machine, each in a process of its own, and prints
-/// images/s, memory and time for every batch and number of ranks. Of what will not fit into memory it says what would. Data loading is
-/// left out; several ranks (machines or GPUs like this one, by MPI) are not tried but reckoned: see docs/performance.md.
+/// Counts the images, runs training steps of two small batches for each encoder, each in a process
+/// of its own, and prints images/s, memory and time for every batch size and number of ranks.
+/// Batches that do not fit into memory are listed with the `--accumulate` that does. Data loading
+/// is not included. Multi-rank times (machines or GPUs like this one, over MPI) are estimated, not
+/// measured.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Images: a folder, CIFAR or IDX files, or shards
     data: PathBuf,
-    /// Time to spend, as 90m, 8h or 3d: how many epochs that is
+    /// Time budget, for example 90m, 8h or 3d; sets the number of epochs
     #[arg(long, value_name = "TIME", default_value = "8h")]
     budget: Budget,
-    /// Encoders to try: resnet18 … resnet200, with a width after an x
-    #[arg(long, value_name = "ENCODER,…", value_delimiter = ',', default_values = ["resnet18x0.25", "resnet18", "resnet50"])]
-    encoders: Vec<Which>,
-    /// Batch sizes to try
-    #[arg(long, value_name = "N,…", value_delimiter = ',', default_values_t = [64, 256], value_parser = clap::value_parser!(u32).range(2..))]
+    /// Encoders to compare: resnet18 to resnet200, optionally with a width, as in resnet18x0.25
+    #[arg(
+        long,
+        value_name = "ENCODER,…",
+        value_delimiter = ',',
+        default_values = ["resnet18x0.25", "resnet18", "resnet50"]
+    )]
+    encoders: Vec<EncoderChoice>,
+    /// Batch sizes to compare
+    #[arg(
+        long,
+        value_name = "N,…",
+        value_delimiter = ',',
+        default_values_t = [64, 256],
+        value_parser = clap::value_parser!(u32).range(2..)
+    )]
     batches: Vec<u32>,
-    /// Numbers of ranks that share each batch, each a machine or GPU like this one
-    #[arg(long, value_name = "N,…", value_delimiter = ',', default_values_t = [1], value_parser = clap::value_parser!(u32).range(1..=4096))]
+    /// Numbers of data-parallel ranks to compare
+    #[arg(
+        long,
+        value_name = "N,…",
+        value_delimiter = ',',
+        default_values_t = [1],
+        value_parser = clap::value_parser!(u32).range(1..=4096)
+    )]
     ranks: Vec<u32>,
-    /// Bandwidth between ranks, Gbit/s
+    /// Bandwidth between ranks, in Gbit/s
     #[arg(long, value_name = "X", default_value_t = 10.0)]
     gbit: f64,
-    /// Side of a view in pixels [default: as `auto` chooses for the images]
+    /// View size in pixels [default: the choice of `auto` for these images]
     #[arg(long, value_name = "PX")]
     size: Option<usize>,
     #[command(flatten)]
-    on: On,
+    compute: ComputeArgs,
 }
 
-/// Seconds.
+/// Time budget in seconds.
 #[derive(Debug, Clone, Copy)]
 struct Budget(f64);
 
@@ -59,154 +78,149 @@ impl FromStr for Budget {
     type Err = String;
 
     fn from_str(text: &str) -> std::result::Result<Self, String> {
-        let wrong = || format!("`{text}` is no time; write it as 90m, 8h or 3d");
-        let unit = text.chars().last().ok_or_else(wrong)?;
+        let invalid = || format!("invalid duration `{text}` (expected e.g. `90m`, `8h`, `3d`)");
+        let unit = text.chars().last().ok_or_else(invalid)?;
         let seconds = match unit {
             'm' => 60.0,
             'h' => 3600.0,
             'd' => 86_400.0,
-            _ => return Err(wrong()),
+            _ => return Err(invalid()),
         };
-        let n: f64 = text[..text.len() - 1].parse().map_err(|_| wrong())?;
-        if n > 0.0 && n.is_finite() { Ok(Budget(n * seconds)) } else { Err(wrong()) }
+        let n: f64 = text[..text.len() - 1].parse().map_err(|_| invalid())?;
+        if n > 0.0 && n.is_finite() { Ok(Budget(n * seconds)) } else { Err(invalid()) }
     }
 }
 
-/// An encoder and its width.
+/// Encoder architecture and width.
 #[derive(Debug, Clone, PartialEq)]
-struct Which {
+struct EncoderChoice {
     architecture: Architecture,
     width: f64,
 }
 
-impl FromStr for Which {
+impl FromStr for EncoderChoice {
     type Err = String;
 
     fn from_str(text: &str) -> std::result::Result<Self, String> {
-        let wrong = || format!("`{text}` is no encoder; write it as resnet50 or resnet18x0.25");
+        let invalid = || format!("invalid encoder `{text}` (expected e.g. `resnet50`, `resnet18x0.25`)");
         let (name, width) = text.split_once('x').map_or((text, "1"), |(name, width)| (name, width));
-        let architecture = Architecture::ALL.into_iter().find(|a| a.name() == name).ok_or_else(wrong)?;
-        let width = width.parse().ok().filter(|w: &f64| (0.01..=8.0).contains(w)).ok_or_else(wrong)?;
-        Ok(Which { architecture, width })
+        let architecture = Architecture::ALL.into_iter().find(|a| a.name() == name).ok_or_else(invalid)?;
+        let width = width.parse().ok().filter(|w: &f64| (0.01..=8.0).contains(w)).ok_or_else(invalid)?;
+        Ok(EncoderChoice { architecture, width })
     }
 }
 
-impl std::fmt::Display for Which {
+impl std::fmt::Display for EncoderChoice {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
         f.write_str(self.architecture.name())?;
         if self.width == 1.0 { Ok(()) } else { write!(f, " of width {}", self.width) }
     }
 }
 
-/// Multiply-adds of the smaller of two trial steps: about a second of two cores.
-const TRIAL: f64 = 1e10;
+/// Multiply-adds of the smaller of two trial steps: about one second on two cores.
+const TRIAL_PRODUCTS: f64 = 1e10;
 
-/// Memory that is left to the system and to data loading.
-const SPARE: f64 = 0.9;
+/// Fraction of the free memory to use; the rest is for the system and data loading.
+const USABLE_MEMORY: f64 = 0.9;
 
-/// Length of a projection, as the paper has it.
+/// Dimension of a projection, as in the paper.
 const PROJECTION: usize = 256;
 
-/// Seconds that a message takes beside its bytes, in a fast local network.
+/// Latency of a message in a fast local network, in seconds.
 const LATENCY: f64 = 20e-6;
 
-/// Bytes a second between a GPU and its host.
-const HOST: f64 = 12e9;
+/// Bandwidth between a GPU and its host, in bytes per second.
+const HOST_BANDWIDTH: f64 = 12e9;
 
-/// What two trial steps of an encoder say.
+/// Measurements of an encoder, by two trial steps.
 struct Trial {
     images_per_second: f64,
-    /// Of θ.
+    /// Number of parameters of θ.
     parameters: f64,
-    /// Batch norms of f and g, and of q.
+    /// Number of batch norms in f and g, and in q.
     norms: [f64; 2],
-    /// In MiB, of a batch of no image, and of each image; none where the memory is the device's own.
+    /// Memory in MiB: fixed, and per image of the batch. `None` on devices with memory of their
+    /// own.
     memory: Option<[f64; 2]>,
 }
 
 impl Trial {
     fn memory(&self, batch: u32) -> Option<f64> {
-        self.memory.map(|[fixed, image]| fixed + image * f64::from(batch))
+        self.memory.map(|[fixed, per_image]| fixed + per_image * f64::from(batch))
     }
 
-    /// The fewest parts of so many images that fit, each of two images or more.
-    fn parts(&self, images: u32, free: f64) -> Option<u32> {
-        let fits = |part: u32| part >= 2 && self.memory(part).is_none_or(|m| m <= free);
-        (1..=images).filter(|parts| images.is_multiple_of(*parts)).find(|parts| fits(images / parts))
+    /// Smallest number of equal micro-batches, of at least two images each, that fit into `free`
+    /// MiB.
+    fn micro_batches(&self, images: u32, free: f64) -> Option<u32> {
+        let fits = |size: u32| size >= 2 && self.memory(size).is_none_or(|needed| needed <= free);
+        (1..=images).filter(|n| images.is_multiple_of(*n)).find(|n| fits(images / n))
     }
 
-    /// Seconds a step that ranks talk: the gradient in a ring, and a message for every norm of every pass.
-    fn exchange(&self, ranks: u32, gbit: f64) -> f64 {
+    /// Communication time per step, in seconds: a ring all-reduce of the gradient, and a message
+    /// per batch norm and pass.
+    fn communication(&self, ranks: u32, gbit: f64) -> f64 {
         if ranks == 1 {
             return 0.0;
         }
         let n = f64::from(ranks);
         let bytes = 2.0 * (n - 1.0) / n * 4.0 * self.parameters;
-        // Forward of two views by both networks, backward by one; q belongs to one.
+        // Forward of two views in both networks, backward in one; q is only in the online network.
         let messages = 6.0 * self.norms[0] + 4.0 * self.norms[1] + 10.0;
         // From the device to the host and back.
-        let copies = if self.memory.is_some() { 0.0 } else { 8.0 * self.parameters / HOST };
+        let copies = if self.memory.is_some() { 0.0 } else { 8.0 * self.parameters / HOST_BANDWIDTH };
         8.0 * bytes / (gbit * 1e9) + messages * LATENCY * n.log2() + copies
     }
 }
 
-/// A line of the table: which, and of what.
-struct Row<'a> {
-    which: &'a Which,
-    trial: Option<&'a Trial>,
-    batch: u32,
-    ranks: u32,
-}
-
 pub fn run(args: &Args) -> Result<ExitCode> {
     if !(args.gbit > 0.0 && args.gbit.is_finite()) {
-        return Err("--gbit must be above 0".into());
+        return Err("`--gbit` must be above 0".into());
     }
     let machine = device::machine();
-    let opened = open(args.on.device)?;
+    let opened = open_device(args.compute.device)?;
     let dataset = Dataset::open(&args.data)?;
     let images = dataset.train.len();
-    let facts = Facts::of(&dataset.train, &opened, &machine)?;
-    let mut draft = Draft::default();
+    let inputs = AutoInputs::collect(&dataset.train, &opened, &machine)?;
+    let mut overrides = RecipeOverrides::default();
     if let Some(size) = args.size {
-        draft.set(&format!("views.size={size}"))?;
+        overrides.set(&format!("views.size={size}"))?;
     }
-    let (recipe, _) = auto::choose(&facts, &draft);
+    let (recipe, _) = auto::choose(&inputs, &overrides);
     let size = recipe.views.size;
-    let free = machine.free_mb as f64 * SPARE;
+    let free = machine.free_mb as f64 * USABLE_MEMORY;
     let precision = serde_json::to_value(recipe.train.precision)?.as_str().unwrap_or("f32").to_owned();
     let mut rows = Vec::new();
-    for which in &args.encoders {
-        let bar = report::counter("measuring", 2);
-        bar.set_message(format!("{which} at {size} px"));
-        let trial = trial(args, which, size, recipe.heads.hidden, &precision, opened.found.choice)?;
+    for encoder in &args.encoders {
+        let bar = terminal::progress_bar("measuring", 2);
+        bar.set_message(format!("{encoder} at {size} px"));
+        let trial = run_trial(args, encoder, size, recipe.heads.hidden, &precision, opened.info.choice)?;
         bar.finish_and_clear();
         for batch in &args.batches {
             for ranks in &args.ranks {
-                let row = Row { which, trial: trial.as_ref(), batch: *batch, ranks: *ranks };
+                let row = Row { encoder, trial: trial.as_ref(), batch: *batch, ranks: *ranks };
                 rows.push(row.describe(args, images, free));
             }
         }
     }
-    if args.on.json {
+    if args.compute.json {
         let table: Vec<&Value> = rows.iter().map(|(value, _)| value).collect();
         let result = json!({
-            "images": images, "size": size, "device": opened.found.name, "precision": precision,
+            "images": images, "size": size, "device": opened.info.name, "precision": precision,
             "free_mb": machine.free_mb, "budget_seconds": args.budget.0, "gbit": args.gbit, "rows": table,
         });
         out!("{result}");
         return Ok(ExitCode::SUCCESS);
     }
-    out!("{images} training images, views of {size} px, {precision}, {}", opened.found.name);
-    let head = format!("in {}", duration(args.budget.0));
+    out!("{}, {size} px views, {precision}, {}", plural(images, "training image"), opened.info.name);
+    let budget = format!("in {}", duration(args.budget.0));
     out!(
-        "{:<24} {:>6} {:>5} {:>9} {:>10} {:>14}  {head}",
+        "{:<24} {:>6} {:>5} {:>9} {:>10} {:>14}  {budget}",
         "encoder",
         "batch",
         "ranks",
         "images/s",
         "memory",
-        "an epoch"
+        "per epoch"
     );
     for (_, line) in &rows {
         out!("{line}");
@@ -214,58 +228,78 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Row of the table.
+struct Row<'a> {
+    encoder: &'a EncoderChoice,
+    /// `None` if the trial ran out of memory.
+    trial: Option<&'a Trial>,
+    batch: u32,
+    ranks: u32,
+}
+
 impl Row<'_> {
-    /// As data and as text.
+    /// The row as JSON and as text.
     fn describe(&self, args: &Args, images: usize, free: f64) -> (Value, String) {
-        let &Row { which, trial, batch, ranks } = self;
-        let name = which.to_string();
-        let line = |rest: String| format!("{name:<24} {batch:>6} {ranks:>5} {rest}");
-        let head = json!({
-            "encoder": which.architecture.name(), "width": which.width, "batch": batch, "ranks": ranks,
-        });
-        let with = |more: Value| {
-            let mut all = head.clone();
-            all.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
-            all
-        };
-        let refuse = |why: String| (with(json!({ "fits": false, "why": why })), line(format!("does not fit: {why}")));
+        let &Row { trial, batch, ranks, .. } = self;
         if batch as usize > images {
-            return refuse(format!("there are {images} images"));
+            return self.does_not_fit(format!("the data set has {}", plural(images, "image")));
         }
         if !batch.is_multiple_of(ranks) {
-            return refuse(format!("{ranks} ranks cannot share {batch} images evenly"));
+            return self.does_not_fit(format!("batch size {batch} is not divisible by {ranks} ranks"));
         }
         let Some(trial) = trial else {
-            return refuse(format!("even a trial of a few images ran out of the {} free", gib(free)));
+            return self.does_not_fit(format!("a trial with few images exceeds the {} of free memory", gib(free)));
         };
-        let own = batch / ranks;
-        let memory = trial.memory(own);
-        if let Some(needs) = memory.filter(|needs| *needs > free) {
-            let parts = trial.parts(own, free);
-            let instead = match parts {
-                Some(parts) => format!("--accumulate {parts} does, in parts of {}", own / parts),
-                None => "no part of it does".into(),
-            };
-            let why = format!("it needs about {} of the {} free; {instead}", gib(needs), gib(free));
-            let (mut value, line) = refuse(why);
-            value["memory_mb"] = needs.into();
-            value["accumulate"] = parts.into();
-            return (value, line);
+        let per_rank = batch / ranks;
+        let memory = trial.memory(per_rank);
+        if let Some(needed) = memory.filter(|needed| *needed > free) {
+            return self.exceeds_memory(trial, per_rank, needed, free);
         }
-        let step = f64::from(own) / trial.images_per_second + trial.exchange(ranks, args.gbit);
+        let step = f64::from(per_rank) / trial.images_per_second + trial.communication(ranks, args.gbit);
         let speed = f64::from(batch) / step;
         let epoch = images as f64 / speed;
         let epochs = args.budget.0 / epoch;
-        let text = memory.map_or("?".into(), gib);
-        let line = line(format!(
-            "{speed:>9.1} {text:>10} {:>14}  {} epochs",
+        let line = self.line(&format!(
+            "{speed:>9.1} {:>10} {:>14}  {} epochs",
+            memory.map_or("?".into(), gib),
             duration(epoch),
             if epochs >= 10.0 { format!("{epochs:.0}") } else { format!("{epochs:.1}") }
         ));
-        let value = with(json!({
+        let value = self.json(json!({
             "fits": true, "memory_mb": memory, "images_per_second": speed, "epoch_seconds": epoch, "epochs": epochs,
         }));
         (value, line)
+    }
+
+    fn exceeds_memory(&self, trial: &Trial, per_rank: u32, needed: f64, free: f64) -> (Value, String) {
+        let micro_batches = trial.micro_batches(per_rank, free);
+        let instead = match micro_batches {
+            Some(n) => format!("fits with --accumulate {n} (micro-batches of {})", per_rank / n),
+            None => "no micro-batch fits".into(),
+        };
+        let (mut value, line) =
+            self.does_not_fit(format!("needs about {} of {} free memory; {instead}", gib(needed), gib(free)));
+        value["memory_mb"] = needed.into();
+        value["accumulate"] = micro_batches.into();
+        (value, line)
+    }
+
+    fn does_not_fit(&self, why: String) -> (Value, String) {
+        (self.json(json!({ "fits": false, "why": why })), self.line(&format!("does not fit: {why}")))
+    }
+
+    fn line(&self, rest: &str) -> String {
+        format!("{:<24} {:>6} {:>5} {rest}", self.encoder.to_string(), self.batch, self.ranks)
+    }
+
+    fn json(&self, results: Value) -> Value {
+        let mut row = json!({
+            "encoder": self.encoder.architecture.name(), "width": self.encoder.width,
+            "batch": self.batch, "ranks": self.ranks,
+        });
+        let results = results.as_object().expect("an object").clone();
+        row.as_object_mut().expect("an object").extend(results);
+        row
     }
 }
 
@@ -273,45 +307,46 @@ fn gib(mb: f64) -> String {
     format!("{:.1} GiB", mb / 1024.0)
 }
 
-/// Steps of two small batches; the memory of any other lies on the line through theirs. None where even they do not fit.
-fn trial(
+/// Measures steps of two small batches; memory is linear in the batch size. `None` if even they run
+/// out of memory.
+fn run_trial(
     args: &Args,
-    which: &Which,
+    encoder: &EncoderChoice,
     size: usize,
     hidden: usize,
     precision: &str,
     device: &str,
 ) -> Result<Option<Trial>> {
-    let net = ResNet::new(which.architecture, which.width, Stem::for_size(size), CHANNELS);
-    // Eight times forward an image of a step.
-    let few = (TRIAL / (8.0 * net.products(size) as f64)).clamp(2.0, 64.0) as u32;
-    let mut figures = Vec::new();
+    let net = ResNet::new(encoder.architecture, encoder.width, Stem::for_size(size), CHANNELS);
+    // A training step costs eight forward passes per image.
+    let few = (TRIAL_PRODUCTS / (8.0 * net.multiply_adds(size) as f64)).clamp(2.0, 64.0) as u32;
+    let mut measurements = Vec::new();
     for batch in [few, 2 * few] {
-        let exe = std::env::current_exe()?;
-        let output = Command::new(exe)
-            .args(["bench", "--json", "--steps", "2", "--encoder", which.architecture.name()])
-            .args(["--width", &which.width.to_string(), "--size", &size.to_string(), "--batch", &batch.to_string()])
+        let output = Command::new(std::env::current_exe()?)
+            .args(["bench", "--json", "--steps", "2", "--encoder", encoder.architecture.name()])
+            .args(["--width", &encoder.width.to_string(), "--size", &size.to_string(), "--batch", &batch.to_string()])
             .args(["--hidden", &hidden.to_string(), "--precision", precision])
-            .args(["--threads", &args.on.threads.to_string(), "--device", device])
+            .args(["--threads", &args.compute.threads.to_string(), "--device", device])
             .output()?;
         let Ok(result) = serde_json::from_slice::<Value>(&output.stdout) else {
-            let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-            // Ended by the system: out of memory.
+            // Killed by the system: out of memory.
             if output.status.code().is_none() {
                 return Ok(None);
             }
-            return Err(format!("a trial of {which} failed: {said}").into());
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            return Err(format!("a trial of {encoder} failed: {}", stderr.trim().trim_start_matches("error: ")).into());
         };
-        figures.push([result["images_per_second"].as_f64(), result["peak_mb"].as_f64()].map(|v| v.unwrap_or(f64::NAN)));
+        measurements.push([&result["images_per_second"], &result["peak_mb"]].map(|v| v.as_f64().unwrap_or(f64::NAN)));
     }
-    let [[_, small], [speed, large]] = [figures[0], figures[1]];
-    let image = ((large - small) / f64::from(few)).max(0.0);
-    let memory = (device == "cpu" && large.is_finite()).then_some([(small - image * f64::from(few)).max(0.0), image]);
+    let [[_, small], [images_per_second, large]] = [measurements[0], measurements[1]];
+    let per_image = ((large - small) / f64::from(few)).max(0.0);
+    let fixed = (small - per_image * f64::from(few)).max(0.0);
+    let memory = (device == "cpu" && large.is_finite()).then_some([fixed, per_image]);
     let head = |d_in: usize| (d_in + 3 + PROJECTION) * hidden;
-    let encoder: usize = net.shapes().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
-    let parameters = (encoder + head(net.features()) + head(PROJECTION)) as f64;
+    let weights: usize = net.shapes().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+    let parameters = (weights + head(net.features()) + head(PROJECTION)) as f64;
     let norms = [net.shapes().iter().filter(|(_, shape)| shape.len() == 4).count() as f64 + 1.0, 1.0];
-    Ok(Some(Trial { images_per_second: speed, parameters, norms, memory }))
+    Ok(Some(Trial { images_per_second, parameters, norms, memory }))
 }
 
 #[cfg(test)]
@@ -323,22 +358,22 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_fits_in_parts_that_divide_it() {
+    fn micro_batches_divide_the_batch_and_fit() {
         let trial = trial();
-        // 90 images at most; 96 in two parts, 97 is a prime.
-        assert_eq!((trial.parts(64, 1000.0), trial.parts(96, 1000.0)), (Some(1), Some(2)));
-        assert_eq!((trial.parts(97, 1000.0), trial.parts(96, 50.0)), (None, None));
+        // At most 90 images fit: 96 in two micro-batches; 97 is prime.
+        assert_eq!((trial.micro_batches(64, 1000.0), trial.micro_batches(96, 1000.0)), (Some(1), Some(2)));
+        assert_eq!((trial.micro_batches(97, 1000.0), trial.micro_batches(96, 50.0)), (None, None));
     }
 
     #[test]
-    fn ranks_pay_for_what_they_say() {
+    fn communication_grows_with_ranks_and_shrinks_with_bandwidth() {
         let trial = trial();
-        assert_eq!(trial.exchange(1, 10.0), 0.0);
-        // 100 MB of gradient at 10 Gbit/s once round the ring, and 338 messages.
+        assert_eq!(trial.communication(1, 10.0), 0.0);
+        // A ring all-reduce of 100 MB at 10 Gbit/s, and 338 messages.
         let two = 0.08 + 338.0 * LATENCY;
-        assert!((trial.exchange(2, 10.0) - two).abs() < 1e-9);
-        assert!(trial.exchange(8, 10.0) > two && trial.exchange(8, 100.0) < two);
+        assert!((trial.communication(2, 10.0) - two).abs() < 1e-9);
+        assert!(trial.communication(8, 10.0) > two && trial.communication(8, 100.0) < two);
         let on_gpu = Trial { memory: None, ..trial };
-        assert!((on_gpu.exchange(2, 10.0) - two - 200e6 / HOST).abs() < 1e-9);
+        assert!((on_gpu.communication(2, 10.0) - two - 200e6 / HOST_BANDWIDTH).abs() < 1e-9);
     }
 }

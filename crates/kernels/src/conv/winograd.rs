@@ -1,16 +1,33 @@
-//! 3x3 with stride 1 by Winograd's minimal filtering F(4x4, 3x3): Lavin and Gray 2015, arXiv:1509.09308.
+//! 3x3 convolution with stride 1 by Winograd's minimal filtering F(4x4, 3x3) (Lavin and Gray 2015,
+//! arXiv:1509.09308).
 //!
-//! A tile of 4 x 4 output pixels reads 6 x 6 input pixels. With fixed matrices A, B, G: y = Aᵀ [(G w Gᵀ) ⊙ (Bᵀ x B)] A, 36 products a
-//! tile and channel pair instead of 144. Summed over channels, each of the 36 places (planes) is a matrix product of its own, which the
-//! tiles of [`super::tiles`] compute. The gradient by the input is the same with the weights turned round; the gradient by the weights is
-//! dw = Gᵀ [Σ over tiles of (Bᵀ x B) ⊙ (A dy Aᵀ)] G.
+//! A tile of 4 x 4 output pixels reads a window of 6 x 6 input pixels. With fixed matrices A, B and
+//! G, y = Aᵀ [(G w Gᵀ) ⊙ (Bᵀ x B)] A: 36 products per tile and pair of channels instead of 144.
+//! Summed over channels, each of the 36 places, or *planes*, is a matrix product of its own, which
+//! the micro-kernels compute. A forward pass has three stages:
 //!
-//! The interpolation points are 0, ±3/4, ±3/2 and ∞ ([`crate::transform`]), not the usual ±1, ±2: with them the error is two to three
-//! times that of a plain sum in f32 (a test bounds it) instead of ten times.
+//! ```text
+//! 1. transform the windows:   planes[k][tile, c_in]  = Bᵀ x B
+//! 2. for each plane k:        sums[k][tile, c_out]   = planes[k] · weights[k]
+//! 3. transform the sums:      y[tile, c_out]         = Aᵀ sums A
+//! ```
 //!
-//! Where the transformed weights fit into a second-level cache beside the tiles, each thread takes tiles of its own through all three stages
-//! (narrow). Else the threads go through the stages together, sharing out the planes, so that the weights pass by once for many tiles
-//! (wide). Tiles, parts and groups are fixed by the shape, so the order of sums is too.
+//! The gradient of the input is the same with the weights transposed and rotated by 180°. The
+//! gradient of the weights is dw = Gᵀ [Σ over tiles of (Bᵀ x B) ⊙ (A dy Aᵀ)] G.
+//!
+//! # Accuracy
+//!
+//! The interpolation points are 0, ±3/4, ±3/2 and ∞ ([`crate::loops::winograd`]) instead of the
+//! usual ±1 and ±2. With them the error is two to three times that of a plain f32 sum (a test
+//! bounds it) instead of ten times.
+//!
+//! # Threads
+//!
+//! Where the transformed weights fit into a second-level cache beside the tiles, each thread takes
+//! tiles of its own through all three stages (*independent* threads). Otherwise the threads go
+//! through the stages together and divide the planes among them, so that the weights are read once
+//! for many tiles (*cooperative* threads). Tiles, bands and groups depend on the shape alone, and
+//! so does the order of sums.
 
 use std::{
     cell::RefCell,
@@ -21,91 +38,99 @@ use std::{
 use rayon::prelude::*;
 
 use super::{
-    Input, Map, Shape, as_unwritten,
-    tiles::{Offsets, Pixels, Slopes, blocks, pack},
+    input::Input,
+    operand::{Operand, grow},
+    shape::{FeatureMap, Shape},
+    tiles::{Offsets, PanelPair, Windows, blocks, pack_weights},
 };
 use crate::{
-    factor::Factor,
     isa::Isa,
-    memory::{unwritten, written, written_slice},
-    tile::{AHEAD, LINE, fetch},
-    transform::{Compiled, Inside, PLANES, TILE, Transform, WINDOW},
+    loops::{
+        tile::PREFETCH_TILES,
+        winograd::{Inside, PLANES, TILE, Transform, TransformFn, WINDOW},
+    },
+    memory::{as_uninit, assume_init_vec, uninit_vec},
+    simd::{CACHE_LINE, prefetch},
 };
 
-/// Values of transformed tiles that a thread works on at once in the narrow way: a part of a core's second-level cache.
-const NARROW_VALUES: usize = 108 << 10;
+/// Number of transformed values that an independent thread works on at once: a part of a core's
+/// second-level cache.
+const INDEPENDENT_VALUES: usize = 108 << 10;
 
-/// Values of transformed weights up to which the narrow way pays.
-const NARROW_WEIGHTS: usize = 1 << 20;
+/// Greatest number of transformed weights for independent threads.
+const INDEPENDENT_WEIGHTS: usize = 1 << 20;
 
-/// The same for the gradient by the weights, where every part sums into weights of its own.
-const NARROW_SUMS: usize = 1 << 16;
+/// Greatest number of transformed weights for independent threads in the gradient of the weights,
+/// where each part of the batch has sums of its own.
+const INDEPENDENT_SUMS: usize = 1 << 16;
 
-/// Values of transformed tiles of a group in the wide way: a part of the last-level cache.
-const WIDE_VALUES: usize = 1 << 21;
+/// Number of transformed values in a group for cooperative threads: a part of the last-level cache.
+const GROUP_VALUES: usize = 1 << 21;
 
-/// The same for the gradient by the weights.
-const WIDE_SUMS: usize = 1 << 19;
+/// Number of transformed values in a group in the gradient of the weights.
+const GROUP_SUM_VALUES: usize = 1 << 19;
 
-/// Tiles of a group in the wide way, at least, so that the weights do not pass by for few of them.
-const WIDE_TILES: usize = 128;
+/// Least number of tiles in a group, so that the weights are not read for a few of them.
+const MIN_GROUP_TILES: usize = 128;
 
-/// Tiles of a part of the gradient by the weights in the wide way.
-const TOGETHER: usize = 48;
+/// Number of tiles in a band of the gradient of the weights with cooperative threads.
+const SUM_BAND_TILES: usize = 48;
 
-/// Parts that sum weight gradients of their own in the narrow way: enough for many threads.
+/// Number of private weight gradients of independent threads: enough for many threads.
 const PARTS: usize = 32;
 
-/// Planes begin a little apart from a multiple of 4 KiB, which would put all of them into the same sets of a cache.
-const APART: usize = 16;
+/// Distance of planes from a multiple of 4 KiB, in values. At a multiple, all planes would compete
+/// for the same sets of a cache.
+const PLANE_GAP: usize = 16;
 
-/// Fewer channels do not repay the transforms.
-const LEAST_CHANNELS: usize = 16;
+/// Least number of channels that repays the transforms.
+const MIN_CHANNELS: usize = 16;
 
-/// How an output is cut into tiles, and what they read.
+/// Division of an output into tiles, and the windows that they read.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Tiling {
     n: usize,
-    from: Map,
-    to: Map,
+    source: FeatureMap,
+    dest: FeatureMap,
     padding: usize,
-    /// Tiles of an image.
+    /// Rows of tiles in an image.
     rows: usize,
+    /// Columns of tiles in an image.
     cols: usize,
 }
 
-/// A tile: image, row and column of tiles.
+/// Position of a tile.
 #[derive(Debug, Clone, Copy)]
-struct Place {
+struct TilePosition {
     image: usize,
     row: usize,
     col: usize,
 }
 
-/// Some rows of tiles, counted over all images: a contiguous part of the output.
-type Part = Range<usize>;
+/// A range of rows of tiles, counted over all images: a contiguous part of the output.
+type Band = Range<usize>;
 
 impl Tiling {
-    /// Of the forward pass; none where the algorithm does not fit or does not pay.
-    pub fn of(s: &Shape) -> Option<Tiling> {
-        let fits = s.kernel == 3 && s.stride == 1 && s.dilation == 1 && s.padding <= 2;
-        // A map of one tile that is mostly border would be mostly waste.
-        let pays = s.c_in.min(s.c_out) >= LEAST_CHANNELS && s.h >= 3 && s.w >= 3;
-        let (from, to) = (Map { h: s.h, w: s.w, c: s.c_in }, Map { h: s.h_out(), w: s.w_out(), c: s.c_out });
-        (fits && pays).then(|| Tiling::new(s.n, from, to, s.padding))
+    /// Returns the tiling of a forward pass; `None` where Winograd's algorithm does not apply or
+    /// does not pay.
+    pub fn for_shape(s: &Shape) -> Option<Tiling> {
+        let applies = s.kernel == 3 && s.stride == 1 && s.dilation == 1 && s.padding <= 2;
+        // On a map of a single tile that is mostly border, most products would be wasted.
+        let pays = s.c_in.min(s.c_out) >= MIN_CHANNELS && s.h >= 3 && s.w >= 3;
+        (applies && pays).then(|| Tiling::new(s.n, s.input_map(), s.output_map(), s.padding))
     }
 
-    /// Of the gradient by the input.
-    pub fn turned(&self) -> Tiling {
-        Tiling::new(self.n, self.to, self.from, 2 - self.padding)
+    /// Returns the tiling of the gradient of the input.
+    fn transposed(&self) -> Tiling {
+        Tiling::new(self.n, self.dest, self.source, 2 - self.padding)
     }
 
-    fn new(n: usize, from: Map, to: Map, padding: usize) -> Tiling {
-        Tiling { n, from, to, padding, rows: to.h.div_ceil(TILE), cols: to.w.div_ceil(TILE) }
+    fn new(n: usize, source: FeatureMap, dest: FeatureMap, padding: usize) -> Tiling {
+        Tiling { n, source, dest, padding, rows: dest.h.div_ceil(TILE), cols: dest.w.div_ceil(TILE) }
     }
 
-    /// Parts of about this many tiles: rows of one image, or whole images.
-    fn parts(&self, tiles: usize) -> Vec<Part> {
+    /// Splits the output into bands of about `tiles` tiles: rows of one image, or whole images.
+    fn bands(&self, tiles: usize) -> Vec<Band> {
         let (all, image) = (self.n * self.rows, self.rows * self.cols);
         if image <= tiles {
             let rows = tiles / image * self.rows;
@@ -116,368 +141,449 @@ impl Tiling {
         (0..self.n).flat_map(|i| (0..self.rows).step_by(rows).map(move |r| band(i, r))).collect()
     }
 
-    /// How many neighbouring parts have about this many tiles together.
-    fn together(&self, parts: &[Part], tiles: usize) -> usize {
-        let most = parts.iter().map(|part| self.tiles(part).len()).max().unwrap_or(1);
-        (tiles / most).max(1)
+    /// Number of bands in a group of about `tiles` tiles.
+    fn group_len(&self, bands: &[Band], tiles: usize) -> usize {
+        let max = bands.iter().map(|band| self.tiles(band).len()).max().unwrap_or(1);
+        (tiles / max).max(1)
     }
 
-    /// The tiles of a part, in order.
-    fn tiles(&self, part: &Part) -> Range<usize> {
-        part.start * self.cols..part.end * self.cols
+    /// The tiles of a band, in order.
+    fn tiles(&self, band: &Band) -> Range<usize> {
+        band.start * self.cols..band.end * self.cols
     }
 
-    fn place(&self, tile: usize) -> Place {
+    fn position(&self, tile: usize) -> TilePosition {
         let row = tile / self.cols;
-        Place { image: row / self.rows, row: row % self.rows, col: tile % self.cols }
+        TilePosition { image: row / self.rows, row: row % self.rows, col: tile % self.cols }
     }
 
-    /// Where a part lies in the output.
-    fn span(&self, part: &Part) -> Range<usize> {
-        let at = |row: usize| {
+    /// Range of a band's values in the output.
+    fn span(&self, band: &Band) -> Range<usize> {
+        let offset = |row: usize| {
             let (image, row) = (row / self.rows, row % self.rows);
-            image * self.to.len() + (TILE * row).min(self.to.h) * self.to.w * self.to.c
+            image * self.dest.len() + (TILE * row).min(self.dest.h) * self.dest.w * self.dest.c
         };
-        at(part.start)..at(part.end)
+        offset(band.start)..offset(band.end)
     }
 
-    /// What the tiles of a part read of `source`, maps of this size, by squares of `side` pixels, the first `lead` pixels before the map:
-    /// some rows of one image, or whole images. Where `source` has to be normalised first, that is a copy in `buffer`.
-    fn window<'a>(
+    /// Offset of a tile's first pixel in the values of a band.
+    fn out_offset(&self, position: TilePosition, band: &Band) -> usize {
+        let TilePosition { image, row, col } = position;
+        image * self.dest.len() + TILE * (row * self.dest.w + col) * self.dest.c - self.span(band).start
+    }
+
+    /// Returns the part of `source`, maps of shape `map`, that the tiles of a band read: some rows
+    /// of one image, or whole images. A tile reads a square of `side` pixels that begins `lead`
+    /// pixels before it. A source with a deferred norm is normalized into `buffer`.
+    fn source_region<'a>(
         &self,
         isa: &Isa,
-        map: Map,
+        map: FeatureMap,
         [lead, side]: [usize; 2],
         source: Input<'a>,
-        part: &Part,
+        band: &Band,
         buffer: &'a mut Vec<f32>,
-    ) -> Window<'a> {
+    ) -> SourceRegion<'a> {
         let line = map.w * map.c;
-        let (first, last) = (part.start / self.rows, (part.end - 1) / self.rows);
+        let (first, last) = (band.start / self.rows, (band.end - 1) / self.rows);
         let (top, end) = if first == last {
-            let [top, row] = [part.start, part.end - 1].map(|row| TILE * (row % self.rows));
+            let [top, row] = [band.start, band.end - 1].map(|row| TILE * (row % self.rows));
             (top.saturating_sub(lead), (row + side - lead).min(map.h))
         } else {
             (0, map.h)
         };
-        let from = first * map.len() + top * line;
-        let n = last * map.len() + end * line - from;
-        let values = match source.pending {
-            None => &source.values[from..from + n],
+        let offset = first * map.len() + top * line;
+        let n = last * map.len() + end * line - offset;
+        let values = match source.norm {
+            None => &source.values[offset..offset + n],
             Some(_) => {
-                let values = room(buffer, n);
-                source.copy(isa, from, values);
+                let values = grow::<f32>(buffer, n);
+                source.read_f32(isa, offset, values);
                 values
             }
         };
-        Window { values, from }
+        SourceRegion { values, offset }
     }
 
-    /// Asks for the lines that a later tile of a part writes.
-    fn fetch(&self, tile: usize, part: &Part, out: &[MaybeUninit<f32>]) {
-        let (Map { w, c, .. }, place) = (self.to, self.place(tile));
-        let at = place.image * self.to.len() + TILE * (place.row * w + place.col) * c - self.span(part).start;
-        fetch_tile::<true, _>(out, at, w * c, TILE * c);
+    /// Prefetches the lines of a band's output that `tile` writes.
+    fn prefetch_out(&self, tile: usize, band: &Band, out: &[MaybeUninit<f32>]) {
+        let FeatureMap { w, c, .. } = self.dest;
+        prefetch_tile::<true, _>(out, self.out_offset(self.position(tile), band), w * c, TILE * c);
     }
 
-    /// Aᵀ m A of one tile, whose planes begin at `m + k · plane`, into `out`, the values of `part`.
-    fn write(
+    /// Transforms the sums of one tile, whose planes begin at `sums[k · plane]`, into `out`, the
+    /// values of a band. `patch` is a buffer for tiles that exceed the map.
+    fn write_tile(
         &self,
         isa: &Isa,
-        (m, plane): (&[f32], usize),
+        (sums, plane): (&[f32], usize),
         tile: usize,
-        part: &Part,
+        band: &Band,
         patch: &mut Vec<f32>,
         out: &mut [MaybeUninit<f32>],
     ) {
-        let (Map { h, w, c }, place) = (self.to, self.place(tile));
-        let (y, x) = (TILE * place.row, TILE * place.col);
-        let at = place.image * self.to.len() + (y * w + x) * c - self.span(part).start;
+        let (FeatureMap { h, w, c }, position) = (self.dest, self.position(tile));
+        let (y, x) = (TILE * position.row, TILE * position.col);
+        let offset = self.out_offset(position, band);
         let from_step = [WINDOW * plane, plane];
-        if y + TILE <= h && x + TILE <= w {
-            Transform { n: c, from: m, from_step, inside: None, to: &mut out[at..], to_step: [w * c, c] }
-                .run(isa.output);
-            return;
-        }
-        patch.resize(patch.len().max(TILE * TILE * c), 0.0);
-        let whole = as_unwritten(&mut patch[..TILE * TILE * c]);
-        Transform { n: c, from: m, from_step, inside: None, to: whole, to_step: [TILE * c, c] }.run(isa.output);
-        let cols = (w - x).min(TILE);
-        for row in 0..(h - y).min(TILE) {
-            let to = &mut out[at + row * w * c..][..cols * c];
-            to.write_copy_of_slice(&patch[row * TILE * c..][..cols * c]);
+        let fits = y + TILE <= h && x + TILE <= w;
+        patch.resize(patch.len().max(if fits { 0 } else { TILE * TILE * c }), 0.0);
+        let (to, to_step) = if fits {
+            (&mut out[offset..], [w * c, c])
+        } else {
+            // SAFETY: the transform writes numbers only.
+            (unsafe { as_uninit(&mut patch[..TILE * TILE * c]) }, [TILE * c, c])
+        };
+        // SAFETY: an `Isa` exists only for an instruction set of this processor.
+        unsafe {
+            (isa.output_transform)(&mut Transform { channels: c, from: sums, from_step, inside: None, to, to_step })
+        };
+        if !fits {
+            let cols = (w - x).min(TILE);
+            for row in 0..(h - y).min(TILE) {
+                let to = &mut out[offset + row * w * c..][..cols * c];
+                to.write_copy_of_slice(&patch[row * TILE * c..][..cols * c]);
+            }
         }
     }
 }
 
-/// Asks for the lines of as many runs as a tile has rows: `n` values each, `step` apart, the first at `at`; for what there is of them.
-fn fetch_tile<const WRITE: bool, T>(values: &[T], at: usize, step: usize, n: usize) {
+/// Prefetches the lines of one run per row of a tile: `n` values each, `step` apart, the first at
+/// `offset`. Runs that exceed `values` are cut off.
+fn prefetch_tile<const WRITE: bool, T>(values: &[T], offset: usize, step: usize, n: usize) {
     for row in 0..TILE {
-        let run = values.get(at + row * step..).unwrap_or_default();
-        for line in run[..run.len().min(n)].iter().step_by(LINE) {
-            fetch::<WRITE>(std::ptr::from_ref(line));
+        let run = values.get(offset + row * step..).unwrap_or_default();
+        for line in run[..run.len().min(n)].iter().step_by(CACHE_LINE) {
+            prefetch::<WRITE>(std::ptr::from_ref(line));
         }
     }
 }
 
-/// What the tiles of a part read.
-struct Window<'a> {
+/// The part of a source that the tiles of a band read.
+struct SourceRegion<'a> {
     values: &'a [f32],
-    /// Where they begin in the source.
-    from: usize,
+    /// Offset of the values in the source.
+    offset: usize,
 }
 
-/// What a thread keeps from part to part.
+/// Buffers that a thread keeps from band to band.
 #[derive(Default)]
 struct Scratch {
-    window: Vec<f32>,
-    tiles: Vec<f32>,
+    region: Vec<f32>,
+    windows: Vec<f32>,
     sums: Vec<f32>,
-    slopes: Vec<f32>,
+    gradients: Vec<f32>,
 }
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-/// The first `n` values of a buffer that grows as it must.
-fn room(buffer: &mut Vec<f32>, n: usize) -> &mut [f32] {
-    if buffer.len() < n {
-        buffer.resize(n, 0.0);
-    }
-    &mut buffer[..n]
+/// Least length of a rayon iterator that is split: any with cooperative threads, none with
+/// independent ones.
+fn min_split(cooperative: bool) -> usize {
+    if cooperative { 1 } else { usize::MAX }
 }
 
-/// Whether the threads go through the stages together: rayon splits no iterator of fewer items than this.
-fn least(wide: bool) -> usize {
-    if wide { 1 } else { usize::MAX }
-}
-
-/// G w Gᵀ, block by block of channels, each `[36, sources / DEPTH, NV · LANES, DEPTH]`.
-fn weights<F: Factor>(isa: &Isa, s: &Shape, w: &[f32], turned: bool) -> Vec<F> {
-    let (sources, channels) = if turned { (s.c_out, s.c_in) } else { (s.c_in, s.c_out) };
-    // Turned round: the first tap last.
-    let places: Vec<usize> = if turned { (0..9).rev().collect() } else { (0..9).collect() };
-    let packed = pack(isa, s, &places, w, turned);
-    let mut planes = unwritten(PLANES * sources * channels.next_multiple_of(isa.lanes));
-    let wide = sources * 2 * isa.lanes;
-    planes.par_chunks_mut(PLANES * wide).zip(packed.par_chunks(9 * wide)).for_each(|(to, from)| {
+/// Computes G w Gᵀ, block by block of channels: `[36, sources / DEPTH, NV · LANES, DEPTH]` each.
+fn transform_weights<T: Operand>(isa: &Isa, s: &Shape, w: &[f32], transposed: bool) -> Vec<T> {
+    let (sources, channels) = if transposed { (s.c_out, s.c_in) } else { (s.c_in, s.c_out) };
+    // Rotated by 180°: the first tap is the last.
+    let places: Vec<usize> = if transposed { (0..9).rev().collect() } else { (0..9).collect() };
+    let packed = pack_weights(isa, s, &places, w, transposed);
+    let mut planes = uninit_vec(PLANES * sources * channels.next_multiple_of(isa.lanes));
+    let width = sources * 2 * isa.lanes;
+    planes.par_chunks_mut(PLANES * width).zip(packed.par_chunks(9 * width)).for_each(|(to, from)| {
         let n = from.len() / 9;
-        Transform { n, from, from_step: [3 * n, n], inside: None, to, to_step: [WINDOW * n, n] }.run(isa.filter);
+        let (from_step, to_step) = ([3 * n, n], [WINDOW * n, n]);
+        // SAFETY: an `Isa` exists only for an instruction set of this processor.
+        unsafe { (isa.weight_transform)(&mut Transform { channels: n, from, from_step, inside: None, to, to_step }) };
     });
-    // SAFETY: each block is transformed whole.
-    F::weights(isa, PLANES * sources, unsafe { written(planes) })
+    // SAFETY: the transforms have written every block as a whole.
+    T::convert_weights(isa, PLANES * sources, unsafe { assume_init_vec(planes) })
 }
 
-/// Tiles that have been transformed, part by part: `[36 planes, groups of tiles of the part, channels, tiles of a group]` each, with room
-/// for as many tiles as the largest part has.
-struct Transformed<'a, F> {
-    values: &'a [F],
-    /// From one part to the next.
-    part: usize,
-    /// From one plane to the next.
-    plane: usize,
+/// Transformed tiles, band by band: `[36 planes, groups of tiles, channels, tiles of a group]`
+/// each, with room for as many tiles as the largest band has.
+struct Planes<'a, T> {
+    values: &'a [T],
+    /// Distance between bands, in values.
+    band_step: usize,
+    /// Distance between planes, in values.
+    plane_step: usize,
     channels: usize,
 }
 
-/// Which tiles, of what, by which map.
+/// A transform of the tiles of a source.
 #[derive(Clone, Copy)]
-struct Read<'a, F> {
+struct TileTransform<'a, T> {
     tiling: &'a Tiling,
     source: Input<'a>,
-    /// Of the source.
-    map: Map,
-    /// Before the source, and side of a tile's square.
-    frame: [usize; 2],
-    /// Of the first and of the second tile of a group.
-    by: [Compiled<F>; 2],
-    /// Tiles of a group, which lie side by side.
+    /// Shape of the source.
+    map: FeatureMap,
+    /// Number of pixels that a tile's square begins before it.
+    lead: usize,
+    /// Side of a tile's square.
+    side: usize,
+    /// Transforms of the first and of the second tile of a group.
+    transforms: [TransformFn<T>; 2],
+    /// Number of tiles in a group; they are interleaved.
     group: usize,
-    /// Channels with those that are not there.
+    /// Number of channels, including missing ones up to whole registers.
     channels: usize,
 }
 
-impl<'a, F: Factor> Read<'a, F> {
-    /// Transforms the tiles of these parts into `buffer`; the threads share out the parts where `wide`.
-    fn all<'b>(&self, isa: &Isa, parts: &[Part], wide: bool, buffer: &'b mut Vec<f32>) -> Transformed<'b, F> {
-        let most = parts.iter().map(|part| self.tiling.tiles(part).len()).max().unwrap_or(0);
-        let plane = most.next_multiple_of(self.group) * self.channels + APART;
-        let part = PLANES * plane;
-        let values = &mut F::room(room(buffer, F::room_for(parts.len() * part)))[..parts.len() * part];
-        values.par_chunks_mut(part).with_min_len(least(wide)).zip(parts).for_each(|(to, part)| {
+impl<T: Operand> TileTransform<'_, T> {
+    /// Transforms the tiles of `bands` into `buffer`; cooperative threads divide the bands.
+    fn run<'b>(&self, isa: &Isa, bands: &[Band], cooperative: bool, buffer: &'b mut Vec<f32>) -> Planes<'b, T> {
+        let max_tiles = bands.iter().map(|band| self.tiling.tiles(band).len()).max().unwrap_or(0);
+        let plane_step = max_tiles.next_multiple_of(self.group) * self.channels + PLANE_GAP;
+        let band_step = PLANES * plane_step;
+        let values = grow::<T>(buffer, bands.len() * band_step);
+        values.par_chunks_mut(band_step).with_min_len(min_split(cooperative)).zip(bands).for_each(|(to, band)| {
             let mut scratch = SCRATCH.take();
-            let window = self.tiling.window(isa, self.map, self.frame, self.source, part, &mut scratch.window);
-            let (Map { h, w, c }, [lead, side]) = (self.map, self.frame);
-            let all = Inside { rows: [0, side], cols: [0, side] };
-            for (i, tile) in self.tiling.tiles(part).enumerate() {
-                let place = self.tiling.place(tile);
-                let [y, x] = [place.row, place.col].map(|at| TILE * at);
-                let inside = Inside::of(side, [y, x], lead, [h, w]);
-                if self.source.pending.is_none() {
-                    // What the tile below reads and no tile has read yet. A copy was just written and is near.
-                    let below = place.image * self.map.len() + ((y + side - lead) * w + x) * c;
-                    fetch_tile::<false, _>(self.source.values, below, w * c, TILE * c);
-                }
-                let first = (y + inside.rows[0] - lead) * w + x + inside.cols[0] - lead;
-                Transform {
-                    n: c,
-                    from: &window.values[place.image * self.map.len() + first * c - window.from..],
-                    from_step: [w * c, c],
-                    inside: (inside != all).then_some(inside),
-                    to: as_unwritten(&mut to[i / self.group * self.group * self.channels..]),
-                    to_step: [WINDOW * plane, plane],
-                }
-                .run(self.by[i % self.group]);
-            }
+            self.transform_band(isa, band, plane_step, &mut scratch.region, to);
             SCRATCH.set(scratch);
         });
-        Transformed { values, part, plane, channels: self.channels }
+        Planes { values, band_step, plane_step, channels: self.channels }
+    }
+
+    /// Transforms the tiles of one band into `to`.
+    fn transform_band(&self, isa: &Isa, band: &Band, plane_step: usize, buffer: &mut Vec<f32>, to: &mut [T]) {
+        let (FeatureMap { h, w, c }, lead, side) = (self.map, self.lead, self.side);
+        let region = self.tiling.source_region(isa, self.map, [lead, side], self.source, band, buffer);
+        let all = Inside { rows: [0, side], cols: [0, side] };
+        for (i, tile) in self.tiling.tiles(band).enumerate() {
+            let position = self.tiling.position(tile);
+            let [y, x] = [position.row, position.col].map(|place| TILE * place);
+            let inside = Inside::new(side, [y, x], lead, [h, w]);
+            if self.source.norm.is_none() {
+                // The rows that the tile below reads and no tile has read yet. A normalized copy
+                // has just been written and is in the cache.
+                let below = position.image * self.map.len() + ((y + side - lead) * w + x) * c;
+                prefetch_tile::<false, _>(self.source.values, below, w * c, TILE * c);
+            }
+            let first = (y + inside.rows[0] - lead) * w + x + inside.cols[0] - lead;
+            let mut arguments = Transform {
+                channels: c,
+                from: &region.values[position.image * self.map.len() + first * c - region.offset..],
+                from_step: [w * c, c],
+                inside: (inside != all).then_some(inside),
+                // SAFETY: the transform writes numbers only.
+                to: unsafe { as_uninit(&mut to[i / self.group * self.group * self.channels..]) },
+                to_step: [WINDOW * plane_step, plane_step],
+            };
+            // SAFETY: an `Isa` exists only for an instruction set of this processor; the first tile
+            // of a group is transformed before the second.
+            unsafe { self.transforms[i % self.group](&mut arguments) };
+        }
     }
 }
 
 impl Tiling {
-    /// Bᵀ x B of tiles of x.
-    fn windows<'a, F: Factor>(&'a self, source: Input<'a>, by: [Compiled<F>; 2], group: usize) -> Read<'a, F> {
-        let frame = [self.padding, WINDOW];
-        Read { tiling: self, source, map: self.from, frame, by, group, channels: self.from.c }
+    /// Bᵀ x B of the tiles of x, in groups of `group` tiles.
+    fn input_tiles<'a, T: Operand>(
+        &'a self,
+        x: Input<'a>,
+        transforms: [TransformFn<T>; 2],
+        group: usize,
+    ) -> TileTransform<'a, T> {
+        let (map, lead, side, channels) = (self.source, self.padding, WINDOW, self.source.c);
+        TileTransform { tiling: self, source: x, map, lead, side, transforms, group, channels }
     }
 
-    /// A dy Aᵀ of tiles of dy.
-    fn slopes<'a, F: Factor>(&'a self, isa: &Isa, dy: &'a [f32], by: [Compiled<F>; 2]) -> Read<'a, F> {
-        let (source, channels) = (Input::from(dy), self.to.c.next_multiple_of(isa.lanes));
-        Read { tiling: self, source, map: self.to, frame: [0, TILE], by, group: F::DEPTH, channels }
+    /// A dy Aᵀ of the tiles of dy, in groups of `DEPTH` tiles.
+    fn output_grad_tiles<'a, T: Operand>(
+        &'a self,
+        isa: &Isa,
+        dy: &'a [f32],
+        transforms: [TransformFn<T>; 2],
+    ) -> TileTransform<'a, T> {
+        let (map, channels) = (self.dest, self.dest.c.next_multiple_of(isa.lanes));
+        let (source, group) = (Input::from(dy), T::DEPTH);
+        TileTransform { tiling: self, source, map, lead: 0, side: TILE, transforms, group, channels }
     }
 }
 
-/// y = conv(source, w), or with `turned` the gradient by the input; `finish` as in [`super::forward_then`].
-pub(super) fn forward<F: Factor, T: Send>(
+/// See [`super::forward_fused`].
+pub(super) fn forward<T: Operand, R: Send>(
     isa: &Isa,
     s: &Shape,
-    t: &Tiling,
+    tiling: &Tiling,
     w: &[f32],
+    x: Input,
+    epilogue: impl Fn(usize, &mut [f32]) -> R + Sync,
+) -> (Vec<f32>, Vec<R>) {
+    convolve::<T, R>(isa, tiling, transform_weights(isa, s, w, false), x, epilogue)
+}
+
+/// See [`super::backward_data_fused`]. `tiling` is that of the forward pass.
+pub(super) fn backward_data<T: Operand, R: Send>(
+    isa: &Isa,
+    s: &Shape,
+    tiling: &Tiling,
+    w: &[f32],
+    dy: &[f32],
+    epilogue: impl Fn(usize, &mut [f32]) -> R + Sync,
+) -> (Vec<f32>, Vec<R>) {
+    convolve::<T, R>(isa, &tiling.transposed(), transform_weights(isa, s, w, true), dy.into(), epilogue)
+}
+
+/// Computes the output of a tiling from transformed weights.
+fn convolve<T: Operand, R: Send>(
+    isa: &Isa,
+    t: &Tiling,
+    weights: Vec<T>,
     source: Input,
-    turned: bool,
-    finish: impl Fn(usize, &mut [f32]) -> T + Sync,
-) -> (Vec<f32>, Vec<T>) {
-    let both = PLANES * (t.from.c + t.to.c);
-    let weights = weights::<F>(isa, s, w, turned);
-    let wide = PLANES * t.from.c * t.to.c > NARROW_WEIGHTS;
-    let parts = t.parts((NARROW_VALUES / both).max(4 * isa.pixels));
-    let mut out = unwritten(t.n * t.to.len());
+    epilogue: impl Fn(usize, &mut [f32]) -> R + Sync,
+) -> (Vec<f32>, Vec<R>) {
+    let tile_values = PLANES * (t.source.c + t.dest.c);
+    let cooperative = PLANES * t.source.c * t.dest.c > INDEPENDENT_WEIGHTS;
+    let bands = t.bands((INDEPENDENT_VALUES / tile_values).max(4 * isa.tile_pixels));
+    let mut out = uninit_vec(t.n * t.dest.len());
     let mut rest = &mut out[..];
     let mut spans = Vec::new();
-    for part in &parts {
-        let (values, after) = rest.split_at_mut(t.span(part).len());
+    for band in &bands {
+        let (values, after) = rest.split_at_mut(t.span(band).len());
         spans.push(values);
         rest = after;
     }
-    let stages = |parts: &[Part], spans: &mut [&mut [MaybeUninit<f32>]]| -> Vec<T> {
-        let (mut tiles, mut planes) = SCRATCH.with_borrow_mut(|s| (take(&mut s.tiles), take(&mut s.sums)));
-        let read = t.windows::<F>(source, [F::window(isa); 2], 1).all(isa, parts, wide, &mut tiles);
-        let first = t.tiles(&parts[0]).start;
-        let n = t.tiles(&parts[parts.len() - 1]).end - first;
-        let base: Vec<u32> = parts
+    // All three stages for some bands and their outputs.
+    let stages = |bands: &[Band], spans: &mut [&mut [MaybeUninit<f32>]]| -> Vec<R> {
+        let (mut windows, mut sums) = SCRATCH.with_borrow_mut(|s| (take(&mut s.windows), take(&mut s.sums)));
+
+        // Stage 1: transform the windows.
+        let transforms = [T::input_transform(isa); 2];
+        let planes = t.input_tiles::<T>(source, transforms, 1).run(isa, bands, cooperative, &mut windows);
+
+        // Stage 2: a matrix product per plane, into sums `[tiles, channels]`.
+        let first = t.tiles(&bands[0]).start;
+        let n = t.tiles(&bands[bands.len() - 1]).end - first;
+        let window_offsets: Vec<u32> = bands
             .iter()
             .enumerate()
-            .flat_map(|(k, part)| (0..t.tiles(part).len()).map(move |i| (k * read.part + i * read.channels) as u32))
+            .flat_map(|(k, band)| {
+                let Planes { band_step, channels, .. } = planes;
+                (0..t.tiles(band).len()).map(move |i| (k * band_step + i * channels) as u32)
+            })
             .collect();
-        // Sums of each plane, `[tiles, channels]`.
-        let plane = n * t.to.c + APART;
-        let sums = room(&mut planes, PLANES * plane);
-        let to: Vec<u32> = (0..n).map(|i| (i * t.to.c) as u32).collect();
-        let (base, to, taps) = (Offsets::from(&base[..]), Offsets::from(&to[..]), Offsets::from(&[0][..]));
-        let block = t.from.c * 2 * isa.lanes;
-        sums.par_chunks_mut(plane).with_min_len(least(wide)).enumerate().for_each(|(k, sums)| {
-            let read = Pixels { source: &read.values[k * read.plane..], base, taps, run: t.from.c, far: false };
+        let out_offsets: Vec<u32> = (0..n).map(|i| (i * t.dest.c) as u32).collect();
+        let (tiles, taps) = (Offsets::from(&window_offsets[..]), Offsets::from(&[0][..]));
+        let out_offsets = Offsets::from(&out_offsets[..]);
+        let sum_step = n * t.dest.c + PLANE_GAP;
+        let plane_sums = grow::<f32>(&mut sums, PLANES * sum_step);
+        let block = t.source.c * 2 * isa.lanes;
+        plane_sums.par_chunks_mut(sum_step).with_min_len(min_split(cooperative)).enumerate().for_each(|(k, sums)| {
+            let source = &planes.values[k * planes.plane_step..];
+            let rows = Windows { source, windows: tiles, taps, run: t.source.c, prefetch: false };
             // The last block may be narrower.
-            let of_plane = weights.chunks(PLANES * block).map(|w| &w[k * w.len() / PLANES..(k + 1) * w.len() / PLANES]);
-            read.multiply(isa, t.to.c, of_plane, to, as_unwritten(sums));
+            let weights = weights.chunks(PLANES * block).map(|w| &w[k * w.len() / PLANES..(k + 1) * w.len() / PLANES]);
+            // SAFETY: the product writes numbers only.
+            rows.multiply(isa, t.dest.c, weights, out_offsets, unsafe { as_uninit(sums) });
         });
-        let sums = &*sums;
-        let done = parts.par_iter().zip(spans).with_min_len(least(wide)).map(|(part, out)| {
+        let plane_sums = &*plane_sums;
+
+        // Stage 3: transform the sums, and the epilogue of each band.
+        let results = bands.par_iter().zip(spans).with_min_len(min_split(cooperative)).map(|(band, out)| {
             let mut patch = Vec::new();
-            for tile in t.tiles(part) {
-                t.fetch(tile + AHEAD, part, out);
-                t.write(isa, (&sums[(tile - first) * t.to.c..], plane), tile, part, &mut patch, out);
+            for tile in t.tiles(band) {
+                t.prefetch_out(tile + PREFETCH_TILES, band, out);
+                let tile_sums = &plane_sums[(tile - first) * t.dest.c..];
+                t.write_tile(isa, (tile_sums, sum_step), tile, band, &mut patch, out);
             }
-            // SAFETY: the tiles of a part are all of its pixels.
-            finish(t.span(part).start, unsafe { written_slice(out) })
+            // SAFETY: the tiles cover all pixels of their band.
+            epilogue(t.span(band).start, unsafe { out.assume_init_mut() })
         });
-        let done = done.collect();
-        SCRATCH.with_borrow_mut(|s| (s.tiles, s.sums) = (tiles, planes));
-        done
+        let results = results.collect();
+        SCRATCH.with_borrow_mut(|s| (s.windows, s.sums) = (windows, sums));
+        results
     };
-    let done = if wide {
-        let together = t.together(&parts, (WIDE_VALUES / both).max(WIDE_TILES));
-        let groups = parts.chunks(together).zip(spans.chunks_mut(together));
-        groups.flat_map(|(parts, spans)| stages(parts, spans)).collect()
+    let results = if cooperative {
+        let group = t.group_len(&bands, (GROUP_VALUES / tile_values).max(MIN_GROUP_TILES));
+        let groups = bands.chunks(group).zip(spans.chunks_mut(group));
+        groups.flat_map(|(bands, spans)| stages(bands, spans)).collect()
     } else {
-        parts.par_chunks(1).zip(spans.par_chunks_mut(1)).flat_map_iter(|(part, span)| stages(part, span)).collect()
+        bands.par_chunks(1).zip(spans.par_chunks_mut(1)).flat_map_iter(|(band, span)| stages(band, span)).collect()
     };
-    // SAFETY: the parts are all of it.
-    (unsafe { written(out) }, done)
+    // SAFETY: the bands cover the output.
+    (unsafe { assume_init_vec(out) }, results)
 }
 
-/// The gradient by the weights, block by block of channels, each `[9, c_in, NV · LANES]`.
-pub(super) fn backward_weight<F: Factor>(isa: &Isa, s: &Shape, t: &Tiling, x: Input, dy: &[f32]) -> Vec<f32> {
+/// Computes the gradient of the weights, packed block by block of channels: `[9, c_in, NV · LANES]`
+/// each.
+pub(super) fn backward_weight<T: Operand>(isa: &Isa, s: &Shape, t: &Tiling, x: Input, dy: &[f32]) -> Vec<f32> {
     let (sources, channels) = (s.c_in, s.c_out.next_multiple_of(isa.lanes));
     let length = PLANES * sources * channels;
-    let both = PLANES * (sources + channels);
+    let tile_values = PLANES * (sources + channels);
     let mut sum = vec![0.0f32; length];
-    let [by_window, by_slope] = F::interleaved(isa);
-    let read = [t.windows(x, by_window, F::DEPTH), t.slopes(isa, dy, by_slope)];
-    if length <= NARROW_SUMS {
-        let parts = t.parts(NARROW_VALUES / both);
-        let partial: Vec<Vec<f32>> = parts
-            .par_chunks(parts.len().div_ceil(PARTS))
-            .map(|parts| {
+    let [input_transforms, output_grad_transforms] = T::interleaved_transforms(isa);
+    let x_tiles = t.input_tiles(x, input_transforms, T::DEPTH);
+    let dy_tiles = t.output_grad_tiles(isa, dy, output_grad_transforms);
+    if length <= INDEPENDENT_SUMS {
+        let bands = t.bands(INDEPENDENT_VALUES / tile_values);
+        let parts: Vec<Vec<f32>> = bands
+            .par_chunks(bands.len().div_ceil(PARTS))
+            .map(|bands| {
                 let mut sum = vec![0.0f32; length];
-                parts.chunks(1).for_each(|part| add_products(isa, &read, part, false, &mut sum));
+                bands.chunks(1).for_each(|band| add_products(isa, &x_tiles, &dy_tiles, band, false, &mut sum));
                 sum
             })
             .collect();
-        for part in partial {
+        for part in parts {
             sum.iter_mut().zip(part).for_each(|(s, p)| *s += p);
         }
     } else {
-        let parts = t.parts(TOGETHER);
-        let together = t.together(&parts, (WIDE_SUMS / both).max(WIDE_TILES));
-        parts.chunks(together).for_each(|parts| add_products(isa, &read, parts, true, &mut sum));
+        let bands = t.bands(SUM_BAND_TILES);
+        let group = t.group_len(&bands, (GROUP_SUM_VALUES / tile_values).max(MIN_GROUP_TILES));
+        bands.chunks(group).for_each(|bands| add_products(isa, &x_tiles, &dy_tiles, bands, true, &mut sum));
     }
-    let mut packed = unwritten(9 * sources * channels);
-    let wide = sources * 2 * isa.lanes;
-    packed.par_chunks_mut(9 * wide).zip(sum.par_chunks(PLANES * wide)).for_each(|(to, from)| {
+    let mut packed = uninit_vec(9 * sources * channels);
+    let width = sources * 2 * isa.lanes;
+    packed.par_chunks_mut(9 * width).zip(sum.par_chunks(PLANES * width)).for_each(|(to, from)| {
         let n = from.len() / PLANES;
-        Transform { n, from, from_step: [WINDOW * n, n], inside: None, to, to_step: [3 * n, n] }.run(isa.filter_slopes);
+        let (from_step, to_step) = ([WINDOW * n, n], [3 * n, n]);
+        // SAFETY: an `Isa` exists only for an instruction set of this processor.
+        unsafe {
+            (isa.weight_grad_transform)(&mut Transform { channels: n, from, from_step, inside: None, to, to_step })
+        };
     });
-    // SAFETY: each block is transformed whole.
-    unsafe { written(packed) }
+    // SAFETY: the transforms have written every block as a whole.
+    unsafe { assume_init_vec(packed) }
 }
 
-/// sum += (Bᵀ x B) ⊙ (A dy Aᵀ) over the tiles of some parts, block by block of channels, each `[36, c_in, NV · LANES]`.
-fn add_products<F: Factor>(isa: &Isa, [x, dy]: &[Read<F>; 2], parts: &[Part], wide: bool, sum: &mut [f32]) {
-    let (mut tiles, mut slopes) = SCRATCH.with_borrow_mut(|s| (take(&mut s.tiles), take(&mut s.slopes)));
-    let windows = x.all(isa, parts, wide, &mut tiles);
-    // Channels that are not there hold what earlier layers left, and go into sums that nobody reads.
-    let gradients = dy.all(isa, parts, wide, &mut slopes);
+/// Computes sum += (Bᵀ x B) ⊙ (A dy Aᵀ) over the tiles of some bands, block by block of channels:
+/// `[36, c_in, NV · LANES]` each.
+fn add_products<T: Operand>(
+    isa: &Isa,
+    x: &TileTransform<T>,
+    dy: &TileTransform<T>,
+    bands: &[Band],
+    cooperative: bool,
+    sum: &mut [f32],
+) {
+    let (mut x_buffer, mut dy_buffer) = SCRATCH.with_borrow_mut(|s| (take(&mut s.windows), take(&mut s.gradients)));
+    let windows = x.run(isa, bands, cooperative, &mut x_buffer);
+    // Missing channels hold values of earlier layers; their sums are never read.
+    let gradients = dy.run(isa, bands, cooperative, &mut dy_buffer);
     let (c_in, channels) = (windows.channels, gradients.channels);
     let blocks: Vec<_> = blocks(isa, channels).collect();
-    let of_blocks = sum.par_chunks_mut(PLANES * c_in * 2 * isa.lanes).zip(blocks);
-    of_blocks.with_min_len(least(wide)).for_each(|(sum, block)| {
-        let planes = sum.par_chunks_exact_mut(c_in * block.1 * isa.lanes).with_min_len(least(wide));
+    let sum_blocks = sum.par_chunks_mut(PLANES * c_in * 2 * isa.lanes).zip(blocks);
+    sum_blocks.with_min_len(min_split(cooperative)).for_each(|(sum, block)| {
+        let width = block.registers * isa.lanes;
+        let planes = sum.par_chunks_exact_mut(c_in * width).with_min_len(min_split(cooperative));
         planes.enumerate().for_each(|(k, sum)| {
-            for (i, part) in parts.iter().enumerate() {
-                let n = x.tiling.tiles(part).len().div_ceil(F::DEPTH);
-                let [source_step, step] = [c_in, channels].map(|values| values * F::DEPTH);
-                let source = &windows.values[i * windows.part + k * windows.plane..];
-                let dy = &gradients.values[i * gradients.part + k * gradients.plane..][..n * step];
-                for (row, sum) in (0..c_in).step_by(isa.rows).zip(sum.chunks_mut(isa.rows * block.1 * isa.lanes)) {
-                    let (source, dy) = (&source[row * F::DEPTH..], &dy[block.0 * F::DEPTH..]);
-                    let all = Slopes { source, source_step, dy, step, n };
-                    all.add(isa, block.1, sum);
+            for (i, band) in bands.iter().enumerate() {
+                let groups = x.tiling.tiles(band).len().div_ceil(T::DEPTH);
+                let [source_step, dy_step] = [c_in, channels].map(|values| values * T::DEPTH);
+                let source = &windows.values[i * windows.band_step + k * windows.plane_step..];
+                let dy = &gradients.values[i * gradients.band_step + k * gradients.plane_step..][..groups * dy_step];
+                let dy = &dy[block.first * T::DEPTH..];
+                for (row, sum) in (0..c_in).step_by(isa.tile_rows).zip(sum.chunks_mut(isa.tile_rows * width)) {
+                    let source = &source[row * T::DEPTH..];
+                    PanelPair { source, source_step, dy, dy_step, groups }.accumulate(isa, block.registers, sum);
                 }
             }
         });
     });
-    SCRATCH.with_borrow_mut(|s| (s.tiles, s.slopes) = (tiles, slopes));
+    SCRATCH.with_borrow_mut(|s| (s.windows, s.gradients) = (x_buffer, dy_buffer));
 }

@@ -1,16 +1,21 @@
-//! AVX2 with FMA: 16 registers of 8. Six pixels by two registers are 12 sums; two weights and one broadcast make 15.
+//! AVX2 with FMA: 16 registers of 8 values. A tile of 6 pixels by 2 registers has 12 sums; with 2
+//! registers of weights and 1 broadcast it uses 15 registers.
 
 use std::arch::x86_64::{
     __m256, _mm256_add_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_mul_ps, _mm256_set1_ps, _mm256_storeu_ps,
     _mm256_sub_ps,
 };
 
-super::isa!("avx2", Avx2, pixels 6, rows 6, #[target_feature(enable = "avx2,fma")]);
+use super::table::{Isa, compile_f32};
+use crate::simd::Simd;
+
+pub(super) static ISA: Isa = compile_f32!("avx2", Avx2, pixels: 6, rows: 6, #[target_feature(enable = "avx2,fma")]);
 
 #[derive(Clone, Copy)]
 struct Avx2;
 
-// SAFETY of all: the instructions are there by the trait's contract, the pointers hold eight values.
+// SAFETY of the methods: the processor has the instructions, and pointers hold eight values, by the
+// trait's contract.
 impl Simd for Avx2 {
     type V = __m256;
     const LANES: usize = 8;

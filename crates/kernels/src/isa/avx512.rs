@@ -1,4 +1,5 @@
-//! AVX-512: 32 registers of 16. Eight pixels by two registers are 16 sums, enough to hide the latency of two FMA units; the broadcast is part of the FMA.
+//! AVX-512: 32 registers of 16 values. A tile of 8 pixels by 2 registers has 16 sums, enough to
+//! hide the latency of two FMA units. The broadcast is a memory operand of the FMA.
 
 use std::arch::x86_64::{
     __m256i, __m512, __m512bh, __m512i, _mm256_storeu_si256, _mm512_add_ps, _mm512_cvtepu16_epi32, _mm512_cvtneps_pbh,
@@ -6,31 +7,43 @@ use std::arch::x86_64::{
     _mm512_set1_epi32, _mm512_set1_ps, _mm512_slli_epi32, _mm512_storeu_ps, _mm512_storeu_si512, _mm512_sub_ps,
 };
 
-super::isa!("avx512", Avx512, pixels 8, rows 8, #[target_feature(enable = "avx512f")]);
+use super::table::{Isa, compile_bf16, compile_f32};
+use crate::simd::{Bf16, Product, Simd, StoreBf16};
 
-super::halves!("avx512 with bf16", Avx512, Pairs, pixels 8, rows 8, #[target_feature(enable = "avx512f,avx512bf16")]);
+const F32: Isa = compile_f32!("avx512", Avx512, pixels: 8, rows: 8, #[target_feature(enable = "avx512f")]);
+
+pub(super) static ISA: Isa = F32;
+
+pub(super) static BF16_ISA: Isa = Isa {
+    name: "avx512 with bf16",
+    bf16: Some(compile_bf16!(
+        Avx512, Avx512Pairs, pixels: 8, rows: 8, #[target_feature(enable = "avx512f,avx512bf16")]
+    )),
+    ..F32
+};
 
 #[derive(Clone, Copy)]
 struct Avx512;
 
-/// `vdpbf16ps`: two products a lane.
+/// `vdpbf16ps`: two products of bf16 per lane.
 #[derive(Clone, Copy)]
-struct Pairs;
+struct Avx512Pairs;
 
-// SAFETY of all: the instructions are there by the trait's contract, the pointers hold sixteen pairs, or one.
-impl Product for Pairs {
+// SAFETY of the methods: the processor has the instructions, and pointers hold one pair, or
+// sixteen, by the trait's contract.
+impl Product for Avx512Pairs {
     type Sum = Avx512;
-    type Factor = Bf16;
+    type Operand = Bf16;
     type Register = __m512bh;
 
     #[inline(always)]
-    unsafe fn spread(from: *const Bf16) -> __m512bh {
-        unsafe { bits(_mm512_set1_epi32(from.cast::<i32>().read_unaligned())) }
+    unsafe fn broadcast(from: *const Bf16) -> __m512bh {
+        unsafe { as_bf16(_mm512_set1_epi32(from.cast::<i32>().read_unaligned())) }
     }
 
     #[inline(always)]
-    unsafe fn factors(from: *const Bf16) -> __m512bh {
-        unsafe { bits(_mm512_loadu_si512(from.cast())) }
+    unsafe fn load_operands(from: *const Bf16) -> __m512bh {
+        unsafe { as_bf16(_mm512_loadu_si512(from.cast())) }
     }
 
     #[inline(always)]
@@ -39,40 +52,48 @@ impl Product for Pairs {
     }
 }
 
+/// Reinterprets the bits of a register.
 #[inline(always)]
-fn bits(of: __m512i) -> __m512bh {
-    // SAFETY: both are 64 bytes, and all bits are good.
-    unsafe { std::mem::transmute(of) }
+fn as_bf16(register: __m512i) -> __m512bh {
+    // SAFETY: both types are 64 bytes of plain data.
+    unsafe { std::mem::transmute(register) }
 }
 
+/// Rounds sixteen values to bf16.
+///
+/// # Safety
+///
+/// * The processor has AVX512-BF16.
 #[inline(always)]
-unsafe fn rounded_register(value: __m512) -> __m256i {
-    // SAFETY: the caller has the instruction; both are 32 bytes, and all bits are good.
+unsafe fn round(value: __m512) -> __m256i {
+    // SAFETY: the processor has the instruction; both types are 32 bytes of plain data.
     unsafe { std::mem::transmute(_mm512_cvtneps_pbh(value)) }
 }
 
-// SAFETY of all: the instructions are there by the trait's contract, the pointers hold sixteen values, or pairs.
-impl Round for Avx512 {
+// SAFETY of the methods: the processor has the instructions, and pointers hold sixteen values, or
+// pairs, by the trait's contract. (Only tables with bf16 use this implementation.)
+impl StoreBf16 for Avx512 {
     #[inline(always)]
-    unsafe fn half(to: *mut Bf16, value: __m512) {
-        unsafe { _mm256_storeu_si256(to.cast(), rounded_register(value)) }
+    unsafe fn store_bf16(to: *mut Bf16, value: __m512) {
+        unsafe { _mm256_storeu_si256(to.cast(), round(value)) }
     }
 
     #[inline(always)]
-    unsafe fn first(to: *mut Bf16, value: __m512) {
-        unsafe { _mm512_storeu_si512(to.cast(), _mm512_cvtepu16_epi32(rounded_register(value))) }
+    unsafe fn store_pair_first(to: *mut Bf16, value: __m512) {
+        unsafe { _mm512_storeu_si512(to.cast(), _mm512_cvtepu16_epi32(round(value))) }
     }
 
     #[inline(always)]
-    unsafe fn second(to: *mut Bf16, value: __m512) {
+    unsafe fn store_pair_second(to: *mut Bf16, value: __m512) {
         unsafe {
-            let second = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(rounded_register(value)));
+            let second = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(round(value)));
             _mm512_storeu_si512(to.cast(), _mm512_or_si512(_mm512_loadu_si512(to.cast_const().cast()), second));
         }
     }
 }
 
-// SAFETY of all: the instructions are there by the trait's contract, the pointers hold sixteen values.
+// SAFETY of the methods: the processor has the instructions, and pointers hold sixteen values, by
+// the trait's contract.
 impl Simd for Avx512 {
     type V = __m512;
     const LANES: usize = 16;

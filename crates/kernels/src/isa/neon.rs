@@ -1,13 +1,17 @@
-//! NEON: 32 registers of 4. Eight pixels by two registers are 16 sums.
+//! NEON: 32 registers of 4 values. A tile of 8 pixels by 2 registers has 16 sums.
 
 use std::arch::aarch64::{float32x4_t, vaddq_f32, vdupq_n_f32, vfmaq_f32, vld1q_f32, vmulq_f32, vst1q_f32, vsubq_f32};
 
-super::isa!("neon", Neon, pixels 8, rows 8, #[target_feature(enable = "neon")]);
+use super::table::{Isa, compile_f32};
+use crate::simd::Simd;
+
+pub(super) static ISA: Isa = compile_f32!("neon", Neon, pixels: 8, rows: 8, #[target_feature(enable = "neon")]);
 
 #[derive(Clone, Copy)]
 struct Neon;
 
-// SAFETY of all: every aarch64 processor has NEON, the pointers hold four values.
+// SAFETY of the methods: every aarch64 processor has NEON, and pointers hold four values by the
+// trait's contract.
 impl Simd for Neon {
     type V = float32x4_t;
     const LANES: usize = 4;

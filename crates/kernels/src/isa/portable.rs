@@ -1,58 +1,70 @@
-//! No instruction set in particular: arrays of four, which compilers turn into what the target has.
+//! Portable fallback: arrays of four values, which the compiler maps to the target's baseline
+//! instructions.
 
-super::isa!("portable", Portable, pixels 4, rows 4,);
+use super::table::{Isa, compile_bf16, compile_f32};
+use crate::simd::{Bf16, Product, Simd, StoreBf16};
 
-super::halves!("portable with bf16", Portable, Pairs, pixels 4, rows 4,);
+// `cfg(all())` is always true: the place of the target features, of which there are none.
+const F32: Isa = compile_f32!("portable", Portable, pixels: 4, rows: 4, #[cfg(all())]);
+
+pub(super) static ISA: Isa = F32;
+
+pub(super) static BF16_ISA: Isa = Isa {
+    name: "portable with bf16",
+    bf16: Some(compile_bf16!(Portable, PortablePairs, pixels: 4, rows: 4, #[cfg(all())])),
+    ..F32
+};
 
 #[derive(Clone, Copy)]
 struct Portable;
 
-/// Two products a lane, each an f32.
+/// Two products of bf16 per lane, computed in f32.
 #[derive(Clone, Copy)]
-struct Pairs;
+struct PortablePairs;
 
-// SAFETY of all: four pairs, or one, lie there by the trait's contract.
-impl Product for Pairs {
+// SAFETY of the methods: pointers hold one pair, or four, by the trait's contract.
+impl Product for PortablePairs {
     type Sum = Portable;
-    type Factor = Bf16;
+    type Operand = Bf16;
     type Register = [[Bf16; 2]; 4];
 
     #[inline(always)]
-    unsafe fn spread(from: *const Bf16) -> [[Bf16; 2]; 4] {
+    unsafe fn broadcast(from: *const Bf16) -> [[Bf16; 2]; 4] {
         unsafe { [from.cast::<[Bf16; 2]>().read_unaligned(); 4] }
     }
 
     #[inline(always)]
-    unsafe fn factors(from: *const Bf16) -> [[Bf16; 2]; 4] {
+    unsafe fn load_operands(from: *const Bf16) -> [[Bf16; 2]; 4] {
         unsafe { from.cast::<[[Bf16; 2]; 4]>().read_unaligned() }
     }
 
     #[inline(always)]
     unsafe fn dot(a: [[Bf16; 2]; 4], b: [[Bf16; 2]; 4], sum: [f32; 4]) -> [f32; 4] {
-        std::array::from_fn(|i| a[i][0].wide() * b[i][0].wide() + a[i][1].wide() * b[i][1].wide() + sum[i])
+        std::array::from_fn(|i| a[i][0].to_f32() * b[i][0].to_f32() + a[i][1].to_f32() * b[i][1].to_f32() + sum[i])
     }
 }
 
-// SAFETY of all: four values, or pairs, lie there by the trait's contract.
-impl Round for Portable {
+// SAFETY of the methods: pointers hold four values, or four pairs, by the trait's contract.
+impl StoreBf16 for Portable {
     #[inline(always)]
-    unsafe fn half(to: *mut Bf16, value: [f32; 4]) {
+    unsafe fn store_bf16(to: *mut Bf16, value: [f32; 4]) {
         unsafe { to.cast::<[Bf16; 4]>().write(value.map(Bf16::round)) }
     }
 
     #[inline(always)]
-    unsafe fn first(to: *mut Bf16, value: [f32; 4]) {
+    unsafe fn store_pair_first(to: *mut Bf16, value: [f32; 4]) {
         unsafe { to.cast::<[[Bf16; 2]; 4]>().write(value.map(|v| [Bf16::round(v), Bf16::default()])) }
     }
 
     #[inline(always)]
-    unsafe fn second(to: *mut Bf16, value: [f32; 4]) {
+    unsafe fn store_pair_second(to: *mut Bf16, value: [f32; 4]) {
         for (i, v) in value.into_iter().enumerate() {
             unsafe { *to.add(2 * i + 1) = Bf16::round(v) }
         }
     }
 }
 
+// SAFETY of the methods: pointers hold four values by the trait's contract.
 impl Simd for Portable {
     type V = [f32; 4];
     const LANES: usize = 4;
@@ -64,13 +76,11 @@ impl Simd for Portable {
 
     #[inline(always)]
     unsafe fn load(from: *const f32) -> [f32; 4] {
-        // SAFETY: four values lie there by the trait's contract.
         unsafe { from.cast::<[f32; 4]>().read_unaligned() }
     }
 
     #[inline(always)]
     unsafe fn store(to: *mut f32, value: [f32; 4]) {
-        // SAFETY: as for `load`.
         unsafe { to.cast::<[f32; 4]>().write_unaligned(value) }
     }
 

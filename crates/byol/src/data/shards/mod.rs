@@ -1,9 +1,10 @@
-//! SHARDS: many images in few large files. Tar files as WebDataset has them (`000.tar` with `NAME.jpg`, `NAME.cls`), and Parquet files with an
-//! image column as Hugging Face writes them.
+//! Shards: many images in few large files. Tar files in WebDataset's layout (`000.tar` with
+//! `NAME.jpg`, `NAME.cls`), and Parquet files with an image column as written by Hugging Face.
 //!
-//! The order of the images is decided by numbers alone ([`super::Order`]): shards in a shuffled order, a buffer that mixes neighbours. So images
-//! come up shard by shard, and a unit (a tar file, a row group) is opened when its first image does. Open units are files: images stay on
-//! disk, and what is in memory does not grow with the data.
+//! The training order depends on numbers alone ([`super::Order`]): shards in a shuffled order,
+//! mixed by a buffer. Images are therefore read shard by shard, and a unit (a tar file or a row
+//! group) is opened at its first image. Images of open units stay on disk, so memory does not grow
+//! with the data.
 
 mod parquet;
 #[cfg(feature = "cloud")]
@@ -24,55 +25,57 @@ use std::{
 
 use super::{
     Dataset, Error, Images, Skipped,
-    folder::is_image_name,
+    folder::is_image_extension,
     list,
     pack::{MANIFEST, Manifest},
 };
 
-/// Units that are open at once, at most: fewer than the files that a process may open.
-const MOST_OPEN: usize = 200;
+/// Maximum number of open units, below the limit of open files per process.
+const MAX_OPEN: usize = 200;
 
-/// The same of fetched shards: what is open stays on the disk, in the cache or not.
-const MOST_OPEN_REMOTE: usize = 24;
+/// Maximum number of open fetched shards. An open file takes disk space even after the cache has
+/// removed it.
+const MAX_OPEN_REMOTE: usize = 24;
 
-/// Shards that are fetched at the same time, ahead of their images.
-const MOST_FETCHED: usize = 2;
+/// Maximum number of shards that are prefetched at the same time.
+const MAX_PREFETCHES: usize = 2;
 
-/// Between two tries to fetch the same shard ahead.
-const FETCHED_AGAIN: Duration = Duration::from_secs(1);
+/// Time between two attempts to prefetch the same shard.
+const PREFETCH_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Images that cannot be used in a row before a run gives up.
-const MOST_BAD: usize = 32;
+/// Maximum number of consecutive unreadable images in a run.
+const MAX_CONSECUTIVE_SKIPS: usize = 32;
 
-/// Numbers of classes are below this; larger ones are of something else.
-const MOST_CLASSES: usize = 1 << 16;
+/// Upper bound of class numbers, exclusive; larger labels are not classes.
+const MAX_CLASSES: usize = 1 << 16;
 
-/// Shards that a pattern may stand for.
-const MOST_SHARDS: usize = 1 << 20;
+/// Maximum number of shards that a pattern expands to.
+const MAX_SHARDS: usize = 1 << 20;
 
-/// One image of a unit.
+/// Location of an image in the file of a unit.
 #[derive(Debug, Clone)]
 struct Entry {
     name: Box<str>,
-    /// Where its bytes begin in the unit's file.
-    at: u64,
+    /// Offset in bytes.
+    offset: u64,
     len: u32,
 }
 
-/// A unit that is being read.
+/// Open unit.
 #[derive(Debug)]
-struct Open {
+struct OpenUnit {
     file: File,
     entries: Vec<Entry>,
 }
 
-/// What is opened at once: a tar file, or a row group of a Parquet file.
+/// Part of a shard that is opened at once: a tar file, or a row group of a Parquet file.
 #[derive(Debug, Clone)]
 struct Unit {
-    /// Its address, where it is remote.
+    /// File, or address if remote.
     path: PathBuf,
-    /// Of a Parquet file.
+    /// Row group of a Parquet file.
     group: Option<usize>,
+    /// Number of images.
     images: usize,
     remote: Option<Arc<Remote>>,
 }
@@ -80,12 +83,12 @@ struct Unit {
 #[cfg(feature = "cloud")]
 use remote::Remote;
 
-/// There is none without the feature `cloud`.
+/// Uninhabited without the feature `cloud`.
 #[cfg(not(feature = "cloud"))]
 type Remote = std::convert::Infallible;
 
 impl Unit {
-    /// Its file, fetched where it is not here.
+    /// Returns the local file, fetched first if necessary.
     fn file(&self) -> io::Result<PathBuf> {
         match &self.remote {
             None => Ok(self.path.clone()),
@@ -96,7 +99,7 @@ impl Unit {
         }
     }
 
-    /// Fetches it if it is not here and there is room.
+    /// Fetches the file if it is not local and the cache has space.
     fn fetch_ahead(&self) {
         #[cfg(feature = "cloud")]
         if let Some(remote) = &self.remote {
@@ -104,18 +107,18 @@ impl Unit {
         }
     }
 
-    /// Whether nothing has to be fetched for it.
-    fn is_here(&self) -> bool {
+    /// True if the file is local or cached.
+    fn is_local(&self) -> bool {
         match &self.remote {
             None => true,
             #[cfg(feature = "cloud")]
-            Some(remote) => remote.is_here(),
+            Some(remote) => remote.is_cached(),
             #[cfg(not(feature = "cloud"))]
             Some(never) => match **never {},
         }
     }
 
-    /// Length of its file.
+    /// Size of the file in bytes.
     fn bytes(&self) -> u64 {
         match &self.remote {
             None => self.path.metadata().map_or(0, |m| m.len()),
@@ -127,36 +130,35 @@ impl Unit {
     }
 }
 
-/// What one file holds.
-struct Indexed {
+/// Contents of one file.
+struct Index {
     units: Vec<Unit>,
-    /// One an image, where the file has labels.
+    /// Class of each image, if the file has labels.
     labels: Option<Vec<usize>>,
 }
 
-type Slot = Arc<Mutex<Option<Arc<Open>>>>;
+type Slot = Arc<Mutex<Option<Arc<OpenUnit>>>>;
 
-/// Remote units that are fetched ahead.
+/// State of prefetching remote units.
 #[derive(Debug, Default)]
-struct Fetched {
-    /// How many are on their way.
-    now: usize,
-    /// When each was last tried.
-    tried: HashMap<usize, Instant>,
+struct Prefetches {
+    /// Number in progress.
+    in_progress: usize,
+    /// Time of the last attempt per unit.
+    last_attempt: HashMap<usize, Instant>,
 }
 
-/// The images of some shards, numbered through.
+/// Images of several shards, numbered consecutively.
 #[derive(Debug)]
 pub(super) struct Shards {
     units: Vec<Unit>,
-    /// The number of each unit's first image, and of all images.
+    /// Number of each unit's first image, and the total.
     starts: Vec<usize>,
-    /// Open units, with when each was last used.
+    /// Open units, with the time of their last use.
     open: Mutex<HashMap<usize, (u64, Slot)>>,
     clock: AtomicU64,
-    passed_over: Mutex<Vec<Skipped>>,
-    /// Remote units that are being fetched ahead.
-    fetched: Mutex<Fetched>,
+    skipped: Mutex<Vec<Skipped>>,
+    prefetches: Mutex<Prefetches>,
 }
 
 impl Shards {
@@ -170,34 +172,35 @@ impl Shards {
             starts,
             open: Mutex::default(),
             clock: AtomicU64::new(0),
-            passed_over: Mutex::default(),
-            fetched: Mutex::default(),
+            skipped: Mutex::default(),
+            prefetches: Mutex::default(),
         }
     }
 
-    /// All images.
+    /// Number of images.
     pub fn len(&self) -> usize {
         self.starts[self.units.len()]
     }
 
-    /// The unit of image `i`, and its place there.
-    fn place(&self, i: usize) -> (usize, usize) {
+    /// Returns the unit of image `i`, and its index in the unit.
+    fn locate(&self, i: usize) -> (usize, usize) {
         let unit = self.starts.partition_point(|start| *start <= i) - 1;
         (unit, i - self.starts[unit])
     }
 
-    /// How many of these images, in ascending order, each unit has, in turn.
-    pub fn runs(&self, chosen: &[usize]) -> Vec<usize> {
-        let upto = |start: usize| chosen.partition_point(|i| *i < start);
-        self.starts.windows(2).map(|pair| upto(pair[1]) - upto(pair[0])).filter(|n| *n > 0).collect()
+    /// Returns how many of these images, in ascending order, are in each unit, without empty units.
+    pub(crate) fn unit_sizes(&self, indices: &[usize]) -> Vec<usize> {
+        let count_below = |start: usize| indices.partition_point(|i| *i < start);
+        self.starts.windows(2).map(|pair| count_below(pair[1]) - count_below(pair[0])).filter(|n| *n > 0).collect()
     }
 
-    fn unit(&self, unit: usize) -> io::Result<Arc<Open>> {
+    /// Returns an open unit, opening it if necessary.
+    fn open_unit(&self, unit: usize) -> io::Result<Arc<OpenUnit>> {
         let slot = {
             let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
             let now = self.clock.fetch_add(1, Ordering::Relaxed);
-            let most = if self.units[unit].remote.is_some() { MOST_OPEN_REMOTE } else { MOST_OPEN };
-            if open.len() >= most && !open.contains_key(&unit) {
+            let max = if self.units[unit].remote.is_some() { MAX_OPEN_REMOTE } else { MAX_OPEN };
+            if open.len() >= max && !open.contains_key(&unit) {
                 let oldest = open.iter().min_by_key(|(_, (used, _))| *used).map(|(unit, _)| *unit);
                 oldest.map(|unit| open.remove(&unit));
             }
@@ -205,14 +208,14 @@ impl Shards {
             *used = now;
             slot.clone()
         };
-        // Who asks for a unit that another thread is opening waits for that one alone.
+        // A thread waits only for the unit that it needs, not for others that are being opened.
         let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(open) = &*slot {
             return Ok(open.clone());
         }
         let Unit { group, images, remote, .. } = &self.units[unit];
-        // A fetched file may leave a small cache before it is open.
-        let mut again = if remote.is_some() { 3 } else { 0 };
+        // A small cache may remove a fetched file before it is opened.
+        let mut retries = if remote.is_some() { 3 } else { 0 };
         let opened = loop {
             let path = self.units[unit].file()?;
             let opened = match group {
@@ -220,70 +223,72 @@ impl Shards {
                 Some(group) => parquet::open(&path, *group),
             };
             match opened {
-                Err(e) if e.kind() == io::ErrorKind::NotFound && again > 0 => again -= 1,
+                Err(e) if e.kind() == io::ErrorKind::NotFound && retries > 0 => retries -= 1,
                 other => break other?,
             }
         };
         if opened.entries.len() != *images {
-            let why = format!("it holds {} images and held {images} when it was first read", opened.entries.len());
-            return Err(io::Error::other(why));
+            let reason = format!("it has changed: it had {images} images and now has {}", opened.entries.len());
+            return Err(io::Error::other(reason));
         }
         let opened = Arc::new(opened);
         *slot = Some(opened.clone());
         Ok(opened)
     }
 
-    /// How far ahead of an image its shard is to be fetched, in images; 0 where all shards are here.
-    pub fn lookahead(&self) -> usize {
+    /// Number of images by which prefetching runs ahead; 0 if all shards are local.
+    pub(crate) fn lookahead(&self) -> usize {
         let remote = self.units.iter().filter(|unit| unit.remote.is_some());
-        MOST_FETCHED * remote.map(|unit| unit.images).max().unwrap_or(0)
+        MAX_PREFETCHES * remote.map(|unit| unit.images).max().unwrap_or(0)
     }
 
-    /// Begins to fetch the shard of image `i`, which will be wanted soon, unless it is here or enough others are being fetched.
-    pub fn fetch_ahead(self: &Arc<Self>, i: usize) {
-        let (unit, _) = self.place(i);
-        let known = || self.open.lock().unwrap_or_else(PoisonError::into_inner).contains_key(&unit);
-        let mut fetched = self.fetched.lock().unwrap_or_else(PoisonError::into_inner);
-        // Asked for image by image: where there was no room, there may be some a while later.
-        if fetched.tried.get(&unit).is_some_and(|at| at.elapsed() < FETCHED_AGAIN) || fetched.now >= MOST_FETCHED {
+    /// Starts to fetch the shard of image `i`, unless it is local or enough others are being
+    /// fetched.
+    pub(crate) fn fetch_ahead(self: &Arc<Self>, i: usize) {
+        let (unit, _) = self.locate(i);
+        let is_open = || self.open.lock().unwrap_or_else(PoisonError::into_inner).contains_key(&unit);
+        let mut prefetches = self.prefetches.lock().unwrap_or_else(PoisonError::into_inner);
+        // Called per image: a shard that did not fit into the cache is retried after a while.
+        let is_recent = prefetches.last_attempt.get(&unit).is_some_and(|at| at.elapsed() < PREFETCH_INTERVAL);
+        if is_recent || prefetches.in_progress >= MAX_PREFETCHES {
             return;
         }
-        fetched.tried.insert(unit, Instant::now());
-        // A shard that is open is read from there, whatever the cache has done with its name.
-        if known() || self.units[unit].is_here() {
+        prefetches.last_attempt.insert(unit, Instant::now());
+        // An open shard is read even if the cache has removed it.
+        if is_open() || self.units[unit].is_local() {
             return;
         }
         let shards = self.clone();
         let fetch = move || {
             shards.units[unit].fetch_ahead();
-            shards.fetched.lock().unwrap_or_else(PoisonError::into_inner).now -= 1;
+            shards.prefetches.lock().unwrap_or_else(PoisonError::into_inner).in_progress -= 1;
         };
         if std::thread::Builder::new().name("fetch".into()).spawn(fetch).is_ok() {
-            fetched.now += 1;
+            prefetches.in_progress += 1;
         }
     }
 
-    /// The bytes of image `i`.
+    /// Reads the encoded bytes of image `i`.
     pub fn bytes(&self, i: usize) -> io::Result<Vec<u8>> {
-        let (unit, k) = self.place(i);
-        let open = self.unit(unit)?;
-        let Entry { at, len, .. } = open.entries[k];
+        let (unit, k) = self.locate(i);
+        let open = self.open_unit(unit)?;
+        let Entry { offset, len, .. } = open.entries[k];
         let mut bytes = vec![0; len as usize];
-        read_exact_at(&open.file, &mut bytes, at)?;
+        read_exact_at(&open.file, &mut bytes, offset)?;
         Ok(bytes)
     }
 
-    /// Shard and name in it of image `i`.
+    /// Name of image `i`: shard and name in the shard.
     pub fn name(&self, i: usize) -> String {
-        let (unit, k) = self.place(i);
+        let (unit, k) = self.locate(i);
         let shard = self.units[unit].path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        match self.unit(unit) {
+        match self.open_unit(unit) {
             Ok(open) => format!("{shard}/{}", open.entries[k].name),
             Err(_) => format!("{shard}, image {k}"),
         }
     }
 
-    /// What tells these shards from others: names, sizes, numbers of images.
+    /// Names, sizes and numbers of images of all units, as bytes.
     pub fn fingerprint(&self) -> Vec<u8> {
         let mut all = Vec::new();
         for unit in &self.units {
@@ -295,68 +300,73 @@ impl Shards {
         all
     }
 
-    /// Remembers that an image was passed over; false if it was one too many in a row.
-    pub fn pass_over(&self, one: Skipped, in_a_row: usize) -> bool {
-        let mut all = self.passed_over.lock().unwrap_or_else(PoisonError::into_inner);
-        if !all.iter().any(|known| known.what == one.what) {
-            all.push(one);
+    /// Records a skipped image. Returns false if too many consecutive images were skipped.
+    pub fn skip(&self, image: Skipped, consecutive: usize) -> bool {
+        let mut skipped = self.skipped.lock().unwrap_or_else(PoisonError::into_inner);
+        if !skipped.iter().any(|known| known.name == image.name) {
+            skipped.push(image);
         }
-        in_a_row < MOST_BAD
+        consecutive < MAX_CONSECUTIVE_SKIPS
     }
 
-    /// What was passed over so far.
-    pub fn passed_over(&self) -> Vec<Skipped> {
-        self.passed_over.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    /// Images skipped so far.
+    pub fn skipped(&self) -> Vec<Skipped> {
+        self.skipped.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
 #[cfg(unix)]
-fn read_exact_at(file: &File, bytes: &mut [u8], at: u64) -> io::Result<()> {
-    std::os::unix::fs::FileExt::read_exact_at(file, bytes, at)
+fn read_exact_at(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, bytes, offset)
 }
 
 #[cfg(windows)]
-fn read_exact_at(file: &File, mut bytes: &mut [u8], mut at: u64) -> io::Result<()> {
+fn read_exact_at(file: &File, mut bytes: &mut [u8], mut offset: u64) -> io::Result<()> {
     while !bytes.is_empty() {
-        match std::os::windows::fs::FileExt::seek_read(file, bytes, at)? {
+        match std::os::windows::fs::FileExt::seek_read(file, bytes, offset)? {
             0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-            n => (bytes, at) = (&mut bytes[n..], at + n as u64),
+            n => (bytes, offset) = (&mut bytes[n..], offset + n as u64),
         }
     }
     Ok(())
 }
 
-/// Whether this names shards rather than files.
+/// True if the extension is that of a shard.
 fn is_shard(path: &Path) -> bool {
     path.extension().is_some_and(|e| e.eq_ignore_ascii_case("tar") || e.eq_ignore_ascii_case("parquet"))
 }
 
-/// Whether this is a pattern, such as `shards/{000..146}.tar`.
-pub fn is_pattern(root: &Path) -> bool {
+/// True for a pattern such as `shards/{000..146}.tar`.
+pub(crate) fn is_pattern(root: &Path) -> bool {
     root.to_str().is_some_and(|text| text.contains('{')) && !root.exists()
 }
 
-/// All that a pattern stands for, in order: `{000..146}` counts, with the zeros of its first number; `{a,b}` lists. None if a brace has no
-/// end, a range is not of numbers or falls, or there are too many.
+/// Reason for a pattern that cannot be expanded.
+const INVALID_PATTERN: &str = "invalid braces (expected {000..146} or {a,b}, with at most a million results)";
+
+/// Expands a brace pattern, in order: `{000..146}` is a range, zero-padded like its first number,
+/// and `{a,b}` is a list. Returns `None` for an unclosed brace, an invalid range or too many
+/// results.
 fn expand(pattern: &str) -> Option<Vec<String>> {
     let Some((before, rest)) = pattern.split_once('{') else { return Some(vec![pattern.to_owned()]) };
     let (inner, after) = rest.split_once('}')?;
     let inner: Vec<String> = match inner.split_once("..") {
         Some((first, last)) => {
             let (from, to) = (first.parse::<u32>().ok()?, last.parse::<u32>().ok()?);
-            let few = from <= to && (to - from) as usize <= MOST_SHARDS;
-            few.then(|| (from..=to).map(|i| format!("{i:0width$}", width = first.len())).collect())?
+            let is_valid = from <= to && (to - from) as usize <= MAX_SHARDS;
+            is_valid.then(|| (from..=to).map(|i| format!("{i:0width$}", width = first.len())).collect())?
         }
         None => inner.split(',').map(str::to_owned).collect(),
     };
     let after = expand(after)?;
-    if inner.len().saturating_mul(after.len()) > MOST_SHARDS {
+    if inner.len().saturating_mul(after.len()) > MAX_SHARDS {
         return None;
     }
-    Some(inner.iter().flat_map(|one| after.iter().map(move |rest| format!("{before}{one}{rest}"))).collect())
+    Some(inner.iter().flat_map(|item| after.iter().map(move |rest| format!("{before}{item}{rest}"))).collect())
 }
 
-/// Opens `root` if it is a shard, a pattern that stands for shards, or a folder of them (or of `train`, `val` and `test` with shards).
+/// Opens `root` if it is a shard, a pattern of shards, or a folder with shards, directly or in
+/// `train`, `val` and `test`.
 ///
 /// # Errors
 /// [`Error::Shard`], [`Error::Read`].
@@ -365,63 +375,60 @@ pub fn open(root: &Path) -> Result<Option<Dataset>, Error> {
         return open_remote(root).map(Some);
     }
     let paths: Vec<PathBuf> = if is_pattern(root) {
-        let bad = || Error::Shard {
-            path: root.to_owned(),
-            reason: "the braces are not of the form {000..146} or {a,b}, or stand for more than a million".into(),
-        };
-        let all = root.to_str().and_then(expand).ok_or_else(bad)?;
-        all.into_iter().map(PathBuf::from).collect()
+        let invalid = || Error::Shard { path: root.to_owned(), reason: INVALID_PATTERN.into() };
+        let expanded = root.to_str().and_then(expand).ok_or_else(invalid)?;
+        expanded.into_iter().map(PathBuf::from).collect()
     } else if root.is_file() {
         if is_shard(root) { vec![root.to_owned()] } else { Vec::new() }
     } else {
-        of_folder(root)?
+        find_in_folder(root)?
     };
     if paths.is_empty() {
         return Ok(None);
     }
     let unusable = |path: &Path, reason: &str| Err(Error::Shard { path: path.to_owned(), reason: reason.into() });
-    let mut seen = HashSet::new();
+    let mut unique = HashSet::new();
     for path in &paths {
         if !path.exists() {
-            let reason = "it is not there; check the numbers of the pattern".into();
-            return Err(Error::Shard { path: path.clone(), reason });
+            return unusable(path, "it does not exist\nhint: check the range of the pattern");
         }
         if path.is_dir() {
-            return unusable(path, "it is a folder; a pattern stands for tar or Parquet files");
+            return unusable(path, "it is a folder, not a tar or Parquet file");
         }
-        if !seen.insert(path) {
-            return unusable(path, "the pattern stands for it twice");
+        if !unique.insert(path) {
+            return unusable(path, "the pattern expands to it twice");
         }
     }
     let index = |path: &PathBuf| {
         let is_tar = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("tar"));
         (path.clone(), if is_tar { tar::index(path) } else { parquet::index(path) })
     };
-    dataset(root, paths.iter().map(index), &names(&paths)).map(Some)
+    dataset(root, paths.iter().map(index), &class_names(&paths)).map(Some)
 }
 
-/// Whether this is an address rather than a path: `s3://bucket/shards/{000..146}.tar`.
-pub fn is_remote(root: &Path) -> bool {
+/// True for an address such as `s3://bucket/shards/{000..146}.tar`.
+pub(crate) fn is_remote(root: &Path) -> bool {
     let scheme = root.to_str().and_then(|text| text.split_once("://"));
     scheme.is_some_and(|(scheme, _)| !scheme.is_empty() && scheme.chars().all(|c| c.is_ascii_alphanumeric()))
 }
 
 #[cfg(not(feature = "cloud"))]
 fn open_remote(root: &Path) -> Result<Dataset, Error> {
-    let reason = "this byol was built without object stores; build it with --features cloud".into();
+    let reason = "this build does not support object stores\nhint: build with `--features cloud`".into();
     Err(Error::Shard { path: root.to_owned(), reason })
 }
 
 #[cfg(feature = "cloud")]
 fn open_remote(root: &Path) -> Result<Dataset, Error> {
-    let bad = |error: io::Error| Error::Shard { path: root.to_owned(), reason: error.to_string() };
-    let wrong = |reason: &str| bad(io::Error::other(reason));
-    let text = root.to_str().ok_or_else(|| wrong("an address is plain text"))?;
-    let urls = expand(text).ok_or_else(|| wrong("the braces are not of the form {000..146} or {a,b}"))?;
-    let found: Vec<Arc<Remote>> = remote::find(&urls, is_shard).map_err(bad)?.into_iter().map(Arc::new).collect();
-    let first = found.first().ok_or_else(|| wrong("there are no .tar or .parquet files below it"))?;
+    let unusable = |error: io::Error| Error::Shard { path: root.to_owned(), reason: error.to_string() };
+    let invalid = |reason: &str| unusable(io::Error::other(reason));
+    let text = root.to_str().ok_or_else(|| invalid("the address is not valid UTF-8"))?;
+    let urls = expand(text).ok_or_else(|| invalid(INVALID_PATTERN))?;
+    let remotes: Vec<Arc<Remote>> =
+        remote::find(&urls, is_shard).map_err(unusable)?.into_iter().map(Arc::new).collect();
+    let first = remotes.first().ok_or_else(|| invalid("it contains no .tar or .parquet files"))?;
     let manifest = remote::manifest(first);
-    let of = |shard: &Arc<Remote>| -> io::Result<Indexed> {
+    let index = |shard: &Arc<Remote>| -> io::Result<Index> {
         let file = Path::new(shard.url()).file_name().unwrap_or_default().to_string_lossy().into_owned();
         let listed =
             manifest.as_ref().and_then(|m| m.shards.iter().find(|s| s.file == file && s.bytes == shard.bytes()));
@@ -431,46 +438,48 @@ fn open_remote(root: &Path) -> Result<Dataset, Error> {
         };
         let unit = Unit { path: shard.url().into(), group: None, images: listed.images, remote: Some(shard.clone()) };
         let labels = (listed.labels.len() == listed.images).then(|| listed.labels.clone());
-        Ok(Indexed { units: vec![unit], labels })
+        Ok(Index { units: vec![unit], labels })
     };
     let names = manifest.as_ref().map(|m| m.classes.clone()).unwrap_or_default();
-    let all = found.iter().map(|shard| (PathBuf::from(shard.url()), of(shard)));
-    dataset(root, all, &names)
+    let indexed = remotes.iter().map(|shard| (PathBuf::from(shard.url()), index(shard)));
+    dataset(root, indexed, &names)
 }
 
-/// The shards in a folder, or in folders of it that are named after splits, or in `data` below it, where the hub of Hugging Face has them.
-fn of_folder(root: &Path) -> Result<Vec<PathBuf>, Error> {
+/// Finds the shards in a folder, in its subfolders that are named after splits, or in `data` below
+/// it, as on the Hugging Face Hub.
+fn find_in_folder(root: &Path) -> Result<Vec<PathBuf>, Error> {
     let entries = list(root)?;
-    let folders = entries.iter().filter(|p| p.is_dir() && Split::of_name(&name(p)).is_some());
-    let inner: Vec<PathBuf> = folders.map(|folder| list(folder)).collect::<Result<Vec<_>, _>>()?.concat();
-    let shards: Vec<PathBuf> = entries.iter().chain(&inner).filter(|p| is_shard(p) && p.is_file()).cloned().collect();
+    let folders = entries.iter().filter(|p| p.is_dir() && Split::from_name(&name(p)).is_some());
+    let in_splits: Vec<PathBuf> = folders.map(|folder| list(folder)).collect::<Result<Vec<_>, _>>()?.concat();
+    let shards: Vec<PathBuf> =
+        entries.iter().chain(&in_splits).filter(|p| is_shard(p) && p.is_file()).cloned().collect();
     if let Some(first) = shards.first() {
-        // What of the two is meant, nobody can tell.
+        // Shards beside images or other folders are ambiguous.
         let image = entries.iter().find(|p| {
             let extension = p.extension().map(|e| e.to_string_lossy().into_owned()).unwrap_or_default();
-            p.is_file() && is_image_name(&extension)
+            p.is_file() && is_image_extension(&extension)
         });
-        let folder = || entries.iter().find(|p| p.is_dir() && Split::of_name(&name(p)).is_none() && !hidden(p));
+        let folder = || entries.iter().find(|p| p.is_dir() && Split::from_name(&name(p)).is_none() && !is_hidden(p));
         return match image.or_else(folder) {
             None => Ok(shards),
             Some(other) => Err(Error::Shard {
                 path: first.clone(),
                 reason: format!(
-                    "{} lies beside it; give a folder with shards alone, or with images alone",
+                    "its folder also contains {}\nhint: pass a folder with shards only, or with images only",
                     other.display()
                 ),
             }),
         };
     }
-    let below = root.join("data");
-    if below.is_dir() {
-        Ok(list(&below)?.into_iter().filter(|p| is_shard(p) && p.is_file()).collect())
+    let data = root.join("data");
+    if data.is_dir() {
+        Ok(list(&data)?.into_iter().filter(|p| is_shard(p) && p.is_file()).collect())
     } else {
         Ok(shards)
     }
 }
 
-fn hidden(path: &Path) -> bool {
+fn is_hidden(path: &Path) -> bool {
     name(path).starts_with('.')
 }
 
@@ -478,7 +487,7 @@ fn name(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().to_ascii_lowercase()
 }
 
-/// What a shard is for, by its name or its folder's.
+/// Split of a shard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Split {
     Train,
@@ -487,8 +496,8 @@ enum Split {
 }
 
 impl Split {
-    /// The first word of a name that says so: `imagenet1k-validation-00.tar`.
-    fn of_name(name: &str) -> Option<Split> {
+    /// Detects the split from the words of a name such as `imagenet1k-validation-00.tar`.
+    fn from_name(name: &str) -> Option<Split> {
         name.split(|c: char| !c.is_ascii_alphabetic()).find_map(|word| match word {
             "train" | "training" => Some(Split::Train),
             "val" | "valid" | "validation" => Some(Split::Val),
@@ -497,36 +506,38 @@ impl Split {
         })
     }
 
-    fn of(path: &Path) -> Split {
-        let folder = path.parent().map(name).and_then(|name| Split::of_name(&name));
-        Split::of_name(&name(path)).or(folder).unwrap_or(Split::Train)
+    /// Detects the split from the name of a file, else of its folder; `Train` otherwise.
+    fn from_path(path: &Path) -> Split {
+        let folder = path.parent().map(name).and_then(|name| Split::from_name(&name));
+        Split::from_name(&name(path)).or(folder).unwrap_or(Split::Train)
     }
 }
 
-/// Of shards, each with what it holds, and the names of the classes, where they are known.
+/// Creates the data set of indexed shards. Classes without a name in `names` are named by their
+/// numbers.
 fn dataset(
     root: &Path,
-    shards: impl Iterator<Item = (PathBuf, io::Result<Indexed>)>,
+    shards: impl Iterator<Item = (PathBuf, io::Result<Index>)>,
     names: &[String],
 ) -> Result<Dataset, Error> {
     let mut splits: [(Vec<Unit>, Option<Vec<usize>>); 3] = [(); 3].map(|()| (Vec::new(), Some(Vec::new())));
-    for (path, found) in shards {
-        let bad = |error: io::Error| Error::Shard { path: path.clone(), reason: error.to_string() };
-        let found = found.map_err(bad)?;
-        if found.units.iter().all(|unit| unit.images == 0) {
-            return Err(bad(io::Error::other("there are no images in it")));
+    for (path, index) in shards {
+        let unusable = |error: io::Error| Error::Shard { path: path.clone(), reason: error.to_string() };
+        let index = index.map_err(unusable)?;
+        if index.units.iter().all(|unit| unit.images == 0) {
+            return Err(unusable(io::Error::other("it contains no images")));
         }
-        let (units, labels) = &mut splits[Split::of(&path) as usize];
-        units.extend(found.units);
-        match (&mut *labels, found.labels) {
+        let (units, labels) = &mut splits[Split::from_path(&path) as usize];
+        units.extend(index.units);
+        match (&mut *labels, index.labels) {
             (Some(all), Some(more)) => all.extend(more),
             (all, _) => *all = None,
         }
     }
-    let most = splits.iter().filter_map(|(_, labels)| labels.as_ref()?.iter().max()).max();
-    let classes = most.map_or(0, |most| most + 1);
+    let highest = splits.iter().filter_map(|(_, labels)| labels.as_ref()?.iter().max()).max();
+    let n_classes = highest.map_or(0, |class| class + 1);
     let [train, val, test] = splits.map(|(units, labels)| {
-        let labels = labels.filter(|_| classes > 1);
+        let labels = labels.filter(|_| n_classes > 1);
         (!units.is_empty()).then(|| Images::shards(Shards::new(units), labels))
     });
     let Some(train) = train else { return Err(Error::Empty(root.to_owned())) };
@@ -534,7 +545,7 @@ fn dataset(
         root: root.to_owned(),
         kind: "shards".into(),
         classes: match train.labels() {
-            Some(_) => (0..classes).map(|c| names.get(c).cloned().unwrap_or_else(|| c.to_string())).collect(),
+            Some(_) => (0..n_classes).map(|c| names.get(c).cloned().unwrap_or_else(|| c.to_string())).collect(),
             None => Vec::new(),
         },
         train,
@@ -544,8 +555,8 @@ fn dataset(
     })
 }
 
-/// Names of the classes, where a manifest beside the shards has them.
-fn names(paths: &[PathBuf]) -> Vec<String> {
+/// Class names from the manifest beside the shards, if there is one.
+fn class_names(paths: &[PathBuf]) -> Vec<String> {
     let manifest = paths[0].with_file_name(MANIFEST);
     let text = std::fs::read_to_string(manifest).unwrap_or_default();
     serde_json::from_str::<Manifest>(&text).map(|manifest| manifest.classes).unwrap_or_default()
@@ -556,7 +567,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_pattern_counts_and_lists() {
+    fn expands_ranges_and_lists() {
         let expanded = expand("a/{008..010}.{tar,x}").unwrap();
         assert_eq!(expanded, ["a/008.tar", "a/008.x", "a/009.tar", "a/009.x", "a/010.tar", "a/010.x"]);
         assert_eq!(expand("plain"), Some(vec!["plain".into()]));
@@ -565,13 +576,16 @@ mod tests {
     }
 
     #[test]
-    fn a_split_is_a_word_of_a_name_or_folder() {
-        let of = |path: &str| Split::of(Path::new(path));
-        assert_eq!((of("d/train-00000-of-00002.parquet"), of("d/val_3.tar")), (Split::Train, Split::Val));
+    fn split_is_detected_from_words_of_file_and_folder_names() {
+        let split = |path: &str| Split::from_path(Path::new(path));
+        assert_eq!((split("d/train-00000-of-00002.parquet"), split("d/val_3.tar")), (Split::Train, Split::Val));
         assert_eq!(
-            (of("validation/0.tar"), of("d/test.tar"), of("d/testimony.tar")),
+            (split("validation/0.tar"), split("d/test.tar"), split("d/testimony.tar")),
             (Split::Val, Split::Test, Split::Train)
         );
-        assert_eq!((of("d/imagenet1k-validation-00.tar"), of("d/imagenet_test_1.tar")), (Split::Val, Split::Test));
+        assert_eq!(
+            (split("d/imagenet1k-validation-00.tar"), split("d/imagenet_test_1.tar")),
+            (Split::Val, Split::Test)
+        );
     }
 }

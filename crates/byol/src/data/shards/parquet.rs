@@ -1,5 +1,6 @@
-//! Parquet files with an image column, as Hugging Face writes them: a struct of `bytes` and `path`, or plain bytes. A unit is a row group; when
-//! it is opened its images are laid into a temporary file, so that they are on disk and not in memory.
+//! Parquet files with an image column as written by Hugging Face: a struct of `bytes` and `path`,
+//! or plain bytes. A unit is a row group. Opening it writes its images to a temporary file, so they
+//! are on disk and not in memory.
 
 use std::{fs::File, io, io::Write, path::Path};
 
@@ -16,142 +17,146 @@ use parquet::arrow::{
     arrow_reader::{ArrowReaderOptions, ParquetRecordBatchReaderBuilder},
 };
 
-use super::{Entry, Indexed, MOST_CLASSES, Open, Unit};
-use crate::guarded::guarded;
+use super::{Entry, Index, MAX_CLASSES, OpenUnit, Unit};
+use crate::catch_panic::catch_panic;
 
-/// Names that a column of images may have, where it is plain bytes.
+/// Names of image columns of plain bytes.
 const IMAGES: [&str; 5] = ["image", "img", "jpg", "png", "bytes"];
 
-/// Names that a column of classes may have.
+/// Names of label columns.
 const LABELS: [&str; 4] = ["label", "labels", "fine_label", "cls"];
 
 fn broken(error: impl std::fmt::Display) -> io::Error {
-    io::Error::other(format!("it is no whole Parquet file ({error})"))
+    io::Error::other(format!("not a complete Parquet file ({error})"))
 }
 
-fn is_bytes(of: &DataType) -> bool {
-    matches!(of, DataType::Binary | DataType::LargeBinary)
+fn is_binary(data_type: &DataType) -> bool {
+    matches!(data_type, DataType::Binary | DataType::LargeBinary)
 }
 
-/// A reader of a file, by Parquet's own types: those that its writer had in memory (large lists, dictionaries) do not matter.
+/// Opens a reader that uses Parquet's types and ignores the writer's in-memory types (large lists,
+/// dictionaries).
 fn reader(path: &Path) -> io::Result<ParquetRecordBatchReaderBuilder<File>> {
     let options = ArrowReaderOptions::new().with_skip_arrow_metadata(true);
     ParquetRecordBatchReaderBuilder::try_new_with_options(File::open(path)?, options).map_err(broken)
 }
 
-/// The column of images.
+/// Finds the image column.
 fn image_column(schema: &Schema) -> io::Result<usize> {
-    let fits = |of: &DataType, name: &str| match of {
-        DataType::Struct(fields) => fields.iter().any(|f| f.name() == "bytes" && is_bytes(f.data_type())),
-        of => is_bytes(of) && IMAGES.contains(&name),
+    let is_image = |data_type: &DataType, name: &str| match data_type {
+        DataType::Struct(fields) => fields.iter().any(|f| f.name() == "bytes" && is_binary(f.data_type())),
+        other => is_binary(other) && IMAGES.contains(&name),
     };
-    let found = schema.fields().iter().position(|f| fits(f.data_type(), f.name()));
-    found.ok_or_else(|| {
+    let column = schema.fields().iter().position(|f| is_image(f.data_type(), f.name()));
+    column.ok_or_else(|| {
         let names: Vec<&str> = schema.fields().iter().map(|f| f.name().as_str()).collect();
         io::Error::other(format!(
-            "it has no column of images, which is a struct with `bytes`, or bytes named {}; its columns are {}",
+            "it has no image column (expected a struct with `bytes`, or bytes named {}; its columns are {})",
             IMAGES.join(", "),
             names.join(", ")
         ))
     })
 }
 
-/// What a file holds: a unit a row group.
-pub(super) fn index(path: &Path) -> io::Result<Indexed> {
-    guarded(|| index_of(path)).map_err(broken)?
+/// Indexes a file, with one unit per row group.
+pub(super) fn index(path: &Path) -> io::Result<Index> {
+    catch_panic(|| index_may_panic(path)).map_err(broken)?
 }
 
 /// Opens a row group.
-pub(super) fn open(path: &Path, group: usize) -> io::Result<Open> {
-    guarded(|| open_of(path, group)).map_err(broken)?
+pub(super) fn open(path: &Path, group: usize) -> io::Result<OpenUnit> {
+    catch_panic(|| open_may_panic(path, group)).map_err(broken)?
 }
 
-fn index_of(path: &Path) -> io::Result<Indexed> {
+fn index_may_panic(path: &Path) -> io::Result<Index> {
     let builder = reader(path)?;
     image_column(builder.schema())?;
-    // An image is a byte at least: a file that says it has more is broken, and is not believed.
+    // Every image takes at least a byte, so a larger number of rows is invalid.
     let length = path.metadata()?.len();
     let mut units = Vec::new();
-    for (group, of) in builder.metadata().row_groups().iter().enumerate() {
-        let rows = u64::try_from(of.num_rows()).ok().filter(|rows| *rows <= length);
-        let images = rows.ok_or_else(|| broken(format!("a group of {} rows", of.num_rows())))? as usize;
+    for (group, metadata) in builder.metadata().row_groups().iter().enumerate() {
+        let rows = u64::try_from(metadata.num_rows()).ok().filter(|rows| *rows <= length);
+        let images = rows.ok_or_else(|| broken(format!("a row group of {} rows", metadata.num_rows())))? as usize;
         units.push(Unit { path: path.to_owned(), group: Some(group), images, remote: None });
     }
-    let label = builder.schema().fields().iter().position(|f| LABELS.contains(&f.name().as_str()));
-    let labels = match label {
+    let label_column = builder.schema().fields().iter().position(|f| LABELS.contains(&f.name().as_str()));
+    let labels = match label_column {
         None => None,
         Some(column) => {
             let mask = ProjectionMask::roots(builder.parquet_schema(), [column]);
-            let mut all = Vec::new();
-            let mut whole = true;
+            let mut labels = Vec::new();
+            let mut is_complete = true;
             for batch in builder.with_projection(mask).build().map_err(broken)? {
-                let some = classes(&batch.map_err(broken)?);
-                whole &= some.is_some();
-                all.extend(some.unwrap_or_default());
+                let classes = parse_classes(&batch.map_err(broken)?);
+                is_complete &= classes.is_some();
+                labels.extend(classes.unwrap_or_default());
             }
-            whole.then_some(all)
+            is_complete.then_some(labels)
         }
     };
-    Ok(Indexed { units, labels })
+    Ok(Index { units, labels })
 }
 
-/// The only column as classes; none where it is of another type, or one is missing, below 0 or no number of a class.
-fn classes(batch: &RecordBatch) -> Option<Vec<usize>> {
-    fn whole<T: ArrowPrimitiveType<Native: TryInto<usize>>>(column: &dyn Array) -> Option<Vec<usize>> {
-        column.as_primitive::<T>().iter().map(|class| class?.try_into().ok().filter(|c| *c < MOST_CLASSES)).collect()
+/// Reads the first column as classes; `None` if it is not of an integer type, or a value is missing
+/// or out of range.
+fn parse_classes(batch: &RecordBatch) -> Option<Vec<usize>> {
+    fn parse<T: ArrowPrimitiveType<Native: TryInto<usize>>>(column: &dyn Array) -> Option<Vec<usize>> {
+        column.as_primitive::<T>().iter().map(|class| class?.try_into().ok().filter(|c| *c < MAX_CLASSES)).collect()
     }
     let column = batch.column(0);
     match column.data_type() {
-        DataType::Int64 => whole::<Int64Type>(column),
-        DataType::Int32 => whole::<Int32Type>(column),
-        DataType::Int16 => whole::<Int16Type>(column),
-        DataType::Int8 => whole::<Int8Type>(column),
-        DataType::UInt64 => whole::<UInt64Type>(column),
-        DataType::UInt32 => whole::<UInt32Type>(column),
-        DataType::UInt16 => whole::<UInt16Type>(column),
-        DataType::UInt8 => whole::<UInt8Type>(column),
+        DataType::Int64 => parse::<Int64Type>(column),
+        DataType::Int32 => parse::<Int32Type>(column),
+        DataType::Int16 => parse::<Int16Type>(column),
+        DataType::Int8 => parse::<Int8Type>(column),
+        DataType::UInt64 => parse::<UInt64Type>(column),
+        DataType::UInt32 => parse::<UInt32Type>(column),
+        DataType::UInt16 => parse::<UInt16Type>(column),
+        DataType::UInt8 => parse::<UInt8Type>(column),
         _ => None,
     }
 }
 
-fn open_of(path: &Path, group: usize) -> io::Result<Open> {
+fn open_may_panic(path: &Path, group: usize) -> io::Result<OpenUnit> {
     let builder = reader(path)?;
     let column = image_column(builder.schema())?;
     let mask = ProjectionMask::roots(builder.parquet_schema(), [column]);
     let rows =
         builder.with_projection(mask).with_row_groups(vec![group]).with_batch_size(64).build().map_err(broken)?;
     let mut file = tempfile::tempfile()?;
-    let (mut entries, mut at) = (Vec::new(), 0);
+    let (mut entries, mut offset) = (Vec::new(), 0);
     for batch in rows {
         let batch = batch.map_err(broken)?;
         let column = batch.column(0);
         let (images, names) = match column.as_any().downcast_ref::<StructArray>() {
-            Some(of) => (of.column_by_name("bytes").ok_or_else(|| broken("no bytes"))?, of.column_by_name("path")),
+            Some(image) => {
+                (image.column_by_name("bytes").ok_or_else(|| broken("no bytes"))?, image.column_by_name("path"))
+            }
             None => (column, None),
         };
         let names = names.and_then(|names| names.as_any().downcast_ref::<StringArray>());
         for i in 0..batch.num_rows() {
-            let bytes = bytes_of(images.as_ref(), i);
+            let bytes = row_bytes(images.as_ref(), i);
             let name = names.filter(|names| names.is_valid(i)).map(|names| names.value(i).to_owned());
             file.write_all(bytes)?;
             let len = u32::try_from(bytes.len()).map_err(broken)?;
             let name = name.unwrap_or_else(|| format!("group {group}, row {}", entries.len()));
-            entries.push(Entry { name: name.into(), at, len });
-            at += u64::from(len);
+            entries.push(Entry { name: name.into(), offset, len });
+            offset += u64::from(len);
         }
     }
-    Ok(Open { file, entries })
+    Ok(OpenUnit { file, entries })
 }
 
-/// A row's bytes; none where it is empty.
-fn bytes_of(of: &dyn Array, i: usize) -> &[u8] {
-    if of.is_null(i) {
+/// Bytes of row `i`; empty if it is null.
+fn row_bytes(column: &dyn Array, i: usize) -> &[u8] {
+    if column.is_null(i) {
         return &[];
     }
-    let of = of.as_any();
-    match (of.downcast_ref::<BinaryArray>(), of.downcast_ref::<LargeBinaryArray>()) {
-        (Some(of), _) => of.value(i),
-        (_, Some(of)) => of.value(i),
+    let column = column.as_any();
+    match (column.downcast_ref::<BinaryArray>(), column.downcast_ref::<LargeBinaryArray>()) {
+        (Some(binary), _) => binary.value(i),
+        (_, Some(binary)) => binary.value(i),
         _ => &[],
     }
 }
@@ -167,18 +172,16 @@ mod tests {
     use super::*;
     use crate::data::{Dataset, Error};
 
-    fn png(shade: u8) -> Vec<u8> {
+    fn png(gray: u8) -> Vec<u8> {
         let mut bytes = io::Cursor::new(Vec::new());
-        image::RgbImage::from_pixel(2, 3, image::Rgb([shade; 3]))
-            .write_to(&mut bytes, image::ImageFormat::Png)
-            .unwrap();
+        image::RgbImage::from_pixel(2, 3, image::Rgb([gray; 3])).write_to(&mut bytes, image::ImageFormat::Png).unwrap();
         bytes.into_inner()
     }
 
-    /// `n` images, each of its own grey, in the nested form or as plain bytes; a row group has four.
-    fn file(path: &Path, n: usize, nested: bool, column: &str) {
-        let all: Vec<Vec<u8>> = (0..n).map(|i| png(i as u8)).collect();
-        let bytes: ArrayRef = Arc::new(BinaryArray::from_iter_values(&all));
+    /// Writes `n` images of different gray values, nested or as plain bytes, in row groups of four.
+    fn write_file(path: &Path, n: usize, nested: bool, column: &str) {
+        let encoded: Vec<Vec<u8>> = (0..n).map(|i| png(i as u8)).collect();
+        let bytes: ArrayRef = Arc::new(BinaryArray::from_iter_values(&encoded));
         let names: ArrayRef = Arc::new(StringArray::from_iter_values((0..n).map(|i| format!("{i}.png"))));
         let labels: ArrayRef = Arc::new(Int64Array::from_iter_values((0..n).map(|i| i as i64 % 3)));
         let fields: Fields = vec![
@@ -198,11 +201,11 @@ mod tests {
     }
 
     #[test]
-    fn images_labels_and_names_come_back_in_both_forms() {
+    fn reads_images_labels_and_names_in_both_forms() {
         let folder = tempfile::tempdir().unwrap();
-        file(&folder.path().join("train-00000-of-00002.parquet"), 10, true, "image");
-        file(&folder.path().join("train-00001-of-00002.parquet"), 3, false, "img");
-        file(&folder.path().join("test-00000-of-00001.parquet"), 5, true, "image");
+        write_file(&folder.path().join("train-00000-of-00002.parquet"), 10, true, "image");
+        write_file(&folder.path().join("train-00001-of-00002.parquet"), 3, false, "img");
+        write_file(&folder.path().join("test-00000-of-00001.parquet"), 5, true, "image");
         let data = Dataset::open(folder.path()).unwrap();
         assert_eq!((data.train.len(), data.test.as_ref().unwrap().len()), (13, 5));
         assert_eq!(data.train.labels().unwrap(), [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 0, 1, 2]);
@@ -216,28 +219,28 @@ mod tests {
     }
 
     #[test]
-    fn a_file_without_images_names_its_columns_and_a_torn_one_is_refused() {
+    fn rejects_files_without_images_and_truncated_files() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.parquet");
-        file(&path, 4, false, "sound");
-        let Err(Error::Shard { reason, .. }) = Dataset::open(&path) else { panic!("it has no images") };
+        write_file(&path, 4, false, "sound");
+        let Err(Error::Shard { reason, .. }) = Dataset::open(&path) else { panic!("expected a shard error") };
         assert!(reason.contains("sound, label"), "{reason}");
-        file(&path, 4, true, "image");
+        write_file(&path, 4, true, "image");
         let bytes = std::fs::read(&path).unwrap();
         std::fs::write(&path, &bytes[..bytes.len() - 9]).unwrap();
         assert!(matches!(Dataset::open(&path), Err(Error::Shard { .. })));
     }
 
-    /// The library panics at some broken pages; found by the fuzz target.
+    /// The Parquet library panics on some damaged pages (found by fuzzing).
     #[test]
-    fn a_damaged_page_is_an_error_wherever_it_is_damaged() {
+    fn damaged_pages_do_not_panic() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.parquet");
-        file(&path, 8, true, "image");
-        let whole = std::fs::read(&path).unwrap();
-        for at in (4..whole.len() - 8).step_by(3) {
+        write_file(&path, 8, true, "image");
+        let intact = std::fs::read(&path).unwrap();
+        for at in (4..intact.len() - 8).step_by(3) {
             for flip in [0x01, 0x80] {
-                let mut bytes = whole.clone();
+                let mut bytes = intact.clone();
                 bytes[at] ^= flip;
                 std::fs::write(&path, bytes).unwrap();
                 if let Ok(data) = Dataset::open(&path) {

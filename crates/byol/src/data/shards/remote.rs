@@ -1,8 +1,10 @@
-//! Shards in an object store (S3, GCS, Azure, HTTP): a shard is fetched as a whole when its first image comes up, into a folder of bounded
-//! size that all processes of a machine share, and the next ones ahead of time. A connection that breaks goes on where it broke.
+//! Shards in an object store (S3, GCS, Azure, HTTP). A shard is fetched as a whole at its first
+//! image, into a cache folder of bounded size that all processes of a machine share, and the next
+//! ones are prefetched. A broken download resumes where it broke.
 //!
-//! Credentials and endpoints are those of the environment, under their usual names (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`,
-//! `GOOGLE_APPLICATION_CREDENTIALS`, `AZURE_STORAGE_ACCOUNT_KEY`, …).
+//! Credentials and endpoints come from the environment, under their usual names
+//! (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `GOOGLE_APPLICATION_CREDENTIALS`,
+//! `AZURE_STORAGE_ACCOUNT_KEY`, …).
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -19,31 +21,31 @@ use sha2::{Digest, Sha256};
 use tokio::runtime::Runtime;
 use url::Url;
 
-use super::{Indexed, Unit};
+use super::{Index, Unit};
 use crate::{
+    atomic_write::hex,
     data::pack::{MANIFEST, Manifest},
-    files::hex,
 };
 
-/// One shard.
+/// Remote shard.
 #[derive(Debug)]
 pub(super) struct Remote {
     url: String,
     store: Arc<dyn ObjectStore>,
     key: Key,
     bytes: u64,
-    /// Tells this content from a later one under the same name.
+    /// ETag, which changes with the content.
     tag: Option<String>,
 }
 
-/// Gigabytes of the cache, unless `BYOL_CACHE_GB` says otherwise.
+/// Default size of the cache in GB (`BYOL_CACHE_GB`).
 const CACHE_GB: f64 = 32.0;
 
-/// Tries without a byte in between before a shard is given up: 100 seconds of waiting in all.
-const TRIES: u32 = 10;
+/// Consecutive retries without progress before a download fails: 100 seconds of waiting in total.
+const MAX_RETRIES: u32 = 10;
 
-/// Requests of one listing that go on at the same time.
-const TOGETHER: usize = 16;
+/// Maximum number of concurrent metadata requests.
+const MAX_REQUESTS: usize = 16;
 
 fn runtime() -> &'static Runtime {
     static RUNTIME: OnceLock<Runtime> = OnceLock::new();
@@ -53,28 +55,28 @@ fn runtime() -> &'static Runtime {
     })
 }
 
-/// What went wrong, on one line, with what to do.
-fn said(url: &str, error: &Error) -> io::Error {
+/// Error of the store as one sentence with a hint.
+fn store_error(url: &str, error: &Error) -> io::Error {
     let text = error.to_string();
-    // A listing says it in words alone.
-    let refuses = matches!(error, Error::PermissionDenied { .. } | Error::Unauthenticated { .. })
+    // Listings report the status in the message only.
+    let is_denied = matches!(error, Error::PermissionDenied { .. } | Error::Unauthenticated { .. })
         || ["401 Unauthorized", "403 Forbidden"].iter().any(|code| text.contains(code));
     io::Error::other(match error {
-        _ if refuses => {
-            let remedy = "set the credentials of its store in the environment (AWS_ACCESS_KEY_ID, …)";
-            format!("{url} is refused to you; {remedy}")
+        _ if is_denied => {
+            let hint = "set the credentials of the store in the environment (AWS_ACCESS_KEY_ID, …)";
+            format!("access to {url} was denied\nhint: {hint}")
         }
-        Error::NotFound { .. } => format!("there is no {url}"),
-        Error::Precondition { .. } => format!("{url} has changed since the run began; start again"),
+        Error::NotFound { .. } => format!("{url} does not exist"),
+        Error::Precondition { .. } => format!("{url} has changed since the run began\nhint: start a new run"),
         _ => {
             let first: String = text.lines().next().unwrap_or_default().chars().take(300).collect();
-            format!("{url} cannot be read ({first}); check the address and the network")
+            format!("cannot read {url} ({first})\nhint: check the address and the network")
         }
     })
 }
 
-/// Whether a later try may do better.
-fn may_pass(error: &Error) -> bool {
+/// True if a retry may succeed.
+fn is_transient(error: &Error) -> bool {
     !matches!(
         error,
         Error::NotFound { .. }
@@ -87,18 +89,18 @@ fn may_pass(error: &Error) -> bool {
     )
 }
 
-/// The store of an address, and the key in it.
+/// Parses an address into its store and the key in it.
 fn store(url: &str) -> io::Result<(Arc<dyn ObjectStore>, Key)> {
-    let parsed = Url::parse(url).map_err(|e| io::Error::other(format!("{url} is no address: {e}")))?;
+    let parsed = Url::parse(url).map_err(|e| io::Error::other(format!("invalid address {url}: {e}")))?;
     let environment = std::env::vars().map(|(name, value)| (name.to_ascii_lowercase(), value));
-    let (store, key) = object_store::parse_url_opts(&parsed, environment).map_err(|e| said(url, &e))?;
+    let (store, key) = object_store::parse_url_opts(&parsed, environment).map_err(|e| store_error(url, &e))?;
     Ok((store.into(), key))
 }
 
-/// The shards of these addresses, or below one.
+/// Finds the shards at these addresses, or below a single one.
 ///
 /// # Errors
-/// What the store says, on one line.
+/// The error of the store.
 pub(super) fn find(urls: &[String], is_shard: impl Fn(&Path) -> bool) -> io::Result<Vec<Remote>> {
     let Some(first) = urls.first() else { return Ok(Vec::new()) };
     let (store, key) = store(first)?;
@@ -111,10 +113,11 @@ pub(super) fn find(urls: &[String], is_shard: impl Fn(&Path) -> bool) -> io::Res
         tag: meta.e_tag,
     };
     if urls.len() == 1 && !is_shard(Path::new(key.as_ref())) {
-        let all = runtime().block_on(store.list(Some(&key)).collect::<Vec<_>>());
-        let all: Vec<ObjectMeta> = all.into_iter().collect::<Result<_, _>>().map_err(|e| said(first, &e))?;
+        let objects = runtime().block_on(store.list(Some(&key)).collect::<Vec<_>>());
+        let objects: Vec<ObjectMeta> =
+            objects.into_iter().collect::<Result<_, _>>().map_err(|e| store_error(first, &e))?;
         let mut shards: Vec<Remote> =
-            all.into_iter().filter(|meta| is_shard(Path::new(meta.location.as_ref()))).map(remote).collect();
+            objects.into_iter().filter(|meta| is_shard(Path::new(meta.location.as_ref()))).map(remote).collect();
         shards.sort_by(|a, b| a.key.cmp(&b.key));
         return Ok(shards);
     }
@@ -123,195 +126,202 @@ pub(super) fn find(urls: &[String], is_shard: impl Fn(&Path) -> bool) -> io::Res
         .map(|url| {
             let (_, key) = self::store(url)?;
             if url.strip_suffix(key.as_ref()).is_some_and(|own| own != base) {
-                return Err(io::Error::other(format!("{url} is in another store than {first}; give one store a run")));
+                return Err(io::Error::other(format!(
+                    "{url} and {first} are in different stores (expected one store per run)"
+                )));
             }
             Ok(key)
         })
         .collect::<io::Result<_>>()?;
-    let heads = futures_util::stream::iter(&keys).map(|key| store.head(key)).buffered(TOGETHER).collect::<Vec<_>>();
+    let heads = futures_util::stream::iter(&keys).map(|key| store.head(key)).buffered(MAX_REQUESTS).collect::<Vec<_>>();
     let heads = runtime().block_on(heads);
-    heads.into_iter().zip(urls).map(|(head, url)| head.map(&remote).map_err(|e| said(url, &e))).collect()
+    heads.into_iter().zip(urls).map(|(head, url)| head.map(&remote).map_err(|e| store_error(url, &e))).collect()
 }
 
-/// The manifest that `byol pack` has written beside a shard, if it has.
-pub(super) fn manifest(beside: &Remote) -> Option<Manifest> {
-    let folder = beside.key.as_ref().rsplit_once('/').map_or("", |(folder, _)| folder);
+/// Loads the manifest of `byol pack` beside a shard, if there is one.
+pub(super) fn manifest(shard: &Remote) -> Option<Manifest> {
+    let folder = shard.key.as_ref().rsplit_once('/').map_or("", |(folder, _)| folder);
     let key = Key::from(format!("{folder}/{MANIFEST}"));
-    let bytes = runtime().block_on(async { beside.store.get(&key).await?.bytes().await }).ok()?;
+    let bytes = runtime().block_on(async { shard.store.get(&key).await?.bytes().await }).ok()?;
     serde_json::from_slice(&bytes).ok()
 }
 
 impl Remote {
-    /// Its address.
+    /// Address.
     pub fn url(&self) -> &str {
         &self.url
     }
 
-    /// Its length.
+    /// Size in bytes.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// The file that it is, or would be, in the cache.
-    fn place(&self) -> io::Result<PathBuf> {
+    /// Path in the cache, whether it exists or not.
+    fn cache_path(&self) -> io::Result<PathBuf> {
         let mut hash = Sha256::new();
         for part in [&self.url, self.tag.as_deref().unwrap_or_default(), &self.bytes.to_string()] {
             hash.update(part);
             hash.update([0]);
         }
         let name = hex(&hash.finalize()[..12]);
-        let ending = Path::new(&self.url).extension().unwrap_or_default();
-        Ok(cache()?.join(name).with_extension(ending))
+        let extension = Path::new(&self.url).extension().unwrap_or_default();
+        Ok(cache()?.join(name).with_extension(extension))
     }
 
-    /// Whether it is in the cache, whole.
-    pub fn is_here(&self) -> bool {
-        let place = self.place().and_then(|path| path.metadata());
-        place.is_ok_and(|m| m.len() == self.bytes)
+    /// True if the complete shard is in the cache.
+    pub(crate) fn is_cached(&self) -> bool {
+        let metadata = self.cache_path().and_then(|path| path.metadata());
+        metadata.is_ok_and(|m| m.len() == self.bytes)
     }
 
-    /// Its file in the cache, fetched where it is not there.
+    /// Returns the file in the cache, fetched first if necessary.
     ///
     /// # Errors
-    /// What the store or the disk says, on one line.
+    /// The error of the store or the disk.
     pub fn file(&self) -> io::Result<PathBuf> {
         self.fetched(true)
     }
 
-    /// Fetches it, if there is room beside what is being fetched and one more.
-    pub fn fetch_ahead(&self) {
-        // What goes wrong here goes wrong again, and is said, when it is wanted.
+    /// Fetches the shard if the cache has space for it, for the downloads in progress and for one
+    /// more.
+    pub(crate) fn fetch_ahead(&self) {
+        // An error here comes up again, and is reported, when the shard is needed.
         let _ = self.fetched(false);
     }
 
-    fn fetched(&self, wanted: bool) -> io::Result<PathBuf> {
-        let place = self.place()?;
-        let here = || place.metadata().is_ok_and(|m| m.len() == self.bytes);
-        if !here() {
+    /// Fetches the shard unless it is cached. `required` is false for prefetching.
+    fn fetched(&self, required: bool) -> io::Result<PathBuf> {
+        let path = self.cache_path()?;
+        let is_cached = || path.metadata().is_ok_and(|m| m.len() == self.bytes);
+        if !is_cached() {
             fs::create_dir_all(cache()?)?;
-            // Of several processes one fetches; the others wait for it.
-            let lock = File::create(place.with_extension("lock"))?;
+            // One process fetches; the others wait for it.
+            let lock = File::create(path.with_extension("lock"))?;
             lock.lock()?;
-            if !here() {
-                let unfinished = place.with_extension(format!("{}.{PARTIAL}", self.bytes));
-                if !make_room(&unfinished, self.bytes, wanted)? {
-                    return Err(io::Error::other("there is no room to fetch ahead"));
+            if !is_cached() {
+                let partial = path.with_extension(format!("{}.{PARTIAL}", self.bytes));
+                if !make_room(&partial, self.bytes, required)? {
+                    return Err(io::Error::other("the cache has no space for prefetching"));
                 }
-                self.fetch(&unfinished)?;
-                fs::rename(&unfinished, &place)?;
+                self.fetch(&partial)?;
+                fs::rename(&partial, &path)?;
             }
-            let _ = fs::remove_file(place.with_extension("lock")); // who waits for it holds it open
+            let _ = fs::remove_file(path.with_extension("lock")); // waiting processes have it open
         }
-        let now = File::options().append(true).open(&place).and_then(|file| file.set_modified(SystemTime::now()));
-        let _ = now; // an older date means an earlier end in the cache, no more
-        Ok(place)
+        let touched = File::options().append(true).open(&path).and_then(|file| file.set_modified(SystemTime::now()));
+        let _ = touched; // a failure only means earlier eviction
+        Ok(path)
     }
 
-    /// Writes it to `to`, after what is already there.
+    /// Downloads the shard to `to`, resuming after the bytes that are already there.
     fn fetch(&self, to: &Path) -> io::Result<()> {
         let mut file = OpenOptions::new().append(true).create(true).open(to)?;
-        let mut have = file.metadata()?.len();
-        if have > self.bytes {
+        let mut received = file.metadata()?.len();
+        if received > self.bytes {
             file.set_len(0)?;
-            have = 0;
+            received = 0;
         }
-        let mut tries = 0;
-        while have < self.bytes {
-            let before = have;
+        let mut retries = 0;
+        while received < self.bytes {
+            let before = received;
             let outcome = runtime().block_on(async {
-                let range = Some(GetRange::Offset(have));
+                let range = Some(GetRange::Offset(received));
                 let options = GetOptions { range, if_match: self.tag.clone(), ..GetOptions::default() };
                 let mut parts = self.store.get_opts(&self.key, options).await?.into_stream();
                 while let Some(part) = parts.next().await {
                     let part = part?;
                     file.write_all(&part).map_err(|e| Error::Generic { store: "cache", source: e.into() })?;
-                    have += part.len() as u64;
+                    received += part.len() as u64;
                 }
                 Ok(())
             });
             match outcome {
-                // A connection that ends early without an error is one that broke.
-                Ok(()) if have >= self.bytes => break,
+                // A response that ends early without an error is a broken connection.
+                Ok(()) if received >= self.bytes => break,
                 Err(Error::Generic { store: "cache", source }) => {
                     return Err(io::Error::other(format!(
-                        "cannot write {}: {source}; free some space, or set BYOL_CACHE to another folder",
+                        "cannot write {}: {source}\nhint: free some space, or set BYOL_CACHE to another folder",
                         to.display()
                     )));
                 }
-                Err(error) if !may_pass(&error) => return Err(said(&self.url, &error)),
-                _ if have > before => tries = 0,
-                Err(error) if tries == TRIES => return Err(said(&self.url, &error)),
-                Ok(()) if tries == TRIES => {
-                    return Err(io::Error::other(format!("{} ends after {have} bytes", self.url)));
+                Err(error) if !is_transient(&error) => return Err(store_error(&self.url, &error)),
+                _ if received > before => retries = 0,
+                Err(error) if retries == MAX_RETRIES => return Err(store_error(&self.url, &error)),
+                Ok(()) if retries == MAX_RETRIES => {
+                    return Err(io::Error::other(format!(
+                        "{} ends after {received} of {} bytes",
+                        self.url, self.bytes
+                    )));
                 }
                 _ => {
-                    thread::sleep(Duration::from_millis(100) * 2u32.pow(tries));
-                    tries += 1;
+                    thread::sleep(Duration::from_millis(100) * 2u32.pow(retries));
+                    retries += 1;
                 }
             }
         }
         file.sync_data()
     }
 
-    /// What it holds, by looking into it.
+    /// Indexes the shard, fetched first if necessary.
     ///
     /// # Errors
-    /// As [`Remote::file`]; what is wrong with the shard.
-    pub fn index(self: &Arc<Self>, read: impl Fn(&Path) -> io::Result<Indexed>) -> io::Result<Indexed> {
-        let found = read(&self.file()?)?;
-        let units = found.units.into_iter().map(|unit| Unit {
+    /// Those of [`Remote::file`], and those of an invalid shard.
+    pub fn index(self: &Arc<Self>, read: impl Fn(&Path) -> io::Result<Index>) -> io::Result<Index> {
+        let index = read(&self.file()?)?;
+        let units = index.units.into_iter().map(|unit| Unit {
             remote: Some(self.clone()),
             path: self.url.clone().into(),
             ..unit
         });
-        Ok(Indexed { units: units.collect(), labels: found.labels })
+        Ok(Index { units: units.collect(), labels: index.labels })
     }
 }
 
-/// The folder of fetched shards: `BYOL_CACHE`, else below the user's cache.
+/// Folder of fetched shards: `BYOL_CACHE`, else below the user's cache folder.
 fn cache() -> io::Result<PathBuf> {
-    let named = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let variable = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     let user =
-        || named("XDG_CACHE_HOME").or_else(|| Some(named("HOME")?.join(".cache"))).map(|p| p.join("byol/shards"));
-    named("BYOL_CACHE")
+        || variable("XDG_CACHE_HOME").or_else(|| Some(variable("HOME")?.join(".cache"))).map(|p| p.join("byol/shards"));
+    variable("BYOL_CACHE")
         .or_else(user)
-        .ok_or_else(|| io::Error::other("there is no folder for fetched shards; name one by BYOL_CACHE"))
+        .ok_or_else(|| io::Error::other("no cache folder for fetched shards\nhint: set BYOL_CACHE to a folder"))
 }
 
-/// The ending of a shard that is being fetched, behind its length to be.
+/// Extension of a shard that is being fetched, after its final size.
 const PARTIAL: &str = "partial";
 
-/// Removes what was used longest ago until a shard of so many bytes fits beside what is being fetched, and makes its place. False if it does
-/// not fit and is not `wanted` now: then there has to be room for one more.
-fn make_room(unfinished: &Path, bytes: u64, wanted: bool) -> io::Result<bool> {
-    let most =
-        match std::env::var("BYOL_CACHE_GB") {
-            Err(_) => CACHE_GB,
-            Ok(text) => text.parse().ok().filter(|gb: &f64| *gb > 0.0 && gb.is_finite()).ok_or_else(|| {
-                io::Error::other(format!("BYOL_CACHE_GB is a number of gigabytes above 0, not {text:?}"))
-            })?,
-        };
-    let most = (most * 1e9) as u64;
-    // One at a time, of all processes.
-    let room = File::create(cache()?.join("room.lock"))?;
-    room.lock()?;
-    let mut total = bytes + if wanted { 0 } else { bytes };
+/// Evicts the least recently used shards until one of `bytes` fits beside the downloads in
+/// progress, and creates `partial` for it. A prefetch (not `required`) needs space for one more
+/// shard; returns false if that does not fit.
+fn make_room(partial: &Path, bytes: u64, required: bool) -> io::Result<bool> {
+    let limit = match std::env::var("BYOL_CACHE_GB") {
+        Err(_) => CACHE_GB,
+        Ok(text) => text.parse().ok().filter(|gb: &f64| *gb > 0.0 && gb.is_finite()).ok_or_else(|| {
+            io::Error::other(format!("invalid BYOL_CACHE_GB {text:?} (expected a number of gigabytes above 0)"))
+        })?,
+    };
+    let limit = (limit * 1e9) as u64;
+    // One process at a time.
+    let lock = File::create(cache()?.join("room.lock"))?;
+    lock.lock()?;
+    let mut total = bytes + if required { 0 } else { bytes };
     let mut removable: Vec<(SystemTime, u64, PathBuf)> = Vec::new();
     for entry in fs::read_dir(cache()?)?.flatten() {
         let path = entry.path();
-        let ending = path.extension().unwrap_or_default();
-        // What was there when the folder was listed may have got its name since.
+        let extension = path.extension().unwrap_or_default();
+        // A listed file may have been renamed since.
         let Ok(meta) = entry.metadata() else { continue };
-        if ending == "lock" || path == unfinished {
+        if extension == "lock" || path == partial {
             continue;
         }
-        if ending == PARTIAL {
-            // Its length to be counts, unless nobody fetches it any more.
-            let whole = path.with_extension("");
-            let to_be = whole.extension().and_then(|n| n.to_str()?.parse().ok()).unwrap_or(0);
-            let lock = File::open(whole.with_extension("lock"));
+        if extension == PARTIAL {
+            // A download in progress counts with its final size.
+            let complete = path.with_extension("");
+            let final_size = complete.extension().and_then(|n| n.to_str()?.parse().ok()).unwrap_or(0);
+            let lock = File::open(complete.with_extension("lock"));
             if lock.is_ok_and(|lock| matches!(lock.try_lock(), Err(fs::TryLockError::WouldBlock))) {
-                total += to_be;
+                total += final_size;
                 continue;
             }
         }
@@ -320,18 +330,19 @@ fn make_room(unfinished: &Path, bytes: u64, wanted: bool) -> io::Result<bool> {
     }
     removable.sort();
     for (_, size, path) in removable {
-        if total <= most {
+        if total <= limit {
             break;
         }
-        // A process that has it open reads on; another may have been faster.
+        // Processes that have it open can still read it. Another process may have removed it
+        // already.
         match fs::remove_file(&path) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
             _ => total = total.saturating_sub(size),
         }
     }
-    if total > most && !wanted {
+    if total > limit && !required {
         return Ok(false);
     }
-    OpenOptions::new().append(true).create(true).open(unfinished)?;
+    OpenOptions::new().append(true).create(true).open(partial)?;
     Ok(true)
 }

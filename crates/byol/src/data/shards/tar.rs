@@ -1,4 +1,5 @@
-//! Tar files in WebDataset's layout: the files of a sample follow each other and share a name up to the first dot.
+//! Tar files in WebDataset's layout: the members of a sample are consecutive and share their name
+//! up to the first dot.
 
 use std::{
     fs::File,
@@ -6,34 +7,37 @@ use std::{
     path::Path,
 };
 
-use super::{Entry, Indexed, MOST_CLASSES, Open, Unit};
-use crate::data::folder::is_image_name;
+use super::{Entry, Index, MAX_CLASSES, OpenUnit, Unit};
+use crate::data::folder::is_image_extension;
 
-/// A file in a tar file.
+/// Member of a tar file.
 struct Member {
-    /// Up to the first dot of the last part.
+    /// Path up to the first dot of the file name.
     key: String,
     extension: String,
-    at: u64,
+    offset: u64,
     len: u64,
 }
 
-/// The end of a tar file: two empty blocks.
+/// Size of the end-of-archive marker: two empty blocks.
 const END: u64 = 1024;
 
-/// The files in a tar file, in order; refuses one that is cut off.
+/// Lists the members of a tar file, in order.
+///
+/// # Errors
+/// A damaged or truncated file.
 fn members(file: &File) -> io::Result<Vec<Member>> {
     let length = file.metadata()?.len();
-    let mut all = Vec::new();
+    let mut members = Vec::new();
     let mut end = 0;
     for entry in ::tar::Archive::new(file).entries_with_seek().map_err(broken)? {
         let entry = entry.map_err(broken)?;
-        let (at, len) = (entry.raw_file_position(), entry.size());
-        // Whatever a header says: no sum of the two is too large for its type.
-        if at > length || len > length - at {
-            return Err(cut_off());
+        let (offset, len) = (entry.raw_file_position(), entry.size());
+        // Written so that no value in a header can overflow.
+        if offset > length || len > length - offset {
+            return Err(truncated());
         }
-        end = at + len.next_multiple_of(512);
+        end = offset + len.next_multiple_of(512);
         if !entry.header().entry_type().is_file() {
             continue;
         }
@@ -43,62 +47,60 @@ fn members(file: &File) -> io::Result<Vec<Member>> {
             Some(dot) => (&path[..name + dot], &path[name + dot + 1..]),
             None => (&path[..], ""),
         };
-        all.push(Member { key: key.to_owned(), extension: extension.to_ascii_lowercase(), at, len });
+        members.push(Member { key: key.to_owned(), extension: extension.to_ascii_lowercase(), offset, len });
     }
     if length < end + END {
-        return Err(cut_off());
+        return Err(truncated());
     }
-    Ok(all)
+    Ok(members)
 }
 
 fn broken(error: io::Error) -> io::Error {
-    io::Error::other(format!("it is no whole tar file ({error})"))
+    io::Error::other(format!("not a complete tar file ({error})"))
 }
 
-fn cut_off() -> io::Error {
-    io::Error::other("it is cut off: it has no end; copy it again")
+fn truncated() -> io::Error {
+    io::Error::other("the file is truncated\nhint: copy it again")
 }
 
+/// Reads the location of each image, and the class of each if all have one.
 fn samples(file: &File) -> io::Result<(Vec<Entry>, Option<Vec<usize>>)> {
-    let (mut entries, mut labels, mut unlabelled) = (Vec::new(), Vec::new(), false);
+    let (mut entries, mut labels, mut is_unlabeled) = (Vec::new(), Vec::new(), false);
     let members = members(file)?;
     for sample in members.chunk_by(|a, b| a.key == b.key) {
-        let last = |m: &&Member| is_image_name(m.extension.rsplit('.').next().unwrap_or_default());
-        let Some(image) = sample.iter().find(last) else { continue };
+        let is_image = |m: &&Member| is_image_extension(m.extension.rsplit('.').next().unwrap_or_default());
+        let Some(image) = sample.iter().find(is_image) else { continue };
         let len = u32::try_from(image.len).map_err(|_| io::Error::other(format!("{} is too large", image.key)))?;
-        entries.push(Entry { name: format!("{}.{}", image.key, image.extension).into(), at: image.at, len });
-        match sample.iter().find(|m| m.extension == "cls").map(|m| number(file, m)) {
+        entries.push(Entry { name: format!("{}.{}", image.key, image.extension).into(), offset: image.offset, len });
+        match sample.iter().find(|m| m.extension == "cls").map(|m| parse_class(file, m)) {
             Some(Ok(Some(label))) => labels.push(label),
             Some(Err(error)) => return Err(error),
-            Some(Ok(None)) | None => unlabelled = true,
+            Some(Ok(None)) | None => is_unlabeled = true,
         }
     }
-    Ok((entries, (!unlabelled).then_some(labels)))
+    Ok((entries, (!is_unlabeled).then_some(labels)))
 }
 
-/// A member's text as a number.
-fn number(mut file: &File, member: &Member) -> io::Result<Option<usize>> {
+/// Parses a member's text as a class number; `None` if it is not one.
+fn parse_class(mut file: &File, member: &Member) -> io::Result<Option<usize>> {
     let mut text = vec![0; member.len.min(32) as usize];
-    file.seek(SeekFrom::Start(member.at))?;
+    file.seek(SeekFrom::Start(member.offset))?;
     file.read_exact(&mut text)?;
-    let number = std::str::from_utf8(&text).ok().and_then(|text| text.trim().parse().ok());
-    Ok(number.filter(|class| *class < MOST_CLASSES))
+    let class = std::str::from_utf8(&text).ok().and_then(|text| text.trim().parse().ok());
+    Ok(class.filter(|class| *class < MAX_CLASSES))
 }
 
-/// What a tar file holds: one unit.
-pub(super) fn index(path: &Path) -> io::Result<Indexed> {
+/// Indexes a tar file, which is one unit.
+pub(super) fn index(path: &Path) -> io::Result<Index> {
     let (entries, labels) = samples(&File::open(path)?)?;
-    Ok(Indexed {
-        units: vec![Unit { path: path.to_owned(), group: None, images: entries.len(), remote: None }],
-        labels,
-    })
+    Ok(Index { units: vec![Unit { path: path.to_owned(), group: None, images: entries.len(), remote: None }], labels })
 }
 
-/// Opens it.
-pub(super) fn open(path: &Path) -> io::Result<Open> {
+/// Opens a tar file.
+pub(super) fn open(path: &Path) -> io::Result<OpenUnit> {
     let file = File::open(path)?;
     let (entries, _) = samples(&file)?;
-    Ok(Open { file, entries })
+    Ok(OpenUnit { file, entries })
 }
 
 #[cfg(test)]
@@ -106,7 +108,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_size_beyond_the_file_is_refused_however_large() {
+    fn rejects_member_sizes_beyond_the_file() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.tar");
         for size in [2000, 1 << 40, i64::MAX as u64, u64::MAX] {

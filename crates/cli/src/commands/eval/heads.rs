@@ -1,53 +1,71 @@
-//! What the dense evaluations share: their flags, the training of a head, the prediction of the test images, the picture.
+//! Dense evaluations, segmentation and depth: their arguments, the training of a head, the
+//! prediction of the test images, and the picture.
 
 use std::path::PathBuf;
 
 use byol::{
     apply::sheet::{self, Tile},
-    data::Image,
-    eval::dense::Protocol,
+    eval::dense_heads::Protocol,
+    image::Image,
+    nn::Encoder,
 };
 
-use crate::report::{self, Result};
+use super::{CommonArgs, RANDOM};
+use crate::terminal::{self, Result, plural};
 
-/// Flags of a head.
+/// Arguments of a dense evaluation.
 #[derive(Debug, clap::Args)]
-pub struct HeadArgs {
-    /// Take N training images, evenly spread (0: all)
+pub struct DenseArgs {
+    #[command(flatten)]
+    pub common: CommonArgs,
+    /// Number of training images, sampled evenly (0: all)
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub limit: usize,
-    /// Train the head alone
+    /// Train only the head
     #[arg(long)]
     pub frozen: bool,
-    /// Updates
+    /// Number of training steps
     #[arg(long, value_name = "N", default_value_t = 1000)]
     steps: usize,
-    /// Crops an update
+    /// Batch size, in crops
     #[arg(long, value_name = "N", default_value_t = 16)]
     batch: usize,
-    /// Side of the training crops [default: a multiple of 32 that fits into the images, at most 256]
+    /// Size of the training crops in pixels [default: the largest multiple of 32 that fits, up to
+    /// 256]
     #[arg(long, value_name = "PX")]
     crop: Option<usize>,
     /// Learning rate
     #[arg(long, value_name = "X", default_value_t = 0.05)]
     rate: f64,
-    /// Picture of predictions beside the truth [default: in RUN/eval]
-    #[arg(long, value_name = "FILE.png")]
+    /// Picture of the predictions next to the ground truth (.png) [default: in RUN/eval]
+    #[arg(long, value_name = "FILE")]
     pub picture: Option<PathBuf>,
 }
 
-impl HeadArgs {
-    /// Refuses what no data can make good.
+/// Predictions on the test images by one encoder with its head.
+pub struct Predictions<S, P> {
+    /// Suffix of the results' names.
+    pub suffix: &'static str,
+    /// Comparison with the ground truth, per test image.
+    pub scores: Vec<S>,
+    /// Prediction, for the test images of the picture.
+    pub drawn: Vec<Option<P>>,
+}
+
+impl DenseArgs {
+    /// Checks the values that do not depend on the data.
     pub fn check(&self) -> Result<()> {
         let rate = self.rate.is_finite() && self.rate > 0.0;
-        if self.steps == 0 || self.batch < 2 || !rate || self.crop.is_some_and(|c| c < 32) {
-            return Err("--steps must be at least 1, --batch at least 2, --crop at least 32 and --rate above 0".into());
+        if self.steps == 0 || self.batch < 2 || !rate || self.crop.is_some_and(|crop| crop < 32) {
+            return Err(
+                "`--steps` must be at least 1, `--batch` at least 2, `--crop` at least 32, and `--rate` above 0".into(),
+            );
         }
         Ok(())
     }
 
-    /// The protocol for such training images.
-    pub fn protocol<'a>(&self, images: impl Iterator<Item = &'a Image>, seed: u64) -> Protocol {
+    /// Protocol for these training images.
+    pub fn protocol<'a>(&self, images: impl Iterator<Item = &'a Image>) -> Protocol {
         let shortest = images.map(|image| image.height.min(image.width)).min().unwrap_or(32);
         Protocol {
             steps: self.steps,
@@ -55,58 +73,78 @@ impl HeadArgs {
             crop: self.crop.unwrap_or((shortest / 32 * 32).clamp(32, 256)),
             rate: self.rate,
             frozen: self.frozen,
-            seed,
+            seed: self.common.flags.seed,
         }
     }
 
-    /// What was set, for the record; `more` is of the task.
-    pub fn settings(&self, p: &Protocol, train: usize, test: usize, more: serde_json::Value) -> serde_json::Value {
+    /// Settings for the record; `task` is specific to the evaluation.
+    pub fn settings(&self, p: &Protocol, train: usize, test: usize, task: serde_json::Value) -> serde_json::Value {
         serde_json::json!({
             "frozen": p.frozen, "steps": p.steps, "batch": p.batch, "crop": p.crop, "rate": p.rate,
-            "train_images": train, "test_images": test, "task": more,
+            "train_images": train, "test_images": test, "task": task,
         })
     }
-}
 
-/// How many images there are, in words.
-pub fn counts(train: usize, test: usize) -> String {
-    format!("{}, {}", report::counted_noun(train, "training image"), report::counted_noun(test, "test image"))
-}
-
-/// Trains a head with a progress bar. Refuses one whose loss is no number.
-pub fn train<T>(steps: usize, who: &str, train: impl FnOnce(&mut dyn FnMut(f64)) -> T) -> Result<T> {
-    let bar = report::counter(&format!("training the head{who}"), steps as u64);
-    let mut broken = None;
-    let trained = train(&mut |loss| {
-        bar.inc(1);
-        if !loss.is_finite() {
-            broken = broken.or(Some(bar.position()));
+    /// Trains a head on the encoder and on its random initialization, and predicts the test images
+    /// with both. `train` calls back with the loss of each step; `predict` returns the comparison
+    /// with the ground truth, and the prediction.
+    pub fn predict_with_baseline<Net, Pair, S, P>(
+        &self,
+        encoder: &Encoder,
+        test: &[Pair],
+        train: impl Fn(&Encoder, &mut dyn FnMut(f64)) -> Net,
+        predict: impl Fn(&Net, &Pair) -> (S, P),
+    ) -> Result<Vec<Predictions<S, P>>> {
+        let random = self.common.random_initialization(encoder);
+        let drawn = drawn_images(test.len());
+        let mut results = Vec::new();
+        for (encoder, suffix) in [(encoder, ""), (&random, RANDOM)] {
+            let net = self.train(suffix, |on_step| train(encoder, on_step))?;
+            let bar = terminal::progress_bar("predicting test images", test.len() as u64);
+            let predict_one = |(i, pair): (usize, &Pair)| {
+                let (score, prediction) = predict(&net, pair);
+                bar.inc(1);
+                (score, drawn.contains(&i).then_some(prediction))
+            };
+            let (scores, drawn) = test.iter().enumerate().map(predict_one).unzip();
+            bar.finish_and_clear();
+            results.push(Predictions { suffix, scores, drawn });
         }
-    });
-    bar.finish_and_clear();
-    match broken {
-        Some(step) => Err(format!("the loss of the head is no number at update {step}; try a lower --rate").into()),
-        None => Ok(trained),
+        Ok(results)
+    }
+
+    /// Trains a head with a progress bar. Refuses one whose loss is not finite.
+    fn train<Net>(&self, suffix: &str, train: impl FnOnce(&mut dyn FnMut(f64)) -> Net) -> Result<Net> {
+        let bar = terminal::progress_bar(&format!("training the head{suffix}"), self.steps as u64);
+        let mut diverged = None;
+        let net = train(&mut |loss| {
+            bar.inc(1);
+            if !loss.is_finite() {
+                diverged = diverged.or(Some(bar.position()));
+            }
+        });
+        bar.finish_and_clear();
+        match diverged {
+            Some(step) => Err(format!("the loss is NaN or infinite at step {step}\nhint: use a lower `--rate`").into()),
+            None => Ok(net),
+        }
     }
 }
 
-/// Each test image and its number through the trained network, with a progress bar.
-pub fn predict<P, A, B>(pairs: &[P], one: impl Fn(usize, &P) -> (A, B)) -> (Vec<A>, Vec<B>) {
-    let bar = report::counter("predicting test images", pairs.len() as u64);
-    let predicted = pairs.iter().enumerate().inspect(|_| bar.inc(1)).map(|(i, pair)| one(i, pair)).unzip();
-    bar.finish_and_clear();
-    predicted
+/// `20 training images, 5 test images`.
+pub fn counts(train: usize, test: usize) -> String {
+    format!("{}, {}", plural(train, "training image"), plural(test, "test image"))
 }
 
-/// Which of `n` images are drawn: six, evenly spread.
-pub fn drawn(n: usize) -> Vec<usize> {
+/// Indices of the test images of the picture: up to six of `n`, evenly spaced.
+pub fn drawn_images(n: usize) -> Vec<usize> {
     let rows = n.min(6);
     (0..rows).map(|k| k * n / rows).collect()
 }
 
-/// A row for each of these images: what `row` shows of it.
-pub fn picture(drawn: &[usize], row: impl Fn(usize) -> Vec<Image>) -> Vec<u8> {
+/// Draws one row per test image; `row` makes its tiles.
+pub fn picture(n: usize, row: impl Fn(usize) -> Vec<Image>) -> Vec<u8> {
     const SIDE: u32 = 240;
     let tiles = |i: &usize| row(*i).iter().map(|image| Tile::image(image, SIDE)).collect();
-    sheet::png(&drawn.iter().map(tiles).collect::<Vec<_>>(), SIDE)
+    sheet::png(&drawn_images(n).iter().map(tiles).collect::<Vec<_>>(), SIDE)
 }

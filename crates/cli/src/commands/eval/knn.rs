@@ -2,25 +2,22 @@
 
 use std::{process::ExitCode, time::Instant};
 
-use byol::eval::{knn, rows::Row};
+use byol::eval::{knn, results::ResultRow};
 
-use super::{Common, Limit, features, labels};
-use crate::report::{self, Result};
+use super::{BaselineArgs, LabeledArgs, features, labels};
+use crate::terminal::{self, Result, plural};
 
-/// Classify each test image by its nearest training images
+/// Classify test images by their nearest training images (kNN)
 ///
-/// The training images vote by cosine similarity. Where the data have no `val` or `test` split, one image of five is a query and the
-/// others vote.
+/// The nearest training images by cosine similarity vote. Without a `val` or `test` split, one
+/// image in five is a query and the others vote.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
-    common: Common,
+    labeled: LabeledArgs,
     #[command(flatten)]
-    limit: Limit,
-    /// Measure an encoder with random weights too
-    #[arg(long)]
-    with_random: bool,
-    /// Neighbours that vote; several separated by commas
+    baseline: BaselineArgs,
+    /// Numbers of neighbors that vote
     #[arg(long, value_name = "K,…", value_delimiter = ',', default_value = "20")]
     k: Vec<usize>,
     /// Temperature of the votes
@@ -29,35 +26,43 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> Result<ExitCode> {
-    // Below a hundredth exp(1 / T) is near the largest number there is, and the nearest decides alone long before.
+    // Below 0.01, exp(1 / T) nears the largest float, and the nearest neighbor decides alone.
     if args.k.contains(&0) || args.temperature.is_nan() || args.temperature < 0.01 {
-        return Err("--k must be at least 1 and --temperature at least 0.01; the usual values are 20 and 0.07".into());
+        return Err("`--k` must be at least 1 and `--temperature` at least 0.01\n\
+                    hint: the defaults are 20 and 0.07"
+            .into());
     }
-    let common = &args.common;
-    let encoders = common.encoders(args.with_random)?;
-    let data = common.labelled(&args.limit, &encoders[0].0)?;
+    let (common, seed) = (&args.labeled.common, args.labeled.common.flags.seed);
+    let encoders = common.encoders(&args.baseline)?;
+    let data = args.labeled.open(&encoders[0].0)?;
+    let classes = data.classes.len();
     if let Some(k) = args.k.iter().find(|k| **k > data.train.len()) {
-        let n = data.train.len();
-        report::warning(format!("k = {k} is more than the {n} training images: all of them vote"));
+        let images = plural(data.train.len(), "training image");
+        terminal::warning(format!("k = {k} exceeds the {images}: all of them vote"));
     }
+    let (bank_labels, query_labels) = (labels(&data.train), labels(&data.test));
     let mut rows = Vec::new();
-    for (encoder, who) in &encoders {
+    for (encoder, suffix) in &encoders {
         let bank = features(encoder, &data.train, "embedding training images")?;
         let queries = features(encoder, &data.test, "embedding test images")?;
-        let (of_bank, of_queries) = (labels(&data.train), labels(&data.test));
-        let began = Instant::now();
-        let outcomes =
-            knn::classify_each(&bank, of_bank, &queries, of_queries, data.classes.len(), &args.k, args.temperature);
-        let (asked, held, dim, took) = (queries.n, bank.n, bank.dim, began.elapsed().as_secs_f64());
-        report::note(format!("{asked} images compared with {held}, of {dim} numbers each, in {took:.1} s"));
-        for (k, outcome) in args.k.iter().zip(outcomes) {
-            let name = format!("kNN accuracy, k = {k}{who}");
-            rows.push(Row::accuracy(name, common.flags.seed, &outcome.predicted, of_queries));
+        let start = Instant::now();
+        let predictions =
+            knn::classify_with_ks(&bank, bank_labels, &queries, query_labels, classes, &args.k, args.temperature);
+        terminal::note(format!(
+            "compared {} with {} (dimension {}) in {:.1} s",
+            plural(queries.n, "test image"),
+            plural(bank.n, "training image"),
+            bank.dim,
+            start.elapsed().as_secs_f64()
+        ));
+        for (k, predictions) in args.k.iter().zip(predictions) {
+            let name = format!("kNN accuracy, k = {k}{suffix}");
+            rows.push(ResultRow::accuracy(name, seed, &predictions.predicted, query_labels));
         }
     }
     let settings = serde_json::json!({
-        "k": args.k, "temperature": args.temperature, "with_random": args.with_random, "train_images": data.train.len(), "test_images": data.test.len(),
-        "classes": data.classes.len(),
+        "k": args.k, "temperature": args.temperature, "with_random": args.baseline.with_random,
+        "train_images": data.train.len(), "test_images": data.test.len(), "classes": classes,
     });
     common.finish("knn", settings, serde_json::Value::Null, rows)
 }

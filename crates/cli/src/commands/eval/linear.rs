@@ -10,80 +10,94 @@ use byol::{
     nn::Encoder,
 };
 
-use super::{Common, Labelled, Limit, features, labels, top_rows};
-use crate::report::{self, Result};
+use super::{BaselineArgs, Labeled, LabeledArgs, features, labels, top_k_rows};
+use crate::terminal::{self, Result};
 
 /// Train a linear classifier on the frozen encoder
 ///
-/// As in the paper: random crop and flip, SGD with Nesterov momentum, cosine, the learning rate chosen on a tenth of the training images and
-/// never on the test images. With --fast, features are computed once and a logistic regression is fitted to them, its regularisation
-/// chosen in the same way.
+/// Follows the paper: random crop and flip, SGD with Nesterov momentum, cosine schedule. The
+/// learning rate is selected on a tenth of the training images, never on test images. With --fast,
+/// the features are computed once and a logistic regression is fitted to them; its regularization
+/// is selected in the same way.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
-    common: Common,
+    labeled: LabeledArgs,
     #[command(flatten)]
-    limit: Limit,
-    /// Measure an encoder with random weights too
-    #[arg(long)]
-    with_random: bool,
+    baseline: BaselineArgs,
     /// Compute the features once and fit a logistic regression by L-BFGS
     #[arg(long, conflicts_with_all = ["epochs", "batch", "rates"])]
     fast: bool,
-    /// Passes over the training images
+    /// Number of epochs
     #[arg(long, value_name = "N", default_value_t = 80)]
     epochs: usize,
-    /// Images per update, at most
+    /// Maximum batch size
     #[arg(long, value_name = "N", default_value_t = 1024)]
     batch: usize,
-    /// Learning rates for batch 256 to choose from
+    /// Base learning rates to select from, for batch size 256
     #[arg(long, value_name = "BASE,…", value_delimiter = ',', default_values_t = linear::RATES)]
     rates: Vec<f64>,
 }
 
 pub fn run(args: &Args) -> Result<ExitCode> {
-    if args.epochs == 0 || args.batch == 0 || !args.rates.iter().all(|r| r.is_finite() && *r > 0.0) {
-        return Err("--epochs and --batch must be at least 1 and every one of --rates above 0".into());
+    if args.epochs == 0 || args.batch == 0 || !args.rates.iter().all(|rate| rate.is_finite() && *rate > 0.0) {
+        return Err("`--epochs` and `--batch` must be at least 1, and all `--rates` above 0".into());
     }
-    let common = &args.common;
-    let encoders = common.encoders(args.with_random)?;
-    let data = common.labelled(&args.limit, &encoders[0].0)?;
+    let common = &args.labeled.common;
+    let encoders = common.encoders(&args.baseline)?;
+    let data = args.labeled.open(&encoders[0].0)?;
     let mut rows = Vec::new();
     let mut chosen = Vec::new();
-    for (encoder, who) in &encoders {
-        let (classifier, setting) = if args.fast { fast(args, encoder, &data)? } else { paper(args, encoder, &data)? };
+    for (encoder, suffix) in &encoders {
+        let (classifier, setting) = match args.fast {
+            true => fit_to_features(args, encoder, &data)?,
+            false => train_on_crops(args, encoder, &data)?,
+        };
         chosen.push(setting);
         let test = features(encoder, &data.test, "embedding test images")?;
         let scores = classifier.scores(&test);
-        rows.extend(top_rows(&scores, &data, common.flags.seed, |top| format!("linear {top}{who}")));
+        rows.extend(top_k_rows(&scores, &data, common.flags.seed, |top| format!("linear {top}{suffix}")));
     }
     let settings = serde_json::json!({
         "fast": args.fast, "epochs": args.epochs, "batch": args.batch, "rates": args.rates,
-        "with_random": args.with_random, "train_images": data.train.len(), "test_images": data.test.len(),
-        "classes": data.classes.len(),
+        "with_random": args.baseline.with_random, "train_images": data.train.len(),
+        "test_images": data.test.len(), "classes": data.classes.len(),
     });
-    let found = serde_json::json!({ "chosen": chosen });
-    common.finish(if args.fast { "linear-fast" } else { "linear" }, settings, found, rows)
+    let details = serde_json::json!({ "chosen": chosen });
+    common.finish(if args.fast { "linear-fast" } else { "linear" }, settings, details, rows)
 }
 
-/// By gradient descent on crops.
-fn paper(args: &Args, encoder: &Encoder, data: &Labelled) -> Result<(logistic::Classifier, serde_json::Value)> {
+/// Classifier trained by SGD on random crops, as in the paper, with its selected learning rate.
+fn train_on_crops(args: &Args, encoder: &Encoder, data: &Labeled) -> Result<(logistic::Classifier, serde_json::Value)> {
     let Args { epochs, batch, rates, .. } = args;
-    let protocol = Protocol { epochs: *epochs, batch: *batch, rates: rates.clone(), seed: args.common.flags.seed };
-    let bar = report::counter("training the classifier", linear::images_seen(data.train.len(), &protocol) as u64);
-    let found = linear::train(encoder, &data.train, data.classes.len(), &protocol, |n| bar.inc(n as u64))?;
+    let seed = args.labeled.common.flags.seed;
+    let protocol = Protocol { epochs: *epochs, batch: *batch, rates: rates.clone(), seed };
+    let images = linear::images_seen(data.train.len(), &protocol) as u64;
+    let bar = terminal::progress_bar("training the classifier", images);
+    let probe = linear::train(encoder, &data.train, data.classes.len(), &protocol, |n| bar.inc(n as u64))?;
     bar.finish_and_clear();
-    super::must_be_finite(&found.classifier, super::LOWER_RATES)?;
-    Ok((found.classifier, serde_json::json!({ "rate": found.rate, "held_out": found.held_out })))
+    super::must_be_finite(&probe.classifier, super::LOWER_RATES)?;
+    let setting = serde_json::json!({ "rate": probe.rate, "held_out": probe.held_out_accuracy });
+    Ok((probe.classifier, setting))
 }
 
-/// By L-BFGS on features.
-fn fast(args: &Args, encoder: &Encoder, data: &Labelled) -> Result<(logistic::Classifier, serde_json::Value)> {
-    let x = features(encoder, &data.train, "embedding training images")?;
-    let out = linear::held_out(labels(&data.train), args.common.flags.seed);
-    let began = Instant::now();
-    let found = logistic::fit_best(&x, labels(&data.train), data.classes.len(), &logistic::strengths(), &out);
-    let took = began.elapsed().as_secs_f64();
-    report::note(format!("logistic regression of {} x {}, its strength chosen, in {took:.1} s", x.n, x.dim));
-    Ok((found.classifier, serde_json::json!({ "l2": found.l2, "held_out": found.held_out })))
+/// Classifier fitted to features by L-BFGS, with its selected L2 strength.
+fn fit_to_features(
+    args: &Args,
+    encoder: &Encoder,
+    data: &Labeled,
+) -> Result<(logistic::Classifier, serde_json::Value)> {
+    let train = features(encoder, &data.train, "embedding training images")?;
+    let labels = labels(&data.train);
+    let held_out = linear::held_out_mask(labels, args.labeled.common.flags.seed);
+    let start = Instant::now();
+    let fit = logistic::fit_best(&train, labels, data.classes.len(), &logistic::strengths(), &held_out);
+    terminal::note(format!(
+        "fitted a logistic regression to {} x {} features in {:.1} s (L2 strength selected on held-out images)",
+        train.n,
+        train.dim,
+        start.elapsed().as_secs_f64()
+    ));
+    let setting = serde_json::json!({ "l2": fit.l2, "held_out": fit.held_out_score });
+    Ok((fit.classifier, setting))
 }

@@ -1,11 +1,12 @@
-//! `byol eval …`: one file an evaluation. What they share is here: opening, splitting, embedding, printing, keeping.
+//! `byol eval …`: one file per evaluation. Shared here: opening and splitting the data, embedding,
+//! printing and saving the results.
 
 mod depth;
 mod finetune;
 mod heads;
 mod knn;
+mod label_free;
 mod linear;
-mod report_card;
 mod segment;
 mod transfer;
 
@@ -16,343 +17,371 @@ use std::{
 };
 
 use byol::{
-    data::{self, Dataset, Image, Images},
+    data::{self, Dataset, Images},
     device,
     eval::{
         Features, embed,
         logistic::Classifier,
-        metrics::in_top,
-        rows::{Row, Table},
+        metrics::top_k_hits,
+        results::{ResultRow, ResultTable},
     },
+    image::Image,
     nn::Encoder,
-    train::run::keep_bytes,
+    train::data::cache_bytes,
 };
 use clap::Subcommand;
 use console::{Alignment, measure_text_width, pad_str};
 use serde_json::Value;
 
-use super::Flags;
-use crate::report::{self, Result, out};
+use super::EvalFlags;
+use crate::terminal::{self, Result, out, plural};
 
-/// Measure what an encoder has learned
+/// Evaluate an encoder
 ///
-/// Every evaluation leaves the encoder as it is, prints its figures with 95 % intervals (bootstrap over the test images), and keeps them in
-/// RUN/eval/ where the encoder is that of a run.
+/// Evaluations never change the encoder. They print metrics with 95 % confidence intervals
+/// (bootstrap over the test images) and save them in RUN/eval/ if the encoder belongs to a run.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(subcommand)]
-    what: What,
+    evaluation: Evaluation,
 }
 
 #[derive(Debug, Subcommand)]
-enum What {
+enum Evaluation {
     Knn(knn::Args),
     Linear(linear::Args),
     Finetune(finetune::Args),
-    Report(report_card::Args),
+    // The earlier name of the command.
+    #[command(alias = "report")]
+    LabelFree(label_free::Args),
     Segment(segment::Args),
     Depth(depth::Args),
     Transfer(transfer::Args),
 }
 
 pub fn run(args: &Args) -> Result<ExitCode> {
-    match &args.what {
-        What::Knn(args) => knn::run(args),
-        What::Linear(args) => linear::run(args),
-        What::Finetune(args) => finetune::run(args),
-        What::Report(args) => report_card::run(args),
-        What::Segment(args) => segment::run(args),
-        What::Depth(args) => depth::run(args),
-        What::Transfer(args) => transfer::run(args),
+    match &args.evaluation {
+        Evaluation::Knn(args) => knn::run(args),
+        Evaluation::Linear(args) => linear::run(args),
+        Evaluation::Finetune(args) => finetune::run(args),
+        Evaluation::LabelFree(args) => label_free::run(args),
+        Evaluation::Segment(args) => segment::run(args),
+        Evaluation::Depth(args) => depth::run(args),
+        Evaluation::Transfer(args) => transfer::run(args),
     }
 }
 
-/// The flags of every evaluation.
+/// Arguments of every evaluation.
 #[derive(Debug, clap::Args)]
-struct Common {
-    /// An encoder.safetensors, or the folder of a run
+struct CommonArgs {
+    /// Encoder file (.safetensors) or run folder
     encoder: PathBuf,
-    /// Images: of `report` any; of `segment` and `depth` a folder with `images/` and `masks/` or `depth/`; of the others labelled ones, in class
-    /// subfolders, with a labels.csv, CIFAR or IDX files, or shards
+    /// Images: a folder, CIFAR or IDX files, or shards
     data: PathBuf,
     #[command(flatten)]
-    flags: Flags,
+    flags: EvalFlags,
 }
 
-/// How many training images.
+/// Arguments of the evaluations on labeled images.
 #[derive(Debug, clap::Args)]
-struct Limit {
-    /// Take N training images, evenly spread (0: all)
+#[command(mut_arg("data", |data| data.help(
+    "Labeled images: class subfolders, a labels.csv, CIFAR or IDX files, or shards"
+)))]
+struct LabeledArgs {
+    #[command(flatten)]
+    common: CommonArgs,
+    /// Number of training images, sampled evenly (0: all)
     #[arg(long, value_name = "N", default_value_t = 0)]
     limit: usize,
 }
 
-/// Labelled images, parted.
-pub struct Labelled {
+/// Flag of the evaluations that can include the untrained baseline.
+#[derive(Debug, clap::Args)]
+struct BaselineArgs {
+    /// Also evaluate the encoder's random initialization
+    #[arg(long)]
+    with_random: bool,
+}
+
+/// Labeled images, split for training and testing.
+pub struct Labeled {
     pub train: Images,
     pub test: Images,
     pub classes: Vec<String>,
 }
 
-impl Common {
-    /// The encoder, on its device.
+/// An encoder with the suffix of its results' names.
+type NamedEncoder = (Encoder, &'static str);
+
+/// Suffix of the results of the untrained baseline.
+const RANDOM: &str = ", random initialization";
+
+impl CommonArgs {
+    /// Loads the encoder onto its device.
     fn encoder(&self) -> Result<Encoder> {
-        self.flags.on.encoder(&self.encoder)
+        self.flags.compute.load_encoder(&self.encoder)
     }
 
-    /// The encoder, and a random one of its kind where it is wanted, each with what its rows are called after.
-    fn encoders(&self, with_random: bool) -> Result<Vec<(Encoder, &'static str)>> {
+    /// Loads the encoder, and makes the untrained baseline if requested.
+    fn encoders(&self, baseline: &BaselineArgs) -> Result<Vec<NamedEncoder>> {
         let encoder = self.encoder()?;
-        let random = with_random.then(|| (self.random(&encoder), ", random encoder"));
+        let random = baseline.with_random.then(|| (self.random_initialization(&encoder), RANDOM));
         Ok(std::iter::once((encoder, "")).chain(random).collect())
     }
 
-    /// One of the same kind that has learned nothing.
-    fn random(&self, like: &Encoder) -> Encoder {
-        Encoder::random(like.spec.clone(), self.flags.seed, &like.device())
+    /// An untrained encoder of the same architecture.
+    fn random_initialization(&self, encoder: &Encoder) -> Encoder {
+        Encoder::random(encoder.spec.clone(), self.flags.seed, &encoder.device())
     }
 
-    /// Training and test images for such an encoder, each decoded once.
-    fn labelled(&self, limit: &Limit, encoder: &Encoder) -> Result<Labelled> {
-        let data = labelled(Dataset::open(&self.data)?, limit.limit)?;
-        fits(encoder, &data.train, &self.data)?;
-        Ok(data)
-    }
-
-    /// The run that the encoder is of: its folder, or that of a file in it.
+    /// Folder of the run that the encoder belongs to, if any.
     fn run(&self) -> Option<&Path> {
         let folder = if self.encoder.is_file() { self.encoder.parent()? } else { &self.encoder };
         folder.join("plan.toml").is_file().then_some(folder)
     }
 
-    /// Prints the figures and keeps them in the run, if the encoder is of one. `found` is what was chosen or said besides.
-    fn finish(&self, evaluation: &str, settings: Value, found: Value, rows: Vec<Row>) -> Result<ExitCode> {
-        if !self.flags.on.json {
+    /// Prints the results and saves them in the run. `details` are selected hyperparameters or
+    /// verdicts.
+    fn finish(&self, evaluation: &str, settings: Value, details: Value, rows: Vec<ResultRow>) -> Result<ExitCode> {
+        if !self.flags.compute.json {
             print(&rows);
         }
-        self.keep(evaluation, settings, found, rows)?;
+        self.save(evaluation, settings, details, rows)?;
         Ok(ExitCode::SUCCESS)
     }
 
-    /// The same with a picture: where it was asked for, else beside the figures.
-    fn finish_drawn(
+    /// Like [`CommonArgs::finish`], with a picture: written to `picture`, or next to the results.
+    fn finish_with_picture(
         &self,
         evaluation: &str,
         settings: Value,
-        rows: Vec<Row>,
-        asked: Option<&Path>,
+        rows: Vec<ResultRow>,
+        picture: Option<&Path>,
         png: &[u8],
     ) -> Result<ExitCode> {
-        if !self.flags.on.json {
+        if !self.flags.compute.json {
             print(&rows);
         }
-        let kept = self.keep(evaluation, settings, Value::Null, rows)?;
-        let beside = kept.map(|path| path.with_extension("png"));
-        let Some(path) = asked.map(Path::to_owned).or(beside) else { return Ok(ExitCode::SUCCESS) };
+        let saved = self.save(evaluation, settings, Value::Null, rows)?;
+        let default = saved.map(|path| path.with_extension("png"));
+        let Some(path) = picture.map(Path::to_owned).or(default) else { return Ok(ExitCode::SUCCESS) };
         if let Some(folder) = path.parent().filter(|f| !f.as_os_str().is_empty()) {
             std::fs::create_dir_all(folder)
-                .map_err(|e| format!("cannot make {}: {e}; choose another --picture", folder.display()))?;
+                .map_err(|e| format!("cannot create {}: {e}\nhint: choose another `--picture`", folder.display()))?;
         }
         super::write_file(&path, png)?;
-        report::note(format!("image, truth, prediction, prediction on random weights: {}", path.display()));
+        terminal::note(format!(
+            "wrote {}: image, ground truth, prediction, prediction of the random initialization",
+            path.display()
+        ));
         Ok(ExitCode::SUCCESS)
     }
 
-    /// Keeps the figures in the run, if the encoder is of one, and says in which file; prints them as JSON where that was asked for.
-    fn keep(&self, evaluation: &str, settings: Value, found: Value, rows: Vec<Row>) -> Result<Option<PathBuf>> {
-        let table = Table {
+    /// Saves the results if the encoder belongs to a run, and returns the path. Prints them as JSON
+    /// if requested.
+    fn save(&self, evaluation: &str, settings: Value, details: Value, rows: Vec<ResultRow>) -> Result<Option<PathBuf>> {
+        let table = ResultTable {
             evaluation: evaluation.into(),
             encoder: self.encoder_name(),
-            data: whole(&self.data).display().to_string(),
+            data: absolute(&self.data).display().to_string(),
             seed: self.flags.seed,
             settings,
-            found,
+            details,
             rows,
         };
-        let kept = match self.run() {
-            None => None,
-            Some(run) => {
-                let kept = table.save(run).map_err(|e| {
-                    format!(
-                        "cannot write the figures into {}: {e}; free some space or check that you may write there",
-                        run.join("eval").display()
-                    )
-                })?;
-                report::note(format!("kept in {}", kept.display()));
-                Some(kept)
-            }
-        };
-        if self.flags.on.json {
+        let mut saved = None;
+        if let Some(run) = self.run() {
+            let path = table.save(run).map_err(|e| {
+                let folder = run.join("eval");
+                format!("cannot write results into {}: {e}\nhint: check free space and permissions", folder.display())
+            })?;
+            terminal::note(format!("saved results to {}", path.display()));
+            saved = Some(path);
+        }
+        if self.flags.compute.json {
             out!("{}", serde_json::to_string(&table).expect("a table is plain data"));
         }
-        Ok(kept)
+        Ok(saved)
     }
 
-    /// The encoder's file: within its run by its name there, so that a run may be moved.
+    /// Path of the encoder file; for a run only the file name, so that the run can be moved.
     fn encoder_name(&self) -> String {
         let file = if self.encoder.is_dir() { self.encoder.join("encoder.safetensors") } else { self.encoder.clone() };
         match (self.run(), file.file_name()) {
             (Some(_), Some(name)) => name.to_string_lossy().into_owned(),
-            _ => whole(&file).display().to_string(),
+            _ => absolute(&file).display().to_string(),
         }
     }
 }
 
-/// Top-1, and top-5 where there are more than five classes, of scores of the test images; `called` names a row of `top-k`.
-fn top_rows(scores: &[f64], data: &Labelled, seed: u64, called: impl Fn(&str) -> String) -> Vec<Row> {
+impl LabeledArgs {
+    /// Training and test images, each decoded once. Warns if they are too small for the encoder.
+    fn open(&self, encoder: &Encoder) -> Result<Labeled> {
+        let path = &self.common.data;
+        let data = labeled(Dataset::open(path)?, self.limit)?;
+        warn_if_enlarged(encoder, &*data.train.get(0)?, path);
+        Ok(data)
+    }
+}
+
+/// Top-1 accuracy, and top-5 if there are more than five classes. `scores` are those of the test
+/// images; `name` makes a row's name from `top-k`.
+fn top_k_rows(scores: &[f64], data: &Labeled, seed: u64, name: impl Fn(&str) -> String) -> Vec<ResultRow> {
     let classes = data.classes.len();
-    let row = |(k, top): (usize, &str)| Row::rate(called(top), seed, &in_top(scores, labels(&data.test), classes, k));
+    let row = |(k, top): (usize, &str)| {
+        ResultRow::hit_rate(name(top), seed, &top_k_hits(scores, labels(&data.test), classes, k))
+    };
     [(1, "top-1"), (5, "top-5")].into_iter().filter(|(k, _)| *k == 1 || classes > *k).map(row).collect()
 }
 
-/// Says so where images are much smaller than those that the encoder has learned from.
-fn fits(encoder: &Encoder, images: &Images, data: &Path) -> Result<()> {
-    fit_of(encoder, &*images.get(0)?, data);
-    Ok(())
-}
-
-/// The same of one of them.
-fn fit_of(encoder: &Encoder, first: &Image, data: &Path) {
+/// Warns if an image is much smaller than the encoder's input.
+fn warn_if_enlarged(encoder: &Encoder, image: &Image, data: &Path) {
     let size = encoder.spec.size;
-    if 2 * first.height.min(first.width) <= size {
-        report::warning(format!(
-            "images of {} have {}x{} px and the encoder is for {size} px: they are enlarged, which it has not learned from",
+    if 2 * image.height.min(image.width) <= size {
+        terminal::warning(format!(
+            "images of {} are {}x{} px, but the encoder expects {size} px: enlarged images lower its accuracy",
             data.display(),
-            first.width,
-            first.height
+            image.width,
+            image.height
         ));
     }
 }
 
-/// Parts data whose images have one label each.
-pub fn labelled(dataset: Dataset, limit: usize) -> Result<Labelled> {
+/// Splits a data set with one label per image.
+pub fn labeled(dataset: Dataset, limit: usize) -> Result<Labeled> {
     let root = dataset.root.clone();
-    let unlabelled = data::Error::Unlabelled(root.clone());
-    let parted = parted(dataset, limit)?;
-    if parted.train.tags().is_some() {
+    let split = split(dataset, limit)?;
+    if split.train.tags().is_some() {
         let root = root.display();
-        return Err(
-            format!("images of {root} have several classes each; evaluate on them by `byol eval transfer`").into()
-        );
+        return Err(format!("images of {root} have several classes each\nhint: use `byol eval transfer`").into());
     }
-    if parted.train.labels().is_none() || parted.test.labels().is_none() {
-        return Err(unlabelled.into());
+    if split.train.labels().is_none() || split.test.labels().is_none() {
+        return Err(data::Error::Unlabeled(root).into());
     }
-    let (seen, asked) = (labels(&parted.train).iter().copied(), labels(&parted.test).iter().copied());
-    must_be_learnable(&root, seen, asked, |class| parted.classes[class].clone())?;
-    Ok(parted)
+    let (train, test) = (labels(&split.train).iter().copied(), labels(&split.test).iter().copied());
+    must_be_learnable(&root, train, test, |class| split.classes[class].clone())?;
+    Ok(split)
 }
 
-/// Refuses what no classifier can learn: one class, or a class that is tested and not trained on.
+/// Refuses data with a single class, or with a class that has test images but no training images.
 pub fn must_be_learnable(
     root: &Path,
-    trained: impl Iterator<Item = usize>,
-    mut tested: impl Iterator<Item = usize>,
+    train: impl Iterator<Item = usize>,
+    mut test: impl Iterator<Item = usize>,
     name: impl Fn(usize) -> String,
 ) -> Result<()> {
-    let (seen, root): (BTreeSet<usize>, _) = (trained.collect(), root.display());
-    if let Some(class) = tested.find(|class| !seen.contains(class)) {
+    let (train, root): (BTreeSet<usize>, _) = (train.collect(), root.display());
+    if let Some(class) = test.find(|class| !train.contains(class)) {
         let name = name(class);
         return Err(format!(
-            "class `{name}` of {root} has test images but no training image; add some, or take more by --limit"
+            "class `{name}` of {root} has test images but no training images\n\
+             hint: add some, or increase `--limit`"
         )
         .into());
     }
-    match seen.len() {
-        0 | 1 => {
-            Err(format!("the training images of {root} are all of one class; two are needed to tell apart").into())
-        }
+    match train.len() {
+        0 | 1 => Err(format!("all training images of {root} have the same class (at least 2 are needed)").into()),
         _ => Ok(()),
     }
 }
 
-/// Parts data: its own test split, else one image of five.
-fn parted(dataset: Dataset, limit: usize) -> Result<Labelled> {
+/// Splits a data set into training and test images and decodes each once. Without a test split, one
+/// image in five is for testing.
+fn split(dataset: Dataset, limit: usize) -> Result<Labeled> {
     let root = dataset.root.clone();
-    let bar = report::counter("checking images", 0);
-    let dataset = match &dataset.test {
-        Some(_) => dataset,
-        None if dataset.train.len() < 2 => {
-            let root = root.display();
-            return Err(
-                format!("{root} has too few images to train on some and test on others; give at least two").into()
-            );
-        }
-        None => {
-            report::note(
-                "no test split: one image of five is in it (pretraining on these data has seen most of them, without labels)",
-            );
-            let (train, test) = dataset.train.hold_out_to_test(5);
-            Dataset { train, test: Some(test), ..dataset }
-        }
-    };
-    // Whoever chooses settings holds out a part of the training images, so a split for that is one more of them.
-    let train = match (&dataset.held_out, &dataset.test) {
-        (Some(val), Some(test)) if !val.is_same(test) => {
-            let alike = dataset.train.is_labelled_as(val);
-            let both = alike.then(|| dataset.train.and(val)).flatten();
-            let what = if both.is_some() { "training images too" } else { "left out" };
-            report::note(format!("of `val` {} {what}", report::counted_noun(val.len(), "image")));
-            both.unwrap_or_else(|| dataset.train.clone())
-        }
-        _ => dataset.train.clone(),
-    };
+    let bar = terminal::progress_bar("checking images", 0);
+    let dataset = with_test_split(dataset)?;
+    let train = with_validation_images(&dataset);
     let dataset = Dataset { train, held_out: None, ..dataset }.limit(limit);
     bar.set_length(dataset.n_images() as u64);
-    let dataset = dataset.check(keep_bytes(device::machine().free_mb), &|| bar.inc(1))?;
+    let dataset = dataset.check(cache_bytes(device::machine().free_mb), &|| bar.inc(1))?;
     bar.finish_and_clear();
-    if let Some(first) = dataset.skipped.first() {
-        let n = dataset.skipped.len();
-        report::warning(format!("{n} images cannot be used and are skipped; the first: {}: {}", first.what, first.why));
-    }
+    let skipped: Vec<String> =
+        dataset.skipped.iter().map(|image| format!("{}: {}", image.name, image.reason)).collect();
+    super::warn_skipped(&skipped);
     let Some(test) = dataset.test else {
         return Err(format!("none of the test images of {} can be used", root.display()).into());
     };
-    Ok(Labelled { train: dataset.train, test, classes: dataset.classes })
+    Ok(Labeled { train: dataset.train, test, classes: dataset.classes })
 }
 
-/// The path from the root, where there is such a file; addresses and patterns stay.
-pub fn whole(path: &Path) -> PathBuf {
+fn with_test_split(dataset: Dataset) -> Result<Dataset> {
+    if dataset.test.is_some() {
+        return Ok(dataset);
+    }
+    if dataset.train.len() < 2 {
+        let root = dataset.root.display();
+        return Err(format!("too few images in {root} for training and testing (at least 2 are needed)").into());
+    }
+    terminal::note(
+        "no test split: testing on one image in five (pretraining on these data has used most of them, without labels)",
+    );
+    let (train, test) = dataset.train.split_off_test(5);
+    Ok(Dataset { train, test: Some(test), ..dataset })
+}
+
+/// The training images, with those of a separate validation split: hyperparameters are selected on
+/// held-out training images instead.
+fn with_validation_images(dataset: &Dataset) -> Images {
+    let (Some(val), Some(test)) = (&dataset.held_out, &dataset.test) else { return dataset.train.clone() };
+    if val.is_same(test) {
+        return dataset.train.clone();
+    }
+    let combined = match dataset.train.has_same_label_kind(val) {
+        true => dataset.train.concat(val),
+        false => None,
+    };
+    let usage = if combined.is_some() { "used for training" } else { "not used" };
+    terminal::note(format!("`val` split: {} {usage}", plural(val.len(), "image")));
+    combined.unwrap_or_else(|| dataset.train.clone())
+}
+
+/// Absolute path of an existing file; URLs and patterns are returned unchanged.
+pub fn absolute(path: &Path) -> PathBuf {
     std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned())
 }
 
-/// Representations with a progress bar.
-pub fn features(encoder: &Encoder, images: &Images, what: &str) -> Result<Features> {
-    let bar = report::counter(what, images.len() as u64);
+/// Computes representations with a progress bar.
+pub fn features(encoder: &Encoder, images: &Images, label: &str) -> Result<Features> {
+    let bar = terminal::progress_bar(label, images.len() as u64);
     let features = embed(encoder, images, |n| bar.inc(n as u64))?;
     bar.finish_and_clear();
     match features.is_finite() {
         true => Ok(features),
-        false => Err("the encoder gives what is no number: its training has diverged; use an earlier one".into()),
+        false => Err("the encoder outputs NaN or infinity: its training has diverged\n\
+                      hint: use an earlier encoder, such as the run's best.safetensors"
+            .into()),
     }
 }
 
-/// Refuses a classifier whose training has broken; `remedy` is what to do then.
-pub fn must_be_finite(classifier: &Classifier, remedy: &str) -> Result<()> {
+/// Refuses a classifier whose training has diverged.
+pub fn must_be_finite(classifier: &Classifier, hint: &str) -> Result<()> {
     match classifier.is_finite() {
         true => Ok(()),
-        false => Err(format!("the classifier's weights are no numbers any more; {remedy}").into()),
+        false => Err(format!("the classifier has diverged: its weights contain NaN or infinity\nhint: {hint}").into()),
     }
 }
 
-/// Where rates are a flag.
-pub const LOWER_RATES: &str = "all of --rates are too high, try lower ones";
+/// Hint for a diverged classifier, where the learning rates are a flag.
+pub const LOWER_RATES: &str = "use lower `--rates`";
 
-/// The labels of images that were checked to have some.
+/// Labels of images that were checked to have them.
 pub fn labels(images: &Images) -> &[usize] {
-    images.labels().expect("labelled images were asked for")
+    images.labels().expect("the images are labeled")
 }
 
-/// A table of name, value, interval.
-pub fn print(rows: &[Row]) {
-    let width = |text: fn(&Row) -> String| rows.iter().map(|row| measure_text_width(&text(row))).max().unwrap_or(0);
-    let (name, value) = (width(|row| row.name.clone()), width(Row::shown));
+/// Prints a table of names, values and intervals.
+pub fn print(rows: &[ResultRow]) {
+    let width =
+        |text: fn(&ResultRow) -> String| rows.iter().map(|row| measure_text_width(&text(row))).max().unwrap_or(0);
+    let (name_width, value_width) = (width(|row| row.name.clone()), width(ResultRow::formatted_value));
     for row in rows {
-        let interval = match row.shown_interval() {
-            none if none.is_empty() => none,
-            some => format!("  ({some})"),
-        };
-        let cell = |text: &str, width, side| pad_str(text, width, side, None).into_owned();
-        out!("{}  {}{interval}", cell(&row.name, name, Alignment::Left), cell(&row.shown(), value, Alignment::Right));
+        let name = pad_str(&row.name, name_width, Alignment::Left, None);
+        let value = row.formatted_value();
+        let value = pad_str(&value, value_width, Alignment::Right, None);
+        match row.formatted_interval() {
+            none if none.is_empty() => out!("{name}  {value}"),
+            interval => out!("{name}  {value}  ({interval})"),
+        }
     }
 }

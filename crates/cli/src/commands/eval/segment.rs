@@ -3,103 +3,104 @@
 use std::{collections::BTreeSet, process::ExitCode};
 
 use byol::{
-    data::{
-        Image,
-        dense::{self, Mask, NO_CLASS, Pair},
-    },
-    eval::{metrics::Confusion, rows::Row, segment::Segmenter},
+    data::dense_labels::{self, Mask, NO_CLASS, Pair, Segmentation},
+    eval::{metrics::ConfusionMatrix, results::ResultRow, segment::Segmenter},
+    image::Image,
+    nn::Encoder,
 };
 
-use super::{
-    Common,
-    heads::{self, HeadArgs},
-};
-use crate::report::{self, Result};
+use super::heads::{self, DenseArgs, Predictions};
+use crate::terminal::{self, Result};
 
 /// Train a segmentation head on the encoder
 ///
-/// DATA has `images` and `masks` with the same names, and the same splits below both. The head is the paper's: the encoder's last group dilated,
-/// two 3x3 convolutions, one 1x1. The same head on a network of the same kind with random weights stands beside it. The encoder is
-/// fine-tuned with the head, or with --frozen left as it is; its file stays as it is in any case.
+/// DATA has folders `images` and `masks` with the same file names and the same splits. The head is
+/// the paper's: dilated last stage, two 3x3 convolutions, one 1x1 convolution. The encoder is
+/// fine-tuned with the head, or kept fixed with --frozen; its file stays unchanged. The results
+/// include the same head on the random initialization.
 #[derive(Debug, clap::Args)]
+#[command(mut_arg("data", |data| data.help("Folder with `images/` and `masks/`")))]
 pub struct Args {
     #[command(flatten)]
-    common: Common,
-    #[command(flatten)]
-    head: HeadArgs,
+    dense: DenseArgs,
 }
 
 pub fn run(args: &Args) -> Result<ExitCode> {
-    args.head.check()?;
+    let args = &args.dense;
+    args.check()?;
     let common = &args.common;
     let encoder = common.encoder()?;
-    let data = dense::segmentation(&common.data, args.head.limit)?;
-    super::fit_of(&encoder, &data.train[0].image, &common.data);
-    let of = |pairs: &[Pair]| -> BTreeSet<usize> {
-        let all = pairs.iter().flat_map(|pair| &pair.mask.classes).filter(|class| **class != NO_CLASS);
-        all.map(|class| usize::from(*class)).collect()
-    };
-    let (seen, asked) = (of(&data.train), of(&data.test));
-    if asked.is_empty() {
-        return Err(format!("no pixel of the test masks of {} has a class", common.data.display()).into());
-    }
-    super::must_be_learnable(&common.data, seen.into_iter(), asked.into_iter(), |class| data.classes[class].clone())?;
-    let protocol = args.head.protocol(data.train.iter().map(|pair| &pair.image), common.flags.seed);
+    let data = dense_labels::segmentation(&common.data, args.limit)?;
+    super::warn_if_enlarged(&encoder, &data.train[0].image, &common.data);
+    must_be_learnable(args, &data)?;
+    let protocol = args.protocol(data.train.iter().map(|pair| &pair.image));
     let classes = data.classes.len();
-    report::note(format!("{}, {classes} classes", heads::counts(data.train.len(), data.test.len())));
-    let mut rows = Vec::new();
-    let mut pictures: Vec<Vec<Option<Mask>>> = Vec::new();
-    let drawn = heads::drawn(data.test.len());
-    for (encoder, who) in [(&encoder, ""), (&common.random(&encoder), ", random encoder")] {
-        let trained =
-            heads::train(protocol.steps, who, |done| Segmenter::train(encoder, &data.train, classes, &protocol, done))?;
-        let (images, predicted): (Vec<_>, Vec<_>) = heads::predict(&data.test, |i, pair| {
-            let mask = trained.predict(&pair.image);
-            let confusion = Confusion::of(&mask.classes, &pair.mask.classes, classes);
-            (confusion, drawn.contains(&i).then_some(mask))
-        });
-        let total = |at: &[usize]| {
-            let mut sum = Confusion::new(classes);
-            at.iter().for_each(|i| sum.merge(&images[*i]));
-            sum
-        };
-        let names = ["mean IoU", "pixel accuracy"].map(str::to_owned).into_iter();
-        let names = names.chain(data.classes.iter().map(|class| format!("IoU {class}")));
-        let figures = |at: &[usize]| {
-            let sum = total(at);
-            // A draw of images may have none of a rare class.
-            let of_classes = sum.iou().into_iter().map(|iou| iou.unwrap_or(f64::NAN));
-            [sum.mean_iou(), sum.pixel_accuracy()].into_iter().chain(of_classes).collect()
-        };
-        let names = names.map(|name| format!("{name}{who}")).collect();
-        let all = Row::shares(names, images.len(), common.flags.seed, figures);
-        // A class that no test image has and nobody predicts has no IoU.
-        rows.extend(all.into_iter().filter(|row| !row.value.is_nan()));
-        pictures.push(predicted);
-    }
-    let shown = |i: usize| {
-        let masks = std::iter::once(&data.test[i].mask).chain(pictures.iter().filter_map(|of| of[i].as_ref()));
-        std::iter::once(data.test[i].image.clone()).chain(masks.map(coloured)).collect()
+    terminal::note(format!("{}, {classes} classes", heads::counts(data.train.len(), data.test.len())));
+
+    let train = |encoder: &Encoder, on_step: &mut dyn FnMut(f64)| {
+        Segmenter::train(encoder, &data.train, classes, &protocol, on_step)
     };
-    let name = if args.head.frozen { "segment-frozen" } else { "segment" };
-    let picture = heads::picture(&drawn, shown);
-    let more = serde_json::json!({ "classes": data.classes });
-    let settings = args.head.settings(&protocol, data.train.len(), data.test.len(), more);
-    common.finish_drawn(name, settings, rows, args.head.picture.as_deref(), &picture)
+    let predict = |net: &Segmenter, pair: &Pair| {
+        let mask = net.predict(&pair.image);
+        (ConfusionMatrix::from_image(&mask.classes, &pair.mask.classes, classes), mask)
+    };
+    let results = args.predict_with_baseline(&encoder, &data.test, train, predict)?;
+
+    let rows = results.iter().flat_map(|predictions| rows(predictions, &data.classes, common.flags.seed)).collect();
+    let picture = heads::picture(data.test.len(), |i| {
+        let predicted = results.iter().filter_map(|predictions| predictions.drawn[i].as_ref());
+        let masks = std::iter::once(&data.test[i].mask).chain(predicted);
+        std::iter::once(data.test[i].image.clone()).chain(masks.map(colorize)).collect()
+    });
+    let task = serde_json::json!({ "classes": data.classes });
+    let settings = args.settings(&protocol, data.train.len(), data.test.len(), task);
+    let name = if args.frozen { "segment-frozen" } else { "segment" };
+    common.finish_with_picture(name, settings, rows, args.picture.as_deref(), &picture)
 }
 
-/// A colour a class; black where there is none.
-fn coloured(mask: &Mask) -> Image {
-    let colour = |class: u8| -> [u8; 3] {
+/// Refuses masks without classes, or with test classes that no training mask has.
+fn must_be_learnable(args: &DenseArgs, data: &Segmentation) -> Result<()> {
+    let classes = |pairs: &[Pair]| -> BTreeSet<usize> {
+        let labeled = pairs.iter().flat_map(|pair| &pair.mask.classes).filter(|class| **class != NO_CLASS);
+        labeled.map(|class| usize::from(*class)).collect()
+    };
+    let (train, test) = (classes(&data.train), classes(&data.test));
+    let root = &args.common.data;
+    if test.is_empty() {
+        return Err(format!("no pixel of the test masks of {} has a class", root.display()).into());
+    }
+    super::must_be_learnable(root, train.into_iter(), test.into_iter(), |class| data.classes[class].clone())
+}
+
+/// Mean IoU, pixel accuracy, and the IoU of every class.
+fn rows(predictions: &Predictions<ConfusionMatrix, Mask>, classes: &[String], seed: u64) -> Vec<ResultRow> {
+    let names = ["mean IoU".to_owned(), "pixel accuracy".to_owned()];
+    let names = names.into_iter().chain(classes.iter().map(|class| format!("IoU {class}")));
+    let names = names.map(|name| format!("{name}{}", predictions.suffix)).collect();
+    let statistics = |indices: &[usize]| {
+        let mut sum = ConfusionMatrix::new(classes.len());
+        indices.iter().for_each(|i| sum.merge(&predictions.scores[*i]));
+        // A bootstrap sample may lack a rare class.
+        let per_class = sum.iou().into_iter().map(|iou| iou.unwrap_or(f64::NAN));
+        [sum.mean_iou(), sum.pixel_accuracy()].into_iter().chain(per_class).collect()
+    };
+    let rows = ResultRow::fractions(names, predictions.scores.len(), seed, statistics);
+    // A class that is in no test mask and never predicted has no IoU.
+    rows.into_iter().filter(|row| !row.value.is_nan()).collect()
+}
+
+/// One color per class; black without a class.
+fn colorize(mask: &Mask) -> Image {
+    let color = |class: u8| -> [u8; 3] {
         if class == NO_CLASS {
             return [0; 3];
         }
         // Hues a golden section apart, in two lightnesses.
-        let turn = f64::from(class) * 0.618_034 % 1.0;
-        let wave = |shift: f64| 0.5 + 0.5 * (std::f64::consts::TAU * (turn + shift)).cos();
-        let light = if class.is_multiple_of(2) { 255.0 } else { 170.0 };
-        [wave(0.0), wave(1.0 / 3.0), wave(2.0 / 3.0)].map(|v| (40.0 + (light - 40.0) * v) as u8)
+        let hue = f64::from(class) * 0.618_034 % 1.0;
+        let wave = |shift: f64| 0.5 + 0.5 * (std::f64::consts::TAU * (hue + shift)).cos();
+        let lightness = if class.is_multiple_of(2) { 255.0 } else { 170.0 };
+        [wave(0.0), wave(1.0 / 3.0), wave(2.0 / 3.0)].map(|v| (40.0 + (lightness - 40.0) * v) as u8)
     };
-    let pixels = mask.classes.iter().flat_map(|c| colour(*c)).collect();
+    let pixels = mask.classes.iter().flat_map(|class| color(*class)).collect();
     Image { height: mask.height, width: mask.width, channels: 3, pixels }
 }

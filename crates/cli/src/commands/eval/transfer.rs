@@ -6,125 +6,149 @@ use std::{
 };
 
 use byol::{
-    data::Dataset,
+    data::{self, Dataset},
     eval::{
         finetune,
-        measure::{Judged, Measure, Truth},
-        rows::Row,
+        protocol::{Labels, MetricKind, ScoredPredictions},
+        results::ResultRow,
         transfer,
     },
     nn::Encoder,
 };
-
 use serde_json::{Value, json};
 
-use super::{Common, Flags, features};
-use crate::report::{self, Result};
+use super::{BaselineArgs, CommonArgs, EvalFlags, Labeled, NamedEncoder, absolute, features};
+use crate::terminal::{self, Result, display_path};
 
-/// Evaluate the encoder on several labelled data sets
+/// Evaluate the encoder on several labeled data sets
 ///
-/// As in the paper's table 3: logistic regression by L-BFGS on frozen features, and with --finetune the whole encoder. Aircraft, Pets, Caltech
-/// and Flowers, known by the folder's name, are scored by the mean over classes; images of several classes (labels.csv) by 11-point
-/// mean average precision; others by top-1.
+/// Follows table 3 of the paper: logistic regression by L-BFGS on frozen features and, with
+/// --finetune, fine-tuning of the encoder. Data sets are scored by top-1 accuracy; Aircraft, Pets,
+/// Caltech and Flowers, recognized by their folder name, by mean accuracy per class; images with
+/// several classes (labels.csv) by 11-point mean average precision.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// An encoder.safetensors, or the folder of a run
+    /// Encoder file (.safetensors) or run folder
     encoder: PathBuf,
-    /// Labelled data, each a folder
+    /// Folders of labeled images
     #[arg(required = true)]
     data: Vec<PathBuf>,
-    /// Fine-tune the encoder too
+    /// Also fine-tune the encoder
     #[arg(long)]
     finetune: bool,
-    /// Passes over the images in fine-tuning
+    /// Number of epochs of fine-tuning
     #[arg(long, value_name = "N", default_value_t = 30)]
     epochs: usize,
-    /// Measure an encoder with random weights too
-    #[arg(long)]
-    with_random: bool,
-    /// Take N training images of each set, evenly spread (0: all)
+    #[command(flatten)]
+    baseline: BaselineArgs,
+    /// Number of training images per data set, sampled evenly (0: all)
     #[arg(long, value_name = "N", default_value_t = 0)]
     limit: usize,
     #[command(flatten)]
-    flags: Flags,
+    flags: EvalFlags,
 }
 
-/// Each class of each image.
-fn classes_of(truth: Truth<'_>) -> impl Iterator<Item = usize> + '_ {
-    (0..truth.len()).flat_map(move |i| truth.classes(i)).copied()
+/// A data set with its name and metric.
+struct Task {
+    name: String,
+    data: Labeled,
+    metric: MetricKind,
+}
+
+/// Results of all tasks.
+#[derive(Default)]
+struct Results {
+    rows: Vec<ResultRow>,
+    /// Selected hyperparameters.
+    chosen: Vec<Value>,
 }
 
 pub fn run(args: &Args) -> Result<ExitCode> {
     if args.epochs == 0 {
-        return Err("--epochs must be at least 1".into());
+        return Err("`--epochs` must be at least 1".into());
     }
-    let data = args.data.iter().map(|d| super::whole(d).display().to_string()).collect::<Vec<_>>().join(" ").into();
-    let common = Common { encoder: args.encoder.clone(), data, flags: args.flags.clone() };
-    let encoders = common.encoders(args.with_random)?;
-    let mut rows = Vec::new();
-    let (mut sets, mut chosen) = (Vec::new(), Vec::new());
-    let last =
-        |path: &Path| path.file_name().map_or_else(|| path.display().to_string(), |n| n.to_string_lossy().into_owned());
+    let paths: Vec<String> = args.data.iter().map(|path| absolute(path).display().to_string()).collect();
+    let common = CommonArgs { encoder: args.encoder.clone(), data: paths.join(" ").into(), flags: args.flags.clone() };
+    let encoders = common.encoders(&args.baseline)?;
+    let mut results = Results::default();
+    let mut sets = Vec::new();
     for path in &args.data {
-        // Two folders of one name are told apart by their paths.
-        let name = match args.data.iter().filter(|other| last(other) == last(path)).count() {
-            1 => last(path),
-            _ => path.display().to_string(),
-        };
-        let data = super::parted(Dataset::open(path)?, args.limit)?;
-        let (of_train, of_test) = match (Truth::of(&data.train), Truth::of(&data.test)) {
-            (Some(train), Some(test)) => (train, test),
-            _ => return Err(byol::data::Error::Unlabelled(path.clone()).into()),
-        };
-        super::fits(&encoders[0].0, &data.train, path)?;
-        super::must_be_learnable(path, classes_of(of_train), classes_of(of_test), |c| data.classes[c].clone())?;
-        let (classes, n) = (data.classes.len(), data.test.len());
-        let measure = Measure::of(&last(path), matches!(of_test, Truth::Several(_)));
-        sets.push(
-            json!({ "data": report::shown(&super::whole(path)), "measure": measure.name(), "train_images": data.train.len(), "test_images": n }),
-        );
-        let mut add = |how: &str, scores: &[f64]| {
-            let judged = Judged::new(measure, scores, of_test, classes);
-            let name = format!("{name}, {how}, {}", measure.name());
-            rows.push(Row::share(name, n, args.flags.seed, |at| judged.value(at)));
-        };
-        for (encoder, who) in &encoders {
-            let (x, test) = (features(encoder, &data.train, &name)?, features(encoder, &data.test, &name)?);
-            let found = transfer::linear(&x, of_train, &test, classes, measure, args.flags.seed);
-            add(&format!("linear{who}"), &found.scores);
-            chosen.push(json!({ "what": format!("{name}, linear{who}"), "l2": found.l2 }));
-            if args.finetune {
-                let (scores, setting) = tuned(args, encoder, &data, measure, &name)?;
-                add(&format!("fine-tuned{who}"), &scores);
-                chosen.push(json!({ "what": format!("{name}, fine-tuned{who}"), "setting": setting }));
-            }
+        let task = open(args, path, &encoders[0].0)?;
+        sets.push(json!({
+            "data": display_path(&absolute(path)), "measure": task.metric.name(),
+            "train_images": task.data.train.len(), "test_images": task.data.test.len(),
+        }));
+        for encoder in &encoders {
+            evaluate(args, &task, encoder, &mut results)?;
         }
     }
     let settings = json!({
-        "sets": sets, "finetune": args.finetune, "epochs": args.epochs, "with_random": args.with_random,
+        "sets": sets, "finetune": args.finetune, "epochs": args.epochs, "with_random": args.baseline.with_random,
     });
-    common.finish("transfer", settings, json!({ "chosen": chosen }), rows)
+    common.finish("transfer", settings, json!({ "chosen": results.chosen }), results.rows)
 }
 
-/// Scores of the test images after fine-tuning.
-fn tuned(
-    args: &Args,
-    encoder: &Encoder,
-    data: &super::Labelled,
-    measure: Measure,
-    name: &str,
-) -> Result<(Vec<f64>, Value)> {
+/// Opens and checks a data set.
+fn open(args: &Args, path: &Path, encoder: &Encoder) -> Result<Task> {
+    // Data sets with the same folder name are told apart by their paths.
+    let same_name = args.data.iter().filter(|other| folder_name(other) == folder_name(path)).count();
+    let name = if same_name == 1 { folder_name(path) } else { path.display().to_string() };
+    let data = super::split(Dataset::open(path)?, args.limit)?;
+    let (Some(train), Some(test)) = (Labels::from_images(&data.train), Labels::from_images(&data.test)) else {
+        return Err(data::Error::Unlabeled(path.to_owned()).into());
+    };
+    super::warn_if_enlarged(encoder, &*data.train.get(0)?, path);
+    super::must_be_learnable(path, classes(train), classes(test), |class| data.classes[class].clone())?;
+    let metric = MetricKind::for_dataset(&folder_name(path), matches!(test, Labels::Multi(_)));
+    Ok(Task { name, data, metric })
+}
+
+fn folder_name(path: &Path) -> String {
+    path.file_name().map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned())
+}
+
+/// Each class of each image.
+fn classes(labels: Labels<'_>) -> impl Iterator<Item = usize> + '_ {
+    (0..labels.len()).flat_map(move |i| labels.classes(i)).copied()
+}
+
+/// Evaluates one encoder on one task.
+fn evaluate(args: &Args, task: &Task, (encoder, suffix): &NamedEncoder, results: &mut Results) -> Result<()> {
+    let Task { name, data, metric } = task;
+    let labels = |images| Labels::from_images(images).expect("`open` checks for labels");
+    let (train_labels, test_labels) = (labels(&data.train), labels(&data.test));
+    let (classes, seed) = (data.classes.len(), args.flags.seed);
+    let row = |method: &str, scores: &[f64]| {
+        let predictions = ScoredPredictions::new(*metric, scores, test_labels, classes);
+        let name = format!("{name}, {method}{suffix}, {}", metric.name());
+        ResultRow::fraction(name, data.test.len(), seed, |indices| predictions.metric_at(indices))
+    };
+    let (train, test) = (features(encoder, &data.train, name)?, features(encoder, &data.test, name)?);
+    let linear = transfer::linear(&train, train_labels, &test, classes, *metric, seed);
+    results.rows.push(row("linear", &linear.scores));
+    results.chosen.push(json!({ "what": format!("{name}, linear{suffix}"), "l2": linear.l2 }));
+    if args.finetune {
+        let (scores, setting) = fine_tune(args, task, encoder)?;
+        results.rows.push(row("fine-tuned", &scores));
+        results.chosen.push(json!({ "what": format!("{name}, fine-tuned{suffix}"), "setting": setting }));
+    }
+    Ok(())
+}
+
+/// Scores of the test images after fine-tuning, and the selected hyperparameters.
+fn fine_tune(args: &Args, task: &Task, encoder: &Encoder) -> Result<(Vec<f64>, Value)> {
+    let Task { name, data, metric } = task;
     let protocol = finetune::Protocol {
         epochs: vec![args.epochs],
         batch: 256,
         rates: finetune::RATES.to_vec(),
         seed: args.flags.seed,
     };
-    let bar =
-        report::counter(&format!("fine-tuning, {name}"), finetune::images_seen(data.train.len(), &protocol) as u64);
-    let found = finetune::choose(encoder, &data.train, data.classes.len(), measure, &protocol, |n| bar.inc(n as u64))?;
+    let images = finetune::images_seen(data.train.len(), &protocol) as u64;
+    let bar = terminal::progress_bar(&format!("fine-tuning, {name}"), images);
+    let tuned = finetune::train(encoder, &data.train, data.classes.len(), *metric, &protocol, |n| bar.inc(n as u64))?;
     bar.finish_and_clear();
-    super::must_be_finite(&found.classifier, "leave --finetune out for this encoder")?;
-    let setting = json!({ "rate": found.rate, "epochs": found.epochs, "held_out": found.held_out });
-    Ok((found.classifier.scores(&features(&found.encoder, &data.test, name)?), setting))
+    super::must_be_finite(&tuned.classifier, "omit `--finetune` for this encoder")?;
+    let setting = json!({ "rate": tuned.rate, "epochs": tuned.epochs, "held_out": tuned.held_out_metric });
+    Ok((tuned.classifier.scores(&features(&tuned.encoder, &data.test, name)?), setting))
 }

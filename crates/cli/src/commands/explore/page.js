@@ -1,563 +1,779 @@
-// The page of `byol explore`. The map is drawn by WebGL; everything else is plain elements.
+// The page of `byol explore`. WebGL draws the map; everything else is plain HTML.
+// An image is identified by its row in the embeddings.
 
-const $ = (id) => document.getElementById(id);
-const get = async (url) => {
-  const answer = await fetch(url);
-  if (!answer.ok) throw new Error(`${url}: ${answer.status}`);
-  return answer;
-};
+const byId = (id) => document.getElementById(id);
 
-addEventListener("unhandledrejection", (e) => { $("about").textContent = `failed: ${e.reason?.message ?? e.reason}`; });
+async function get(url) {
+  const response = await fetch(url);
+  if (!response.ok) throw new Error(`${url}: ${response.status}`);
+  return response;
+}
+const getJson = async (url) => (await get(url)).json();
+const getBytes = async (url) => (await get(url)).arrayBuffer();
 
-// Pictures are kept by the browser under their address, and the next program on this port has others under the same numbers.
+addEventListener("unhandledrejection", (event) => {
+  byId("about").textContent = `Error: ${event.reason?.message ?? event.reason}`;
+});
+
+// The browser caches images by URL. The stamp keeps images of an earlier server on this port, whose
+// rows were other images, out of this page.
 const stamp = Date.now().toString(36);
-const thumb = (i, px) => `/thumb/${i}?px=${px}&of=${stamp}`;
+const thumbnailUrl = (row, px) => `/thumb/${row}?px=${px}&stamp=${stamp}`;
 
-const COLOURS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#4f5bd5",
-  "#f2b134", "#12866b", "#b0413e", "#7a5195", "#a05d56", "#d0743c", "#5da5da", "#60bd68", "#b2912f", "#f15854"];
-const GREY = "#9aa4b2";
-const NONE = 65535;
-const rgb = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
-const colourOf = (i) => (i === NONE || i < 0 ? GREY : COLOURS[i % COLOURS.length]);
+const COLORS = [
+  "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#4f5bd5",
+  "#f2b134", "#12866b", "#b0413e", "#7a5195", "#a05d56", "#d0743c", "#5da5da", "#60bd68", "#b2912f", "#f15854",
+];
+const GRAY = "#9aa4b2";
+const NO_CLASS = 65535;
+const MAP_NAMES = { tsne: "t-SNE", pca: "PCA" };
 
-const must = (answer) => answer.catch((e) => { $("about").textContent = `cannot load: ${e.message}`; throw e; });
-const info = await (await must(get("/api/info"))).json();
-const n = info.images;
-$("about").textContent = `${n.toLocaleString()} images, ${info.map} map; loading …`;
+const rgb = (hex) => [1, 3, 5].map((start) => parseInt(hex.slice(start, start + 2), 16));
+const colorOf = (index) => (index === NO_CLASS || index < 0 ? GRAY : COLORS[index % COLORS.length]);
+const plural = (number, one, many = `${one}s`) => `${number.toLocaleString()} ${number === 1 ? one : many}`;
+
+function newElement(tag, content = "", className = "") {
+  return Object.assign(document.createElement(tag), { textContent: content, className });
+}
+function colorDot(color) {
+  const dot = newElement("span", "", "dot");
+  dot.style.background = color;
+  return dot;
+}
+
+// Errors before the page is usable end the module and never reach the handler above.
+function orShowError(promise) {
+  return promise.catch((error) => {
+    byId("about").textContent = `Cannot load the page: ${error.message}`;
+    throw error;
+  });
+}
 
 // ------------------------------------------------------------------ data
 
-const raw = new DataView(await (await must(get("/api/points"))).arrayBuffer());
-const x = new Float32Array(n), y = new Float32Array(n), label = new Int32Array(n);
-for (let i = 0; i < n; i++) {
-  x[i] = raw.getFloat32(12 * i, true);
-  y[i] = raw.getFloat32(12 * i + 4, true);
-  label[i] = raw.getUint32(12 * i + 8, true);
-}
-let shade = null;              // rank of each image's outlier score, once it is computed
-let cluster = null;            // class of each image by k-means, once asked for
-let answer = null;             // class of each image by the probe
-const given = new Map();       // image -> class, by hand
-const classes = [];            // names of the classes given by hand
-let current = -1;              // the class that a click gives
-let selected = new Set();
-let chosen = -1;
+const info = await orShowError(getJson("/api/info"));
+const count = info.images;
+byId("about").textContent = `${plural(count, "image")}, loading the map …`;
 
-$("about").textContent = `${n.toLocaleString()} images${info.classes.length ? `, ${info.classes.length} classes` : ""}${info.data ? ` of ${info.data}` : ""}, ${info.map} map`;
-
-// A grid over the map, to find the image under the pointer without looking at all.
-const SIDE = Math.max(1, Math.ceil(Math.sqrt(n / 4)));
-const cell = (v) => Math.min(SIDE - 1, Math.max(0, Math.floor((v + 1) / 2 * SIDE)));
-const cells = new Map();
-for (let i = 0; i < n; i++) {
-  const key = cell(y[i]) * SIDE + cell(x[i]);
-  if (!cells.has(key)) cells.set(key, []);
-  cells.get(key).push(i);
+const points = new DataView(await orShowError(getBytes("/api/points")));
+const xs = new Float32Array(count), ys = new Float32Array(count), labels = new Int32Array(count);
+for (let row = 0; row < count; row++) {
+  xs[row] = points.getFloat32(12 * row, true);
+  ys[row] = points.getFloat32(12 * row + 4, true);
+  labels[row] = points.getUint32(12 * row + 8, true);
 }
-function nearestTo(px, py, reach) {
-  let best = -1, least = reach * reach;
-  for (let r = cell(py - reach); r <= cell(py + reach); r++)
-    for (let c = cell(px - reach); c <= cell(px + reach); c++)
-      for (const i of cells.get(r * SIDE + c) ?? []) {
-        const d = (x[i] - px) ** 2 + (y[i] - py) ** 2;
-        if (d < least) [best, least] = [i, d];
+let outlierRanks = null;         // rank of each row's outlier score in [0, 1], once computed
+let clusters = null;             // k-means cluster of each row, once requested
+let predictions = null;          // predicted class of each row
+const manualLabels = new Map();  // row -> index into classNames
+const classNames = [];           // classes added by the user
+let activeClass = -1;            // class that a click assigns; -1: none
+let selected = new Set();        // rows inside the last lasso
+let shownRow = -1;               // row in the details panel; -1: none
+
+const summary = [plural(count, "image")];
+if (info.classes.length) summary.push(plural(info.classes.length, "class", "classes"));
+const source = info.data ? ` from ${info.data}` : "";
+byId("about").textContent = `${summary.join(", ")}${source} (${MAP_NAMES[info.map] ?? info.map} map)`;
+
+// Uniform grid over the map, to find the image under the pointer without scanning all of them.
+const GRID_SIDE = Math.max(1, Math.ceil(Math.sqrt(count / 4)));
+const gridIndex = (v) => Math.min(GRID_SIDE - 1, Math.max(0, Math.floor((v + 1) / 2 * GRID_SIDE)));
+const grid = new Map();
+for (let row = 0; row < count; row++) {
+  const key = gridIndex(ys[row]) * GRID_SIDE + gridIndex(xs[row]);
+  if (!grid.has(key)) grid.set(key, []);
+  grid.get(key).push(row);
+}
+
+// Returns the row nearest to a map position, or -1 if none lies within the radius.
+function nearestRow(mapX, mapY, radius) {
+  let nearest = -1, leastSquared = radius * radius;
+  for (let gridY = gridIndex(mapY - radius); gridY <= gridIndex(mapY + radius); gridY++) {
+    for (let gridX = gridIndex(mapX - radius); gridX <= gridIndex(mapX + radius); gridX++) {
+      for (const row of grid.get(gridY * GRID_SIDE + gridX) ?? []) {
+        const squared = (xs[row] - mapX) ** 2 + (ys[row] - mapY) ** 2;
+        if (squared < leastSquared) [nearest, leastSquared] = [row, squared];
       }
-  return best;
+    }
+  }
+  return nearest;
 }
 
 // ------------------------------------------------------------------ map
 
-const canvas = $("points"), over = $("over");
+const canvas = byId("points"), overlay = byId("overlay");
 const gl = canvas.getContext("webgl", { antialias: true });
 const view = { x: 0, y: 0, zoom: 0.95 };
-let program, places, colourBuffer, uniform, waiting = false;
-// Where no hardware draws, every so many-th point alone while the map moves, and all of them when it rests.
-let thin = 1, drawnAt = -Infinity, resting = 0;
+let program, positionBuffer, colorBuffer, uniforms;
+let drawPending = false, lastDraw = -Infinity;
+// Software rendering is slow with many points: while the map moves only every `stride`-th point is
+// drawn, and all of them once it rests.
+let stride = 1, restTimer = 0;
 
-function shader(kind, text) {
-  const s = gl.createShader(kind);
-  gl.shaderSource(s, text);
-  gl.compileShader(s);
-  if (!gl.getShaderParameter(s, gl.COMPILE_STATUS)) throw new Error(gl.getShaderInfoLog(s));
-  return s;
+const VERTEX_SHADER = `
+  attribute vec2 position; attribute vec3 color;
+  uniform vec2 center, scale; uniform float size;
+  varying vec3 point_color;
+  void main() {
+    gl_Position = vec4((position - center) * scale, 0.0, 1.0);
+    gl_PointSize = size;
+    point_color = color;
+  }`;
+const FRAGMENT_SHADER = `
+  precision mediump float;
+  varying vec3 point_color;
+  void main() {
+    float radius = length(gl_PointCoord - 0.5);
+    if (radius > 0.5) discard;
+    gl_FragColor = vec4(point_color * 0.8, 0.8) * (1.0 - smoothstep(0.4, 0.5, radius));
+  }`;
+
+function compileShader(kind, code) {
+  const shader = gl.createShader(kind);
+  gl.shaderSource(shader, code);
+  gl.compileShader(shader);
+  if (!gl.getShaderParameter(shader, gl.COMPILE_STATUS)) throw new Error(gl.getShaderInfoLog(shader));
+  return shader;
 }
-function start() {
+function vertexAttribute(name, data, size, type, normalized) {
+  const buffer = gl.createBuffer(), location = gl.getAttribLocation(program, name);
+  gl.bindBuffer(gl.ARRAY_BUFFER, buffer);
+  gl.bufferData(gl.ARRAY_BUFFER, data, gl.DYNAMIC_DRAW);
+  gl.enableVertexAttribArray(location);
+  const useEvery = (nth) => {
+    gl.bindBuffer(gl.ARRAY_BUFFER, buffer);
+    gl.vertexAttribPointer(location, size, type, normalized, nth * size * data.BYTES_PER_ELEMENT, 0);
+  };
+  return { buffer, useEvery };
+}
+function setUpWebGl() {
   program = gl.createProgram();
-  gl.attachShader(program, shader(gl.VERTEX_SHADER, `
-    attribute vec2 place; attribute vec3 colour; uniform vec2 middle, scale; uniform float size; varying vec3 c;
-    void main() { gl_Position = vec4((place - middle) * scale, 0.0, 1.0); gl_PointSize = size; c = colour; }`));
-  gl.attachShader(program, shader(gl.FRAGMENT_SHADER, `
-    precision mediump float; varying vec3 c;
-    void main() { float r = length(gl_PointCoord - 0.5); if (r > 0.5) discard; gl_FragColor = vec4(c * 0.8, 0.8) * (1.0 - smoothstep(0.4, 0.5, r)); }`));
+  gl.attachShader(program, compileShader(gl.VERTEX_SHADER, VERTEX_SHADER));
+  gl.attachShader(program, compileShader(gl.FRAGMENT_SHADER, FRAGMENT_SHADER));
   gl.linkProgram(program);
   gl.useProgram(program);
-  const xy = new Float32Array(2 * n);
-  for (let i = 0; i < n; i++) [xy[2 * i], xy[2 * i + 1]] = [x[i], y[i]];
-  const attribute = (name, data, size, kind, norm) => {
-    const buffer = gl.createBuffer(), at = gl.getAttribLocation(program, name);
-    gl.bindBuffer(gl.ARRAY_BUFFER, buffer);
-    gl.bufferData(gl.ARRAY_BUFFER, data, gl.DYNAMIC_DRAW);
-    gl.enableVertexAttribArray(at);
-    return { buffer, everyNth: (nth) => {
-      gl.bindBuffer(gl.ARRAY_BUFFER, buffer);
-      gl.vertexAttribPointer(at, size, kind, norm, nth * size * data.BYTES_PER_ELEMENT, 0);
-    } };
-  };
-  places = attribute("place", xy, 2, gl.FLOAT, false);
-  colourBuffer = attribute("colour", new Uint8Array(3 * n), 3, gl.UNSIGNED_BYTE, true);
-  uniform = Object.fromEntries(["middle", "scale", "size"].map((u) => [u, gl.getUniformLocation(program, u)]));
+  const positions = new Float32Array(2 * count);
+  for (let row = 0; row < count; row++) positions.set([xs[row], ys[row]], 2 * row);
+  positionBuffer = vertexAttribute("position", positions, 2, gl.FLOAT, false);
+  colorBuffer = vertexAttribute("color", new Uint8Array(3 * count), 3, gl.UNSIGNED_BYTE, true);
+  const names = ["center", "scale", "size"];
+  uniforms = Object.fromEntries(names.map((name) => [name, gl.getUniformLocation(program, name)]));
   gl.enable(gl.BLEND);
   gl.blendFunc(gl.ONE, gl.ONE_MINUS_SRC_ALPHA);
 }
 
-const dark = matchMedia("(prefers-color-scheme: dark)");
-dark.addEventListener("change", () => paint());
+const darkMode = matchMedia("(prefers-color-scheme: dark)");
+darkMode.addEventListener("change", () => recolor());
 
-function paint() {
-  const how = $("colour").value, colours = new Uint8Array(3 * n), faded = dark.matches ? 60 : 200;
-  legend(how);
+// Colors the points by the selected mode, updates the legend and redraws.
+function recolor() {
+  const mode = byId("color").value;
+  updateLegend(mode);
   if (!gl) return;
-  const table = COLOURS.map(rgb), grey = rgb(GREY);
-  for (let i = 0; i < n; i++) {
-    let c = grey;
-    if (how === "outlier") {
-      if (shade) c = [60 + 180 * shade[i], 90 + 40 * (1 - shade[i]), 200 * (1 - shade[i]) + 30];
+  const palette = COLORS.map(rgb), gray = rgb(GRAY), faded = darkMode.matches ? 60 : 200;
+  const classOf = {
+    label: (row) => labels[row],
+    cluster: (row) => clusters?.[row] ?? NO_CLASS,
+    prediction: (row) => manualLabels.get(row) ?? predictions?.[row] ?? NO_CLASS,
+  }[mode];
+  const colors = new Uint8Array(3 * count);
+  for (let row = 0; row < count; row++) {
+    let color = gray;
+    if (mode === "outlier") {
+      if (outlierRanks) color = outlierColor(outlierRanks[row]);
     } else {
-      const of = how === "label" ? label[i] : how === "cluster" ? cluster?.[i] ?? NONE : given.get(i) ?? answer?.[i] ?? NONE;
-      if (of !== NONE && of >= 0) c = table[of % table.length];
+      const index = classOf(row);
+      if (index !== NO_CLASS && index >= 0) color = palette[index % palette.length];
     }
-    if (selected.size && !selected.has(i)) c = c.map((v) => faded + (v - faded) * 0.15);
-    colours.set(c, 3 * i);
+    if (selected.size && !selected.has(row)) color = color.map((v) => faded + (v - faded) * 0.15);
+    colors.set(color, 3 * row);
   }
-  gl.bindBuffer(gl.ARRAY_BUFFER, colourBuffer.buffer);
-  gl.bufferData(gl.ARRAY_BUFFER, colours, gl.DYNAMIC_DRAW);
+  gl.bindBuffer(gl.ARRAY_BUFFER, colorBuffer.buffer);
+  gl.bufferData(gl.ARRAY_BUFFER, colors, gl.DYNAMIC_DRAW);
   draw();
 }
-function ranks(values) {
-  const order = Array.from(values.keys()).sort((a, b) => values[a] - values[b]), rank = new Float32Array(n);
-  order.forEach((i, r) => { rank[i] = r / Math.max(1, n - 1); });
-  return rank;
+// Blue for typical images (rank 0) to orange for atypical ones (rank 1).
+const outlierColor = (rank) => [60 + 180 * rank, 90 + 40 * (1 - rank), 200 * (1 - rank) + 30];
+
+function ranksOf(values) {
+  const order = Array.from(values.keys()).sort((a, b) => values[a] - values[b]);
+  const ranks = new Float32Array(count);
+  order.forEach((row, position) => { ranks[row] = position / Math.max(1, count - 1); });
+  return ranks;
 }
-function legend(how) {
-  const names = how === "label" ? info.classes : how === "answer" ? classes : how === "cluster" && cluster ? [...Array(1 + cluster.reduce((a, b) => Math.max(a, b), 0)).keys()].map((i) => `cluster ${i + 1}`) : [];
-  const items = names.slice(0, 24).map((name, i) => dotted(colourOf(i), name));
-  if (names.length > 24) items.push(text("li", `and ${names.length - 24} more`));
-  if (how === "outlier") items.push(...(shade ? [dotted("#3c7ae6", "like others"), dotted("#f05a1e", "unlike others")] : [text("li", "computing …")]));
-  if (how === "cluster" && !cluster) items.push(text("li", "computing …"));
-  $("legend").replaceChildren(...items);
+function legendNames(mode) {
+  if (mode === "label") return info.classes;
+  if (mode === "prediction") return classNames;
+  if (mode !== "cluster" || !clusters) return [];
+  const last = clusters.reduce((a, b) => Math.max(a, b), 0);
+  return Array.from({ length: last + 1 }, (_, index) => `cluster ${index + 1}`);
 }
-const text = (tag, words, kind) => Object.assign(document.createElement(tag), { textContent: words, className: kind ?? "" });
-function dotted(colour, words) {
-  const item = text("li", ""), dot = text("span", "", "dot");
-  dot.style.background = colour;
-  item.append(dot, words);
+function updateLegend(mode) {
+  const MAX_NAMES = 24;
+  const names = legendNames(mode);
+  const items = names.slice(0, MAX_NAMES).map((name, index) => legendItem(colorOf(index), name));
+  if (names.length > MAX_NAMES) items.push(newElement("li", `and ${names.length - MAX_NAMES} more`));
+  if (mode === "outlier" && outlierRanks) {
+    items.push(legendItem("#3c7ae6", "typical"), legendItem("#f05a1e", "atypical"));
+  }
+  if (mode === "outlier" && !outlierRanks || mode === "cluster" && !clusters) {
+    items.push(newElement("li", "computing …"));
+  }
+  byId("legend").replaceChildren(...items);
+}
+function legendItem(color, name) {
+  const item = newElement("li");
+  item.append(colorDot(color), name);
   return item;
 }
 
+// Map coordinates are those of the points, in [-1, 1]². Screen coordinates are CSS pixels of the
+// canvas.
 const aspect = () => canvas.clientWidth / Math.max(1, canvas.clientHeight);
 const scale = () => (aspect() >= 1 ? [view.zoom / aspect(), view.zoom] : [view.zoom, view.zoom * aspect()]);
-const toScreen = (px, py) => { const [sx, sy] = scale(); return [((px - view.x) * sx + 1) / 2 * canvas.clientWidth, (1 - (py - view.y) * sy) / 2 * canvas.clientHeight]; };
-const toMap = (px, py) => { const [sx, sy] = scale(); return [(2 * px / canvas.clientWidth - 1) / sx + view.x, (1 - 2 * py / canvas.clientHeight) / sy + view.y]; };
-const reach = () => 12 * 2 / Math.max(canvas.clientWidth, 1) / scale()[0];
+function toScreen(mapX, mapY) {
+  const [scaleX, scaleY] = scale();
+  return [
+    ((mapX - view.x) * scaleX + 1) / 2 * canvas.clientWidth,
+    (1 - (mapY - view.y) * scaleY) / 2 * canvas.clientHeight,
+  ];
+}
+function toMap(screenX, screenY) {
+  const [scaleX, scaleY] = scale();
+  return [
+    (2 * screenX / canvas.clientWidth - 1) / scaleX + view.x,
+    (1 - 2 * screenY / canvas.clientHeight) / scaleY + view.y,
+  ];
+}
+// Radius around the pointer in which an image counts as hit: 12 pixels in map coordinates.
+const hitRadius = () => 12 * 2 / Math.max(canvas.clientWidth, 1) / scale()[0];
 
 function draw() {
-  if (!gl || waiting) return;
-  waiting = true;
+  if (!gl || drawPending) return;
+  drawPending = true;
   requestAnimationFrame((now) => {
-    waiting = false;
-    const took = now - drawnAt, moving = took < 300;
-    drawnAt = now;
-    if (moving && took > 45 && n / thin > 4000) thin = Math.min(16, 2 * thin);
-    else if (moving && took < 20 && thin > 1) thin /= 2;
-    const nth = moving ? thin : 1;
-    clearTimeout(resting);
-    if (nth > 1) resting = setTimeout(() => { drawnAt = -Infinity; draw(); }, 350);
-    const ratio = window.devicePixelRatio || 1, w = Math.round(canvas.clientWidth * ratio), h = Math.round(canvas.clientHeight * ratio);
-    if (canvas.width !== w || canvas.height !== h) for (const c of [canvas, over]) [c.width, c.height] = [w, h];
-    gl.viewport(0, 0, w, h);
-    gl.clearColor(0, 0, 0, 0);
-    gl.clear(gl.COLOR_BUFFER_BIT);
-    gl.uniform2f(uniform.middle, view.x, view.y);
-    gl.uniform2f(uniform.scale, ...scale());
-    const crowd = Math.sqrt(canvas.clientWidth * canvas.clientHeight / Math.max(1, n)) / 2.2;
-    gl.uniform1f(uniform.size, Math.min(14, Math.max(2.5, crowd) * Math.min(4, Math.max(1, Math.sqrt(view.zoom)))) * ratio);
-    places.everyNth(nth);
-    colourBuffer.everyNth(nth);
-    gl.drawArrays(gl.POINTS, 0, Math.ceil(n / nth));
-    marks(ratio);
+    drawPending = false;
+    const frameTime = now - lastDraw, moving = frameTime < 300;
+    lastDraw = now;
+    if (moving && frameTime > 45 && count / stride > 4000) stride = Math.min(16, 2 * stride);
+    else if (moving && frameTime < 20 && stride > 1) stride /= 2;
+    const nth = moving ? stride : 1;
+    clearTimeout(restTimer);
+    if (nth > 1) restTimer = setTimeout(() => { lastDraw = -Infinity; draw(); }, 350);
+    drawPoints(nth);
   });
 }
-let lassoLine = null;
-function marks(ratio) {
-  const ink = over.getContext("2d");
-  ink.setTransform(ratio, 0, 0, ratio, 0, 0);
-  ink.clearRect(0, 0, over.width, over.height);
-  ink.strokeStyle = getComputedStyle(document.body).color;
-  ink.lineWidth = 2;
-  const ring = (i, r) => { const [sx, sy] = toScreen(x[i], y[i]); ink.beginPath(); ink.arc(sx, sy, r, 0, 2 * Math.PI); ink.stroke(); };
-  if (chosen >= 0) ring(chosen, 9);
-  ink.lineWidth = 1;
-  for (const i of given.keys()) ring(i, 6);
+function drawPoints(nth) {
+  const ratio = window.devicePixelRatio || 1;
+  const width = Math.round(canvas.clientWidth * ratio), height = Math.round(canvas.clientHeight * ratio);
+  if (canvas.width !== width || canvas.height !== height) {
+    for (const layer of [canvas, overlay]) [layer.width, layer.height] = [width, height];
+  }
+  gl.viewport(0, 0, width, height);
+  gl.clearColor(0, 0, 0, 0);
+  gl.clear(gl.COLOR_BUFFER_BIT);
+  gl.uniform2f(uniforms.center, view.x, view.y);
+  gl.uniform2f(uniforms.scale, ...scale());
+  // Points shrink as they get more numerous and grow, up to four times, with the zoom.
+  const spacing = Math.sqrt(canvas.clientWidth * canvas.clientHeight / Math.max(1, count)) / 2.2;
+  const magnification = Math.min(4, Math.max(1, Math.sqrt(view.zoom)));
+  gl.uniform1f(uniforms.size, Math.min(14, Math.max(2.5, spacing) * magnification) * ratio);
+  positionBuffer.useEvery(nth);
+  colorBuffer.useEvery(nth);
+  gl.drawArrays(gl.POINTS, 0, Math.ceil(count / nth));
+  drawOverlay(ratio);
+}
+
+let lassoLine = null; // map positions while a lasso is being drawn
+function drawOverlay(ratio) {
+  const context = overlay.getContext("2d");
+  context.setTransform(ratio, 0, 0, ratio, 0, 0);
+  context.clearRect(0, 0, overlay.width, overlay.height);
+  context.strokeStyle = getComputedStyle(document.body).color;
+  const ring = (row, radius) => {
+    const [screenX, screenY] = toScreen(xs[row], ys[row]);
+    context.beginPath();
+    context.arc(screenX, screenY, radius, 0, 2 * Math.PI);
+    context.stroke();
+  };
+  context.lineWidth = 2;
+  if (shownRow >= 0) ring(shownRow, 9);
+  context.lineWidth = 1;
+  for (const row of manualLabels.keys()) ring(row, 6);
   if (lassoLine?.length > 1) {
-    ink.setLineDash([5, 4]);
-    ink.beginPath();
-    lassoLine.forEach(([px, py], k) => { const s = toScreen(px, py); k ? ink.lineTo(...s) : ink.moveTo(...s); });
-    ink.closePath();
-    ink.stroke();
-    ink.setLineDash([]);
+    context.setLineDash([5, 4]);
+    context.beginPath();
+    for (const corner of lassoLine) context.lineTo(...toScreen(...corner));
+    context.closePath();
+    context.stroke();
+    context.setLineDash([]);
   }
 }
-function zoomAt(factor, px, py) {
-  const before = toMap(px, py);
+
+// Zooms so that the map position under the given screen position stays where it is.
+function zoomAt(factor, screenX, screenY) {
+  const before = toMap(screenX, screenY);
   view.zoom = Math.min(400, Math.max(0.5, view.zoom * factor));
-  const after = toMap(px, py);
+  const after = toMap(screenX, screenY);
   view.x += before[0] - after[0];
   view.y += before[1] - after[1];
   draw();
 }
 const zoom = (factor) => zoomAt(factor, canvas.clientWidth / 2, canvas.clientHeight / 2);
-const whole = () => { Object.assign(view, { x: 0, y: 0, zoom: 0.95 }); draw(); };
+function showAll() {
+  Object.assign(view, { x: 0, y: 0, zoom: 0.95 });
+  draw();
+}
 
-// Pointers: one pans or draws, two pinch.
+// ------------------------------------------------------------------ pointer and keyboard
+
+// One pointer pans, clicks or draws the lasso; two pinch.
 const pointers = new Map();
-let moved = 0, pinch = 0;
-const at = (e) => { const box = canvas.getBoundingClientRect(); return [e.clientX - box.left, e.clientY - box.top]; };
-const lassoing = () => $("lasso").getAttribute("aria-pressed") === "true";
-canvas.addEventListener("webglcontextlost", (e) => e.preventDefault());
-canvas.addEventListener("webglcontextrestored", () => { start(); paint(); });
-canvas.addEventListener("pointerdown", (e) => {
-  if (e.button !== 0 || e.ctrlKey) return;
-  canvas.setPointerCapture(e.pointerId);
-  pointers.set(e.pointerId, at(e));
-  $("tip").hidden = true;
-  moved = pointers.size > 1 ? Infinity : 0; // behind a pinch nothing is a click
-  if (pointers.size === 2) { const [a, b] = [...pointers.values()]; pinch = Math.hypot(a[0] - b[0], a[1] - b[1]); lassoLine = null; }
-  else if (pointers.size === 1 && lassoing()) lassoLine = [toMap(...at(e))];
-});
-canvas.addEventListener("pointermove", (e) => {
-  // Lifted where we were not told, as over a menu.
-  if (pointers.has(e.pointerId) && !e.buttons) { pointers.delete(e.pointerId); lassoLine = null; }
-  const here = at(e), before = pointers.get(e.pointerId);
-  if (!before) return hover(here);
-  pointers.set(e.pointerId, here);
-  moved += Math.hypot(here[0] - before[0], here[1] - before[1]);
+let moved = 0, pinchDistance = 0;
+const distance = (a, b) => Math.hypot(a[0] - b[0], a[1] - b[1]);
+function positionOf(event) {
+  const box = canvas.getBoundingClientRect();
+  return [event.clientX - box.left, event.clientY - box.top];
+}
+const lassoActive = () => byId("lasso").getAttribute("aria-pressed") === "true";
+
+canvas.addEventListener("webglcontextlost", (event) => event.preventDefault());
+canvas.addEventListener("webglcontextrestored", () => { setUpWebGl(); recolor(); });
+canvas.addEventListener("pointerdown", (event) => {
+  if (event.button !== 0 || event.ctrlKey) return;
+  canvas.setPointerCapture(event.pointerId);
+  pointers.set(event.pointerId, positionOf(event));
+  byId("tip").hidden = true;
+  moved = pointers.size > 1 ? Infinity : 0; // a pinch never ends in a click
   if (pointers.size === 2) {
-    // The middle of the fingers moves by half of what this one does.
-    const [p, q] = [toMap(...before), toMap(...here)];
-    view.x += (p[0] - q[0]) / 2;
-    view.y += (p[1] - q[1]) / 2;
-    const [a, b] = [...pointers.values()], wide = Math.hypot(a[0] - b[0], a[1] - b[1]);
-    if (pinch > 0) zoomAt(wide / pinch, (a[0] + b[0]) / 2, (a[1] + b[1]) / 2);
-    pinch = wide;
+    pinchDistance = distance(...pointers.values());
+    lassoLine = null;
+  } else if (pointers.size === 1 && lassoActive()) {
+    lassoLine = [toMap(...positionOf(event))];
+  }
+});
+canvas.addEventListener("pointermove", (event) => {
+  // The button was released without an event, for example over a context menu.
+  if (pointers.has(event.pointerId) && !event.buttons) {
+    pointers.delete(event.pointerId);
+    lassoLine = null;
+  }
+  const here = positionOf(event), before = pointers.get(event.pointerId);
+  if (!before) return hover(here);
+  pointers.set(event.pointerId, here);
+  moved += distance(here, before);
+  const [from, to] = [toMap(...before), toMap(...here)];
+  if (pointers.size === 2) {
+    // The midpoint of two fingers moves half as far as the one that moved.
+    view.x += (from[0] - to[0]) / 2;
+    view.y += (from[1] - to[1]) / 2;
+    const [first, second] = [...pointers.values()], spread = distance(first, second);
+    const middle = [(first[0] + second[0]) / 2, (first[1] + second[1]) / 2];
+    if (pinchDistance > 0) zoomAt(spread / pinchDistance, ...middle);
+    pinchDistance = spread;
   } else if (lassoLine) {
-    const [ax, ay] = toScreen(...lassoLine.at(-1));
-    if (Math.hypot(here[0] - ax, here[1] - ay) >= 4) { lassoLine.push(toMap(...here)); draw(); }
+    if (distance(here, toScreen(...lassoLine.at(-1))) >= 4) {
+      lassoLine.push(to);
+      draw();
+    }
   } else {
-    const [a, b] = [toMap(...before), toMap(...here)];
-    view.x += a[0] - b[0];
-    view.y += a[1] - b[1];
+    view.x += from[0] - to[0];
+    view.y += from[1] - to[1];
     draw();
   }
 });
-const lift = (e) => {
-  if (!pointers.delete(e.pointerId)) return;
+function releasePointer(event) {
+  if (!pointers.delete(event.pointerId)) return;
   const line = lassoLine;
   lassoLine = null;
   if (line) draw();
+  if (event.type !== "pointerup") return;
   if (line && moved >= 5) {
-    if (e.type === "pointerup" && line.length > 2) select(inside(line));
-  } else if (moved < 5 && e.type === "pointerup") {
-    const i = nearestTo(...toMap(...at(e)), reach());
-    if (i >= 0) click(i);
+    if (line.length > 2) select(rowsInside(line));
+  } else if (moved < 5) {
+    const row = nearestRow(...toMap(...positionOf(event)), hitRadius());
+    if (row >= 0) clickImage(row);
   }
-};
-canvas.addEventListener("pointerup", lift);
-canvas.addEventListener("pointercancel", lift);
-canvas.addEventListener("pointerleave", () => { $("tip").hidden = true; });
-canvas.addEventListener("wheel", (e) => { e.preventDefault(); zoomAt(Math.exp(-e.deltaY * 0.0015), ...at(e)); }, { passive: false });
+}
+canvas.addEventListener("pointerup", releasePointer);
+canvas.addEventListener("pointercancel", releasePointer);
+canvas.addEventListener("pointerleave", () => { byId("tip").hidden = true; });
+canvas.addEventListener("wheel", (event) => {
+  event.preventDefault();
+  zoomAt(Math.exp(-event.deltaY * 0.0015), ...positionOf(event));
+}, { passive: false });
 new ResizeObserver(draw).observe(canvas);
 
-let hovered = -1, soon;
-function hover([px, py]) {
-  const tip = $("tip"), i = nearestTo(...toMap(px, py), reach());
-  tip.hidden = i < 0;
-  if (i < 0) { hovered = -1; return; }
-  const left = px > canvas.clientWidth - 180 ? px - 130 : px + 14, top = py > canvas.clientHeight - 160 ? py - 140 : py + 14;
+let hoveredRow = -1, hoverTimer;
+function hover([screenX, screenY]) {
+  const tip = byId("tip"), row = nearestRow(...toMap(screenX, screenY), hitRadius());
+  tip.hidden = row < 0;
+  if (row < 0) { hoveredRow = -1; return; }
+  const left = screenX > canvas.clientWidth - 180 ? screenX - 130 : screenX + 14;
+  const top = screenY > canvas.clientHeight - 160 ? screenY - 140 : screenY + 14;
   [tip.style.left, tip.style.top] = [`${left}px`, `${top}px`];
-  if (i === hovered) return;
-  hovered = i;
+  if (row === hoveredRow) return;
+  hoveredRow = row;
   tip.querySelector("span").textContent = "";
   tip.querySelector("img").removeAttribute("src");
-  // Not for every image that the pointer crosses.
-  clearTimeout(soon);
-  soon = setTimeout(async () => {
-    if (hovered !== i) return;
-    tip.querySelector("img").src = thumb(i, 96);
-    const row = await (await get(`/api/row/${i}`)).json();
-    if (hovered === i) tip.querySelector("span").textContent = name(row);
+  // A short delay avoids requests for every image that the pointer crosses.
+  clearTimeout(hoverTimer);
+  hoverTimer = setTimeout(async () => {
+    if (hoveredRow !== row) return;
+    tip.querySelector("img").src = thumbnailUrl(row, 96);
+    const image = await getJson(`/api/row/${row}`);
+    if (hoveredRow === row) tip.querySelector("span").textContent = shortName(image);
   }, 60);
 }
-const name = (row) => row.path.split(/[\\/]/).slice(-2).join("/") + (row.label ? ` (${row.label})` : "");
+const withLabel = (name, label) => name + (label ? ` (${label})` : "");
+const shortName = (image) => withLabel(image.path.split(/[\\/]/).slice(-2).join("/"), image.label);
 
-function inside(line) {
-  const found = new Set();
-  let [x0, x1, y0, y1] = [Infinity, -Infinity, Infinity, -Infinity];
-  for (const [a, b] of line) [x0, x1, y0, y1] = [Math.min(x0, a), Math.max(x1, a), Math.min(y0, b), Math.max(y1, b)];
-  for (let i = 0; i < n; i++) {
-    if (x[i] < x0 || x[i] > x1 || y[i] < y0 || y[i] > y1) continue;
-    let within = false;
-    for (let a = 0, b = line.length - 1; a < line.length; b = a++) {
-      const [ax, ay] = line[a], [bx, by] = line[b];
-      if ((ay > y[i]) !== (by > y[i]) && x[i] < (bx - ax) * (y[i] - ay) / (by - ay) + ax) within = !within;
-    }
-    if (within) found.add(i);
+// Rows inside a polygon, by the even-odd rule.
+function rowsInside(polygon) {
+  const rows = new Set();
+  let [left, right, bottom, top] = [Infinity, -Infinity, Infinity, -Infinity];
+  for (const [mapX, mapY] of polygon) {
+    [left, right] = [Math.min(left, mapX), Math.max(right, mapX)];
+    [bottom, top] = [Math.min(bottom, mapY), Math.max(top, mapY)];
   }
-  return found;
+  for (let row = 0; row < count; row++) {
+    const mapX = xs[row], mapY = ys[row];
+    if (mapX < left || mapX > right || mapY < bottom || mapY > top) continue;
+    let inside = false;
+    for (let i = 0, j = polygon.length - 1; i < polygon.length; j = i++) {
+      const [ax, ay] = polygon[i], [bx, by] = polygon[j];
+      if ((ay > mapY) !== (by > mapY) && mapX < (bx - ax) * (mapY - ay) / (by - ay) + ax) inside = !inside;
+    }
+    if (inside) rows.add(row);
+  }
+  return rows;
 }
 function select(rows) {
   selected = rows;
-  $("selection").textContent = rows.size ? `${rows.size.toLocaleString()} selected` : "";
-  $("save").hidden = $("clear").hidden = !rows.size;
-  paint();
+  byId("selection").textContent = rows.size ? `${rows.size.toLocaleString()} selected` : "";
+  byId("save-selection").hidden = byId("clear-selection").hidden = !rows.size;
+  recolor();
 }
 
-canvas.addEventListener("keydown", (e) => {
-  const step = 0.1 / view.zoom, keys = {
-    ArrowLeft: () => { view.x -= step; draw(); }, ArrowRight: () => { view.x += step; draw(); },
-    ArrowUp: () => { view.y += step; draw(); }, ArrowDown: () => { view.y -= step; draw(); },
-    "+": () => zoom(1.3), "=": () => zoom(1.3), "-": () => zoom(1 / 1.3), 0: whole,
-    n: () => walk(1), p: () => walk(-1), Enter: () => chosen >= 0 && click(chosen), l: () => $("lasso").click(),
-    Escape: () => select(new Set()),
-  };
-  const act = keys[e.key.length === 1 ? e.key.toLowerCase() : e.key];
-  if (act && !e.ctrlKey && !e.metaKey && !e.altKey) { e.preventDefault(); act(); }
+function pan(stepsX, stepsY) {
+  view.x += 0.1 / view.zoom * stepsX;
+  view.y += 0.1 / view.zoom * stepsY;
+  draw();
+}
+// N and P walk over the images from left to right on the map.
+const leftToRight = Array.from(xs.keys()).sort((a, b) => xs[a] - xs[b]), orderOf = new Int32Array(count);
+leftToRight.forEach((row, position) => { orderOf[row] = position; });
+function step(by) {
+  showImage(leftToRight[shownRow < 0 ? 0 : (orderOf[shownRow] + by + count) % count]);
+}
+const shortcuts = {
+  ArrowLeft: () => pan(-1, 0), ArrowRight: () => pan(1, 0), ArrowUp: () => pan(0, 1), ArrowDown: () => pan(0, -1),
+  "+": () => zoom(1.3), "=": () => zoom(1.3), "-": () => zoom(1 / 1.3), 0: showAll,
+  n: () => step(1), p: () => step(-1), Enter: () => shownRow >= 0 && clickImage(shownRow),
+  l: () => byId("lasso").click(), Escape: () => select(new Set()),
+};
+canvas.addEventListener("keydown", (event) => {
+  const action = shortcuts[event.key.length === 1 ? event.key.toLowerCase() : event.key];
+  if (action && !event.ctrlKey && !event.metaKey && !event.altKey) {
+    event.preventDefault();
+    action();
+  }
 });
-// From left to right, as they lie on the map.
-const order = Array.from(x.keys()).sort((a, b) => x[a] - x[b]), place = new Int32Array(n);
-order.forEach((i, k) => { place[i] = k; });
-function walk(by) { show(order[chosen < 0 ? 0 : (place[chosen] + by + n) % n]); }
 
-// ------------------------------------------------------------------ one image and its neighbours
+// ------------------------------------------------------------------ one image and its neighbors
 
-function picture(i, px, words) {
-  const button = document.createElement("button"), img = document.createElement("img");
-  img.src = thumb(i, px);
-  img.alt = words;
-  img.loading = "lazy";
-  button.title = words;
-  button.append(img);
-  // The button may go away: the map keeps the focus.
-  button.addEventListener("click", () => { tab("map"); canvas.focus({ preventScroll: true }); show(i); });
+function imageButton(row, px, description) {
+  const button = newElement("button"), picture = newElement("img");
+  picture.src = thumbnailUrl(row, px);
+  picture.alt = description;
+  picture.loading = "lazy";
+  button.title = description;
+  button.append(picture);
+  button.addEventListener("click", () => {
+    openTab("map");
+    // The button is about to be replaced: the map takes the focus, so that shortcuts work.
+    canvas.focus({ preventScroll: true });
+    showImage(row);
+  });
   return button;
 }
-async function show(i) {
-  chosen = i;
-  const [sx, sy] = toScreen(x[i], y[i]);
-  if (sx < 0 || sy < 0 || sx > canvas.clientWidth || sy > canvas.clientHeight) [view.x, view.y] = [x[i], y[i]];
+async function showImage(row) {
+  shownRow = row;
+  const [screenX, screenY] = toScreen(xs[row], ys[row]);
+  const visible = screenX >= 0 && screenY >= 0 && screenX <= canvas.clientWidth && screenY <= canvas.clientHeight;
+  if (!visible) [view.x, view.y] = [xs[row], ys[row]];
   draw();
-  const [row, near] = await Promise.all([get(`/api/row/${i}`), get(`/api/near/${i}?n=24`)].map(async (a) => (await a).json()));
-  if (chosen !== i) return;
-  const large = document.createElement("img");
-  large.className = "large";
-  large.src = thumb(i, 256);
-  large.alt = name(row);
-  const grid = text("div", "", "grid");
-  for (const { cosine, of } of near) {
-    const button = picture(of.row, 96, `${name(of)}, cosine ${cosine.toFixed(3)}`);
+  const [image, neighbors] = await Promise.all([
+    getJson(`/api/row/${row}`), getJson(`/api/neighbors/${row}?n=24`),
+  ]);
+  if (shownRow !== row) return; // another image was chosen meanwhile
+  const large = newElement("img", "", "large");
+  large.src = thumbnailUrl(row, 256);
+  large.alt = shortName(image);
+  const buttons = newElement("div", "", "grid");
+  for (const { cosine, image: neighbor } of neighbors) {
+    const button = imageButton(neighbor.row, 96, `${shortName(neighbor)}, cosine ${cosine.toFixed(3)}`);
     button.append(cosine.toFixed(2));
-    grid.append(button);
+    buttons.append(button);
   }
-  $("said").textContent = row.path + (row.label ? `  (${row.label})` : "");
-  $("chosen").replaceChildren(large, text("p", "Nearest"), grid);
+  byId("image-path").textContent = withLabel(image.path, image.label);
+  byId("neighbors").replaceChildren(large, newElement("p", "Nearest neighbors"), buttons);
 }
 
-// ------------------------------------------------------------------ labelling
+// ------------------------------------------------------------------ labeling
 
-function click(i) {
-  if (current >= 0) {
-    given.get(i) === current ? given.delete(i) : given.set(i, current);
-    ask();
+function clickImage(row) {
+  if (activeClass >= 0) {
+    manualLabels.get(row) === activeClass ? manualLabels.delete(row) : manualLabels.set(row, activeClass);
+    updatePredictions();
   }
-  show(i);
+  showImage(row);
 }
-$("new-class").addEventListener("submit", (e) => {
-  e.preventDefault();
-  const named = $("class-name").value.trim();
-  if (!named) return;
-  let at = classes.indexOf(named);
-  if (at < 0 && classes.length < 256) at = classes.push(named) - 1;
-  current = at;
-  $("class-name").value = "";
-  list();
+byId("new-class").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const name = byId("class-name").value.trim();
+  if (!name) return;
+  let index = classNames.indexOf(name);
+  if (index < 0 && classNames.length < 256) index = classNames.push(name) - 1;
+  activeClass = index;
+  byId("class-name").value = "";
+  listClasses();
 });
-function list() {
-  $("given").replaceChildren(...classes.map((c, k) => {
-    const item = document.createElement("li"), button = document.createElement("button"), dot = text("span", "", "dot");
-    dot.style.background = colourOf(k);
-    button.append(dot, `${c} (${[...given.values()].filter((v) => v === k).length})`);
-    button.setAttribute("aria-pressed", String(k === current));
-    button.addEventListener("click", () => { current = current === k ? -1 : k; list(); $("given").children[k].firstChild.focus(); });
+function listClasses() {
+  const labeled = [...manualLabels.values()];
+  byId("classes").replaceChildren(...classNames.map((name, index) => {
+    const item = newElement("li"), button = newElement("button");
+    button.append(colorDot(colorOf(index)), `${name} (${labeled.filter((v) => v === index).length})`);
+    button.setAttribute("aria-pressed", String(index === activeClass));
+    button.addEventListener("click", () => {
+      activeClass = activeClass === index ? -1 : index;
+      listClasses();
+      byId("classes").children[index].firstChild.focus();
+    });
     item.append(button);
     return item;
   }));
 }
-let asked = 0;
-async function ask() {
-  const mine = ++asked;
-  list();
-  $("save-labels").hidden = !given.size;
-  if (!given.size) { answer = null; $("probe-says").textContent = ""; return paint(); }
-  const reply = await fetch("/api/probe", { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify({ rows: [...given] }) }).catch(() => null);
-  if (mine !== asked) return;
-  if (!reply?.ok) { $("probe-says").textContent = "the probe has no answer"; return paint(); }
-  const got = (await reply.json()).answers;
-  if (mine !== asked) return;
-  answer = got;
-  const counts = classes.map((c, k) => `${c} ${answer.filter((v) => v === k).length.toLocaleString()}`);
-  $("probe-says").textContent = `All images: ${counts.join(", ")}.${agreement()}`;
-  $("colour").value = "answer";
-  paint();
+
+let latestRequest = 0;
+async function updatePredictions() {
+  const request = ++latestRequest, status = byId("probe-status");
+  listClasses();
+  byId("save-labels").hidden = !manualLabels.size;
+  if (!manualLabels.size) {
+    predictions = null;
+    status.textContent = "";
+    return recolor();
+  }
+  const response = await fetch("/api/probe", {
+    method: "POST",
+    headers: { "content-type": "application/json" },
+    body: JSON.stringify({ rows: [...manualLabels] }),
+  }).catch(() => null);
+  if (request !== latestRequest) return;
+  if (!response?.ok) {
+    status.textContent = "Prediction failed";
+    return recolor();
+  }
+  const received = (await response.json()).predictions;
+  if (request !== latestRequest) return;
+  predictions = received;
+  const totals = classNames.map((name, index) =>
+    `${name} ${predictions.filter((v) => v === index).length.toLocaleString()}`);
+  status.textContent = `Predicted: ${totals.join(", ")}.${accuracy()}`;
+  byId("color").value = "prediction";
+  recolor();
 }
-// Where the classes given by hand are called as the data's own, how many answers are right.
-function agreement() {
-  const own = classes.map((c) => info.classes.indexOf(c));
-  let right = 0, all = 0;
-  for (let i = 0; i < n; i++) if (!given.has(i) && own.includes(label[i])) { all++; right += own[answer[i]] === label[i]; }
-  return all ? ` ${(100 * right / all).toFixed(1)} % of ${all.toLocaleString()} right by the data's labels.` : "";
+// Accuracy on images with a label in the data and none by hand, over the classes that have the same
+// name in both. Empty if there are no such images.
+function accuracy() {
+  const dataClasses = classNames.map((name) => info.classes.indexOf(name));
+  let correct = 0, total = 0;
+  for (let row = 0; row < count; row++) {
+    if (manualLabels.has(row) || !dataClasses.includes(labels[row])) continue;
+    total++;
+    correct += dataClasses[predictions[row]] === labels[row];
+  }
+  return total ? ` Accuracy: ${(100 * correct / total).toFixed(1)}\u00a0% (${plural(total, "labeled image")}).` : "";
 }
-function download(file, words) {
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([words], { type: "text/plain" }));
+function download(file, content) {
+  const link = newElement("a");
+  link.href = URL.createObjectURL(new Blob([content], { type: "text/plain" }));
   link.download = file;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
-let known;
-async function paths(rows) {
-  known ??= (await (await get("/api/paths")).json()).paths;
-  return rows.map((i) => known[i]);
+let allPaths; // fetched when first needed
+async function pathsOf(rows) {
+  allPaths ??= (await getJson("/api/paths")).paths;
+  return rows.map((row) => allPaths[row]);
 }
-const quoted = (s) => `"${String(s).replaceAll('"', '""')}"`;
-$("save").addEventListener("click", async () => download("selection.txt", (await paths([...selected])).join("\n") + "\n"));
-$("save-labels").addEventListener("click", async () => {
-  const by = new Map(given), said = answer, rows = [...Array(n).keys()];
-  if (!said) return;
-  const all = await paths(rows);
-  const lines = rows.map((i) => [quoted(all[i]), quoted(classes[by.get(i) ?? said[i]]), by.has(i) ? "given" : "answer"].join(","));
-  download("labels.csv", ["path,label,by", ...lines].join("\n") + "\n");
+const csvQuoted = (value) => `"${String(value).replaceAll('"', '""')}"`;
+
+byId("save-selection").addEventListener("click", async () => {
+  download("selection.txt", `${(await pathsOf([...selected])).join("\n")}\n`);
 });
-$("clear").addEventListener("click", () => select(new Set()));
-$("lasso").addEventListener("click", () => $("lasso").setAttribute("aria-pressed", String(!lassoing())));
-$("closer").addEventListener("click", () => zoom(1.3));
-$("farther").addEventListener("click", () => zoom(1 / 1.3));
-$("whole").addEventListener("click", whole);
-$("colour").addEventListener("change", async () => {
-  paint();
-  if ($("colour").value === "cluster" && !cluster) {
-    cluster = (await (await get("/api/clusters")).json()).clusters;
-    paint();
+byId("save-labels").addEventListener("click", async () => {
+  // Copies: the labels may change while the paths are fetched.
+  const manual = new Map(manualLabels), predicted = predictions, rows = [...Array(count).keys()];
+  if (!predicted) return;
+  const paths = await pathsOf(rows);
+  const lines = rows.map((row) => {
+    const name = classNames[manual.get(row) ?? predicted[row]];
+    return [csvQuoted(paths[row]), csvQuoted(name), manual.has(row) ? "given" : "answer"].join(",");
+  });
+  download("labels.csv", `${["path,label,by", ...lines].join("\n")}\n`);
+});
+byId("clear-selection").addEventListener("click", () => select(new Set()));
+byId("lasso").addEventListener("click", () => {
+  byId("lasso").setAttribute("aria-pressed", String(!lassoActive()));
+});
+byId("zoom-in").addEventListener("click", () => zoom(1.3));
+byId("zoom-out").addEventListener("click", () => zoom(1 / 1.3));
+byId("show-all").addEventListener("click", showAll);
+byId("color").addEventListener("change", async () => {
+  recolor();
+  if (byId("color").value === "cluster" && !clusters) {
+    clusters = (await getJson("/api/clusters")).clusters;
+    recolor();
   }
 });
 
-// ------------------------------------------------------------------ other pages
+// ------------------------------------------------------------------ duplicates and outliers
 
-let duplicatesTimer, searched;
-async function duplicates() {
-  const share = Number($("threshold").value);
-  if (share === searched) return;
-  searched = share;
-  $("duplicates-say").textContent = "searching …";
-  const answer = await fetch(`/api/duplicates?threshold=${share}`).catch(() => null);
-  if (share !== searched) return;
-  if (!answer?.ok) {
-    searched = undefined;
-    // Another search is under way.
-    if (answer?.status === 429) { clearTimeout(duplicatesTimer); duplicatesTimer = setTimeout(duplicates, 1000); return; }
-    $("duplicates-say").textContent = "the search failed";
+let duplicatesTimer, searchedThreshold;
+async function showDuplicates() {
+  const threshold = Number(byId("threshold").value), status = byId("duplicates-status");
+  if (threshold === searchedThreshold) return;
+  searchedThreshold = threshold;
+  status.textContent = "Searching …";
+  const response = await fetch(`/api/duplicates?threshold=${threshold}`).catch(() => null);
+  if (threshold !== searchedThreshold) return;
+  if (!response?.ok) {
+    searchedThreshold = undefined;
+    if (response?.status === 429) { // the server is still busy with an earlier search
+      clearTimeout(duplicatesTimer);
+      duplicatesTimer = setTimeout(showDuplicates, 1000);
+      return;
+    }
+    status.textContent = "Search failed";
     return;
   }
-  const { groups, all } = await answer.json();
-  if (share !== searched) return;
-  $("duplicates-say").textContent = all ? `${all.toLocaleString()} groups${all > groups.length ? `, the first ${groups.length}` : ""}` : "none";
-  $("groups").replaceChildren(...groups.map((g) => {
-    const line = text("div", "", "group");
-    line.append(...g.map((row) => picture(row.row, 96, name(row))));
-    return line;
+  const { groups, total } = await response.json();
+  if (threshold !== searchedThreshold) return;
+  const shown = total > groups.length ? ` (first ${groups.length} shown)` : "";
+  status.textContent = total ? `${plural(total, "group")}${shown}` : "No duplicates";
+  byId("groups").replaceChildren(...groups.map((images) => {
+    const group = newElement("div", "", "group");
+    group.append(...images.map((image) => imageButton(image.row, 96, shortName(image))));
+    return group;
   }));
 }
-$("threshold").addEventListener("input", () => {
-  $("threshold-value").textContent = Number($("threshold").value).toFixed(2);
+byId("threshold").addEventListener("input", () => {
+  byId("threshold-value").textContent = Number(byId("threshold").value).toFixed(2);
   clearTimeout(duplicatesTimer);
-  duplicatesTimer = setTimeout(duplicates, 300);
+  duplicatesTimer = setTimeout(showDuplicates, 300);
 });
-async function strange() {
-  const rows = await (await get("/api/outliers?n=120")).json();
-  $("strange").replaceChildren(...rows.map(({ score, of }) => {
-    const button = picture(of.row, 96, name(of));
+async function showOutliers() {
+  const outliers = await getJson("/api/outliers?n=120");
+  byId("outlier-grid").replaceChildren(...outliers.map(({ score, image }) => {
+    const button = imageButton(image.row, 96, shortName(image));
     button.append(score.toFixed(2));
     return button;
   }));
 }
-const NS = "http://www.w3.org/2000/svg";
-function chart(title, points) {
-  const figure = document.createElement("figure"), svg = document.createElementNS(NS, "svg");
-  const [W, H, L, B, T, R] = [420, 200, 44, 24, 8, 10];
-  svg.setAttribute("viewBox", `0 0 ${W} ${H}`);
-  svg.setAttribute("role", "img");
-  const last = points[points.length - 1];
-  svg.setAttribute("aria-label", `${title}: ${last ? last[1].toPrecision(4) : "no value"}`);
-  const xs = points.map((p) => p[0]), ys = points.map((p) => p[1]);
-  const [x0, x1] = [0, Math.max(1, ...xs)];
-  let [y0, y1] = [Math.min(...ys), Math.max(...ys)];
-  if (y1 - y0 < 1e-9) [y0, y1] = [y0 - 1, y1 + 1];
-  const px = (v) => L + (v - x0) / (x1 - x0) * (W - L - R), py = (v) => H - B - (v - y0) / (y1 - y0) * (H - B - T);
-  const put = (tag, attributes, words) => {
-    const e = document.createElementNS(NS, tag);
-    for (const [k, v] of Object.entries(attributes)) e.setAttribute(k, v);
-    if (words) e.textContent = words;
-    svg.append(e);
+
+// ------------------------------------------------------------------ training curves
+
+const SVG_NAMESPACE = "http://www.w3.org/2000/svg";
+// Figure with a curve over epochs, from [epoch, value] pairs.
+function chart(title, curve) {
+  const width = 420, height = 200, left = 44, right = width - 10, top = 8, bottom = height - 24;
+  const svg = document.createElementNS(SVG_NAMESPACE, "svg");
+  const append = (tag, attributes, content = "") => {
+    const child = document.createElementNS(SVG_NAMESPACE, tag);
+    for (const [name, value] of Object.entries(attributes)) child.setAttribute(name, value);
+    child.textContent = content;
+    svg.append(child);
   };
-  for (let k = 0; k <= 3; k++) {
-    const v = y0 + (y1 - y0) * k / 3;
-    put("line", { x1: L, x2: W - R, y1: py(v), y2: py(v) });
-    put("text", { x: L - 6, y: py(v) + 4, "text-anchor": "end" }, Math.abs(v) >= 100 ? v.toFixed(0) : v.toPrecision(3));
+  const latest = curve.at(-1)?.[1].toPrecision(4);
+  svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  svg.setAttribute("role", "img");
+  svg.setAttribute("aria-label", `${title}: ${latest ?? "no value"}`);
+  const lastEpoch = Math.max(1, ...curve.map(([epoch]) => epoch));
+  const values = curve.map(([, value]) => value);
+  let [low, high] = [Math.min(...values), Math.max(...values)];
+  if (high - low < 1e-9) [low, high] = [low - 1, high + 1];
+  const toX = (epoch) => left + epoch / lastEpoch * (right - left);
+  const toY = (value) => bottom - (value - low) / (high - low) * (bottom - top);
+  for (let tick = 0; tick <= 3; tick++) {
+    const value = low + (high - low) * tick / 3;
+    append("line", { x1: left, x2: right, y1: toY(value), y2: toY(value) });
+    const rounded = Math.abs(value) >= 100 ? value.toFixed(0) : value.toPrecision(3);
+    append("text", { x: left - 6, y: toY(value) + 4, "text-anchor": "end" }, rounded);
   }
-  put("text", { x: L, y: H - 6 }, "0");
-  put("text", { x: W - R, y: H - 6, "text-anchor": "end" }, `epoch ${Number(x1.toFixed(1))}`);
-  if (points.length) put("path", { d: points.map(([a, b], k) => `${k ? "L" : "M"}${px(a).toFixed(1)} ${py(b).toFixed(1)}`).join("") });
-  figure.append(svg, text("figcaption", `${title}${last ? `, now ${last[1].toPrecision(4)}` : ""}`));
+  append("text", { x: left, y: height - 6 }, "0");
+  append("text", { x: right, y: height - 6, "text-anchor": "end" }, `epoch ${Number(lastEpoch.toFixed(1))}`);
+  if (curve.length) {
+    const corner = ([epoch, value]) => `${toX(epoch).toFixed(1)} ${toY(value).toFixed(1)}`;
+    append("path", { d: `M${curve.map(corner).join("L")}` });
+  }
+  const figure = newElement("figure");
+  figure.append(svg, newElement("figcaption", latest ? `${title}: ${latest}` : title));
   return figure;
 }
-async function training() {
-  const { epochs, loss } = await (await get("/api/curves")).json();
-  const says = epochs.length ? `${epochs.at(-1).epoch} epochs` : info.run ? "No epoch has ended yet." : "These embeddings are of no run: no curves.";
-  if ($("training-says").textContent !== says) $("training-says").textContent = says;
-  const of = (key, factor) => epochs.filter((e) => e[key] != null).map((e) => [e.epoch, factor * e[key]]);
-  const all = [["loss", loss], ["kNN, %", of("knn", 100)], ["RankMe", of("rankme", 1)],
-    ["deviation of the projections", of("projection_std", 1)], ["cosine of different images' projections", of("projection_cosine", 1)]];
-  $("curves").replaceChildren(...all.filter(([, p]) => p.length > 1).map(([t, p]) => chart(t, p)));
+async function showTraining() {
+  const { epochs, loss } = await getJson("/api/curves");
+  const text = epochs.length ? plural(epochs.at(-1).epoch, "epoch")
+    : info.run ? "No epoch has finished yet" : "No training run is attached to these embeddings";
+  // Screen readers announce every assignment.
+  const status = byId("training-status");
+  if (status.textContent !== text) status.textContent = text;
+  const metric = (key, factor) =>
+    epochs.filter((epoch) => epoch[key] != null).map((epoch) => [epoch.epoch, factor * epoch[key]]);
+  const curves = [
+    ["Loss", loss],
+    ["kNN accuracy (%)", metric("knn", 100)],
+    ["RankMe", metric("rankme", 1)],
+    ["Projection std", metric("projection_std", 1)],
+    ["Mean cosine between projections of different images", metric("projection_cosine", 1)],
+  ];
+  const drawable = curves.filter(([, curve]) => curve.length > 1);
+  byId("curves").replaceChildren(...drawable.map(([title, curve]) => chart(title, curve)));
 }
-const opened = { map: draw, duplicates, outliers: strange, training };
-const tabs = Object.keys(opened);
-function tab(which) {
-  for (const t of tabs) {
-    $(t).hidden = t !== which;
-    $(`tab-${t}`).setAttribute("aria-selected", String(t === which));
-    $(`tab-${t}`).tabIndex = t === which ? 0 : -1;
+
+// ------------------------------------------------------------------ tabs
+
+const onOpen = { map: draw, duplicates: showDuplicates, outliers: showOutliers, training: showTraining };
+const tabs = Object.keys(onOpen);
+function openTab(name) {
+  for (const tab of tabs) {
+    byId(tab).hidden = tab !== name;
+    byId(`tab-${tab}`).setAttribute("aria-selected", String(tab === name));
+    byId(`tab-${tab}`).tabIndex = tab === name ? 0 : -1;
   }
-  opened[which]();
+  onOpen[name]();
 }
-tabs.forEach((t, k) => {
-  $(`tab-${t}`).addEventListener("click", () => tab(t));
-  $(`tab-${t}`).addEventListener("keydown", (e) => {
-    const by = { ArrowRight: 1, ArrowLeft: -1 }[e.key];
-    if (by) { const next = tabs[(k + by + tabs.length) % tabs.length]; $(`tab-${next}`).focus(); tab(next); }
+tabs.forEach((tab, position) => {
+  byId(`tab-${tab}`).addEventListener("click", () => openTab(tab));
+  byId(`tab-${tab}`).addEventListener("keydown", (event) => {
+    const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (!by) return;
+    const next = tabs[(position + by + tabs.length) % tabs.length];
+    byId(`tab-${next}`).focus();
+    openTab(next);
   });
 });
-setInterval(() => { if (!$("training").hidden) training(); }, 5000);
+setInterval(() => { if (!byId("training").hidden) showTraining(); }, 5000);
 
-if (!info.classes.length) $("colour").value = "outlier";
-if (gl) start();
-paint();
-get("/api/scores").then((a) => a.arrayBuffer()).then((b) => { shade = ranks(new Float32Array(b)); if ($("colour").value === "outlier") paint(); });
-if (!gl) $("chosen").replaceChildren(text("p", "This browser has no WebGL: the map cannot be drawn; the other pages work."));
+// ------------------------------------------------------------------ start
+
+if (!info.classes.length) byId("color").value = "outlier";
+if (gl) setUpWebGl();
+else byId("neighbors").replaceChildren(newElement("p", "The map needs WebGL, which this browser does not offer."));
+recolor();
+getBytes("/api/scores").then((bytes) => {
+  outlierRanks = ranksOf(new Float32Array(bytes));
+  if (byId("color").value === "outlier") recolor();
+});

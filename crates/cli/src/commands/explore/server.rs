@@ -1,19 +1,21 @@
-//! The server behind `byol explore`: the page and what it asks for. It listens on loopback, answers only requests that name this machine (a
-//! page elsewhere cannot reach it under another name), gives out only images that the embeddings name and that lie in the data, and takes small
-//! requests only.
+//! HTTP server of `byol explore`: the page and its API.
+//!
+//! It listens on the loopback interface, rejects requests that address another host or come from
+//! another site, serves only images that are listed in the embeddings and lie in the data folder,
+//! and limits the size of requests.
 
 use std::{
     collections::HashMap,
     io::Cursor,
     net::{SocketAddr, TcpListener},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, OnceLock, TryLockError},
 };
 
 use axum::{
     Json, Router,
     body::Body,
-    extract::{DefaultBodyLimit, Path as Part, Query, Request, State as Shared},
+    extract::{DefaultBodyLimit, Path as UrlPath, Query, Request, State},
     http::{HeaderMap, HeaderValue, StatusCode, header},
     middleware::{Next, from_fn_with_state},
     response::{IntoResponse, Response},
@@ -27,134 +29,154 @@ use byol::{
         search::Index,
         sheet,
     },
-    data::{Dataset, Image, decode},
+    data::{Dataset, decode},
+    image::Image,
     train::metrics::{self, Curves},
 };
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::report;
+use crate::terminal;
 
-/// What is shown.
-pub struct Shown {
+/// Embeddings to explore, one row per image.
+pub struct Collection {
     pub index: Index,
     pub paths: Vec<String>,
     pub labels: Option<Vec<String>>,
-    pub places: Vec<[f32; 2]>,
+    /// Map coordinates in [-1, 1]².
+    pub coordinates: Vec<[f32; 2]>,
     pub method: Method,
-    /// Images outside are not given out.
+    /// Data folder; images outside it are not served.
     pub root: Option<PathBuf>,
-    /// Whose curves are shown.
+    /// Folder of the run whose training curves are shown.
     pub run: Option<PathBuf>,
 }
 
-/// What all requests see.
-pub struct State {
-    shown: Shown,
+/// State shared by all requests.
+pub struct AppState {
+    collection: Collection,
+    /// Sorted class names.
     classes: Vec<String>,
-    /// Number of each row's class.
-    class_of: Vec<u16>,
-    outliers: OnceLock<Vec<f32>>,
+    /// Index of each row's class, or [`NO_CLASS`].
+    class_indices: Vec<u16>,
+    outlier_scores: OnceLock<Vec<f32>>,
     clusters: OnceLock<Vec<usize>>,
-    searching: Mutex<()>,
-    /// The data, where its images are not files: opened when the first is asked for.
-    packed: OnceLock<Option<Packed>>,
+    duplicate_search: Mutex<()>,
+    /// Source of the images that are not files of their own, opened at the first such request.
+    packed: OnceLock<Option<PackedImages>>,
     address: OnceLock<SocketAddr>,
 }
 
-/// Bytes of a request at most.
-const MOST_BYTES: usize = 1 << 20;
+/// Class index of images without a label.
+const NO_CLASS: u16 = u16::MAX;
 
-/// Side of a thumbnail at most.
-const MOST_PIXELS: u32 = 512;
+/// Maximum size of a request body in bytes.
+const MAX_BODY_BYTES: usize = 1 << 20;
 
-/// Neighbours that outlier scores look at.
-const NEAR: usize = 10;
+/// Maximum side of a thumbnail in pixels.
+const MAX_THUMBNAIL_SIDE: u32 = 512;
 
-/// Clusters by k-means.
+/// Nearest neighbors per outlier score.
+const OUTLIER_NEIGHBORS: usize = 10;
+
+/// Number of k-means clusters.
 const CLUSTERS: usize = 12;
 
-/// Rows or pairs in an answer at most.
-const MOST_ROWS: usize = 1000;
+/// Maximum number of images in a response.
+const MAX_RESULTS: usize = 1000;
 
-impl State {
-    pub fn new(shown: Shown) -> State {
-        let mut classes: Vec<String> = shown.labels.iter().flatten().cloned().collect();
+/// Maximum number of duplicate groups in a response, and of images per group.
+const MAX_GROUPS: usize = 200;
+const MAX_GROUP_IMAGES: usize = 20;
+
+impl AppState {
+    pub fn new(collection: Collection) -> AppState {
+        let mut classes: Vec<String> = collection.labels.iter().flatten().cloned().collect();
         classes.sort();
         classes.dedup();
-        classes.truncate(usize::from(u16::MAX) - 1);
-        let number = |label: &String| classes.binary_search(label).map_or(u16::MAX, |i| i as u16);
-        let class_of = match &shown.labels {
-            Some(labels) => labels.iter().map(number).collect(),
-            None => vec![u16::MAX; shown.paths.len()],
+        classes.truncate(usize::from(NO_CLASS) - 1);
+        let class_index = |label: &String| classes.binary_search(label).map_or(NO_CLASS, |i| i as u16);
+        let class_indices = match &collection.labels {
+            Some(labels) => labels.iter().map(class_index).collect(),
+            None => vec![NO_CLASS; collection.paths.len()],
         };
-        State {
-            shown,
+        AppState {
+            collection,
             classes,
-            class_of,
-            outliers: OnceLock::new(),
+            class_indices,
+            outlier_scores: OnceLock::new(),
             clusters: OnceLock::new(),
-            searching: Mutex::new(()),
+            duplicate_search: Mutex::new(()),
             packed: OnceLock::new(),
             address: OnceLock::new(),
         }
     }
 
-    fn outliers(&self) -> &[f32] {
-        self.outliers.get_or_init(|| self.shown.index.outlier_scores(NEAR, |_| ()).iter().map(|s| *s as f32).collect())
+    fn outlier_scores(&self) -> &[f32] {
+        self.outlier_scores.get_or_init(|| {
+            let scores = self.collection.index.outlier_scores(OUTLIER_NEIGHBORS, |_| ());
+            scores.iter().map(|s| *s as f32).collect()
+        })
     }
 
-    fn row(&self, i: usize) -> Value {
-        json!({ "row": i, "path": self.shown.paths[i], "label": self.shown.labels.as_ref().map(|l| &l[i]) })
+    /// Returns the JSON description of an image.
+    fn describe(&self, row: usize) -> Value {
+        let label = self.collection.labels.as_ref().map(|labels| &labels[row]);
+        json!({ "row": row, "path": self.collection.paths[row], "label": label })
     }
 
-    /// The image of a row, by its file or out of packed data.
-    fn image(&self, i: usize) -> Option<Arc<Image>> {
-        if let Some(file) = self.file(i) {
+    /// Loads the image of a row from its file or from packed data.
+    fn image(&self, row: usize) -> Option<Arc<Image>> {
+        if let Some(file) = self.file(row) {
             return decode::file(&file).ok().map(Arc::new);
         }
-        let packed = self.packed.get_or_init(|| Packed::open(self.shown.root.as_deref()?)).as_ref()?;
-        let place = *packed.places.get(self.shown.paths.get(i)?)?;
-        packed.items.get(place).ok()
+        let open = || PackedImages::open(self.collection.root.as_deref()?);
+        let packed = self.packed.get_or_init(open).as_ref()?;
+        let position = *packed.positions.get(self.collection.paths.get(row)?)?;
+        packed.items.get(position).ok()
     }
 
-    /// The first of some evenly spread images that there is no picture of.
-    pub fn first_without_image(&self) -> Option<&str> {
-        const LOOKED_AT: usize = 16;
-        let n = self.shown.paths.len();
-        let some = (0..LOOKED_AT.min(n)).map(|k| k * n / LOOKED_AT.min(n));
-        let missing = some.into_iter().find(|i| self.image(*i).is_none());
-        missing.map(|i| self.shown.paths[i].as_str())
+    /// Returns the path of the first missing image among a few evenly spaced ones.
+    pub fn first_missing_image(&self) -> Option<&str> {
+        const CHECKED: usize = 16;
+        let n = self.collection.paths.len();
+        let mut rows = (0..CHECKED.min(n)).map(|k| k * n / CHECKED.min(n));
+        let missing = rows.find(|row| self.image(*row).is_none());
+        missing.map(|row| self.collection.paths[row].as_str())
     }
 
-    /// The file of a row, if it lies in the data.
-    fn file(&self, i: usize) -> Option<PathBuf> {
-        let path = std::fs::canonicalize(self.shown.paths.get(i)?).ok()?;
-        let root = std::fs::canonicalize(self.shown.root.as_ref()?).ok()?;
+    /// Returns the file of a row if it lies in the data folder.
+    fn file(&self, row: usize) -> Option<PathBuf> {
+        let path = std::fs::canonicalize(self.collection.paths.get(row)?).ok()?;
+        let root = std::fs::canonicalize(self.collection.root.as_ref()?).ok()?;
         path.starts_with(root).then_some(path)
     }
-}
 
-/// Images that are no files of their own, by name.
-struct Packed {
-    items: Items,
-    places: HashMap<String, usize>,
-}
-
-impl Packed {
-    fn open(root: &std::path::Path) -> Option<Packed> {
-        let dataset = Dataset::open(Some(root).filter(|r| !r.as_os_str().is_empty())?).ok()?;
-        let items = Items::of(dataset, Split::All);
-        let packed = (0..items.len()).filter(|i| items.path(*i).is_none());
-        let places = packed.map(|i| (items.name(i), i)).collect();
-        Some(Packed { items, places })
+    fn check_row(&self, row: usize) -> Result<(), StatusCode> {
+        if row < self.collection.paths.len() { Ok(()) } else { Err(StatusCode::NOT_FOUND) }
     }
 }
 
-type All = Shared<Arc<State>>;
+/// Images that are not files of their own (CIFAR, IDX, shards), by name.
+struct PackedImages {
+    items: Items,
+    positions: HashMap<String, usize>,
+}
 
-/// Serves until the program ends.
-pub fn serve(listener: TcpListener, state: Arc<State>) -> report::Result<()> {
+impl PackedImages {
+    fn open(root: &Path) -> Option<PackedImages> {
+        let dataset = Dataset::open(Some(root).filter(|r| !r.as_os_str().is_empty())?).ok()?;
+        let items = Items::new(dataset, Split::All);
+        let packed = (0..items.len()).filter(|i| items.path(*i).is_none());
+        let positions = packed.map(|i| (items.name(i), i)).collect();
+        Some(PackedImages { items, positions })
+    }
+}
+
+type SharedState = State<Arc<AppState>>;
+
+/// Serves requests until the process exits.
+pub fn serve(listener: TcpListener, state: Arc<AppState>) -> terminal::Result<()> {
     listener.set_nonblocking(true)?;
     state.address.set(listener.local_addr()?).expect("served once");
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_io().enable_time().build()?;
@@ -164,50 +186,52 @@ pub fn serve(listener: TcpListener, state: Arc<State>) -> report::Result<()> {
     })
 }
 
-fn router(state: Arc<State>) -> Router {
+fn router(state: Arc<AppState>) -> Router {
     Router::new()
-        .route("/", get(|| page("text/html; charset=utf-8", include_str!("page.html"))))
-        .route("/page.js", get(|| page("text/javascript; charset=utf-8", include_str!("page.js"))))
-        .route("/page.css", get(|| page("text/css; charset=utf-8", include_str!("page.css"))))
+        .route("/", get(|| asset("text/html; charset=utf-8", include_str!("page.html"))))
+        .route("/page.js", get(|| asset("text/javascript; charset=utf-8", include_str!("page.js"))))
+        .route("/page.css", get(|| asset("text/css; charset=utf-8", include_str!("page.css"))))
         .route("/api/info", get(info))
         .route("/api/points", get(points))
         .route("/api/scores", get(scores))
         .route("/api/paths", get(paths))
-        .route("/api/row/{i}", get(row))
-        .route("/api/near/{i}", get(near))
+        .route("/api/row/{row}", get(row))
+        .route("/api/neighbors/{row}", get(neighbors))
         .route("/api/outliers", get(outliers))
         .route("/api/duplicates", get(duplicate_groups))
         .route("/api/clusters", get(clusters))
         .route("/api/probe", post(probe))
         .route("/api/curves", get(curves))
-        .route("/thumb/{i}", get(thumb))
-        .layer(DefaultBodyLimit::max(MOST_BYTES))
-        .layer(from_fn_with_state(state.clone(), guard))
+        .route("/thumb/{row}", get(thumbnail))
+        .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+        .layer(from_fn_with_state(state.clone(), only_from_own_page))
         .with_state(state)
 }
 
-/// Whether a request names this machine and port, and is of this page where the browser says of which.
-fn own(headers: &HeaderMap, port: u16) -> bool {
-    // Browsers leave the usual port out.
-    let own = |host: &str| {
+/// Returns whether a request addresses this machine and port, and comes from this page if the
+/// browser names its origin.
+fn is_from_own_page(headers: &HeaderMap, port: u16) -> bool {
+    let is_own_host = |host: &str| {
+        // Browsers omit the default port.
         ["127.0.0.1", "localhost", "[::1]"]
             .iter()
             .any(|name| host == format!("{name}:{port}") || port == 80 && host == *name)
     };
-    let said = |name: &str| headers.get(name).map(|v| v.to_str().unwrap_or("?"));
-    // A page from elsewhere says so when it posts, and browsers say it of pictures and the like.
-    let origin = said("origin").is_none_or(|o| o.strip_prefix("http://").is_some_and(own));
-    let site = said("sec-fetch-site").is_none_or(|site| ["same-origin", "none"].contains(&site));
-    let one = headers.get_all("host").iter().count() == 1;
-    one && said("host").is_some_and(own) && origin && site
+    let value = |name: &str| headers.get(name).map(|v| v.to_str().unwrap_or("?"));
+    // Browsers send `Origin` with cross-site posts, and `Sec-Fetch-Site` with images and the like.
+    let own_origin = value("origin").is_none_or(|o| o.strip_prefix("http://").is_some_and(is_own_host));
+    let own_site = value("sec-fetch-site").is_none_or(|site| ["same-origin", "none"].contains(&site));
+    let one_host = headers.get_all("host").iter().count() == 1;
+    one_host && value("host").is_some_and(is_own_host) && own_origin && own_site
 }
 
-/// Lets requests through that name this machine as it is, and says to the browser what the page may do.
-async fn guard(Shared(state): All, request: Request<Body>, next: Next) -> Response {
+/// Rejects requests from elsewhere and adds the security headers to every response.
+async fn only_from_own_page(State(state): SharedState, request: Request<Body>, next: Next) -> Response {
     let port = state.address.get().map_or(0, SocketAddr::port);
-    // A proxy's form of a request names a host of its own.
-    if !own(request.headers(), port) || request.uri().host().is_some() {
-        return (StatusCode::FORBIDDEN, "this page is for this machine alone").into_response();
+    // A request in proxy form carries a host of its own in the URI.
+    if !is_from_own_page(request.headers(), port) || request.uri().host().is_some() {
+        let message = format!("forbidden: this page is only available at http://127.0.0.1:{port} on this machine");
+        return (StatusCode::FORBIDDEN, message).into_response();
     }
     let mut response = next.run(request).await;
     let policy = "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'";
@@ -222,176 +246,198 @@ async fn guard(Shared(state): All, request: Request<Body>, next: Next) -> Respon
     response
 }
 
-async fn page(kind: &'static str, text: &'static str) -> impl IntoResponse {
-    ([(header::CONTENT_TYPE, kind)], text)
+async fn asset(content_type: &'static str, text: &'static str) -> impl IntoResponse {
+    ([(header::CONTENT_TYPE, content_type)], text)
 }
 
-async fn info(Shared(state): All) -> Json<Value> {
-    let shown = &state.shown;
-    Json(json!({
-        "images": shown.paths.len(), "dim": shown.index.rows().dim, "map": shown.method.name(), "classes": state.classes,
-        "run": shown.run.as_deref().map(report::shown), "data": shown.root.as_deref().map(report::shown),
-    }))
-}
-
-/// Little-endian: for each row x and y as f32 and class as u32 (65535: none).
-async fn points(Shared(state): All) -> impl IntoResponse {
-    let of = |i: usize| {
-        let [x, y] = state.shown.places[i];
-        [x.to_le_bytes(), y.to_le_bytes(), u32::from(state.class_of[i]).to_le_bytes()].concat()
-    };
-    let bytes = (0..state.shown.paths.len()).flat_map(of).collect::<Vec<u8>>();
+fn binary(bytes: Vec<u8>) -> impl IntoResponse {
     ([(header::CONTENT_TYPE, "application/octet-stream")], bytes)
 }
 
-/// The outlier score of each row, little-endian f32.
-async fn scores(Shared(state): All) -> Result<impl IntoResponse, StatusCode> {
-    let bytes = work(move || state.outliers().iter().flat_map(|s| s.to_le_bytes()).collect::<Vec<u8>>()).await?;
-    Ok(([(header::CONTENT_TYPE, "application/octet-stream")], bytes))
+async fn info(State(state): SharedState) -> Json<Value> {
+    let collection = &state.collection;
+    Json(json!({
+        "images": collection.paths.len(),
+        "dim": collection.index.rows().dim,
+        "map": collection.method.name(),
+        "classes": state.classes,
+        "run": collection.run.as_deref().map(terminal::display_path),
+        "data": collection.root.as_deref().map(terminal::display_path),
+    }))
 }
 
-async fn paths(Shared(state): All) -> Json<Value> {
-    Json(json!({ "paths": state.shown.paths }))
+/// Per row, little-endian: x and y as f32 and the class index as u32 ([`NO_CLASS`]: none).
+async fn points(State(state): SharedState) -> impl IntoResponse {
+    let record = |row: usize| {
+        let [x, y] = state.collection.coordinates[row];
+        [x.to_le_bytes(), y.to_le_bytes(), u32::from(state.class_indices[row]).to_le_bytes()].concat()
+    };
+    binary((0..state.collection.paths.len()).flat_map(record).collect())
 }
 
-/// Runs what computes where it does not hold up other requests.
-async fn work<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static) -> Result<T, StatusCode> {
-    tokio::task::spawn_blocking(f).await.map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)
+/// Outlier score per row, as little-endian f32.
+async fn scores(State(state): SharedState) -> Result<impl IntoResponse, StatusCode> {
+    let bytes = run_blocking(move || state.outlier_scores().iter().flat_map(|s| s.to_le_bytes()).collect::<Vec<u8>>());
+    Ok(binary(bytes.await?))
 }
 
-fn known(state: &State, i: usize) -> Result<(), StatusCode> {
-    if i < state.shown.paths.len() { Ok(()) } else { Err(StatusCode::NOT_FOUND) }
+async fn paths(State(state): SharedState) -> Json<Value> {
+    Json(json!({ "paths": state.collection.paths }))
 }
 
-async fn row(Shared(state): All, Part(i): Part<usize>) -> Result<Json<Value>, StatusCode> {
-    known(&state, i)?;
-    Ok(Json(state.row(i)))
+/// Runs a computation on a thread of its own, so that it does not hold up other requests.
+async fn run_blocking<T: Send + 'static>(compute: impl FnOnce() -> T + Send + 'static) -> Result<T, StatusCode> {
+    tokio::task::spawn_blocking(compute).await.map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)
 }
 
+async fn row(State(state): SharedState, UrlPath(row): UrlPath<usize>) -> Result<Json<Value>, StatusCode> {
+    state.check_row(row)?;
+    Ok(Json(state.describe(row)))
+}
+
+/// Query of the endpoints that return a list.
 #[derive(Deserialize)]
-struct Many {
+struct Limit {
     n: Option<usize>,
 }
 
-impl Many {
-    fn or(&self, n: usize) -> usize {
-        self.n.unwrap_or(n).min(MOST_ROWS)
+impl Limit {
+    fn or(&self, default: usize) -> usize {
+        self.n.unwrap_or(default).min(MAX_RESULTS)
     }
 }
 
-async fn near(Shared(state): All, Part(i): Part<usize>, Query(many): Query<Many>) -> Result<Json<Value>, StatusCode> {
-    known(&state, i)?;
-    let found = work(move || {
-        let index = &state.shown.index;
-        let near = index.nearest(index.rows().row(i), many.or(24) + 1);
-        let others = near.into_iter().filter(|(j, _)| *j != i).take(many.or(24));
-        others.map(|(j, cosine)| json!({ "cosine": cosine, "of": state.row(j) })).collect::<Vec<_>>()
+async fn neighbors(
+    State(state): SharedState,
+    UrlPath(row): UrlPath<usize>,
+    Query(limit): Query<Limit>,
+) -> Result<Json<Value>, StatusCode> {
+    state.check_row(row)?;
+    let found = run_blocking(move || {
+        let (index, n) = (&state.collection.index, limit.or(24));
+        let nearest = index.nearest(index.rows().row(row), n + 1);
+        let others = nearest.into_iter().filter(|(i, _)| *i != row).take(n);
+        others.map(|(i, cosine)| json!({ "cosine": cosine, "image": state.describe(i) })).collect::<Vec<_>>()
     });
     Ok(Json(found.await?.into()))
 }
 
-async fn outliers(Shared(state): All, Query(many): Query<Many>) -> Result<Json<Value>, StatusCode> {
-    let found = work(move || {
-        let scores = state.outliers();
-        let mut order: Vec<usize> = (0..scores.len()).collect();
-        order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]));
-        order.truncate(many.or(60));
-        order.into_iter().map(|i| json!({ "score": scores[i], "of": state.row(i) })).collect::<Vec<_>>()
+/// Images with the highest outlier scores, highest first.
+async fn outliers(State(state): SharedState, Query(limit): Query<Limit>) -> Result<Json<Value>, StatusCode> {
+    let found = run_blocking(move || {
+        let scores = state.outlier_scores();
+        let mut rows: Vec<usize> = (0..scores.len()).collect();
+        rows.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]));
+        rows.truncate(limit.or(60));
+        rows.into_iter().map(|i| json!({ "score": scores[i], "image": state.describe(i) })).collect::<Vec<_>>()
     });
     Ok(Json(found.await?.into()))
 }
 
 #[derive(Deserialize)]
-struct Threshold {
+struct DuplicateQuery {
     threshold: Option<f32>,
 }
 
-async fn duplicate_groups(Shared(state): All, Query(asked): Query<Threshold>) -> Result<Json<Value>, StatusCode> {
-    let share = asked.threshold.unwrap_or(duplicates::SHARE);
-    if !(0.0..1.0).contains(&share) {
+async fn duplicate_groups(
+    State(state): SharedState,
+    Query(query): Query<DuplicateQuery>,
+) -> Result<Json<Value>, StatusCode> {
+    let threshold = query.threshold.unwrap_or(duplicates::THRESHOLD);
+    if !(0.0..1.0).contains(&threshold) {
         return Err(StatusCode::BAD_REQUEST);
     }
-    let found = work(move || {
-        // One search at a time: each takes all cores.
-        let _alone = match state.searching.try_lock() {
+    let found = run_blocking(move || {
+        // One search at a time, since each uses all cores.
+        let _lock = match state.duplicate_search.try_lock() {
             Err(TryLockError::WouldBlock) => return Err(StatusCode::TOO_MANY_REQUESTS),
-            alone => alone,
+            lock => lock,
         };
-        let pairs = duplicates::within(&state.shown.index, share, |_| ());
-        let mut groups = duplicates::groups(state.shown.paths.len(), &pairs);
-        let all = groups.len();
-        groups.truncate(MOST_ROWS / 5);
-        let named: Vec<Vec<Value>> =
-            groups.iter().map(|g| g.iter().take(20).map(|i| state.row(*i)).collect()).collect();
-        Ok(json!({ "groups": named, "all": all }))
+        let pairs = duplicates::within(&state.collection.index, threshold, |_| ());
+        let groups = duplicates::groups(state.collection.paths.len(), &pairs);
+        let describe = |group: &Vec<usize>| -> Vec<Value> {
+            group.iter().take(MAX_GROUP_IMAGES).map(|row| state.describe(*row)).collect()
+        };
+        let described: Vec<Vec<Value>> = groups.iter().take(MAX_GROUPS).map(describe).collect();
+        Ok(json!({ "groups": described, "total": groups.len() }))
     });
     found.await?.map(Json)
 }
 
-/// The cluster of each row.
-async fn clusters(Shared(state): All) -> Result<Json<Value>, StatusCode> {
-    let found = work(move || state.clusters.get_or_init(|| state.shown.index.clusters(CLUSTERS)).clone());
+/// Cluster index per row.
+async fn clusters(State(state): SharedState) -> Result<Json<Value>, StatusCode> {
+    let found = run_blocking(move || {
+        let compute = || state.collection.index.clusters(CLUSTERS);
+        state.clusters.get_or_init(compute).clone()
+    });
     Ok(Json(json!({ "clusters": found.await? })))
 }
 
-/// Rows that were labelled by hand, each with the number of its class.
+/// Rows labeled by hand, each with the index of its class.
 #[derive(Deserialize)]
-struct Labelled {
+struct ManualLabels {
     rows: Vec<(usize, u16)>,
 }
 
-/// For each row the class whose labelled rows' mean is nearest, and how much nearer than the next.
-async fn probe(Shared(state): All, Json(labelled): Json<Labelled>) -> Result<Json<Value>, StatusCode> {
-    let n = state.shown.paths.len();
-    let classes = labelled.rows.iter().map(|(_, c)| usize::from(*c) + 1).max().unwrap_or(0);
-    if classes == 0 || classes > 256 || labelled.rows.iter().any(|(i, _)| *i >= n) {
+/// Predicts the class of every row: the one whose mean direction over the labeled rows is nearest.
+/// The margin is the difference in cosine to the second nearest class.
+async fn probe(State(state): SharedState, Json(labels): Json<ManualLabels>) -> Result<Json<Value>, StatusCode> {
+    const MAX_CLASSES: usize = 256;
+    let n = state.collection.paths.len();
+    let classes = labels.rows.iter().map(|(_, class)| usize::from(*class) + 1).max().unwrap_or(0);
+    if classes == 0 || classes > MAX_CLASSES || labels.rows.iter().any(|(row, _)| *row >= n) {
         return Err(StatusCode::BAD_REQUEST);
     }
-    let answer = work(move || {
-        let rows = state.shown.index.rows();
+    let response = run_blocking(move || {
+        let rows = state.collection.index.rows();
         let mut means = vec![vec![0.0f32; rows.dim]; classes];
-        for (i, class) in &labelled.rows {
-            means[usize::from(*class)].iter_mut().zip(rows.row(*i)).for_each(|(m, v)| *m += v);
+        for (row, class) in &labels.rows {
+            means[usize::from(*class)].iter_mut().zip(rows.row(*row)).for_each(|(m, v)| *m += v);
         }
         for mean in &mut means {
-            let length = mean.iter().map(|v| v * v).sum::<f32>().sqrt();
-            mean.iter_mut().for_each(|v| *v /= length.max(1e-12));
+            let norm = mean.iter().map(|v| v * v).sum::<f32>().sqrt();
+            mean.iter_mut().for_each(|v| *v /= norm.max(1e-12));
         }
-        let used: Vec<usize> = (0..classes).filter(|c| means[*c].iter().any(|v| *v != 0.0)).collect();
-        // The labelled images of each class cancel.
-        if used.is_empty() {
+        // Classes without labels, or whose labeled embeddings cancel, have no direction.
+        let usable: Vec<usize> = (0..classes).filter(|c| means[*c].iter().any(|v| *v != 0.0)).collect();
+        if usable.is_empty() {
             return None;
         }
-        let (mut answers, mut margins) = (Vec::with_capacity(n), Vec::with_capacity(n));
+        let (mut predictions, mut margins) = (Vec::with_capacity(n), Vec::with_capacity(n));
         for i in 0..n {
-            let dot = |c: &usize| means[*c].iter().zip(rows.row(i)).map(|(a, b)| a * b).sum::<f32>();
-            let mut scores: Vec<(f32, usize)> = used.iter().map(|c| (dot(c), *c)).collect();
+            let cosine = |class: usize| means[class].iter().zip(rows.row(i)).map(|(a, b)| a * b).sum::<f32>();
+            let mut scores: Vec<(f32, usize)> = usable.iter().map(|class| (cosine(*class), *class)).collect();
             scores.sort_by(|a, b| b.0.total_cmp(&a.0));
-            answers.push(scores[0].1);
+            predictions.push(scores[0].1);
             margins.push((1e3 * (scores[0].0 - scores.get(1).map_or(-1.0, |s| s.0))).round() / 1e3);
         }
-        Some(json!({ "answers": answers, "margins": margins }))
+        Some(json!({ "predictions": predictions, "margins": margins }))
     });
-    answer.await?.map(Json).ok_or(StatusCode::BAD_REQUEST)
+    response.await?.map(Json).ok_or(StatusCode::BAD_REQUEST)
 }
 
-/// The curves of the run so far.
-async fn curves(Shared(state): All) -> Result<Json<Value>, StatusCode> {
-    let Some(run) = state.shown.run.clone() else { return Ok(Json(json!({ "epochs": [], "loss": [] }))) };
-    let Curves { epochs, loss } = work(move || metrics::curves(&run.join("metrics.jsonl"))).await?;
+/// Training curves of the run up to now.
+async fn curves(State(state): SharedState) -> Result<Json<Value>, StatusCode> {
+    let Some(run) = state.collection.run.clone() else { return Ok(Json(json!({ "epochs": [], "loss": [] }))) };
+    let Curves { epochs, loss } = run_blocking(move || metrics::read_curves(&run.join("metrics.jsonl"))).await?;
     Ok(Json(json!({ "epochs": epochs, "loss": loss })))
 }
 
 #[derive(Deserialize)]
-struct Size {
+struct ThumbnailQuery {
+    /// Length of the longer side in pixels.
     px: Option<u32>,
 }
 
 /// The image of a row as PNG, fitted into a square.
-async fn thumb(Shared(state): All, Part(i): Part<usize>, Query(size): Query<Size>) -> Result<Response, StatusCode> {
-    known(&state, i)?;
-    let px = size.px.unwrap_or(96).clamp(8, MOST_PIXELS);
-    let png = work(move || state.image(i).and_then(|image| thumbnail(&image, px))).await?;
+async fn thumbnail(
+    State(state): SharedState,
+    UrlPath(row): UrlPath<usize>,
+    Query(query): Query<ThumbnailQuery>,
+) -> Result<Response, StatusCode> {
+    state.check_row(row)?;
+    let side = query.px.unwrap_or(96).clamp(8, MAX_THUMBNAIL_SIDE);
+    let png = run_blocking(move || state.image(row).and_then(|image| thumbnail_png(&image, side))).await?;
     let png = png.ok_or(StatusCode::NOT_FOUND)?;
     let mut headers = HeaderMap::new();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("image/png"));
@@ -399,8 +445,8 @@ async fn thumb(Shared(state): All, Part(i): Part<usize>, Query(size): Query<Size
     Ok((headers, png).into_response())
 }
 
-fn thumbnail(image: &Image, px: u32) -> Option<Vec<u8>> {
+fn thumbnail_png(image: &Image, side: u32) -> Option<Vec<u8>> {
     let mut png = Cursor::new(Vec::new());
-    sheet::fitted(image, px).write_to(&mut png, image::ImageFormat::Png).ok()?;
+    sheet::resize_to_fit(image, side).write_to(&mut png, image::ImageFormat::Png).ok()?;
     Some(png.into_inner())
 }

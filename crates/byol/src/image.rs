@@ -1,0 +1,17 @@
+//! Decoded images.
+
+/// A decoded image, `[height, width, channels]`, row-major, in 0..=255.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Image {
+    /// Height in pixels, at least 1.
+    pub height: usize,
+    /// Width in pixels, at least 1.
+    pub width: usize,
+    /// Values per pixel.
+    pub channels: usize,
+    /// `height × width × channels` values.
+    pub pixels: Vec<u8>,
+}
+
+/// Channels of every image: decoders convert to RGB.
+pub const CHANNELS: usize = 3;

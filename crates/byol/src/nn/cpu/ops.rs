@@ -1,0 +1,418 @@
+//! Forward and backward passes on Burn's Flex backend, by the kernels of `byol-kernels`.
+//!
+//! Forward and backward operations are separate traits: [`FusedOps`] is also implemented for the
+//! autodiff backend (`autodiff.rs`), [`FusedGrads`] and [`FoldedOps`] only for Flex. So a gradient
+//! of a gradient does not compile, rather than panic.
+
+use burn::{
+    backend::{Backend, ExtensionType, Flex, TensorMetadata, backend_extension, flex::FlexTensor, tensor::FloatTensor},
+    tensor::TensorData,
+};
+use byol_kernels::{
+    conv::{self, Input, Shape},
+    isa::{self, Isa},
+    norm::{self, Moments, NormBackward, ReluMask},
+    pool::{self, PoolShape},
+};
+
+use crate::{
+    device::{self, Precision},
+    ranks::Ranks,
+};
+
+/// Options of a convolution. The padding, `dilation · (kernel / 2)`, preserves the size of a map at
+/// stride 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ConvOptions {
+    /// Step of the kernel in both directions.
+    pub stride: usize,
+    /// Distance of the kernel's taps in both directions.
+    pub dilation: usize,
+    /// Compute precision of the products.
+    pub precision: Precision,
+    /// Ranks over which the moments of the output are reduced.
+    pub ranks: Ranks,
+    /// Also compute the moments of the output, for the norm that follows.
+    pub moments: bool,
+}
+
+impl ConvOptions {
+    fn isa(self) -> &'static Isa {
+        device::kernels(self.precision).expect("`device::check` has accepted the precision")
+    }
+
+    fn shape(self, x: &FlexTensor, w: &FlexTensor) -> Shape {
+        let (x, w) = (x.shape(), w.shape());
+        let ConvOptions { stride, dilation, .. } = self;
+        let (kernel, padding) = (w[2], dilation * (w[2] / 2));
+        Shape { n: x[0], h: x[1], w: x[2], c_in: x[3], c_out: w[0], kernel, stride, padding, dilation }
+    }
+}
+
+/// Options of a max pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PoolOptions {
+    /// Side of the windows.
+    pub kernel: usize,
+    /// Step of the windows in both directions.
+    pub stride: usize,
+    /// Padding on each side.
+    pub padding: usize,
+}
+
+impl PoolOptions {
+    fn shape(self, x: &FlexTensor) -> PoolShape {
+        let (x, PoolOptions { kernel, stride, padding }) = (x.shape(), self);
+        PoolShape { n: x[0], h: x[1], w: x[2], c: x[3], kernel, stride, padding }
+    }
+}
+
+/// Parameters of a batch norm with the statistics of the batch; tensors are `[C]`.
+#[derive(Debug, Clone, ExtensionType)]
+pub struct NormParams<B: Backend> {
+    /// Scale.
+    pub gamma: FloatTensor<B>,
+    /// Shift.
+    pub beta: FloatTensor<B>,
+    /// Mean of the batch.
+    pub mean: FloatTensor<B>,
+    /// Biased variance of the batch.
+    pub variance: FloatTensor<B>,
+    /// Added to the variance.
+    pub eps: f64,
+    /// Ranks that share the batch.
+    pub ranks: Ranks,
+}
+
+/// Input of a convolution.
+#[derive(Debug, Clone, ExtensionType)]
+#[allow(clippy::large_enum_variant, reason = "passed once by value; a box would be an allocation per layer")]
+pub enum ConvInput<B: Backend> {
+    /// A map.
+    Map(FloatTensor<B>),
+    /// relu(norm(y)), computed while the convolution reads y.
+    Deferred {
+        /// Output of the previous convolution.
+        y: FloatTensor<B>,
+        /// Its norm.
+        #[extension_type]
+        norm: NormParams<B>,
+    },
+}
+
+/// Elementwise operations after a norm.
+#[derive(Debug, Clone, ExtensionType)]
+pub enum Epilogue<B: Backend> {
+    /// y.
+    None,
+    /// max(y, 0).
+    Relu,
+    /// max(y + skip, 0).
+    AddRelu(FloatTensor<B>),
+}
+
+/// An [`Epilogue`] without its tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EpilogueKind {
+    /// y.
+    None,
+    /// max(y, 0).
+    Relu,
+    /// max(y + skip, 0).
+    AddRelu,
+}
+
+/// Mean and biased variance of a convolution's output, `[C_out]`.
+pub type OutputMoments<B> = Option<(FloatTensor<B>, FloatTensor<B>)>;
+
+/// Differentiable forward passes.
+#[backend_extension(Autodiff, Flex)]
+pub trait FusedOps: Backend {
+    /// conv(input, w), with the moments of the output over all ranks if `options.moments`.
+    fn conv(
+        #[extension_type] input: ConvInput<Self>,
+        w: FloatTensor<Self>,
+        options: ConvOptions,
+    ) -> (FloatTensor<Self>, Option<(FloatTensor<Self>, FloatTensor<Self>)>);
+
+    /// epilogue(norm(y)).
+    fn norm_act(
+        y: FloatTensor<Self>,
+        #[extension_type] norm: NormParams<Self>,
+        #[extension_type] epilogue: Epilogue<Self>,
+    ) -> FloatTensor<Self>;
+
+    /// Maximum of each window.
+    fn max_pool(x: FloatTensor<Self>, options: PoolOptions) -> FloatTensor<Self>;
+
+    /// Mean of each map, `[N, C]`.
+    fn mean_pool(x: FloatTensor<Self>) -> FloatTensor<Self>;
+}
+
+/// Forward passes without a gradient.
+#[backend_extension(Flex)]
+pub trait FoldedOps: Backend {
+    /// epilogue(conv(x, w) + shift).
+    fn conv_shift_act(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        shift: FloatTensor<Self>,
+        #[extension_type] epilogue: Epilogue<Self>,
+        options: ConvOptions,
+    ) -> FloatTensor<Self>;
+}
+
+/// Gradients of a convolution.
+#[derive(Debug)]
+pub struct ConvGradients<B: Backend> {
+    /// dx, or dy of a deferred norm; only if requested.
+    pub input: Option<FloatTensor<B>>,
+    /// dw.
+    pub w: FloatTensor<B>,
+    /// dγ and dβ of a deferred norm.
+    pub norm: Option<[FloatTensor<B>; 2]>,
+}
+
+/// Gradients of norm and epilogue.
+#[derive(Debug)]
+pub struct NormActGradients<B: Backend> {
+    /// dy.
+    pub y: FloatTensor<B>,
+    /// dγ.
+    pub gamma: FloatTensor<B>,
+    /// dβ.
+    pub beta: FloatTensor<B>,
+    /// dskip of [`EpilogueKind::AddRelu`].
+    pub skip: Option<FloatTensor<B>>,
+}
+
+/// Backward passes of [`FusedOps`].
+pub trait FusedGrads: FusedOps {
+    /// Gradients of [`FusedOps::conv`].
+    fn conv_backward(
+        dy: FloatTensor<Self>,
+        input: ConvInput<Self>,
+        w: FloatTensor<Self>,
+        options: ConvOptions,
+        needs_input_grad: bool,
+    ) -> ConvGradients<Self>;
+
+    /// Gradients of [`FusedOps::norm_act`].
+    fn norm_act_backward(
+        dout: FloatTensor<Self>,
+        out: FloatTensor<Self>,
+        y: FloatTensor<Self>,
+        norm: NormParams<Self>,
+        epilogue: EpilogueKind,
+    ) -> NormActGradients<Self>;
+
+    /// dx of [`FusedOps::max_pool`].
+    fn max_pool_backward(
+        dout: FloatTensor<Self>,
+        out: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        options: PoolOptions,
+    ) -> FloatTensor<Self>;
+
+    /// dx of [`FusedOps::mean_pool`] for maps of `[h, w]` pixels.
+    fn mean_pool_backward(dout: FloatTensor<Self>, size: [usize; 2]) -> FloatTensor<Self>;
+}
+
+/// Elements of a contiguous tensor, row-major.
+fn values(tensor: &FlexTensor) -> &[f32] {
+    tensor.as_slice().expect("made contiguous on entry")
+}
+
+fn tensor(values: Vec<f32>, shape: &[usize]) -> FlexTensor {
+    FlexTensor::from_data(TensorData::new(values, shape.to_vec()))
+}
+
+impl NormParams<Flex> {
+    fn contiguous(self) -> Self {
+        let [gamma, beta, mean, variance] =
+            [self.gamma, self.beta, self.mean, self.variance].map(|t| t.to_contiguous());
+        NormParams { gamma, beta, mean, variance, ..self }
+    }
+
+    /// Scale and shift equivalent to the norm.
+    fn scale_shift(&self) -> (Vec<f32>, Vec<f32>) {
+        let inverse_std = norm::inverse_std(values(&self.variance), self.eps);
+        norm::scale_shift(values(&self.gamma), values(&self.beta), values(&self.mean), &inverse_std)
+    }
+
+    /// The norm, prepared for its backward pass.
+    fn backward(&self) -> NormBackward {
+        let inverse_std = norm::inverse_std(values(&self.variance), self.eps);
+        NormBackward::new(values(&self.gamma), values(&self.beta), values(&self.mean), &inverse_std)
+    }
+
+    /// Norm and ReLU as a convolution applies them to its input.
+    fn deferred(&self) -> norm::DeferredNorm {
+        let (scale, shift) = self.scale_shift();
+        norm::DeferredNorm::new(&scale, &shift, true)
+    }
+}
+
+impl ConvInput<Flex> {
+    /// The tensor to read, with the norm to apply to it.
+    fn into_parts(self) -> (FlexTensor, Option<NormParams<Flex>>) {
+        match self {
+            ConvInput::Map(x) => (x.to_contiguous(), None),
+            ConvInput::Deferred { y, norm } => (y.to_contiguous(), Some(norm.contiguous())),
+        }
+    }
+}
+
+impl<B: Backend> Epilogue<B> {
+    /// The epilogue without its tensor.
+    pub fn kind(&self) -> EpilogueKind {
+        match self {
+            Epilogue::None => EpilogueKind::None,
+            Epilogue::Relu => EpilogueKind::Relu,
+            Epilogue::AddRelu(_) => EpilogueKind::AddRelu,
+        }
+    }
+}
+
+impl Epilogue<Flex> {
+    /// Splits the epilogue into its ReLU flag and its skip.
+    fn into_parts(self) -> (bool, Option<FlexTensor>) {
+        match self {
+            Epilogue::None => (false, None),
+            Epilogue::Relu => (true, None),
+            Epilogue::AddRelu(skip) => (true, Some(skip.to_contiguous())),
+        }
+    }
+}
+
+impl FusedOps for Flex {
+    fn conv(input: ConvInput<Self>, w: FlexTensor, options: ConvOptions) -> (FlexTensor, OutputMoments<Self>) {
+        let ((x, norm), w) = (input.into_parts(), w.to_contiguous());
+        let (isa, s) = (options.isa(), options.shape(&x, &w));
+        let deferred = norm.as_ref().map(NormParams::deferred);
+        let input = Input { values: values(&x), norm: deferred.as_ref() };
+        let y_shape = [s.n, s.h_out(), s.w_out(), s.c_out];
+        if !options.moments {
+            let (y, _) = conv::forward_fused(isa, &s, input, values(&w), |_, _| ());
+            return (tensor(y, &y_shape), None);
+        }
+        let part_moments = |_, y: &mut [f32]| Moments::compute(isa, y, s.c_out);
+        let (y, parts) = conv::forward_fused(isa, &s, input, values(&w), part_moments);
+        let mut moments = Moments::merge(&parts, s.c_out);
+        if options.ranks != Ranks::SINGLE {
+            let mut sums = moments.to_sums();
+            options.ranks.all_reduce_sum(&mut sums);
+            moments = Moments::from_sums(&sums);
+        }
+        let (mean, variance) = moments.mean_variance();
+        (tensor(y, &y_shape), Some((tensor(mean, &[s.c_out]), tensor(variance, &[s.c_out]))))
+    }
+
+    fn norm_act(y: FlexTensor, norm: NormParams<Self>, epilogue: Epilogue<Self>) -> FlexTensor {
+        let (y, (relu, skip)) = (y.to_contiguous(), epilogue.into_parts());
+        let (scale, shift) = norm.contiguous().scale_shift();
+        let out = norm::affine_act(isa::current(), values(&y), &scale, &shift, skip.as_ref().map(values), relu);
+        tensor(out, &y.shape())
+    }
+
+    fn max_pool(x: FlexTensor, options: PoolOptions) -> FlexTensor {
+        let x = x.to_contiguous();
+        let s = options.shape(&x);
+        tensor(pool::max(isa::current(), &s, values(&x)), &[s.n, s.h_out(), s.w_out(), s.c])
+    }
+
+    fn mean_pool(x: FlexTensor) -> FlexTensor {
+        let x = x.to_contiguous();
+        let (n, c) = (x.shape()[0], x.shape()[3]);
+        tensor(pool::mean(values(&x), n, c), &[n, c])
+    }
+}
+
+impl FoldedOps for Flex {
+    fn conv_shift_act(
+        x: FlexTensor,
+        w: FlexTensor,
+        shift: FlexTensor,
+        epilogue: Epilogue<Self>,
+        options: ConvOptions,
+    ) -> FlexTensor {
+        let ([x, w, shift], (relu, skip)) = ([x, w, shift].map(|t| t.to_contiguous()), epilogue.into_parts());
+        let (isa, s) = (options.isa(), options.shape(&x, &w));
+        let (y, _) = conv::forward_fused(isa, &s, values(&x).into(), values(&w), |at, y| {
+            let skip = skip.as_ref().map(|skip| &values(skip)[at..at + y.len()]);
+            norm::shift_act(isa, y, values(&shift), skip, relu);
+        });
+        tensor(y, &[s.n, s.h_out(), s.w_out(), s.c_out])
+    }
+}
+
+impl FusedGrads for Flex {
+    fn conv_backward(
+        dy: FlexTensor,
+        input: ConvInput<Self>,
+        w: FlexTensor,
+        options: ConvOptions,
+        needs_input_grad: bool,
+    ) -> ConvGradients<Self> {
+        let ((x, norm), [dy, w]) = (input.into_parts(), [dy, w].map(|t| t.to_contiguous()));
+        let (isa, s) = (options.isa(), options.shape(&x, &w));
+        let deferred = norm.as_ref().map(NormParams::deferred);
+        let input = Input { values: values(&x), norm: deferred.as_ref() };
+        let dw = tensor(conv::backward_weight(isa, &s, input, values(&dy)), &w.shape());
+        let Some(params) = norm else {
+            let dx = needs_input_grad.then(|| conv::backward_data(isa, &s, values(&w), values(&dy)));
+            return ConvGradients { input: dx.map(|dx| tensor(dx, &x.shape())), w: dw, norm: None };
+        };
+        // Through the deferred ReLU and norm: the norm's sums are gathered while dx is in the
+        // cache.
+        let norm = params.backward();
+        let (mut g, sums) = conv::backward_data_fused(isa, &s, values(&w), values(&dy), |at, g| {
+            norm.grad_sums(isa, g, &input.values[at..at + g.len()], ReluMask::FromNorm, None)
+        });
+        let totals = norm.grad_totals(&sums, s.n * s.h * s.w, |sums| options.ranks.all_reduce_sum(sums));
+        norm.input_grad_in_place(isa, &totals, &mut g, input.values);
+        let per_channel = |v: Vec<f32>| tensor(v, &[s.c_in]);
+        ConvGradients {
+            input: Some(tensor(g, &x.shape())),
+            w: dw,
+            norm: Some([per_channel(totals.dgamma), per_channel(totals.dbeta)]),
+        }
+    }
+
+    fn norm_act_backward(
+        dout: FlexTensor,
+        out: FlexTensor,
+        y: FlexTensor,
+        norm: NormParams<Self>,
+        epilogue: EpilogueKind,
+    ) -> NormActGradients<Self> {
+        let ([dout, out, y], params) = ([dout, out, y].map(|t| t.to_contiguous()), norm.contiguous());
+        let mask = match epilogue {
+            EpilogueKind::None => ReluMask::None,
+            EpilogueKind::Relu => ReluMask::FromNorm,
+            EpilogueKind::AddRelu => ReluMask::FromOutput(values(&out)),
+        };
+        let norm = params.backward();
+        let all_reduce = |sums: &mut [f64]| params.ranks.all_reduce_sum(sums);
+        let g = norm::backward(isa::current(), values(&dout), mask, &norm, values(&y), all_reduce);
+        let per_channel = |v: Vec<f32>| tensor(v, &params.gamma.shape());
+        NormActGradients {
+            y: tensor(g.dy, &y.shape()),
+            gamma: per_channel(g.dgamma),
+            beta: per_channel(g.dbeta),
+            skip: g.dskip.map(|dskip| tensor(dskip, &y.shape())),
+        }
+    }
+
+    fn max_pool_backward(dout: FlexTensor, out: FlexTensor, x: FlexTensor, options: PoolOptions) -> FlexTensor {
+        let [dout, out, x] = [dout, out, x].map(|t| t.to_contiguous());
+        let s = options.shape(&x);
+        tensor(pool::max_backward(isa::current(), &s, values(&x), values(&out), values(&dout)), &x.shape())
+    }
+
+    fn mean_pool_backward(dout: FlexTensor, [h, w]: [usize; 2]) -> FlexTensor {
+        let dout = dout.to_contiguous();
+        let (n, c) = (dout.shape()[0], dout.shape()[1]);
+        tensor(pool::mean_backward(values(&dout), h * w, c), &[n, h, w, c])
+    }
+}

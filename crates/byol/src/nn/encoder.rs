@@ -1,0 +1,199 @@
+//! The frozen encoder: description, weights and inference.
+
+use burn::tensor::{Device, Tensor, TensorData};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    forward_context::{ForwardContext, Mode, NormConfig, Statistics},
+    resnet::{Architecture, ResNet, Stem},
+    tree::{self, Tree},
+};
+use crate::device::Precision;
+
+/// Per-channel mean and standard deviation that normalize the input of an encoder.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Normalization {
+    /// Mean per channel, in 0..1.
+    pub mean: Vec<f32>,
+    /// Standard deviation per channel, above 0.
+    pub std: Vec<f32>,
+}
+
+impl Default for Normalization {
+    /// ImageNet's, as in the reference.
+    fn default() -> Self {
+        Normalization { mean: vec![0.485, 0.456, 0.406], std: vec![0.229, 0.224, 0.225] }
+    }
+}
+
+impl Normalization {
+    /// Computes (x − mean) / std per channel. `x`: `[N, H, W, C]` in 0..1.
+    pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
+        let (device, c) = (x.device(), self.mean.len());
+        let per_channel = |values: Vec<f32>| Tensor::<4>::from_data(TensorData::new(values, [1, 1, 1, c]), &device);
+        let inverse = self.std.iter().map(|s| 1.0 / s).collect();
+        (x - per_channel(self.mean.clone())) * per_channel(inverse)
+    }
+}
+
+/// Description of an encoder: everything but its weights. Stored in the encoder file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EncoderSpec {
+    /// ResNet architecture.
+    pub architecture: Architecture,
+    /// Multiplier of every channel count, in (0, 64].
+    pub width: f64,
+    /// Layers before the first group.
+    pub stem: Stem,
+    /// Side of the square evaluation views, in pixels.
+    pub size: usize,
+    /// Side of the center crop for evaluation, as a fraction of an image's shorter side, in (0, 1].
+    #[serde(default = "reference_center")]
+    pub center: f64,
+    /// Channels of the images.
+    pub channels: usize,
+    /// Input normalization.
+    pub normalization: Normalization,
+    /// ε of every norm, above 0.
+    #[serde(default = "reference_eps")]
+    pub eps: f64,
+}
+
+/// Default of [`EncoderSpec::eps`]: the reference's and torchvision's, 1e-5.
+pub fn reference_eps() -> f64 {
+    NormConfig::default().eps
+}
+
+/// Default of [`EncoderSpec::center`]: the reference's, 0.875.
+pub fn reference_center() -> f64 {
+    0.875
+}
+
+impl EncoderSpec {
+    /// The network, without weights.
+    pub fn resnet(&self) -> ResNet {
+        ResNet::new(self.architecture, self.width, self.stem, self.channels)
+    }
+
+    /// Settings of its norms, for evaluation and finetuning.
+    pub fn norm(&self) -> NormConfig {
+        NormConfig { eps: self.eps, ..NormConfig::default() }
+    }
+
+    /// Validates a description from a file.
+    ///
+    /// # Errors
+    /// The reason why it is invalid.
+    pub fn check(&self) -> Result<(), String> {
+        let n = &self.normalization;
+        if !(self.width > 0.0 && self.width <= 64.0) {
+            return Err(format!("width {} is not in (0, 64]", self.width));
+        }
+        if self.size == 0 || self.size > 8192 || self.channels == 0 || self.channels > 4096 {
+            return Err(format!("an input of {} px and {} channels is out of range", self.size, self.channels));
+        }
+        if !(self.center > 0.0 && self.center <= 1.0) {
+            return Err(format!("center crop {} is not in (0, 1]", self.center));
+        }
+        if !(self.eps.is_finite() && self.eps > 0.0) {
+            return Err(format!("eps {} is not above 0", self.eps));
+        }
+        if n.mean.len() != self.channels
+            || n.std.len() != self.channels
+            || n.std.iter().any(|s| s.is_nan() || *s <= 0.0)
+        {
+            return Err(format!("the normalization does not have {} channels with std above 0", self.channels));
+        }
+        Ok(())
+    }
+}
+
+/// A set of weights and the running statistics that belong to it: θ or ξ.
+#[derive(Debug, Clone)]
+pub struct Weights {
+    /// Parameters: differentiated in θ, averaged in ξ.
+    pub params: Tree,
+    /// State of batch norm; neither differentiated nor averaged.
+    pub statistics: Statistics,
+}
+
+/// A frozen encoder, for evaluation and inference.
+#[derive(Debug, Clone)]
+pub struct Encoder {
+    /// Description.
+    pub spec: EncoderSpec,
+    /// Learned weights.
+    pub weights: Weights,
+    resnet: ResNet,
+}
+
+impl Encoder {
+    /// Assembles an encoder. `weights` must match `spec`; [`weights::load`](super::weights::load)
+    /// checks it.
+    pub fn new(spec: EncoderSpec, weights: Weights) -> Self {
+        Encoder { resnet: spec.resnet(), spec, weights }
+    }
+
+    /// Creates a randomly initialized encoder, the untrained baseline of every evaluation.
+    pub fn random(spec: EncoderSpec, seed: u64, device: &Device) -> Self {
+        let resnet = spec.resnet();
+        let weights = Weights { params: resnet.init(seed, "online", device), statistics: resnet.statistics(device) };
+        Encoder { spec, weights, resnet }
+    }
+
+    /// Device of the weights.
+    pub fn device(&self) -> Device {
+        let first = self.weights.params.iter().next();
+        first.map(|(_, leaf)| leaf.value.device()).expect("an encoder has weights")
+    }
+
+    /// Length of the representation.
+    pub fn features(&self) -> usize {
+        self.resnet.features()
+    }
+
+    /// Computes representations in evaluation mode.
+    ///
+    /// # Shapes
+    /// `x`: `[N, H, W, C]` in 0..1, not normalized; returns `[N, F]`.
+    pub fn embed(&self, x: Tensor<4>) -> Tensor<2> {
+        let norm = self.spec.norm();
+        let mode = Mode::Eval(&self.weights.statistics);
+        let params = &self.weights.params;
+        self.forward(&mut ForwardContext { params, norm: &norm, precision: Precision::F32, mode }, x)
+    }
+
+    /// Computes the representation of one view: `spec.size`² pixels, row-major with interleaved
+    /// channels, in 0..1. Returns `[F]`.
+    ///
+    /// # Panics
+    /// If the view has another number of values.
+    pub fn embed_view(&self, view: &[f32]) -> Vec<f32> {
+        let shape = [1, self.spec.size, self.spec.size, self.spec.channels];
+        tree::host(self.embed(Tensor::from_data(TensorData::new(view.to_vec(), shape), &self.device())))
+    }
+
+    /// Dilates the last group of the network, for dense prediction: [`ResNet::dilated`].
+    pub fn dilated(self) -> Encoder {
+        Encoder { resnet: self.resnet.dilated(), ..self }
+    }
+
+    /// Computes the last feature map, whose mean is the representation. Takes its weights from
+    /// `ctx`, in any mode.
+    ///
+    /// # Shapes
+    /// `x`: `[N, H, W, C]` in 0..1, not normalized; returns `[N, H', W', F]`.
+    pub fn feature_map(&self, ctx: &mut ForwardContext, x: Tensor<4>) -> Tensor<4> {
+        self.resnet.feature_map(ctx, self.spec.normalization.forward(x))
+    }
+
+    /// Computes representations with the weights of `ctx`, in any mode: for finetuning.
+    ///
+    /// # Shapes
+    /// As for [`Encoder::embed`].
+    pub fn forward(&self, ctx: &mut ForwardContext, x: Tensor<4>) -> Tensor<2> {
+        self.resnet.forward(ctx, self.spec.normalization.forward(x))
+    }
+}

@@ -1,0 +1,140 @@
+//! Pretraining in one call: [`Pretraining`].
+
+use std::{
+    path::Path,
+    sync::{Arc, atomic::AtomicBool},
+};
+
+use crate::{
+    data::Dataset,
+    device::{self, DeviceChoice},
+    nn::Encoder,
+    train::{
+        Error, Event, Plan, PrepareOptions, RecipeOverrides, Run, RunContext, TrainingData, auto, data::cache_bytes,
+    },
+    views::{Augmentation, Policy},
+};
+
+/// Builder of a pretraining run.
+///
+/// # Examples
+///
+/// ```no_run
+/// use byol::{Dataset, Pretraining, Recipe};
+///
+/// let encoder = Pretraining::new(Dataset::folder("photos")?)
+///     .recipe(Recipe::named("cifar10")?.epochs(10))
+///     .on_event(|event| println!("{event}"))
+///     .run("byol-runs/photos")?;
+/// let features = encoder.embed_image("cat.jpg")?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// Images of one's own, two short epochs:
+///
+/// ```
+/// use byol::{Dataset, Image, Pretraining, Recipe};
+///
+/// let noise = |i: usize| (0..32 * 32 * 3).map(|j| (i * 7919 + j * 104_729) as u8).collect();
+/// let images = (0..64).map(|i| Image { height: 32, width: 32, channels: 3, pixels: noise(i) }).collect();
+/// let recipe = Recipe::named("cifar10")?.epochs(2).with("encoder.width", 0.0625)?.with("train.batch", 16)?;
+/// let recipe = recipe.with("heads.hidden", 16)?.with("heads.projection", 8)?.with("views.size", 8)?;
+///
+/// let folder = tempfile::tempdir()?;
+/// let encoder = Pretraining::new(Dataset::from_images(images, None)).recipe(recipe).run(folder.path())?;
+/// assert!(folder.path().join("encoder.safetensors").exists());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub struct Pretraining<'a> {
+    dataset: Dataset,
+    recipe: RecipeOverrides,
+    policies: Option<[Policy; 2]>,
+    augmentation: Option<Arc<dyn Augmentation>>,
+    device: DeviceChoice,
+    threads: usize,
+    tensorboard: bool,
+    stop: Option<&'a AtomicBool>,
+    on_event: Box<dyn FnMut(Event) + 'a>,
+}
+
+impl<'a> Pretraining<'a> {
+    /// A run on this data set with the recipe `auto`, on the best available device, with all cores.
+    pub fn new(dataset: Dataset) -> Pretraining<'a> {
+        Pretraining {
+            dataset,
+            recipe: RecipeOverrides::default(),
+            policies: None,
+            augmentation: None,
+            device: DeviceChoice::Auto,
+            threads: 0,
+            tensorboard: false,
+            stop: None,
+            on_event: Box::new(|_| ()),
+        }
+    }
+
+    /// Sets the recipe, from [`Recipe::named`](crate::Recipe::named). Default: `auto`.
+    pub fn recipe(self, recipe: RecipeOverrides) -> Self {
+        Pretraining { recipe, ..self }
+    }
+
+    /// Replaces the augmentations of the first and the second view.
+    pub fn policies(self, first: Policy, second: Policy) -> Self {
+        Pretraining { policies: Some([first, second]), ..self }
+    }
+
+    /// Adds an augmentation of one's own to both views, after the built-in ones. It runs on the CPU
+    /// and is not part of the plan: resume such a run from a program that sets the same one.
+    pub fn augmentation(self, augmentation: impl Augmentation + 'static) -> Self {
+        Pretraining { augmentation: Some(Arc::new(augmentation)), ..self }
+    }
+
+    /// Sets the device. Default: the best available.
+    pub fn device(self, device: DeviceChoice) -> Self {
+        Pretraining { device, ..self }
+    }
+
+    /// Sets the number of threads that make views. Default, and for 0: the number of cores.
+    pub fn threads(self, threads: usize) -> Self {
+        Pretraining { threads, ..self }
+    }
+
+    /// Writes TensorBoard event files into the run folder.
+    pub fn tensorboard(self) -> Self {
+        Pretraining { tensorboard: true, ..self }
+    }
+
+    /// Stops the run at the next step once the flag is set, with a checkpoint to resume from.
+    pub fn stop_flag(self, stop: &'a AtomicBool) -> Self {
+        Pretraining { stop: Some(stop), ..self }
+    }
+
+    /// Sets a callback for progress.
+    pub fn on_event(self, on_event: impl FnMut(Event) + 'a) -> Self {
+        Pretraining { on_event: Box::new(on_event), ..self }
+    }
+
+    /// Trains in the folder `out`, which must be empty or absent, and returns the encoder. The run
+    /// can be resumed with [`Run::resume`] or `byol resume`.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn run(self, out: impl AsRef<Path>) -> Result<Encoder, Error> {
+        let machine = device::machine();
+        let threads = if self.threads == 0 { machine.cores } else { self.threads };
+        let opened = device::open(self.device)?;
+        let options =
+            PrepareOptions { cache_bytes: cache_bytes(machine.free_mb), ..PrepareOptions::from(&self.recipe.check()?) };
+        let data = TrainingData::prepare(self.dataset, options, &|_| ())?;
+        let (mut recipe, _) = auto::resolve(&self.recipe, &data.train, &opened)?;
+        if let Some([first, second]) = self.policies {
+            (recipe.views.first, recipe.views.second) = (first, second);
+        }
+        let plan = Plan::new(&self.recipe.name, recipe, &data, opened.info.choice)?;
+        let context =
+            RunContext { augmentation: self.augmentation, ..RunContext::single_process(opened.device, threads) };
+        let mut run = Run::create(out.as_ref(), plan, &data, context, self.tensorboard)?;
+        run.run(self.stop.unwrap_or(&AtomicBool::new(false)), self.on_event)?;
+        Ok(Encoder::new(run.plan.encoder.clone(), run.byol.online.clone()))
+    }
+}

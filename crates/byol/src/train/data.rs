@@ -1,0 +1,115 @@
+//! Data prepared for a run: the training images, and the monitoring images set aside.
+
+use std::path::PathBuf;
+
+use super::{
+    Error, Plan,
+    health::Monitor,
+    recipe::{HealthConfig, Recipe},
+};
+use crate::data::{Dataset, Images};
+
+/// Images of a run.
+#[derive(Debug, Clone)]
+pub struct TrainingData {
+    /// Path as given by the user.
+    pub root: PathBuf,
+    /// Description of the format.
+    pub kind: String,
+    /// Class names; empty without labels.
+    pub classes: Vec<String>,
+    /// Training images.
+    pub train: Images,
+    /// Monitoring images; `None` if health checks are off.
+    pub held_out: Option<Images>,
+    /// Skipped images, each as `path: reason`.
+    pub skipped: Vec<String>,
+}
+
+/// Options of [`TrainingData::prepare`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PrepareOptions {
+    /// Training images to use, sampled evenly over the data; 0: all.
+    pub limit: usize,
+    /// Monitoring images to set aside: of the `val` or `test` split, else at most a tenth of the
+    /// training images. 0: none.
+    pub monitoring_images: usize,
+    /// Bytes of decoded images to keep in memory.
+    pub cache_bytes: usize,
+}
+
+impl Default for PrepareOptions {
+    fn default() -> Self {
+        PrepareOptions { limit: 0, monitoring_images: HealthConfig::default().images, cache_bytes: 0 }
+    }
+}
+
+impl From<&Recipe> for PrepareOptions {
+    fn from(recipe: &Recipe) -> Self {
+        PrepareOptions { limit: recipe.train.limit, monitoring_images: recipe.health.images, cache_bytes: 0 }
+    }
+}
+
+impl TrainingData {
+    /// Selects the training and monitoring images, decodes each once and skips unreadable ones.
+    /// `on_progress` is called per decoded image with the total number.
+    ///
+    /// # Errors
+    /// [`Error::Data`].
+    pub fn prepare(
+        dataset: Dataset,
+        options: PrepareOptions,
+        on_progress: &(dyn Fn(usize) + Sync),
+    ) -> Result<TrainingData, Error> {
+        let monitoring_images = options.monitoring_images;
+        let dataset = dataset.limit(options.limit);
+        // A single image has no meaningful metrics.
+        let held_out = dataset.held_out.as_ref().filter(|images| monitoring_images > 0 && images.len() > 1);
+        let held_out = held_out.map(|images| images.sample_random(monitoring_images));
+        let dataset = Dataset { held_out, test: None, ..dataset };
+        let total = dataset.n_images();
+        let Dataset { root, kind, classes, train, held_out, mut skipped, .. } =
+            dataset.check_for_training(options.cache_bytes, &|| on_progress(total))?;
+        let (train, held_out) = match held_out {
+            Some(images) => (train, Some(images)),
+            None => match monitoring_images.min(train.len() / 10) {
+                0 | 1 => (train, None),
+                n => {
+                    let (rest, held_out) = train.split_off(n);
+                    let (held_out, unusable) = held_out.readable();
+                    skipped.extend(unusable);
+                    (rest, (held_out.len() > 1).then_some(held_out))
+                }
+            },
+        };
+        let skipped = skipped.into_iter().map(|image| image.to_string()).collect();
+        Ok(TrainingData { root, kind, classes, train, held_out, skipped })
+    }
+
+    /// Monitoring setup of a run with this plan; `None` without monitoring images.
+    pub fn monitor(&self, plan: &Plan) -> Option<Monitor> {
+        let held_out = self.held_out.clone()?;
+        let config = plan.recipe.health.clone();
+        let labeled = held_out.labels().is_some() && self.train.labels().is_some();
+        let bank = labeled.then(|| self.train.sample(config.bank));
+        let views = &plan.recipe.views;
+        Some(Monitor {
+            bank,
+            classes: self.classes.len(),
+            config,
+            spec: plan.encoder.clone(),
+            policies: [views.first.clone(), views.second.clone()],
+            size: views.size,
+            seed: plan.recipe.seed,
+            // A training image costs four forward and two backward passes, a monitoring image four
+            // forward passes.
+            label_free_images: (self.train.len() / 48).clamp(16, 128).min(held_out.len()),
+            held_out,
+        })
+    }
+}
+
+/// Bytes of decoded images to keep in memory: a quarter of the free memory, at most 8 GiB.
+pub fn cache_bytes(free_mb: u64) -> usize {
+    usize::try_from((free_mb << 20) / 4).unwrap_or(usize::MAX).min(8 << 30)
+}

@@ -1,0 +1,46 @@
+//! Recipe flags that `byol pretrain`, `ablate` and `views` share.
+
+use byol::train::recipe::RecipeOverrides;
+
+use crate::terminal::Result;
+
+/// Flags that choose a recipe.
+#[derive(Debug, clap::Args)]
+pub struct RecipeArgs {
+    /// Recipe: auto, cifar10, imagenet-1000, imagenet-300, imagenet-100, imagenette, or a TOML file
+    #[arg(long, default_value = "auto")]
+    pub recipe: String,
+    /// Override a recipe key, for example target.tau=0.99 (repeatable)
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+}
+
+impl RecipeArgs {
+    /// Applies `--set`, which takes precedence over all other flags.
+    pub fn apply_set(&self, overrides: &mut RecipeOverrides) -> Result<()> {
+        for text in &self.set {
+            overrides.set(text)?;
+        }
+        Ok(())
+    }
+}
+
+/// Flags that set the length of a run.
+#[derive(Debug, clap::Args)]
+pub struct LengthArgs {
+    /// Number of epochs
+    #[arg(long, value_name = "N")]
+    epochs: Option<i64>,
+    /// Number of training images, sampled evenly [default: all]
+    #[arg(long, value_name = "N")]
+    limit: Option<i64>,
+}
+
+impl LengthArgs {
+    pub fn apply(&self, overrides: &mut RecipeOverrides) -> Result<()> {
+        for (key, value, flag) in [("train.epochs", self.epochs, "--epochs"), ("train.limit", self.limit, "--limit")] {
+            value.map(|n| overrides.insert(key, n, flag)).transpose()?;
+        }
+        Ok(())
+    }
+}

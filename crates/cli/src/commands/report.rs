@@ -1,0 +1,286 @@
+//! `byol report RUN -o report.html`: a run as one self-contained HTML file.
+
+use std::{
+    fmt::Write,
+    fs,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use base64::{Engine, engine::general_purpose::STANDARD};
+use byol::{
+    apply::{
+        chart::{self, escape_html},
+        map::{self, Method},
+        search::Index,
+        sheet::{self, Tile},
+    },
+    data::{Dataset, Images},
+    device,
+    eval::embed,
+    random,
+    train::{
+        Plan,
+        data::cache_bytes,
+        health::Health,
+        metrics::{self, Curves},
+        run::read_plan,
+    },
+    views,
+};
+use serde_json::{Value, json};
+
+use super::{ComputeArgs, must_be_new};
+use crate::terminal::{self, Result, display_path, duration, out, percent, plural};
+
+/// Write an HTML report of a run
+///
+/// Contains a summary of the metrics, training curves, augmented views, nearest neighbors of random
+/// images, a map, the evaluations stored in the run folder, and the plan. One self-contained file.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Run folder
+    run: PathBuf,
+    /// Output file (.html)
+    #[arg(short, long, value_name = "FILE", default_value = "report.html")]
+    out: PathBuf,
+    /// Maximum number of images to embed for neighbors and the map, sampled evenly (0: all)
+    #[arg(long, value_name = "N", default_value_t = 2000)]
+    limit: usize,
+    /// Random seed
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Overwrite FILE if it exists
+    #[arg(long)]
+    overwrite: bool,
+    #[command(flatten)]
+    compute: ComputeArgs,
+}
+
+/// Side of a tile in pixels.
+const TILE_SIDE: u32 = 88;
+
+/// Number of random images whose nearest neighbors are shown, and of neighbors per image.
+const QUERIES: usize = 8;
+const NEIGHBORS: usize = 9;
+
+/// Frame colors of a query image and of neighbors of the same and of another class.
+const BLUE: [u8; 3] = [60, 90, 220];
+const GREEN: [u8; 3] = [40, 170, 70];
+const RED: [u8; 3] = [210, 60, 50];
+
+const STYLE: &str = include_str!("report.css");
+
+pub fn run(args: &Args) -> Result<ExitCode> {
+    must_be_new(&args.out, args.overwrite)?;
+    if let Some(folder) = args.out.parent().filter(|f| !f.as_os_str().is_empty() && !f.is_dir()) {
+        let folder = folder.display();
+        return Err(format!("folder {folder} does not exist\nhint: create it, or choose another `--out`").into());
+    }
+    let plan = read_plan(&args.run)?;
+    let encoder = args.compute.load_encoder(&args.run)?;
+    let dataset = Dataset::open(&plan.data)?;
+    let dataset = Dataset { held_out: None, test: None, ..dataset }.limit(args.limit);
+    let bar = terminal::progress_bar("embedding", dataset.train.len() as u64);
+    let dataset = dataset.check(cache_bytes(device::machine().free_mb), &|| ())?;
+    let features = embed(&encoder, &dataset.train, |n| bar.inc(n as u64))?;
+    bar.finish_and_clear();
+    let index = Index::new(features);
+
+    let Curves { epochs, loss } = metrics::read_curves(&args.run.join("metrics.jsonl"));
+    let name = args.run.file_name().map_or("run".into(), |n| n.to_string_lossy().into_owned());
+    let mut html = format!(
+        "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\">\
+         <meta name=\"viewport\" content=\"width=device-width\">\
+         <title>byol: {0}</title><style>{STYLE}</style></head><body>\n<h1>{0}</h1>\n",
+        escape_html(&name)
+    );
+    let epochs_done = epochs.last().and_then(|e| e["epoch"].as_u64()).unwrap_or(0);
+    let spec = &encoder.spec;
+    writeln!(
+        html,
+        "<p>{} (width {}, {} features), pretrained on {} from <span class=\"dim\">{}</span>: \
+         {epochs_done} of {} in {} on {}.</p>",
+        spec.architecture.name(),
+        spec.width,
+        encoder.features(),
+        plural(plan.images, "image"),
+        escape_html(&plan.data.display().to_string()),
+        plural(plan.recipe.train.epochs as usize, "epoch"),
+        duration(metrics::total_seconds(&epochs)),
+        escape_html(&plan.device)
+    )?;
+    html += "<h2>Summary</h2>\n";
+    html += &summary(&plan, &args.run, &epochs);
+    html += "<h2>Training curves</h2>\n<div class=\"grid\">";
+    html += &curves(loss, &epochs);
+    html +=
+        "</div>\n<h2>Augmented views</h2>\n<p>Each row: a training image and two pairs of its augmented views.</p>\n";
+    html += &picture("training images and their augmented views", &views_sheet(&plan, &dataset.train)?);
+    let images = plural(index.len(), "image");
+    let frames = if dataset.classes.is_empty() {
+        ""
+    } else {
+        " A green frame marks a neighbor of the same class, a red frame one of another class."
+    };
+    write!(
+        html,
+        "<h2>Nearest neighbors</h2>\n\
+         <p>Each row: a random image (blue frame) and its nearest neighbors among {images}.{frames}</p>\n"
+    )?;
+    html += &picture("random images and their nearest neighbors", &neighbors_sheet(args.seed, &index, &dataset)?);
+    html += "<h2>Map</h2>\n<p>Each dot is an image. Similar images lie close together (t-SNE).</p>\n";
+    let coordinates = terminal::with_progress("computing map", |progress| map::layout(&index, Method::Tsne, progress));
+    html += &chart::scatter(&coordinates, dataset.train.labels().unwrap_or_default(), &dataset.classes);
+    html += "<h2>Evaluations</h2>\n";
+    html += &evaluations(&args.run);
+    html += "<h2>Plan</h2>\n<p>All settings of the run. With the same data they reproduce it.</p>\n";
+    write!(
+        html,
+        "<details><summary>plan.toml</summary><pre>{}</pre></details>\n</body></html>\n",
+        escape_html(&plan.to_toml())
+    )?;
+    super::write_file(&args.out, html.as_bytes())?;
+    terminal::note(format!("wrote {} ({} KiB)", args.out.display(), html.len() >> 10));
+    if args.compute.json {
+        let file = display_path(&args.out);
+        let results = json!({ "file": file, "bytes": html.len(), "images": index.len(), "epochs": epochs_done });
+        out!("{results}");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn picture(alt: &str, png: &[u8]) -> String {
+    format!("<img alt=\"{}\" src=\"data:image/png;base64,{}\">\n", escape_html(alt), STANDARD.encode(png))
+}
+
+/// Returns the main results as paragraphs, each with a CSS class: `good`, `bad` or none.
+fn summary(plan: &Plan, run: &Path, epochs: &[Value]) -> String {
+    let health = metrics::read_health(&run.join("metrics.jsonl"));
+    let mut paragraphs = Vec::new();
+    let failure = epochs.iter().rev().find_map(|e| Some((e["epoch"].as_u64()?, e["collapse"].as_str()?)));
+    if let Some((epoch, reason)) = failure {
+        paragraphs.push(("bad", format!("Health check failed in epoch {epoch}: {reason}.")));
+    }
+    if let [first, .., last] = health.as_slice() {
+        let baseline =
+            if plan.recipe.encoder.from.is_empty() { "random initialization" } else { "the initial weights" };
+        if let (Some(before), Some(after)) = (first.knn, last.knn) {
+            let class = if after > before { "good" } else { "bad" };
+            let text = format!("kNN accuracy: {} ({baseline}: {}).", percent(after), percent(before));
+            paragraphs.push((class, text));
+        }
+        if let (Some(before), Some(after)) = (first.label_free, last.label_free) {
+            let verdict = after.verdict(&before, baseline);
+            let class = if verdict.starts_with("better") { "good" } else { "bad" };
+            paragraphs.push((class, format!("Label-free metrics: {verdict}.")));
+        }
+        paragraphs.push(("", projection_summary(last)));
+    } else {
+        paragraphs.push(("bad", "No metrics yet: no healthy epoch has finished.".into()));
+    }
+    paragraphs.iter().map(|(class, text)| format!("<p class=\"{class}\">{}</p>\n", escape_html(text))).collect()
+}
+
+fn projection_summary(last: &Health) -> String {
+    format!(
+        "Projections of different images have a mean cosine of {:.2} (0 if uniform, 1 if collapsed) and {:.0} % of the \
+         standard deviation of a uniform distribution. The effective rank of the representations (RankMe) is {:.0}.",
+        last.projection_cosine,
+        100.0 * last.projection_std / last.projection_std_ideal,
+        last.rankme
+    )
+}
+
+fn curves(loss: Vec<[f64; 2]>, epochs: &[Value]) -> String {
+    let metric = |key: &str, factor: f64| -> Vec<[f64; 2]> {
+        epochs.iter().filter_map(|e| Some([e["epoch"].as_f64()?, factor * e[key].as_f64()?])).collect()
+    };
+    [
+        ("Loss", loss),
+        ("kNN accuracy (%)", metric("knn", 100.0)),
+        ("RankMe", metric("rankme", 1.0)),
+        ("Projection std", metric("projection_std", 1.0)),
+        ("Mean cosine between projections of different images", metric("projection_cosine", 1.0)),
+    ]
+    .iter()
+    .filter(|(_, points)| points.len() > 1)
+    .map(|(title, points)| chart::curve(title, "epoch", points))
+    .collect()
+}
+
+/// A row per image: the image and the views of its first two epochs.
+fn views_sheet(plan: &Plan, images: &Images) -> Result<Vec<u8>> {
+    let config = &plan.recipe.views;
+    let mut rows = Vec::new();
+    let shown = images.sample_random(4);
+    for i in 0..shown.len() {
+        let image = shown.get(i)?;
+        let mut row = vec![Tile::image(&image, TILE_SIDE)];
+        for epoch in 0..2 {
+            for (k, policy) in [&config.first, &config.second].into_iter().enumerate() {
+                let key = [plan.recipe.seed, epoch, i as u64, k as u64];
+                row.push(Tile::view(&views::view(policy, &image, config.size, key), TILE_SIDE));
+            }
+        }
+        rows.push(row);
+    }
+    Ok(sheet::png(&rows, TILE_SIDE))
+}
+
+/// A row per random image: the image and its nearest neighbors, in green or red frames if there are
+/// classes.
+fn neighbors_sheet(seed: u64, index: &Index, dataset: &Dataset) -> Result<Vec<u8>> {
+    let (images, n) = (&dataset.train, index.len());
+    let mut rng = random::stream(&[seed, 29]);
+    let mut rows = Vec::new();
+    for _ in 0..QUERIES.min(n) {
+        let query = ((random::uniform(&mut rng) * n as f64) as usize).min(n - 1);
+        let mut row = vec![Tile::image(&*images.get(query)?, TILE_SIDE).framed(BLUE)];
+        let nearest = index.nearest(index.rows().row(query), NEIGHBORS + 1);
+        for (i, _) in nearest.into_iter().filter(|(i, _)| *i != query).take(NEIGHBORS) {
+            let tile = Tile::image(&*images.get(i)?, TILE_SIDE);
+            row.push(match images.labels() {
+                Some(labels) if labels[i] == labels[query] => tile.framed(GREEN),
+                Some(_) => tile.framed(RED),
+                None => tile,
+            });
+        }
+        rows.push(row);
+    }
+    Ok(sheet::png(&rows, TILE_SIDE))
+}
+
+/// Returns a table for each evaluation stored in the run folder.
+fn evaluations(run: &Path) -> String {
+    let Ok(folder) = fs::read_dir(run.join("eval")) else {
+        return "<p>None yet. <code>byol eval knn RUN DATA</code> adds one.</p>\n".into();
+    };
+    let mut files: Vec<PathBuf> = folder.flatten().map(|e| e.path()).collect();
+    files.sort();
+    let mut html = String::new();
+    for file in files.iter().filter(|f| f.extension().is_some_and(|e| e == "json")) {
+        let results: Option<Value> = fs::read(file).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        let Some(results) = results else { continue };
+        let text = |v: &Value| escape_html(v.as_str().unwrap_or_default());
+        let (evaluation, data) = (text(&results["evaluation"]), text(&results["data"]));
+        html += &format!("<h3>{evaluation}</h3><p class=\"dim\">{data}</p><table>\n");
+        for row in results["rows"].as_array().into_iter().flatten() {
+            let is_share = row["share"].as_bool().unwrap_or(false);
+            let number = |v: &Value| match v.as_f64() {
+                Some(v) if is_share => percent(v),
+                Some(v) => format!("{v:.3}"),
+                None => String::new(),
+            };
+            let interval = row["interval"].as_array().filter(|i| i.len() == 2);
+            let interval = interval.map_or(String::new(), |i| format!("{} to {}", number(&i[0]), number(&i[1])));
+            html += &format!(
+                "<tr><td>{}</td><td class=\"n\">{}</td><td class=\"dim\">{interval}</td></tr>\n",
+                text(&row["name"]),
+                number(&row["value"])
+            );
+        }
+        html += "</table>\n";
+    }
+    html
+}

@@ -1,0 +1,11 @@
+//! Tests of the command. They run the real binary; one program, so that it links once.
+
+mod bad_input;
+mod common;
+#[cfg(feature = "mpi")]
+mod mpi;
+mod page;
+mod runs;
+mod shards;
+mod style;
+mod using;
