@@ -109,7 +109,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         let (v, v2) = to_device(loader.next_batch()?, &device);
         let Ok(stats) = byol.step(|byol| Ok::<_, Infallible>(byol.loss_and_gradient(v, v2)));
         losses.push(stats.loss);
-        if byol.k % 10 == 0 {
+        if byol.k.is_multiple_of(10) {
             println!("step {}: loss {:.3}", byol.k, stats.loss);
         }
     }

@@ -335,7 +335,7 @@ impl Images {
     /// # Errors
     /// [`Error::Image`] as for [`Images::get`]. In shards, if a shard cannot be read or too many
     /// consecutive images are unreadable.
-    pub(crate) fn get_or_next(&self, i: usize) -> Result<Arc<Image>, Error> {
+    pub fn get_or_next(&self, i: usize) -> Result<Arc<Image>, Error> {
         let Source::Shards(shards) = &self.source else { return self.get(i) };
         let mut at = i;
         loop {

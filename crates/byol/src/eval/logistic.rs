@@ -120,7 +120,7 @@ pub fn fit_best(x: &Features, labels: &[usize], classes: usize, strengths: &[f64
 ///
 /// # Panics
 /// See [`fit`].
-pub(crate) fn fit_best_by(
+pub fn fit_best_by(
     x: &Features,
     labels: &[usize],
     classes: usize,

@@ -28,7 +28,7 @@ use crate::{
 };
 
 /// Version of the layout on disk.
-pub(crate) const VERSION: u32 = 1;
+pub const VERSION: u32 = 1;
 
 /// Errors of a checkpoint.
 #[derive(Debug, thiserror::Error)]

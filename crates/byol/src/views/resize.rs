@@ -25,7 +25,7 @@ pub fn crop_resize(image: &Image, window: Window, height: usize, width: usize) -
 }
 
 /// [`crop_resize`] into an existing view; `row` is a reusable buffer.
-pub(crate) fn crop_resize_into(image: &Image, window: Window, view: &mut View, row: &mut Vec<f32>) {
+pub fn crop_resize_into(image: &Image, window: Window, view: &mut View, row: &mut Vec<f32>) {
     crop_resize_unclamped(image, window, view, row);
     to_unit_range(&mut view.pixels);
 }

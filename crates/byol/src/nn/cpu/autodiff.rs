@@ -3,6 +3,9 @@
 //! A node has as many parents as its variant has differentiable inputs; the gradients are
 //! registered in the order of the parents.
 
+// `#[backend_extension]` needs the result types spelled out.
+#![allow(clippy::type_complexity)]
+
 use burn::backend::{
     Autodiff, AutodiffBackend, Backend, TensorMetadata,
     autodiff::{

@@ -4,6 +4,9 @@
 //! autodiff backend (`autodiff.rs`), [`FusedGrads`] and [`FoldedOps`] only for Flex. So a gradient
 //! of a gradient does not compile, rather than panic.
 
+// `#[backend_extension]` needs the result types spelled out.
+#![allow(clippy::type_complexity)]
+
 use burn::{
     backend::{Backend, ExtensionType, Flex, TensorMetadata, backend_extension, flex::FlexTensor, tensor::FloatTensor},
     tensor::TensorData,
