@@ -229,7 +229,7 @@ fn rejects_missing_data_mixed_stores_and_wrong_credentials() {
     bucket(folder.path(), 20);
     let server = Server::start(&at("root"));
     let out = at("out");
-    refused(server.byol(&at("cache"), &pretrain("s3://nobucket/shards/{000000..000001}.tar", text(&out))), &["there is no"]);
+    refused(server.byol(&at("cache"), &pretrain("s3://nobucket/shards/{000000..000001}.tar", text(&out))), &["does not exist"]);
     refused(server.byol(&at("cache"), &pretrain("s3://bucket/nothing", text(&out))), &["no .tar or .parquet"]);
     let two = pretrain("s3://{bucket,other}/shards/train-000000.tar", text(&out));
     refused(server.byol(&at("cache"), &two), &["s3://other", "different stores"]);
