@@ -19,7 +19,7 @@ fn stripes(i: usize) -> Image {
     Image { height: 40, width: 40, channels: 3, pixels: (0..1600).flat_map(pixel).collect() }
 }
 
-/// Sensor noise, as an augmentation of one's own.
+/// Sensor noise, as a custom augmentation.
 fn noise(view: &mut View, rng: &mut ChaCha8Rng) {
     for value in &mut view.pixels {
         *value += 0.02 * normal(rng) as f32;

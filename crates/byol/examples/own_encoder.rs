@@ -1,4 +1,4 @@
-//! Trains an encoder of one's own with BYOL, on synthetic images:
+//! Trains a custom encoder with BYOL, on synthetic images:
 //! `cargo run --release -p byol --example own_encoder`. A few seconds.
 //!
 //! The encoder is a patch embedding, a hidden layer and a mean over patches. Anything that maps

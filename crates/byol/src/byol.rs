@@ -1,5 +1,5 @@
 //! THE METHOD: Bootstrap Your Own Latent (Grill et al. 2020, arXiv:2006.07733, §3.1), in the
-//! paper's letters.
+//! paper's notation.
 //!
 //! - θ: online weights of encoder f, projector g and predictor q; ξ: target weights of f and g
 //! - v, v′: two views of the same images

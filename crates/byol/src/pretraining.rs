@@ -30,7 +30,7 @@ use crate::{
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 ///
-/// Images of one's own, two short epochs:
+/// Images in memory, two short epochs:
 ///
 /// ```
 /// use byol::{Dataset, Image, Pretraining, Recipe};
@@ -83,7 +83,7 @@ impl<'a> Pretraining<'a> {
         Pretraining { policies: Some([first, second]), ..self }
     }
 
-    /// Adds an augmentation of one's own to both views, after the built-in ones. It runs on the CPU
+    /// Adds a custom augmentation to both views, after the built-in ones. It runs on the CPU
     /// and is not part of the plan: resume such a run from a program that sets the same one.
     pub fn augmentation(self, augmentation: impl Augmentation + 'static) -> Self {
         Pretraining { augmentation: Some(Arc::new(augmentation)), ..self }

@@ -55,7 +55,7 @@ fn is_root() -> bool {
     RANKS.get().is_none_or(|ranks| ranks.is_root())
 }
 
-/// `rank N: ` in a job of several ranks.
+/// Prefix `rank N: ` of messages in a multi-rank job.
 fn rank_prefix() -> String {
     RANKS.get().filter(|ranks| ranks.world_size() > 1).map_or(String::new(), |ranks| format!("rank {}: ", ranks.rank()))
 }

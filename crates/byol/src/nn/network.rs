@@ -17,7 +17,7 @@ use crate::{device::Precision, ranks::Ranks};
 ///
 /// [`ResNet`] implements it, and the training loop ([`Run`](crate::train::Run)) and the encoder
 /// files are for ResNets. Other encoders train with [`Byol::step`](crate::byol::Byol::step) in a
-/// loop of one's own: see `examples/own_encoder.rs`.
+/// custom loop: see `examples/own_encoder.rs`.
 ///
 /// A network is a description without weights. Weights are a [`Tree`] by name, which
 /// [`ForwardContext::params`] holds in a forward pass.

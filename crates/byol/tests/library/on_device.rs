@@ -1,4 +1,4 @@
-//! Computations by Burn's operations: augmentation on the device, batch norm over several ranks,
+//! Computations by Burn's operations: augmentation on the device, batch norm across ranks,
 //! 16-bit precision. On the CPU as far as its tensors support them, and on a GPU with
 //! `BYOL_TEST_DEVICE=wgpu`.
 
