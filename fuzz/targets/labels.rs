@@ -8,7 +8,7 @@ use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {
     // Every path in the file resolves to one that exists.
-    let resolve = |_: &str| std::env::current_exe().expect("this program has a path");
+    let resolve = |_: &Path| std::env::current_exe().expect("this program has a path");
     if let Ok(data) = parse(Path::new("."), Path::new("labels.csv"), bytes, resolve) {
         let n = data.classes.len();
         if let Some(labels) = data.train.labels() {

@@ -55,7 +55,7 @@ impl Encoder {
     /// # Errors
     /// [`DecodeError`].
     pub fn embed_image(&self, path: impl AsRef<Path>) -> Result<Vec<f32>, DecodeError> {
-        Ok(self.embed_pixels(&decode::file(path.as_ref())?))
+        Ok(self.embed_pixels(&decode::file(path.as_ref(), &self.spec.levels)?))
     }
 
     /// Representation of a decoded image of any size, `[F]`.
@@ -68,7 +68,8 @@ impl Encoder {
     /// # let device = byol::device::open(byol::DeviceChoice::Cpu)?.device;
     /// # let recipe = byol::Recipe::named("cifar10")?.with("encoder.width", 0.0625)?.check()?;
     /// # let spec = EncoderSpec { architecture: recipe.encoder.architecture, width: 0.0625, stem: byol::nn::Stem::Cifar,
-    /// #     size: 32, center: 1.0, channels: 3, normalization: recipe.normalize, eps: 1e-5 };
+    /// #     size: 32, center: 1.0, channels: 3, normalization: recipe.normalize, eps: 1e-5,
+    /// #     levels: Default::default() };
     /// let encoder = Encoder::random(spec, 0, &device);
     /// let image = Image { height: 40, width: 60, channels: 3, pixels: vec![128; 40 * 60 * 3] };
     /// assert_eq!(encoder.embed_pixels(&image).len(), encoder.features());

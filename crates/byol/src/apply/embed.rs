@@ -151,7 +151,7 @@ impl Items {
     /// Class name of image `i`.
     pub fn label(&self, i: usize) -> Option<&str> {
         let (_, images, i) = self.locate(i);
-        images.labels().map(|l| self.classes[l[i]].as_str())
+        images.label(i).map(|class| self.classes[class].as_str())
     }
 
     /// Returns true if every image has a label.

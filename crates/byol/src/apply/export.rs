@@ -154,6 +154,7 @@ mod tests {
                 channels: 3,
                 normalization,
                 eps: 1e-3,
+                levels: crate::data::Levels::default(),
             };
             Encoder::random(spec, 1, &Device::flex())
         };

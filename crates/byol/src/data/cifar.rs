@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{CHANNELS, Dataset, Error, Image, Images};
+use super::{CHANNELS, Dataset, Error, Image, Images, Unused, folder};
 
 const SIDE: usize = 32;
 const PIXELS: usize = 3 * SIDE * SIDE;
@@ -17,15 +17,23 @@ const PIXELS: usize = 3 * SIDE * SIDE;
 /// [`Error::Malformed`], [`Error::Read`].
 pub fn open(root: &Path) -> Result<Option<Dataset>, Error> {
     for folder in [root.to_owned(), root.join("cifar-10-batches-bin"), root.join("cifar-100-binary")] {
-        let batches: Vec<PathBuf> =
-            (1..=5).map(|i| folder.join(format!("data_batch_{i}.bin"))).filter(|p| p.exists()).collect();
-        if !batches.is_empty() {
-            return read(root, &folder, "CIFAR-10", &batches, "test_batch.bin", "batches.meta.txt", 1).map(Some);
-        }
+        let all = (1..=5).map(|i| folder.join(format!("data_batch_{i}.bin")));
+        let (batches, missing): (Vec<PathBuf>, Vec<PathBuf>) = all.partition(|p| p.is_file());
         let train = folder.join("train.bin");
-        if train.exists() {
-            return read(root, &folder, "CIFAR-100", &[train], "test.bin", "fine_label_names.txt", 2).map(Some);
+        let dataset = if !batches.is_empty() {
+            read(root, &folder, "CIFAR-10", &batches, "test_batch.bin", "batches.meta.txt", 1)?
+        } else if train.is_file() {
+            read(root, &folder, "CIFAR-100", &[train], "test.bin", "fine_label_names.txt", 2)?
+        } else {
+            continue;
+        };
+        let mut unused = folder::images_beside(root, "CIFAR files")?;
+        if !batches.is_empty() {
+            let name = |path: &PathBuf| path.strip_prefix(root).unwrap_or(path).display().to_string();
+            let reason = || "missing beside the other batches".to_owned();
+            unused.extend(missing.iter().map(|path| Unused { name: name(path), count: 0, reason: reason() }));
         }
+        return Ok(Some(Dataset { unused, ..dataset }));
     }
     Ok(None)
 }
@@ -46,7 +54,7 @@ fn read(
         labels.extend(more_labels);
     }
     let test = folder.join(test);
-    let test = if test.exists() { Some(file(&test, kind, label_bytes)?) } else { None };
+    let test = if test.is_file() { Some(file(&test, kind, label_bytes)?) } else { None };
     let n_classes = labels.iter().chain(test.iter().flat_map(|t| &t.1)).max().map_or(0, |m| m + 1);
     let listed_names: Vec<String> = fs::read_to_string(folder.join(names))
         .map(|text| text.lines().map(str::trim).filter(|l| !l.is_empty()).map(str::to_owned).collect())
@@ -63,6 +71,8 @@ fn read(
         held_out: test.clone(),
         test,
         skipped: Vec::new(),
+        column: None,
+        unused: Vec::new(),
     })
 }
 
@@ -115,5 +125,16 @@ mod tests {
     fn rejects_truncated_and_empty_files() {
         assert!(records(&[0; 100], 1).is_err());
         assert!(records(&[], 1).is_err());
+    }
+
+    #[test]
+    fn reports_missing_batches() {
+        let folder = tempfile::tempdir().unwrap();
+        for i in [1, 2, 3, 5] {
+            fs::write(folder.path().join(format!("data_batch_{i}.bin")), [0; 1 + PIXELS]).unwrap();
+        }
+        let data = open(folder.path()).unwrap().unwrap();
+        assert_eq!(data.train.len(), 4);
+        assert_eq!(data.unused[0].to_string(), "data_batch_4.bin: missing beside the other batches");
     }
 }

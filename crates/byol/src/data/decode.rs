@@ -2,16 +2,27 @@
 //! refused.
 //!
 //! Gray values are repeated. An alpha channel is dropped, as by Pillow's `convert("RGB")`. CMYK and
-//! palettes are converted. Of 16-bit values the upper 8 bits are kept, of an animation the first
-//! frame. The EXIF orientation is applied.
+//! palettes are converted. Values of more than 8 bits are mapped from [`Levels`] to 0..=255. Of an
+//! animation or of several pages the first is read. The EXIF orientation is applied.
 
-use std::{fs, io, io::Cursor, path::Path};
+mod jpeg;
+mod tiff;
+mod unread;
+
+use std::{
+    fs,
+    io::{self, Cursor, Read, Seek},
+    path::Path,
+};
 
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, metadata::Orientation};
-use zune_core::{bytestream::ZCursor, colorspace::ColorSpace, options::DecoderOptions};
-use zune_jpeg::JpegDecoder;
 
-use super::{CHANNELS, Image};
+pub(crate) use self::unread::unread_content;
+pub use self::unread::unread_format;
+use super::{
+    CHANNELS, Image, Levels,
+    levels::{Kind, Range},
+};
 use crate::catch_panic::catch_panic;
 
 /// Maximum number of pixels, checked before allocation: 2^27, about 134 million.
@@ -29,6 +40,36 @@ pub enum DecodeError {
     /// Unknown format.
     #[error("not a JPEG, PNG, WebP, BMP, GIF or TIFF file")]
     NotAnImage,
+    /// Image format that is not read.
+    #[error("{} image, a format that byol does not read", unread::with_article(.0))]
+    UnreadFormat(&'static str),
+    /// Valid data of a kind that is not read.
+    #[error("a kind of {format} that byol does not read ({reason})")]
+    UnreadKind {
+        /// Format.
+        format: &'static str,
+        /// Unread feature.
+        reason: String,
+    },
+    /// NaN or infinite values.
+    #[error("it contains NaN or infinite values")]
+    NotFinite,
+    /// A value below black or above white.
+    #[error(
+        "the value {value} {} {level}\nhint: choose the values of black and white with `--levels`",
+        if *is_white { "exceeds white," } else { "is below black," }
+    )]
+    OutsideLevels {
+        /// First such value.
+        value: f32,
+        /// The level that it is beyond.
+        level: f32,
+        /// True if that level is white.
+        is_white: bool,
+    },
+    /// Values that do not tell black and white, in an image by itself.
+    #[error("cannot tell black and white: {0}\nhint: choose the values of black and white with `--levels`")]
+    UnknownLevels(String),
     /// More than [`MAX_PIXELS`] pixels.
     #[error("{width} x {height} pixels exceed the limit of {} million", MAX_PIXELS / 1_000_000)]
     TooLarge {
@@ -59,38 +100,89 @@ pub enum DecodeError {
 ///
 /// # Errors
 /// Any [`DecodeError`].
-pub fn file(path: &Path) -> Result<Image, DecodeError> {
-    bytes(&fs::read(path)?)
+pub fn file(path: &Path, levels: &Levels) -> Result<Image, DecodeError> {
+    bytes(&fs::read(path)?, levels)
 }
 
 /// Decodes the bytes of a file. The format is detected from the content, not from a name.
 ///
+/// `levels` apply to images of more than 8 bits. Where they are not set, those of this image alone
+/// are used.
+///
 /// # Errors
 /// Any but [`DecodeError::Read`].
-pub fn bytes(bytes: &[u8]) -> Result<Image, DecodeError> {
+pub fn bytes(bytes: &[u8], levels: &Levels) -> Result<Image, DecodeError> {
+    guarded(|| decode(bytes)?.into_image(levels))
+}
+
+/// Range of the values of an image of more than 8 bits; `None` for other images.
+///
+/// # Errors
+/// Those of [`bytes`].
+pub(super) fn range(bytes: &[u8]) -> Result<Option<Range>, DecodeError> {
+    guarded(|| decode(bytes)?.range())
+}
+
+/// Kind of an image, if it has more than 8 bits, from its header. `None` if it is damaged.
+///
+/// # Errors
+/// I/O errors.
+pub(super) fn kind(mut reader: impl Read + Seek) -> io::Result<Option<Kind>> {
+    let mut head = Vec::with_capacity(HEAD);
+    reader.by_ref().take(HEAD as u64).read_to_end(&mut head)?;
+    if head.starts_with(b"\x89PNG\r\n\x1a\n") {
+        // The first chunk of a PNG has the bits per sample behind the width and the height.
+        return Ok((head.get(24) == Some(&16)).then_some(Kind::Int16));
+    }
+    if !tiff::is_tiff(&head) {
+        return Ok(None);
+    }
+    reader.rewind()?;
+    catch_panic(|| tiff::kind(reader)).unwrap_or(Ok(None))
+}
+
+/// Bytes at the start of a file that tell its format, and of a PNG its depth.
+const HEAD: usize = 32;
+
+/// Runs a decoder. Some panic on damaged data.
+fn guarded<T>(decode: impl FnOnce() -> Result<T, DecodeError>) -> Result<T, DecodeError> {
+    catch_panic(decode).unwrap_or_else(|reason| Err(DecodeError::Broken { format: "image", reason }))
+}
+
+/// Format of a file that starts with these bytes, if it is read.
+pub(super) fn guess_format(head: &[u8]) -> Option<ImageFormat> {
+    use ImageFormat::{Bmp, Gif, Jpeg, Png, Tiff, WebP};
+    if unread_content(&head[..head.len().min(HEAD)]).is_some() {
+        return None;
+    }
+    // The image crate does not recognize BigTIFF.
+    if tiff::is_tiff(head) {
+        return Some(Tiff);
+    }
+    image::guess_format(head).ok().filter(|format| matches!(format, Jpeg | Png | WebP | Bmp | Gif | Tiff))
+}
+
+fn decode(bytes: &[u8]) -> Result<Raw, DecodeError> {
     if bytes.is_empty() {
         return Err(DecodeError::Empty);
     }
-    // Some decoders panic on damaged data.
-    catch_panic(|| decode(bytes)).unwrap_or_else(|reason| Err(DecodeError::Broken { format: "image", reason }))
-}
-
-fn decode(bytes: &[u8]) -> Result<Image, DecodeError> {
-    match image::guess_format(bytes) {
-        Ok(ImageFormat::Jpeg) => jpeg(bytes),
-        Ok(ImageFormat::Png) => with_image_crate(bytes, ImageFormat::Png, "PNG"),
-        Ok(ImageFormat::WebP) => with_image_crate(bytes, ImageFormat::WebP, "WebP"),
-        Ok(ImageFormat::Bmp) => with_image_crate(bytes, ImageFormat::Bmp, "BMP"),
-        Ok(ImageFormat::Gif) => with_image_crate(bytes, ImageFormat::Gif, "GIF"),
-        Ok(ImageFormat::Tiff) => with_image_crate(bytes, ImageFormat::Tiff, "TIFF"),
-        _ => Err(DecodeError::NotAnImage),
+    match guess_format(bytes) {
+        Some(ImageFormat::Jpeg) => jpeg::decode(bytes),
+        Some(ImageFormat::Tiff) => tiff::decode(bytes),
+        Some(ImageFormat::Png) => with_image_crate(bytes, ImageFormat::Png, "PNG"),
+        Some(ImageFormat::WebP) => with_image_crate(bytes, ImageFormat::WebP, "WebP"),
+        Some(ImageFormat::Bmp) => with_image_crate(bytes, ImageFormat::Bmp, "BMP"),
+        Some(ImageFormat::Gif) => with_image_crate(bytes, ImageFormat::Gif, "GIF"),
+        _ => {
+            Err(unread_content(&bytes[..bytes.len().min(HEAD)])
+                .map_or(DecodeError::NotAnImage, DecodeError::UnreadFormat))
+        }
     }
 }
 
 /// True if these first bytes of a file are those of a supported format.
 pub(crate) fn is_supported(head: &[u8]) -> bool {
-    use ImageFormat::{Bmp, Gif, Jpeg, Png, Tiff, WebP};
-    matches!(image::guess_format(head), Ok(Jpeg | Png | WebP | Bmp | Gif | Tiff))
+    guess_format(head).is_some()
 }
 
 /// Checks the number of pixels against [`MAX_PIXELS`].
@@ -101,43 +193,7 @@ pub(super) fn check_size(width: usize, height: usize) -> Result<(), DecodeError>
     }
 }
 
-fn jpeg(bytes: &[u8]) -> Result<Image, DecodeError> {
-    let broken = |reason: String| DecodeError::Broken { format: "JPEG", reason };
-    // Strict mode: otherwise the decoder fills missing data with gray.
-    let options = DecoderOptions::default().set_strict_mode(true).set_max_width(usize::MAX).set_max_height(usize::MAX);
-    let mut decoder = JpegDecoder::new_with_options(ZCursor::new(bytes), options);
-    decoder.decode_headers().map_err(|e| broken(e.to_string()))?;
-    let (width, height) = decoder.dimensions().ok_or_else(|| broken("missing dimensions".into()))?;
-    check_size(width, height)?;
-    if !has_end_marker(bytes) {
-        return Err(broken("missing end marker".into()));
-    }
-    // The decoder converts gray, YCbCr, CMYK and YCCK to RGB.
-    decoder.set_options(options.jpeg_set_out_colorspace(ColorSpace::RGB));
-    let pixels = decoder.decode().map_err(|e| broken(e.to_string()))?;
-    let orientation = decoder.exif().and_then(|chunk| Orientation::from_exif_chunk(chunk));
-    let rgb = image::RgbImage::from_raw(width as u32, height as u32, pixels)
-        .ok_or_else(|| broken("fewer pixels than declared".into()))?;
-    Ok(oriented(rgb.into(), orientation))
-}
-
-/// True if an end-of-image marker follows the last start of a scan.
-///
-/// Inside a scan every 0xFF is followed by 0 or a restart marker, so the marker cannot appear there
-/// by chance. A file truncated in its pixels has none, although some decoders would fill the rest.
-fn has_end_marker(bytes: &[u8]) -> bool {
-    let mut end = bytes.len();
-    while let Some(marker) = bytes[..end].iter().rposition(|b| *b == 0xFF) {
-        match bytes.get(marker + 1) {
-            Some(0xD9) => return true,
-            Some(0xDA) => return false,
-            _ => end = marker,
-        }
-    }
-    false
-}
-
-fn with_image_crate(bytes: &[u8], format: ImageFormat, name: &'static str) -> Result<Image, DecodeError> {
+fn with_image_crate(bytes: &[u8], format: ImageFormat, name: &'static str) -> Result<Raw, DecodeError> {
     let broken = |reason: String| DecodeError::Broken { format: name, reason };
     let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
     let mut limits = Limits::default();
@@ -149,13 +205,118 @@ fn with_image_crate(bytes: &[u8], format: ImageFormat, name: &'static str) -> Re
     check_size(width as usize, height as usize)?;
     let orientation = decoder.orientation().ok();
     let image = DynamicImage::from_decoder(decoder).map_err(|e| broken(e.to_string()))?;
-    Ok(oriented(image, orientation))
+    Ok(Raw { image, white_is_zero: false, orientation })
 }
 
-/// Applies the orientation and converts to RGB.
-fn oriented(mut image: DynamicImage, orientation: Option<Orientation>) -> Image {
-    image.apply_orientation(orientation.unwrap_or(Orientation::NoTransforms));
-    let rgb = image.into_rgb8();
-    let (width, height) = (rgb.width() as usize, rgb.height() as usize);
-    Image { height, width, channels: CHANNELS, pixels: rgb.into_raw() }
+/// A decoded image before it is converted to 8-bit RGB.
+struct Raw {
+    image: DynamicImage,
+    /// True if small values are bright, in images of more than 8 bits.
+    white_is_zero: bool,
+    orientation: Option<Orientation>,
+}
+
+/// Values of an image of more than 8 bits, with the number of channels.
+enum Deep<'a> {
+    Int16(&'a [u16], usize),
+    Float(&'a [f32], usize),
+}
+
+impl Raw {
+    fn deep(&self) -> Option<Deep<'_>> {
+        Some(match &self.image {
+            DynamicImage::ImageLuma16(image) => Deep::Int16(image, 1),
+            DynamicImage::ImageLumaA16(image) => Deep::Int16(image, 2),
+            DynamicImage::ImageRgb16(image) => Deep::Int16(image, 3),
+            DynamicImage::ImageRgba16(image) => Deep::Int16(image, 4),
+            DynamicImage::ImageRgb32F(image) => Deep::Float(image, 3),
+            DynamicImage::ImageRgba32F(image) => Deep::Float(image, 4),
+            _ => return None,
+        })
+    }
+
+    /// Range of the values, without alpha; `None` for 8 bits.
+    fn range(&self) -> Result<Option<Range>, DecodeError> {
+        Ok(Some(match self.deep() {
+            None => return Ok(None),
+            Some(Deep::Int16(values, channels)) => Range::new(Kind::Int16, colors(values, channels).map(f32::from)),
+            Some(Deep::Float(values, channels)) => {
+                if colors(values, channels).any(|v| !v.is_finite()) {
+                    return Err(DecodeError::NotFinite);
+                }
+                Range::new(Kind::Float, colors(values, channels))
+            }
+        }))
+    }
+
+    /// Converts to 8-bit RGB and applies the orientation.
+    fn into_image(self, levels: &Levels) -> Result<Image, DecodeError> {
+        let mut image = match self.deep() {
+            None => self.image,
+            Some(deep) => {
+                let kind = if matches!(deep, Deep::Int16(..)) { Kind::Int16 } else { Kind::Float };
+                // Also refuses NaN.
+                let range = if kind == Kind::Float || levels.of(kind).is_none() { self.range()? } else { None };
+                let levels_of_image = match (levels.of(kind), range) {
+                    (Some(levels), _) => levels,
+                    (None, Some(range)) => range.levels().map_err(DecodeError::UnknownLevels)?,
+                    (None, None) => [0.0, 65535.0],
+                };
+                let mut rgb: DynamicImage = match deep {
+                    // As before levels were known, so that encoders of that time see the same pixels.
+                    Deep::Int16(..) if levels_of_image == [0.0, 65535.0] => self.image.into_rgb8().into(),
+                    Deep::Float(..) if levels.is_legacy() => self.image.into_rgb8().into(),
+                    Deep::Int16(values, channels) => self.map(colors(values, channels), levels_of_image, 0.0)?,
+                    // Half a gray level beyond is rounded to black or white.
+                    Deep::Float(values, channels) => self.map(colors(values, channels), levels_of_image, 0.5)?,
+                };
+                if self.white_is_zero {
+                    rgb.invert();
+                }
+                rgb
+            }
+        };
+        image.apply_orientation(self.orientation.unwrap_or(Orientation::NoTransforms));
+        let rgb = image.into_rgb8();
+        let (width, height) = (rgb.width() as usize, rgb.height() as usize);
+        Ok(Image { height, width, channels: CHANNELS, pixels: rgb.into_raw() })
+    }
+
+    /// Maps `[black, white]` to 0..=255. Refuses values that are more than `slack` gray levels
+    /// outside.
+    fn map<T: Copy + Into<f64>>(
+        &self,
+        colors: impl Iterator<Item = T>,
+        [black, white]: [f32; 2],
+        slack: f64,
+    ) -> Result<DynamicImage, DecodeError> {
+        let [from, to] = [black, white].map(f64::from);
+        let to_byte = |value: T| {
+            let value: f64 = value.into();
+            let gray = (value - from) * 255.0 / (to - from);
+            if gray < -slack || gray > 255.0 + slack {
+                let is_white = gray > 255.0;
+                return Err(DecodeError::OutsideLevels {
+                    value: value as f32,
+                    level: if is_white { white } else { black },
+                    is_white,
+                });
+            }
+            // Conversion to an integer saturates.
+            Ok(gray.round() as u8)
+        };
+        let pixels = colors.map(to_byte).collect::<Result<Vec<u8>, DecodeError>>()?;
+        let (width, height) = (self.image.width(), self.image.height());
+        let image = match self.image.color().has_color() {
+            true => image::RgbImage::from_raw(width, height, pixels).map(DynamicImage::from),
+            false => image::GrayImage::from_raw(width, height, pixels).map(DynamicImage::from),
+        };
+        image.ok_or(DecodeError::Broken { format: "image", reason: "fewer pixels than declared".into() })
+    }
+}
+
+/// Values without those of alpha, the last of 2 or 4 channels.
+fn colors<T: Copy>(values: &[T], channels: usize) -> impl Iterator<Item = T> {
+    let n = if channels.is_multiple_of(2) { channels - 1 } else { channels };
+    values.chunks_exact(channels).flat_map(move |pixel| &pixel[..n]).copied()
 }

@@ -24,7 +24,7 @@ use tiff::{
 };
 
 use super::{
-    Error, Image,
+    Error, Image, Images, Levels,
     decode::{self, DecodeError},
     list, stratified_positions,
 };
@@ -100,18 +100,20 @@ pub struct DepthSet {
 }
 
 /// Opens a folder of images and masks. Decodes all test images and a stratified random sample of
-/// `limit` training images (0: all).
+/// `limit` training images (0: all). Levels that are not set are detected.
 ///
 /// # Errors
-/// [`Error::Missing`], [`Error::Read`], [`Error::Image`], [`Error::DenseLabels`].
-pub fn segmentation(root: &Path, limit: usize) -> Result<Segmentation, Error> {
+/// [`Error::Missing`], [`Error::Read`], [`Error::Image`], [`Error::DenseLabels`], [`Error::Levels`].
+pub fn segmentation(root: &Path, limit: usize, levels: Levels) -> Result<Segmentation, Error> {
     let invalid = |reason: String| Error::DenseLabels { root: root.to_owned(), reason };
+    let files = find_splits(root, "masks")?;
+    let levels = complete_levels(root, levels, &files)?;
     let load_pair = |(path, mask_path): Files| {
-        let (image, mask) = (load_image(&path)?, load_with(&mask_path, parse_mask)?);
+        let (image, mask) = (load_image(&path, &levels)?, load_with(&mask_path, parse_mask)?);
         check_same_size(root, &path, &image, "mask", [mask.height, mask.width])?;
         Ok(Pair { path, image, mask })
     };
-    let [mut train, mut test] = load_pairs(find_splits(root, "masks")?, limit, load_pair)?;
+    let [mut train, mut test] = load_pairs(files, limit, load_pair)?;
     let names = class_names(root, train.iter().chain(&test).map(|p| &p.mask), &invalid)?;
     // Void classes are removed, so that nothing predicts them; the others are renumbered.
     let (mut new_class, mut classes) = ([NO_CLASS; 256], Vec::new());
@@ -131,16 +133,11 @@ pub fn segmentation(root: &Path, limit: usize) -> Result<Segmentation, Error> {
 }
 
 /// Opens a folder of images and depth maps. Decodes all test images and a stratified random sample
-/// of `limit` training images (0: all).
+/// of `limit` training images (0: all). Levels that are not set are detected.
 ///
 /// # Errors
-/// [`Error::Missing`], [`Error::Read`], [`Error::Image`], [`Error::DenseLabels`].
-pub fn depth(root: &Path, limit: usize) -> Result<DepthSet, Error> {
-    let load_pair = |(path, depth_path): Files| {
-        let (image, depth) = (load_image(&path)?, load_with(&depth_path, parse_depth)?);
-        check_same_size(root, &path, &image, "depth map", [depth.height, depth.width])?;
-        Ok(DepthPair { path, image, depth })
-    };
+/// [`Error::Missing`], [`Error::Read`], [`Error::Image`], [`Error::DenseLabels`], [`Error::Levels`].
+pub fn depth(root: &Path, limit: usize, levels: Levels) -> Result<DepthSet, Error> {
     let files = if root.is_dir() && !root.join("images").is_dir() {
         // NYUv2: folders of scenes, below splits or not.
         let split = |name: &str| -> Result<Vec<Files>, Error> {
@@ -164,6 +161,12 @@ pub fn depth(root: &Path, limit: usize) -> Result<DepthSet, Error> {
         }
     } else {
         find_splits(root, "depth")?
+    };
+    let levels = complete_levels(root, levels, &files)?;
+    let load_pair = |(path, depth_path): Files| {
+        let (image, depth) = (load_image(&path, &levels)?, load_with(&depth_path, parse_depth)?);
+        check_same_size(root, &path, &image, "depth map", [depth.height, depth.width])?;
+        Ok(DepthPair { path, image, depth })
     };
     let [train, test] = load_pairs(files, limit, load_pair)?;
     if train.is_empty() || test.is_empty() {
@@ -349,8 +352,15 @@ fn unusable(path: &Path, source: DecodeError) -> Error {
     Error::Image { name: path.display().to_string(), source }
 }
 
-fn load_image(path: &Path) -> Result<Image, Error> {
-    decode::file(path).map_err(|source| unusable(path, source))
+fn load_image(path: &Path, levels: &Levels) -> Result<Image, Error> {
+    decode::file(path, levels).map_err(|source| unusable(path, source))
+}
+
+/// Completes `levels` by those of the images.
+fn complete_levels(root: &Path, levels: Levels, files: &[Vec<Files>; 2]) -> Result<Levels, Error> {
+    let [train, test] =
+        files.each_ref().map(|pairs| Images::files(pairs.iter().map(|(image, _)| image.clone()).collect(), None));
+    super::detect_levels::complete(levels, &[&train, &test], root)
 }
 
 /// Reads a file and parses its bytes.
@@ -369,11 +379,11 @@ fn unsupported(kind: &'static str, reason: &'static str) -> DecodeError {
 
 /// Decodes pixels without conversion, after checking the image size.
 fn decode_raw(bytes: &[u8]) -> Result<DynamicImage, DecodeError> {
-    let reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
-    let (width, height) = reader.into_dimensions().map_err(|e| broken("image", e))?;
+    let format = decode::guess_format(bytes).ok_or(DecodeError::NotAnImage)?;
+    let reader = || ImageReader::with_format(Cursor::new(bytes), format);
+    let (width, height) = reader().into_dimensions().map_err(|e| broken("image", e))?;
     decode::check_size(width as usize, height as usize)?;
-    let reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
-    reader.decode().map_err(|e| broken("image", e))
+    reader().decode().map_err(|e| broken("image", e))
 }
 
 /// Parses a mask from the bytes of a file.
@@ -445,7 +455,7 @@ pub fn parse_depth(bytes: &[u8]) -> Result<DepthMap, DecodeError> {
 
 /// Parses a single-channel TIFF of 32-bit floats; `None` for other files.
 fn parse_float_tiff(bytes: &[u8]) -> Result<Option<DepthMap>, DecodeError> {
-    if image::guess_format(bytes).ok() != Some(ImageFormat::Tiff) {
+    if decode::guess_format(bytes) != Some(ImageFormat::Tiff) {
         return Ok(None);
     }
     let malformed = |e: TiffError| broken("TIFF", e);

@@ -10,33 +10,35 @@ use std::{
 
 use flate2::read::GzDecoder;
 
-use super::{CHANNELS, Dataset, Error, Image, Images, decode::MAX_PIXELS};
+use super::{CHANNELS, Dataset, Error, Image, Images, decode::MAX_PIXELS, folder};
 
 /// Maximum size of a file after decompression: 2 GiB.
 const MAX_BYTES: u64 = 1 << 31;
 
-/// Opens `root` if it contains IDX training images.
+/// Folders below the root that may contain the files, as downloads leave them.
+const FOLDERS: [&str; 5] = ["", "raw", "MNIST/raw", "FashionMNIST/raw", "KMNIST/raw"];
+
+/// Opens `root` if it contains IDX training images, directly or in the folders of a download.
 ///
 /// # Errors
 /// [`Error::Malformed`], [`Error::Read`].
 pub fn open(root: &Path) -> Result<Option<Dataset>, Error> {
-    let find = |stem: &str, kind: &str| -> Option<PathBuf> {
-        ["-ubyte", ".ubyte", ""]
-            .iter()
-            .flat_map(|suffix| [format!("{stem}-{kind}{suffix}"), format!("{stem}-{kind}{suffix}.gz")])
-            .map(|n| root.join(n))
-            .find(|p| p.is_file())
+    let folders: Vec<PathBuf> = FOLDERS.iter().map(|name| root.join(name)).collect();
+    let Some((folder, images)) = folders.iter().find_map(|f| Some((f, find(f, "train", "images", 3)?))) else {
+        return Ok(None);
     };
-    let Some(images) = find("train", "images-idx3") else { return Ok(None) };
     let split = |images: &Path, labels: Option<PathBuf>| -> Result<Images, Error> {
         let images = read_images(images)?;
         let labels = labels.map(|path| read_labels(&path, images.len())).transpose()?;
         Ok(Images::memory(images, labels))
     };
-    let train = split(&images, find("train", "labels-idx1"))?;
-    let test = find("t10k", "images-idx3").or_else(|| find("test", "images-idx3"));
-    let test_labels = find("t10k", "labels-idx1").or_else(|| find("test", "labels-idx1"));
-    let test = test.map(|path| split(&path, test_labels)).transpose()?;
+    let train = split(&images, find(folder, "train", "labels", 1))?;
+    let test = ["t10k", "test"].into_iter().find_map(|stem| Some((stem, find(folder, stem, "images", 3)?)));
+    let labels = |stem: &str| {
+        let others = ["t10k", "test"].into_iter().filter(|other| *other != stem);
+        std::iter::once(stem).chain(others).find_map(|stem| find(folder, stem, "labels", 1))
+    };
+    let test = test.map(|(stem, path)| split(&path, labels(stem))).transpose()?;
     // Both splits count: a class that only test images have needs a name too.
     let labels = [Some(&train), test.as_ref()].into_iter().flatten().filter_map(Images::labels).flatten();
     let n_classes = labels.max().map_or(0, |m| m + 1);
@@ -48,7 +50,18 @@ pub fn open(root: &Path) -> Result<Option<Dataset>, Error> {
         held_out: test.clone(),
         test,
         skipped: Vec::new(),
+        column: None,
+        unused: folder::images_beside(root, "IDX files")?,
     }))
+}
+
+/// Finds a file such as `train-images-idx3-ubyte` or `train-images.idx3-ubyte`, also gzipped.
+fn find(folder: &Path, stem: &str, kind: &str, axes: usize) -> Option<PathBuf> {
+    let names = ["-", "."].into_iter().flat_map(|separator| {
+        let name = format!("{stem}-{kind}{separator}idx{axes}");
+        ["-ubyte", ".ubyte", ""].map(|suffix| format!("{name}{suffix}"))
+    });
+    names.flat_map(|name| [name.clone(), format!("{name}.gz")]).map(|name| folder.join(name)).find(|p| p.is_file())
 }
 
 /// Reads a file, decompressed if it is gzipped.
@@ -141,6 +154,28 @@ mod tests {
             write(&format!("{split}-labels-idx1-ubyte"), &[&[0, 0, 8, 1, 0, 0, 0, 2], &labels[..]].concat());
         }
         assert_eq!(open(folder.path()).unwrap().unwrap().classes, ["0", "1", "2"]);
+    }
+
+    #[test]
+    fn finds_dotted_and_gzipped_names_and_counts_other_images() {
+        use std::io::Write;
+        let root = tempfile::tempdir().unwrap();
+        let folder = root.path().join("MNIST/raw");
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(root.path().join("a.png"), "").unwrap();
+        let images = [0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0, 1, 7, 9];
+        fs::write(folder.join("train-images.idx3-ubyte"), images).unwrap();
+        let labels = fs::File::create(folder.join("train-labels.idx1-ubyte.gz")).unwrap();
+        let mut labels = flate2::write::GzEncoder::new(labels, flate2::Compression::default());
+        labels.write_all(&[0, 0, 8, 1, 0, 0, 0, 2, 0, 1]).unwrap();
+        labels.finish().unwrap();
+        fs::write(folder.join("t10k-images.idx3-ubyte"), images).unwrap();
+        let data = open(root.path()).unwrap().unwrap();
+        assert_eq!((data.train.labels(), data.classes.len()), (Some(&[0, 1][..]), 2));
+        assert_eq!(data.unused[0].to_string(), "image files (1): IDX files are read instead (first: a.png)");
+        let test = data.test.as_ref().unwrap();
+        let error = data.unlabeled(test).to_string();
+        assert!(error.contains("the test split of") && error.contains("no file of its labels"), "{error}");
     }
 
     proptest! {

@@ -4,12 +4,15 @@
 pub mod cifar;
 pub mod decode;
 pub mod dense_labels;
+mod detect_levels;
 pub mod folder;
 pub mod idx;
 pub mod labels_csv;
+pub mod levels;
 pub mod order;
 pub mod pack;
 pub mod prefetch;
+mod reads;
 pub mod shards;
 pub mod synthetic;
 
@@ -32,8 +35,10 @@ use crate::{
     random::{self, Domain},
 };
 pub use decode::DecodeError;
+pub use levels::Levels;
 pub use order::Order;
 pub use prefetch::{Loader, MicroBatch};
+pub use reads::longest as longest_read;
 use shards::Shards;
 
 /// Training images in shards that are decoded before a run: enough to see that they are images at
@@ -65,6 +70,16 @@ pub enum Error {
         .0.display()
     )]
     Empty(PathBuf),
+    /// No images to train on, only files that are not read.
+    #[error("no images in {}, only {found}\nhint: {remedy}", root.display())]
+    Unread {
+        /// Root of the data.
+        root: PathBuf,
+        /// Kinds of files, with their numbers.
+        found: String,
+        /// Way to use the first kind.
+        remedy: &'static str,
+    },
     /// Unreadable image.
     #[error("cannot use {name}: {source}{}", decode_hint(source))]
     Image {
@@ -147,25 +162,60 @@ pub enum Error {
         /// First problem.
         reason: String,
     },
-    /// Missing labels where an evaluation needs them.
+    /// Levels of the images cannot be detected.
     #[error(
-        "{} has no labels of two or more classes\n\
-         hint: put the images of each class into a subfolder named after it, or write a labels.csv (in shards: \
-         `.cls` files or a column `label`, with class numbers from 0 to 65535)",
-        .0.display()
+        "cannot tell black and white of the images in {}: {reason}\n\
+         hint: pass `--levels BLACK,WHITE`, the values of black and white",
+        root.display()
     )]
+    Levels {
+        /// Root of the data.
+        root: PathBuf,
+        /// Values found.
+        reason: String,
+    },
+    /// Missing labels where an evaluation needs them.
+    #[error("{} has no labels of two or more classes\nhint: {LABELS_HINT}", .0.display())]
     Unlabeled(PathBuf),
+    /// Missing labels in one of the splits.
+    #[error("the {split} split of {} has no labels: {reason}\nhint: {LABELS_HINT}", root.display())]
+    UnlabeledSplit {
+        /// Root of the data.
+        root: PathBuf,
+        /// Name of the split.
+        split: String,
+        /// Missing folder, file or column.
+        reason: String,
+    },
 }
+
+/// Ways to provide labels.
+const LABELS_HINT: &str = "put the images of each class into a subfolder named after it, or write a labels.csv (in \
+                           shards: `.cls` files or a column `label`, with class numbers from 0 to 65535)";
 
 /// Hint for an image that cannot be decoded; a read error may carry its own.
 fn decode_hint(source: &DecodeError) -> &'static str {
-    if matches!(source, DecodeError::Read(_)) { "" } else { "\nhint: replace or remove the file" }
+    match source {
+        // These carry their own.
+        DecodeError::Read(_) | DecodeError::OutsideLevels { .. } | DecodeError::UnknownLevels(_) => "",
+        DecodeError::UnreadFormat(_) | DecodeError::UnreadKind { .. } => "\nhint: convert it to PNG or JPEG",
+        _ => "\nhint: replace or remove the file",
+    }
 }
 
 /// Error message on one line.
 fn one_line(message: &str) -> String {
     let message = message.replace("\nhint: ", "; ");
     message.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// Settings of [`Dataset::open_with`].
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct OpenOptions {
+    /// Image column of Parquet files. `None` selects it by name.
+    pub column: Option<String>,
+    /// Black and white of images of more than 8 bits. Those that are not set are detected.
+    pub levels: Levels,
 }
 
 /// Storage of the images of a split. A new kind of source is a variant here and a file of this
@@ -188,8 +238,12 @@ pub struct Images {
     indices: Vec<usize>,
     /// Class of each image.
     labels: Option<Vec<usize>>,
-    /// Classes of each image, for multi-label data.
+    /// Class of each image that has one, if only some have.
+    partial_labels: Option<Vec<Option<usize>>>,
+    /// Classes of each image, for multi-label data; empty for an image without labels.
     tags: Option<Vec<Vec<usize>>>,
+    /// Black and white of images of more than 8 bits.
+    levels: Levels,
     /// Decoded images, parallel to `indices`, if they fit into memory.
     decoded: Option<Vec<Arc<Image>>>,
 }
@@ -215,6 +269,26 @@ impl fmt::Display for Skipped {
     }
 }
 
+/// Images or files of the data that are not used. Displays on one line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unused {
+    /// File, folder or kind of file.
+    pub name: String,
+    /// Number of images or files; 0 if unknown.
+    pub count: usize,
+    /// Reason, on one line.
+    pub reason: String,
+}
+
+impl fmt::Display for Unused {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self.count {
+            0 => write!(f, "{}: {}", self.name, self.reason),
+            n => write!(f, "{} ({n}): {}", self.name, self.reason),
+        }
+    }
+}
+
 /// A data set, with its splits.
 #[derive(Debug, Clone)]
 pub struct Dataset {
@@ -232,11 +306,16 @@ pub struct Dataset {
     pub test: Option<Images>,
     /// Unreadable images.
     pub skipped: Vec<Skipped>,
+    /// Image column of Parquet files, as chosen in [`OpenOptions`].
+    pub column: Option<String>,
+    /// Images and files that are not part of the data set.
+    pub unused: Vec<Unused>,
 }
 
 impl Images {
     fn new(source: Source, n: usize, labels: Option<Vec<usize>>) -> Self {
-        Images { source, indices: (0..n).collect(), labels, tags: None, decoded: None }
+        let indices = (0..n).collect();
+        Images { source, indices, labels, partial_labels: None, tags: None, levels: Levels::default(), decoded: None }
     }
 
     fn files(paths: Vec<PathBuf>, labels: Option<Vec<usize>>) -> Self {
@@ -254,6 +333,16 @@ impl Images {
     fn shards(shards: Shards, labels: Option<Vec<usize>>) -> Self {
         let n = shards.len();
         Images::new(Source::Shards(Arc::new(shards)), n, labels)
+    }
+
+    /// Sets the classes of those images that have one.
+    fn with_partial_labels(self, labels: Vec<Option<usize>>) -> Self {
+        if labels.iter().all(Option::is_none) {
+            return Images { labels: None, partial_labels: None, ..self };
+        }
+        let complete: Option<Vec<usize>> = labels.iter().copied().collect();
+        let partial_labels = complete.is_none().then_some(labels);
+        Images { labels: complete, partial_labels, ..self }
     }
 
     /// Sets the classes of each image, for multi-label data.
@@ -276,9 +365,32 @@ impl Images {
         self.indices.is_empty()
     }
 
-    /// Class of each image.
+    /// Class of each image, if all have one.
     pub fn labels(&self) -> Option<&[usize]> {
         self.labels.as_deref()
+    }
+
+    /// Class of image `i`.
+    pub fn label(&self, i: usize) -> Option<usize> {
+        match (&self.labels, &self.partial_labels) {
+            (Some(labels), _) => Some(labels[i]),
+            (None, Some(partial)) => partial[i],
+            (None, None) => None,
+        }
+    }
+
+    /// The images that have labels or tags; `None` if no image has.
+    pub fn labeled(&self) -> Option<Images> {
+        if self.labels.is_some() {
+            return Some(self.clone());
+        }
+        let has_label = |i: &usize| match (&self.partial_labels, &self.tags) {
+            (Some(partial), _) => partial[*i].is_some(),
+            (None, Some(tags)) => !tags[*i].is_empty(),
+            (None, None) => false,
+        };
+        let positions: Vec<usize> = (0..self.len()).filter(has_label).collect();
+        (!positions.is_empty()).then(|| self.subset(&positions))
     }
 
     /// Path, or number, of image `i`.
@@ -301,26 +413,40 @@ impl Images {
     /// Returns image `i`, decoded.
     ///
     /// # Errors
-    /// [`Error::Image`] if it cannot be read or completely decoded.
+    /// [`Error::Image`] if the image itself is unusable: missing, damaged or of an unsupported kind.
+    /// [`Error::Read`] if the machine cannot read it: permission, space or I/O.
     pub fn get(&self, i: usize) -> Result<Arc<Image>, Error> {
         if let Some(decoded) = &self.decoded {
             return Ok(decoded[i].clone());
         }
-        match &self.source {
-            Source::Memory(images) => Ok(images[self.indices[i]].clone()),
-            Source::Files(paths) => match decode::file(&paths[self.indices[i]]) {
-                Ok(image) => Ok(Arc::new(image)),
-                Err(source) => Err(Error::Image { name: self.name(i), source }),
-            },
+        let _reading = reads::start();
+        let image = match &self.source {
+            Source::Memory(images) => return Ok(images[self.indices[i]].clone()),
+            Source::Files(paths) => decode::file(&paths[self.indices[i]], &self.levels),
             Source::Shards(shards) => {
-                let image = shards.bytes(self.indices[i]).map_err(DecodeError::Read).and_then(|b| decode::bytes(&b));
-                image.map(Arc::new).map_err(|source| Error::Image { name: self.name(i), source })
+                let bytes = shards.bytes(self.indices[i]).map_err(DecodeError::Read);
+                bytes.and_then(|bytes| decode::bytes(&bytes, &self.levels))
             }
+        };
+        image.map(Arc::new).map_err(|source| self.image_error(i, source))
+    }
+
+    /// Error of image `i`: the image's own, or the machine's.
+    fn image_error(&self, i: usize, source: DecodeError) -> Error {
+        match source {
+            DecodeError::Read(source) if !is_of_image(&source) => match &self.source {
+                Source::Shards(shards) => {
+                    Error::Shard { path: shards.path(self.indices[i]).to_owned(), reason: source.to_string() }
+                }
+                _ => Error::Read { path: PathBuf::from(self.name(i)), source },
+            },
+            source => Error::Image { name: self.name(i), source },
         }
     }
 
     /// Returns the encoded bytes of image `i`; `None` for images in memory.
     fn encoded_bytes(&self, i: usize) -> Option<io::Result<Vec<u8>>> {
+        let _reading = reads::start();
         match &self.source {
             Source::Files(paths) => Some(std::fs::read(&paths[self.indices[i]])),
             Source::Shards(shards) => Some(shards.bytes(self.indices[i])),
@@ -333,14 +459,14 @@ impl Images {
     /// on the data alone.
     ///
     /// # Errors
-    /// [`Error::Image`] as for [`Images::get`]. In shards, if a shard cannot be read or too many
-    /// consecutive images are unreadable.
+    /// As for [`Images::get`]. In shards [`Error::Image`] only if too many consecutive images are
+    /// unreadable.
     pub fn get_or_next(&self, i: usize) -> Result<Arc<Image>, Error> {
         let Source::Shards(shards) = &self.source else { return self.get(i) };
         let mut at = i;
         loop {
             match self.get(at) {
-                Err(Error::Image { name, source }) if !matches!(source, DecodeError::Read(_)) => {
+                Err(Error::Image { name, source }) => {
                     let consecutive = (at + self.len() - i) % self.len() + 1;
                     let is_last = consecutive == self.len();
                     if is_last || !shards.skip(Skipped::new(name.clone(), &source), consecutive) {
@@ -388,12 +514,18 @@ impl Images {
 
     /// Returns the images at these positions, in this order.
     pub fn subset(&self, positions: &[usize]) -> Images {
-        Images {
+        let subset = Images {
             source: self.source.clone(),
             indices: positions.iter().map(|p| self.indices[*p]).collect(),
             labels: self.labels.as_ref().map(|l| positions.iter().map(|p| l[*p]).collect()),
+            partial_labels: None,
             tags: self.tags.as_ref().map(|t| positions.iter().map(|p| t[*p].clone()).collect()),
+            levels: self.levels,
             decoded: self.decoded.as_ref().map(|k| positions.iter().map(|p| k[*p].clone()).collect()),
+        };
+        match &self.partial_labels {
+            Some(partial) => subset.with_partial_labels(positions.iter().map(|p| partial[*p]).collect()),
+            None => subset,
         }
     }
 
@@ -431,7 +563,12 @@ impl Images {
         let labels = self.labels.as_ref().zip(other.labels.as_ref()).map(|(a, b)| [&a[..], b].concat());
         let tags = self.tags.as_ref().zip(other.tags.as_ref()).map(|(a, b)| [&a[..], b].concat());
         let n = self.len() + other.len();
-        Some(Images { tags, ..Images::new(source, n, labels) })
+        let both = Images { tags, levels: self.levels.or(other.levels), ..Images::new(source, n, labels) };
+        if both.labels.is_some() || both.tags.is_some() {
+            return Some(both);
+        }
+        let all = (0..self.len()).map(|i| self.label(i)).chain((0..other.len()).map(|i| other.label(i)));
+        Some(both.with_partial_labels(all.collect()))
     }
 
     /// Returns a stratified random sample of `n` images: one from each of `n` equal intervals of
@@ -447,23 +584,29 @@ impl Images {
     /// Returns a sample of about `n` readable images, or all if `n` is 0, for evaluation during a
     /// run. In shards, the sample comes from the first images, so that few shards are opened for
     /// it.
-    pub fn sample(&self, n: usize) -> Images {
-        match self.source {
+    ///
+    /// # Errors
+    /// [`Error::Read`], [`Error::Shard`].
+    pub fn sample(&self, n: usize) -> Result<Images, Error> {
+        Ok(match self.source {
             Source::Files(_) | Source::Memory(_) => self.sample_random(n),
             Source::Shards(_) => {
                 let range = if n == 0 { self.len() } else { self.len().min(SHARD_SAMPLE_FACTOR * n) };
                 let first: Vec<usize> = (0..range).collect();
-                self.subset(&first).sample_random(n).check(0, &|| ()).0
+                self.subset(&first).sample_random(n).check(0, &|| ())?.0
             }
-        }
+        })
     }
 
     /// Separates unreadable images. Decodes each image in shards; returns all others unchanged,
     /// since they have been checked before.
-    pub fn readable(&self) -> (Images, Vec<Skipped>) {
+    ///
+    /// # Errors
+    /// [`Error::Read`], [`Error::Shard`].
+    pub fn readable(&self) -> Result<(Images, Vec<Skipped>), Error> {
         match self.source {
             Source::Shards(_) => self.check(0, &|| ()),
-            Source::Files(_) | Source::Memory(_) => (self.clone(), Vec::new()),
+            Source::Files(_) | Source::Memory(_) => Ok((self.clone(), Vec::new())),
         }
     }
 
@@ -516,13 +659,17 @@ impl Images {
     }
 
     /// [`Images::check`] before training: decodes only the first images of shards.
-    fn check_for_training(&self, cache_bytes: usize, on_progress: &(dyn Fn() + Sync)) -> (Images, Vec<Skipped>) {
+    fn check_for_training(
+        &self,
+        cache_bytes: usize,
+        on_progress: &(dyn Fn() + Sync),
+    ) -> Result<(Images, Vec<Skipped>), Error> {
         if !matches!(self.source, Source::Shards(_)) {
             return self.check(cache_bytes, on_progress);
         }
         let first: Vec<usize> = (0..self.n_checked_for_training()).collect();
-        let (_, skipped) = self.subset(&first).check(0, on_progress);
-        (self.clone(), skipped)
+        let (_, skipped) = self.subset(&first).check(0, on_progress)?;
+        Ok((self.clone(), skipped))
     }
 
     /// Number of images that [`Images::check_for_training`] decodes.
@@ -532,21 +679,21 @@ impl Images {
 
     /// Decodes every image once. Returns the readable images, kept decoded if all of them take at
     /// most `cache_bytes`, and the unreadable ones.
-    fn check(&self, cache_bytes: usize, on_progress: &(dyn Fn() + Sync)) -> (Images, Vec<Skipped>) {
+    fn check(&self, cache_bytes: usize, on_progress: &(dyn Fn() + Sync)) -> Result<(Images, Vec<Skipped>), Error> {
         let total = AtomicUsize::new(0);
-        let decode = |i: usize| -> Result<Option<Arc<Image>>, Skipped> {
+        let decode = |i: usize| -> Result<Result<Option<Arc<Image>>, Skipped>, Error> {
             let image = self.get(i);
             on_progress();
             match image {
                 Ok(image) => {
                     let so_far = total.fetch_add(image.pixels.len(), Ordering::Relaxed) + image.pixels.len();
-                    Ok((so_far <= cache_bytes).then_some(image))
+                    Ok(Ok((so_far <= cache_bytes).then_some(image)))
                 }
-                Err(Error::Image { name, source }) => Err(Skipped::new(name, &source)),
-                Err(other) => Err(Skipped::new(self.name(i), &other)),
+                Err(Error::Image { name, source }) => Ok(Err(Skipped::new(name, &source))),
+                Err(machine) => Err(machine),
             }
         };
-        let results: Vec<_> = (0..self.len()).into_par_iter().map(decode).collect();
+        let results: Vec<_> = (0..self.len()).into_par_iter().map(decode).collect::<Result<_, Error>>()?;
         let readable: Vec<usize> = (0..self.len()).filter(|i| results[*i].is_ok()).collect();
         let (mut decoded, mut skipped) = (Vec::new(), Vec::new());
         for result in results {
@@ -558,8 +705,14 @@ impl Images {
         let mut images = self.subset(&readable);
         let fits = decoded.len() == images.len() && !matches!(images.source, Source::Memory(_));
         images.decoded = fits.then_some(decoded);
-        (images, skipped)
+        Ok((images, skipped))
     }
+}
+
+/// True if an I/O error tells something about one image: its file is gone, or its bytes in a shard
+/// are damaged. Any other, such as a full disk, would also hit the next image.
+fn is_of_image(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof)
 }
 
 impl Dataset {
@@ -569,7 +722,21 @@ impl Dataset {
     /// # Errors
     /// Any but [`Error::Image`], [`Error::MostlyBad`] and [`Error::Unlabeled`].
     pub fn open(root: impl AsRef<Path>) -> Result<Dataset, Error> {
-        let root = root.as_ref();
+        Dataset::open_with(root, &OpenOptions::default())
+    }
+
+    /// [`Dataset::open`] with settings. Levels that are not set are detected from a sample of the
+    /// images.
+    ///
+    /// # Errors
+    /// Those of [`Dataset::open`]; [`Error::Levels`].
+    pub fn open_with(root: impl AsRef<Path>, options: &OpenOptions) -> Result<Dataset, Error> {
+        let dataset = Dataset::find(root.as_ref(), options)?;
+        Dataset { column: options.column.clone(), ..dataset }.with_levels(options.levels)
+    }
+
+    /// Finds the images at `root`.
+    fn find(root: &Path, options: &OpenOptions) -> Result<Dataset, Error> {
         if !root.exists() && !shards::is_pattern(root) && !shards::is_remote(root) {
             return Err(Error::Missing(root.to_owned()));
         }
@@ -577,12 +744,31 @@ impl Dataset {
         if root.is_dir() {
             std::fs::read_dir(root).map_err(|source| Error::Read { path: root.to_owned(), source })?;
         }
-        for open in [shards::open, labels_csv::open, cifar::open, idx::open] {
+        let stray = match shards::open(root, options.column.as_deref())? {
+            shards::Opened::Shards(dataset) => return Ok(*dataset),
+            shards::Opened::Other(stray) => stray,
+        };
+        match (Dataset::find_files(root, &stray.files), stray.error) {
+            (Err(Error::Empty(_) | Error::Unread { .. }), Some(error)) => Err(error),
+            (Ok(mut dataset), _) => {
+                dataset.unused.extend(stray.unused);
+                Ok(dataset)
+            }
+            (error, _) => error,
+        }
+    }
+
+    /// Finds images that are not in shards. `reported` are files that need no further report.
+    fn find_files(root: &Path, reported: &HashSet<PathBuf>) -> Result<Dataset, Error> {
+        if let Some(dataset) = labels_csv::open(root, reported)? {
+            return Ok(dataset);
+        }
+        for open in [cifar::open, idx::open] {
             if let Some(dataset) = open(root)? {
                 return Ok(dataset);
             }
         }
-        folder::open(root)
+        folder::open(root, reported)
     }
 
     /// Opens a folder of image files, at any depth, whatever else it contains. Subfolders are
@@ -590,10 +776,63 @@ impl Dataset {
     /// of data.
     ///
     /// # Errors
-    /// [`Error::Missing`], [`Error::Empty`], [`Error::Read`].
+    /// [`Error::Missing`], [`Error::Empty`], [`Error::Read`], [`Error::Levels`].
     pub fn folder(path: impl AsRef<Path>) -> Result<Dataset, Error> {
         let path = path.as_ref();
-        if path.exists() { folder::open(path) } else { Err(Error::Missing(path.to_owned())) }
+        if !path.exists() {
+            return Err(Error::Missing(path.to_owned()));
+        }
+        folder::open(path, &HashSet::new())?.with_levels(Levels::default())
+    }
+
+    /// Sets the levels of all splits. Those that `levels` does not set are detected from a sample.
+    fn with_levels(mut self, levels: Levels) -> Result<Dataset, Error> {
+        let splits: Vec<&Images> = std::iter::once(&self.train).chain(&self.held_out).chain(&self.test).collect();
+        let levels = detect_levels::complete(levels, &splits, &self.root)?;
+        let splits = std::iter::once(&mut self.train).chain(&mut self.held_out).chain(&mut self.test);
+        splits.for_each(|images| images.levels = levels);
+        Ok(self)
+    }
+
+    /// Black and white of images of more than 8 bits, if there are such images.
+    pub fn levels(&self) -> Levels {
+        self.train.levels
+    }
+
+    /// Keeps only the images with labels, in all splits. The training split stays as it is if none
+    /// of its images has one.
+    pub fn labeled(self) -> Dataset {
+        let Dataset { train, held_out, test, .. } = &self;
+        let (held_out, test) = (held_out.as_ref().and_then(Images::labeled), test.as_ref().and_then(Images::labeled));
+        Dataset { train: train.labeled().unwrap_or_else(|| train.clone()), held_out, test, ..self }
+    }
+
+    /// Error that names the split `images`, which has no labels.
+    pub fn unlabeled(&self, images: &Images) -> Error {
+        let others = [Some(&self.train), self.held_out.as_ref(), self.test.as_ref()];
+        if images.is_empty() || others.into_iter().flatten().all(|other| other.is_same(images)) {
+            return Error::Unlabeled(self.root.clone());
+        }
+        let is_training = images.is_same(&self.train);
+        let (mut split, reason) = match &images.source {
+            Source::Files(paths) => {
+                let path = &paths[images.indices[0]];
+                let relative = path.strip_prefix(&self.root).unwrap_or(path);
+                let folder = folder::split_folder(relative);
+                let what = folder.as_ref().map_or("it".into(), |folder| format!("{folder}/"));
+                (folder, format!("{what} has no class folders (first image: {})", relative.display()))
+            }
+            Source::Shards(shards) => {
+                let name =
+                    shards.path(images.indices[0]).file_name().unwrap_or_default().to_string_lossy().into_owned();
+                (None, format!("{name} has no class numbers"))
+            }
+            Source::Memory(_) => (None, "there is no file of its labels".into()),
+        };
+        if is_training {
+            split = Some("training".into());
+        }
+        Error::UnlabeledSplit { root: self.root.clone(), split: split.unwrap_or_else(|| "test".into()), reason }
     }
 
     /// Creates a data set of RGB images in memory, with the class of each image if `labels` is
@@ -618,6 +857,8 @@ impl Dataset {
             held_out: None,
             test: None,
             skipped: Vec::new(),
+            column: None,
+            unused: Vec::new(),
         }
     }
 
@@ -632,9 +873,10 @@ impl Dataset {
     ///
     /// # Errors
     /// [`Error::MostlyBad`] if more than half of the training images are unreadable,
-    /// [`Error::Empty`] if none is left.
+    /// [`Error::Empty`] if none is left; [`Error::Read`], [`Error::Shard`] if the machine cannot read
+    /// an image.
     pub fn check(self, cache_bytes: usize, on_progress: &(dyn Fn() + Sync)) -> Result<Dataset, Error> {
-        let (n_checked, train) = (self.train.len(), self.train.check(cache_bytes, on_progress));
+        let (n_checked, train) = (self.train.len(), self.train.check(cache_bytes, on_progress)?);
         self.checked(n_checked, train, cache_bytes, on_progress)
     }
 
@@ -649,7 +891,7 @@ impl Dataset {
         on_progress: &(dyn Fn() + Sync),
     ) -> Result<Dataset, Error> {
         let (n_checked, train) =
-            (self.train.n_checked_for_training(), self.train.check_for_training(cache_bytes, on_progress));
+            (self.train.n_checked_for_training(), self.train.check_for_training(cache_bytes, on_progress)?);
         self.checked(n_checked, train, cache_bytes, on_progress)
     }
 
@@ -668,13 +910,14 @@ impl Dataset {
         if train.is_empty() {
             return Err(Error::Empty(self.root));
         }
-        let mut check = |images: Option<Images>| {
-            let (images, unreadable) = images?.check(cache_bytes / 4, on_progress);
+        let mut check = |images: Option<Images>| -> Result<Option<Images>, Error> {
+            let Some(images) = images else { return Ok(None) };
+            let (images, unreadable) = images.check(cache_bytes / 4, on_progress)?;
             skipped.extend(unreadable);
-            (!images.is_empty()).then_some(images)
+            Ok((!images.is_empty()).then_some(images))
         };
-        let held_out = check(self.held_out);
-        let test = check(self.test);
+        let held_out = check(self.held_out)?;
+        let test = check(self.test)?;
         // `held_out` and `test` may be the same images.
         let mut names = HashSet::new();
         skipped.retain(|one| names.insert(one.name.clone()));

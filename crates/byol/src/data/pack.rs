@@ -5,6 +5,7 @@
 //! interrupted packing resumes after the last complete shard.
 
 use std::{
+    collections::HashSet,
     fs::{self, File},
     io::{self, Cursor, Write},
     path::{Path, PathBuf},
@@ -103,7 +104,7 @@ fn write_error(path: &Path) -> impl Fn(io::Error) -> Error + '_ {
 /// # Errors
 /// [`Error::Occupied`] if the folder has other contents, [`Error::Write`], [`Error::Shard`] if its
 /// manifest is invalid or a completed shard has changed, [`Error::MostlyBad`] if no image is
-/// readable.
+/// readable; [`Error::Read`], [`Error::Shard`] if the machine cannot read an image.
 pub fn pack(
     data: &Dataset,
     out: &Path,
@@ -125,14 +126,24 @@ pub fn pack(
         let mut at = manifest.done.saturating_sub(first).min(images.len());
         while at < images.len() {
             if stop.load(Ordering::Relaxed) {
-                if let Some(unfinished) = writer {
-                    let _ = fs::remove_file(&unfinished.temporary); // its images are packed again on resume
-                }
+                remove_unfinished(writer);
                 return Ok(Outcome::Stopped(manifest.done));
             }
             let batch = at..(at + BATCH).min(images.len());
-            let encoded: Vec<Result<Encoded, Skipped>> =
-                batch.into_par_iter().map(|i| encode(&data.root, images, i, packing.size)).collect();
+            let encode = |i| match encode(&data.root, images, i, packing.size) {
+                Ok(image) => Ok(Ok(image)),
+                Err(Error::Image { name, source }) => Ok(Err(Skipped::new(name, &source))),
+                // The machine cannot read the images.
+                Err(other) => Err(other),
+            };
+            let encoded: Result<Vec<Result<Encoded, Skipped>>, Error> = batch.into_par_iter().map(encode).collect();
+            let encoded = match encoded {
+                Ok(encoded) => encoded,
+                Err(error) => {
+                    remove_unfinished(writer);
+                    return Err(error);
+                }
+            };
             for image in encoded {
                 at += 1;
                 let full = match image {
@@ -171,6 +182,13 @@ pub fn pack(
     manifest.complete = true;
     save_manifest(out, &manifest)?;
     Ok(Outcome::Finished(manifest))
+}
+
+/// Removes a shard that is not complete. Its images are packed again on resume.
+fn remove_unfinished(writer: Option<Writer>) {
+    if let Some(unfinished) = writer {
+        let _ = fs::remove_file(&unfinished.temporary); // it is overwritten otherwise
+    }
 }
 
 /// Verifies the checksum of every shard.
@@ -261,9 +279,11 @@ fn save_manifest(out: &Path, manifest: &Manifest) -> Result<(), Error> {
 }
 
 /// Encodes image `i` for a shard.
-fn encode(root: &Path, images: &Images, i: usize, size: Option<usize>) -> Result<Encoded, Skipped> {
-    let label = images.labels().map(|labels| labels[i]);
-    let skipped = |error: &dyn std::fmt::Display| Skipped::new(images.name(i), error);
+///
+/// # Errors
+/// Those of [`Images::get`].
+fn encode(root: &Path, images: &Images, i: usize, size: Option<usize>) -> Result<Encoded, Error> {
+    let label = images.label(i);
     let stem = |path: &Path| path.with_extension("").to_string_lossy().replace('.', "_");
     let (bytes, name) = match images.encoded_bytes(i) {
         Some(bytes) => {
@@ -272,10 +292,10 @@ fn encode(root: &Path, images: &Images, i: usize, size: Option<usize>) -> Result
             let relative = name.strip_prefix(root).unwrap_or(&name);
             let relative: PathBuf =
                 relative.components().filter(|c| matches!(c, std::path::Component::Normal(_))).collect();
-            (bytes.map_err(|e| skipped(&e))?, stem(&relative))
+            (bytes.map_err(|e| images.image_error(i, e.into()))?, stem(&relative))
         }
         None => {
-            let image = images.get(i).map_err(|e| skipped(&e))?;
+            let image = images.get(i)?;
             return Ok(Encoded {
                 name: format!("{i:09}.png"),
                 bytes: resize_and_encode(&image, ImageFormat::Png, size),
@@ -284,7 +304,7 @@ fn encode(root: &Path, images: &Images, i: usize, size: Option<usize>) -> Result
         }
     };
     // Every image is decoded, since shards are not checked before training.
-    let image = decode::bytes(&bytes).map_err(|e| skipped(&e))?;
+    let image = decode::bytes(&bytes, &images.levels).map_err(|e| images.image_error(i, e))?;
     let format = image::guess_format(&bytes).unwrap_or(ImageFormat::Jpeg);
     let is_large = size.is_some_and(|size| image.height.min(image.width) > size);
     if !is_large {
@@ -342,8 +362,8 @@ struct Writer {
     tar: tar::Builder<HashedFile>,
     images: usize,
     labels: Vec<usize>,
-    /// Sample name of the last image.
-    key: String,
+    /// Sample names of the images.
+    keys: HashSet<String>,
 }
 
 impl Writer {
@@ -359,14 +379,17 @@ impl Writer {
             tar: tar::Builder::new(tar),
             images: 0,
             labels: Vec::new(),
-            key: String::new(),
+            keys: HashSet::new(),
         })
     }
 
     fn add(&mut self, image: Encoded) -> Result<(), Error> {
         let (key, extension) = image.name.rsplit_once('.').unwrap_or((&image.name, "jpg"));
-        // Consecutive images with the same name would become one sample.
-        let key = if key == self.key { format!("{key}_{}", self.images) } else { key.to_owned() };
+        // Images with the same name, such as `a.jpg` and `a.png`, or `a.b.jpg` and `a_b.jpg`, would become
+        // one sample or overwrite each other when the shard is unpacked.
+        let names = (self.images..).map(|n| format!("{key}_{n}"));
+        let key = std::iter::once(key.to_owned()).chain(names).find(|name| self.keys.insert(name.clone()));
+        let key = key.expect("there are more numbers than images");
         let label = image.label.map(|label| label.to_string());
         let members = [(extension, Some(&image.bytes[..])), ("cls", label.as_ref().map(|text| text.as_bytes()))];
         for (extension, bytes) in members {
@@ -377,7 +400,6 @@ impl Writer {
             let name = format!("{key}.{extension}");
             self.tar.append_data(&mut header, name, bytes).map_err(write_error(&self.temporary))?;
         }
-        self.key = key;
         self.images += 1;
         self.labels.extend(image.label);
         Ok(())
@@ -394,5 +416,54 @@ impl Writer {
         })();
         let (hash, bytes) = result.map_err(write_error(&path))?;
         Ok(Shard { file, images, bytes, sha256: hex(&hash.finalize()), labels })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn packing() -> Packing {
+        Packing { size: None, shard_bytes: 1 << 20, seed: 0 }
+    }
+
+    #[test]
+    fn images_with_similar_names_stay_apart() {
+        let folder = tempfile::tempdir().unwrap();
+        let (data, out) = (folder.path().join("data"), folder.path().join("out"));
+        fs::create_dir(&data).unwrap();
+        let names = ["a.b.png", "a_b.png", "a.png", "a.jpg", "a_1.png", "a.1.png", "x.0.png", "x.1.png"];
+        for (i, name) in names.iter().enumerate() {
+            RgbImage::from_pixel(9, 9, image::Rgb([20 * i as u8; 3])).save(data.join(name)).unwrap();
+        }
+        let dataset = Dataset::open(&data).unwrap();
+        pack(&dataset, &out, packing(), &AtomicBool::new(false), &mut |_, _| ()).unwrap();
+        let packed = Dataset::open(&out).unwrap();
+        let images = |data: &Dataset| {
+            let mut pixels: Vec<u8> = (0..data.train.len()).map(|i| data.train.get(i).unwrap().pixels[0]).collect();
+            pixels.sort_unstable();
+            pixels
+        };
+        assert_eq!(images(&packed), images(&dataset));
+        let unpacked: HashSet<String> = (0..packed.train.len()).map(|i| packed.train.name(i)).collect();
+        assert_eq!(unpacked.len(), names.len());
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn error_of_the_machine_ends_packing() {
+        let folder = tempfile::tempdir().unwrap();
+        let (data, out) = (folder.path().join("data"), folder.path().join("out"));
+        fs::create_dir(&data).unwrap();
+        for i in 0..4 {
+            RgbImage::new(9, 9).save(data.join(format!("{i}.png"))).unwrap();
+        }
+        let dataset = Dataset::open(&data).unwrap();
+        // A link to itself cannot be read, whoever asks.
+        fs::remove_file(data.join("2.png")).unwrap();
+        std::os::unix::fs::symlink("2.png", data.join("2.png")).unwrap();
+        let error = pack(&dataset, &out, packing(), &AtomicBool::new(false), &mut |_, _| ()).unwrap_err();
+        assert!(matches!(error, Error::Read { .. }), "{error}");
+        assert!(!out.join("train-000000.tar").exists());
     }
 }

@@ -1,16 +1,19 @@
 //! Worker threads that decode images and make views ahead of the training step.
 
 use std::{
+    cell::RefCell,
     sync::{
         Arc,
-        mpsc::{Receiver, sync_channel},
+        atomic::{AtomicBool, Ordering},
+        mpsc::{Receiver, RecvTimeoutError, sync_channel},
     },
     thread,
+    time::{Duration, Instant},
 };
 
 use rayon::prelude::*;
 
-use super::{Error, Images};
+use super::{Error, Images, reads};
 use crate::views::{self, Augmentation, Draw, Policy, Scratch};
 
 /// Two views of each image of a micro-batch.
@@ -69,7 +72,12 @@ pub struct Request {
 #[derive(Debug)]
 pub struct Loader {
     batches: Receiver<Result<MicroBatch, Error>>,
+    /// Received by [`Loader::wait`].
+    received: RefCell<Option<Result<MicroBatch, Error>>>,
 }
+
+/// Longest time that a stop waits for a micro-batch.
+const STOP_PATIENCE: Duration = Duration::from_secs(3);
 
 /// Finished micro-batches that wait in the queue. Two even out variable decoding times.
 const QUEUE: usize = 2;
@@ -89,6 +97,7 @@ impl Loader {
             let pool = rayon::ThreadPoolBuilder::new()
                 .num_threads(request.threads)
                 .thread_name(|i| format!("views-{i}"))
+                .start_handler(|_| reads::read_ahead())
                 .build()
                 .expect("the system starts threads");
             let mut order = request.images.order(request.seed, request.buffer);
@@ -113,7 +122,26 @@ impl Loader {
             }
         };
         thread::Builder::new().name("loader".into()).spawn(work).expect("the system starts threads");
-        Loader { batches }
+        Loader { batches, received: RefCell::new(None) }
+    }
+
+    /// Waits for the next micro-batch. Returns false if `stop` is set and the micro-batch does not
+    /// arrive within a few seconds, for example because a network drive does not answer.
+    pub fn wait(&self, stop: &AtomicBool) -> bool {
+        let (mut received, mut stopped) = (self.received.borrow_mut(), None);
+        while received.is_none() {
+            match self.batches.recv_timeout(Duration::from_millis(200)) {
+                Ok(batch) => *received = Some(batch),
+                Err(RecvTimeoutError::Disconnected) => return true,
+                Err(RecvTimeoutError::Timeout) if stop.load(Ordering::Relaxed) => {
+                    if stopped.get_or_insert_with(Instant::now).elapsed() >= STOP_PATIENCE {
+                        return false;
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        }
+        true
     }
 
     /// Returns the next micro-batch.
@@ -124,7 +152,9 @@ impl Loader {
     /// # Panics
     /// If called after the last micro-batch or after an error.
     pub fn next_batch(&self) -> Result<MicroBatch, Error> {
-        self.batches.recv().expect("the loader sends a micro-batch per step, or an error")
+        let _reading = reads::start();
+        let received = self.received.borrow_mut().take().map_or_else(|| self.batches.recv(), Ok);
+        received.expect("the loader sends a micro-batch per step, or an error")
     }
 }
 
@@ -234,5 +264,39 @@ mod tests {
             last: 1,
             threads: 1,
         });
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_stop_does_not_wait_for_an_image_that_never_arrives() {
+        let folder = tempfile::tempdir().unwrap();
+        for i in 0..4 {
+            let path = folder.path().join(format!("{i}.png"));
+            image::RgbImage::new(8, 8).save(&path).unwrap();
+        }
+        let images = crate::data::Dataset::open(folder.path()).unwrap().train;
+        // Stands for a drive that does not answer.
+        let pipe = folder.path().join("2.png");
+        std::fs::remove_file(&pipe).unwrap();
+        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        let loader = Loader::start(Request {
+            images,
+            policies: [Policy::default(), Policy::second()],
+            augmentation: None,
+            size: 16,
+            crop_only: false,
+            n: 4,
+            part: [0, 1],
+            buffer: 1,
+            seed: 7,
+            first: 0,
+            last: 4,
+            threads: 2,
+        });
+        assert!(!loader.wait(&AtomicBool::new(true)));
+        // Ends the read.
+        std::fs::write(&pipe, b"no image").unwrap();
+        assert!(loader.wait(&AtomicBool::new(true)));
+        assert!(loader.next_batch().is_err());
     }
 }

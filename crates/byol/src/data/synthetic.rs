@@ -35,6 +35,8 @@ pub fn dataset(seed: u64, n: usize, n_test: usize) -> Dataset {
         held_out: Some(test.clone()),
         test: Some(test),
         skipped: Vec::new(),
+        column: None,
+        unused: Vec::new(),
     }
 }
 

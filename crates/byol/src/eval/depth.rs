@@ -153,6 +153,7 @@ mod tests {
             channels: 3,
             normalization: Normalization::default(),
             eps: reference_eps(),
+            levels: crate::data::Levels::default(),
         };
         let pair = |i: u64| {
             let (image, meters) = synthetic::scene(1, i, 32, 32);

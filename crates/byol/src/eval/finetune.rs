@@ -282,6 +282,7 @@ mod tests {
             channels: 3,
             normalization: Normalization::default(),
             eps: reference_eps(),
+            levels: crate::data::Levels::default(),
         };
         let start = Encoder::random(spec, 1, &Device::flex());
         let images = synthetic::dataset(1, 96, 0).train;

@@ -8,7 +8,7 @@ use super::{
     resnet::{Architecture, ResNet, Stem},
     tree::{self, Tree},
 };
-use crate::device::Precision;
+use crate::{data::Levels, device::Precision};
 
 /// Per-channel mean and standard deviation that normalize the input of an encoder.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -59,6 +59,9 @@ pub struct EncoderSpec {
     /// ε of every norm, above 0.
     #[serde(default = "reference_eps")]
     pub eps: f64,
+    /// Black and white of images of more than 8 bits, as in pretraining.
+    #[serde(default = "Levels::legacy", skip_serializing_if = "Levels::is_legacy")]
+    pub levels: Levels,
 }
 
 /// Default of [`EncoderSpec::eps`]: the reference's and torchvision's, 1e-5.

@@ -2,7 +2,11 @@
 //! timm's, and solo-learn's behind a prefix) or the indices of lightly's `Sequential`. The
 //! architecture is inferred from the shapes. Pickles are parsed without executing code.
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{
+    collections::{BTreeMap, HashSet},
+    fs,
+    path::Path,
+};
 
 use burn::tensor::Device;
 use half::{bf16, f16};
@@ -12,7 +16,7 @@ use safetensors::{Dtype, SafeTensors};
 use super::{
     encoder::{Encoder, EncoderSpec, Normalization, Weights, reference_center, reference_eps},
     forward_context::{RunningStats, Statistics},
-    resnet::{Architecture, Stem},
+    resnet::{Architecture, ResNet, Stem},
     tree::{Leaf, Tree},
     weights::{self, Error},
 };
@@ -41,6 +45,28 @@ const SEQUENTIAL_INDICES: [(&str, &str); 6] =
 
 /// Markers in prefixes of copies of the trained network, such as moving averages.
 const COPIES: [&str; 5] = ["momentum", "target", "teacher", "ema", "key"];
+
+/// First letters of the modules of a checkpoint that come after the encoder, or do not belong to the
+/// network: classifiers, heads of self-supervised methods, and the state of their training.
+const OTHER_MODULES: [&str; 14] = [
+    "fc",
+    "head",
+    "classifier",
+    "linear",
+    "online_",
+    "proj",
+    "predict",
+    "prototypes",
+    "queue",
+    "mlp",
+    "logit",
+    "loss",
+    "criterion",
+    "optim",
+];
+
+/// Index of torchvision's classifier in lightly's `Sequential`.
+const SEQUENTIAL_CLASSIFIER: &str = "9";
 
 /// Loads an encoder written by byol, or imports a ResNet.
 ///
@@ -73,6 +99,7 @@ pub fn import(path: &Path, preparation: &Preparation, device: &Device) -> Result
     let names = Names::find(&tensors.shapes).map_err(format)?;
     let spec = names.describe(&tensors.shapes, preparation).map_err(format)?;
     let resnet = spec.resnet();
+    names.check_complete(&tensors.shapes, &resnet).map_err(format)?;
     let read = |name: &str, shape: &[usize]| -> Result<Vec<f32>, Error> {
         let name = names.in_checkpoint(name);
         let found = tensors.shapes.get(&name);
@@ -156,6 +183,14 @@ struct Names {
     prefix: String,
     /// Lightly's indices instead of torchvision's module names.
     indexed: bool,
+    /// Prefixes of the other networks in the checkpoint.
+    others: Vec<String>,
+}
+
+/// True for the prefix of a copy of the trained network.
+fn is_copy(prefix: &str) -> bool {
+    let prefix = prefix.to_ascii_lowercase();
+    COPIES.iter().any(|marker| prefix.contains(marker)) || prefix.trim_end_matches('.').ends_with("_k")
 }
 
 impl Names {
@@ -167,18 +202,47 @@ impl Names {
                 [("conv1.weight", "layer4.0.conv1.weight", false), ("0.weight", "7.0.conv1.weight", true)]
             {
                 let prefix = name.strip_suffix(first).filter(|p| shapes.contains_key(&format!("{p}{last_group}")));
-                found.extend(prefix.map(|p| Names { prefix: p.to_owned(), indexed }));
+                found.extend(prefix.map(|p| Names { prefix: p.to_owned(), indexed, others: Vec::new() }));
             }
         }
-        let is_copy = |prefix: &str| {
-            let prefix = prefix.to_ascii_lowercase();
-            COPIES.iter().any(|marker| prefix.contains(marker)) || prefix.trim_end_matches('.').ends_with("_k")
-        };
+        let prefixes: Vec<String> = found.iter().map(|names| names.prefix.clone()).collect();
         let rank = |n: &Names| (is_copy(&n.prefix), n.prefix.len(), n.prefix.clone());
-        found.into_iter().min_by_key(rank).ok_or_else(|| {
+        let names = found.into_iter().min_by_key(rank).ok_or_else(|| {
             let first: Vec<&str> = shapes.keys().take(3).map(String::as_str).collect();
             format!("no ResNet among its {} tensors ({}, …)", shapes.len(), first.join(", "))
-        })
+        })?;
+        let others = prefixes.into_iter().filter(|prefix| prefix.len() > names.prefix.len()).collect();
+        Ok(Names { others, ..names })
+    }
+
+    /// Refuses a network with tensors that a ResNet does not have, such as those of
+    /// squeeze-and-excitation or biases of convolutions. Without them it is another function.
+    fn check_complete(&self, shapes: &BTreeMap<String, Vec<usize>>, resnet: &ResNet) -> Result<(), String> {
+        let params = resnet.shapes().into_iter().map(|(name, _)| name);
+        let statistics = resnet
+            .convs()
+            .flat_map(|conv| ["running_mean", "running_var"].map(|suffix| format!("{}.{suffix}", conv.norm)));
+        let known: HashSet<String> = params.chain(statistics).map(|name| self.in_checkpoint(&name)).collect();
+        let mut unknown = shapes.keys().filter(|name| !known.contains(*name) && self.is_of_encoder(name));
+        match unknown.next() {
+            None => Ok(()),
+            Some(first) => Err(format!(
+                "`{first}` does not belong to a plain ResNet ({} such tensors), and leaving it out would change the \
+                 outputs",
+                1 + unknown.count()
+            )),
+        }
+    }
+
+    /// True if a tensor belongs to the encoder: not to a later module, another network or a counter.
+    fn is_of_encoder(&self, name: &str) -> bool {
+        let Some(rest) = name.strip_prefix(&self.prefix) else { return false };
+        let module = rest.split('.').next().unwrap_or_default().to_ascii_lowercase();
+        let is_other = OTHER_MODULES.iter().any(|other| module.starts_with(other))
+            || is_copy(&module)
+            || (self.indexed && module == SEQUENTIAL_CLASSIFIER)
+            || self.others.iter().any(|other| name.starts_with(other));
+        !is_other && !name.ends_with("num_batches_tracked")
     }
 
     /// Translates torchvision's name to that in the checkpoint.
@@ -222,6 +286,7 @@ impl Names {
             channels,
             normalization: preparation.normalization.clone(),
             eps: reference_eps(),
+            levels: crate::data::Levels::default(),
         };
         if channels != 3 {
             return Err(format!("the encoder takes images of {channels} channels; only 3 are supported"));
@@ -243,6 +308,11 @@ mod tests {
 
     /// Writes a small ResNet-18 with renamed tensors.
     fn write(path: &Path, rename: impl Fn(&str) -> String) -> Encoder {
+        write_with(path, rename, &[])
+    }
+
+    /// [`write`], with additional tensors of one value.
+    fn write_with(path: &Path, rename: impl Fn(&str) -> String, more: &[&str]) -> Encoder {
         let device = Device::flex();
         let spec = EncoderSpec {
             architecture: Architecture::Resnet18,
@@ -253,6 +323,7 @@ mod tests {
             channels: 3,
             normalization: Normalization::default(),
             eps: reference_eps(),
+            levels: crate::data::Levels::default(),
         };
         let encoder = Encoder::random(spec, 5, &device);
         let mut tensors: Vec<_> = encoder
@@ -264,8 +335,39 @@ mod tests {
         for (n, leaf) in encoder.weights.statistics.to_tree().iter() {
             tensors.push((rename(n), Dtype::F32, leaf.shape.clone(), to_bytes(&leaf.to_vec())));
         }
+        tensors.extend(more.iter().map(|name| (name.to_string(), Dtype::F32, vec![1], to_bytes(&[0.5]))));
         fs::write(path, serialize(&tensors, HashMap::new())).unwrap();
         encoder
+    }
+
+    #[test]
+    fn refuses_tensors_that_a_resnet_does_not_have() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.safetensors");
+        let extra = [
+            "layer1.0.se.fc1.weight",
+            "conv1.bias",
+            "layer2.1.conv2.bias",
+            "layer1.0.downsample.0.weight",
+            "layer5.0.conv1.weight",
+            "layer1.7.conv1.weight",
+            "attnpool.q_proj.weight",
+            "norm.mean",
+        ];
+        for prefix in ["", "module.encoder_q."] {
+            for name in extra {
+                let name = format!("{prefix}{name}");
+                write_with(&path, |n| format!("{prefix}{n}"), &[&name]);
+                let error = import(&path, &preparation(), &Device::flex()).unwrap_err().to_string();
+                assert!(error.contains(&format!("`{name}` does not belong")), "{error}");
+            }
+            let other = ["fc.weight", "head.0.bias", "classifier.weight", "bn1.num_batches_tracked"];
+            let other = other.map(|name| format!("{prefix}{name}"));
+            let other =
+                [&other.each_ref().map(String::as_str)[..], &["projector.0.weight", "momentum_encoder.conv1.bias"]];
+            write_with(&path, |n| format!("{prefix}{n}"), &other.concat());
+            import(&path, &preparation(), &Device::flex()).unwrap();
+        }
     }
 
     #[test]

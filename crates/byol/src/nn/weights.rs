@@ -238,6 +238,7 @@ mod tests {
             channels: 3,
             normalization: Normalization::default(),
             eps: 1e-3,
+            levels: crate::data::Levels::default(),
         };
         let device = Device::flex();
         let resnet = spec.resnet();

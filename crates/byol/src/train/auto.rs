@@ -34,7 +34,7 @@ impl AutoInputs {
     /// # Errors
     /// [`Error::Image`] if none of them is readable.
     pub fn collect(images: &Images, opened: &Opened, machine: &MachineInfo) -> Result<AutoInputs, Error> {
-        let sample = images.sample(256);
+        let sample = images.sample(256)?;
         let mut sides = Vec::new();
         let mut unreadable = None;
         for i in 0..sample.len() {

@@ -7,7 +7,7 @@ use super::{
     health::Monitor,
     recipe::{HealthConfig, Recipe},
 };
-use crate::data::{Dataset, Images};
+use crate::data::{Dataset, Images, Levels};
 
 /// Images of a run.
 #[derive(Debug, Clone)]
@@ -22,8 +22,14 @@ pub struct TrainingData {
     pub train: Images,
     /// Monitoring images; `None` if health checks are off.
     pub held_out: Option<Images>,
+    /// Image column of Parquet files, if chosen.
+    pub column: Option<String>,
+    /// Black and white of images of more than 8 bits.
+    pub levels: Levels,
     /// Skipped images, each as `path: reason`.
     pub skipped: Vec<String>,
+    /// Images and files that are not part of the data, each as `name (count): reason`.
+    pub unused: Vec<String>,
 }
 
 /// Options of [`TrainingData::prepare`].
@@ -67,8 +73,8 @@ impl TrainingData {
         let held_out = dataset.held_out.as_ref().filter(|images| monitoring_images > 0 && images.len() > 1);
         let held_out = held_out.map(|images| images.sample_random(monitoring_images));
         let dataset = Dataset { held_out, test: None, ..dataset };
-        let total = dataset.n_images();
-        let Dataset { root, kind, classes, train, held_out, mut skipped, .. } =
+        let (total, levels) = (dataset.n_images(), dataset.levels());
+        let Dataset { root, kind, classes, train, held_out, mut skipped, unused, column, .. } =
             dataset.check_for_training(options.cache_bytes, &|| on_progress(total))?;
         let (train, held_out) = match held_out {
             Some(images) => (train, Some(images)),
@@ -76,24 +82,29 @@ impl TrainingData {
                 0 | 1 => (train, None),
                 n => {
                     let (rest, held_out) = train.split_off(n);
-                    let (held_out, unusable) = held_out.readable();
+                    let (held_out, unusable) = held_out.readable()?;
                     skipped.extend(unusable);
                     (rest, (held_out.len() > 1).then_some(held_out))
                 }
             },
         };
         let skipped = skipped.into_iter().map(|image| image.to_string()).collect();
-        Ok(TrainingData { root, kind, classes, train, held_out, skipped })
+        let unused = unused.into_iter().map(|group| group.to_string()).collect();
+        Ok(TrainingData { root, kind, classes, train, held_out, column, levels, skipped, unused })
     }
 
     /// Monitoring setup of a run with this plan; `None` without monitoring images.
-    pub fn monitor(&self, plan: &Plan) -> Option<Monitor> {
-        let held_out = self.held_out.clone()?;
+    ///
+    /// # Errors
+    /// [`Error::Data`].
+    pub fn monitor(&self, plan: &Plan) -> Result<Option<Monitor>, Error> {
+        let Some(held_out) = self.held_out.clone() else { return Ok(None) };
         let config = plan.recipe.health.clone();
-        let labeled = held_out.labels().is_some() && self.train.labels().is_some();
-        let bank = labeled.then(|| self.train.sample(config.bank));
+        let has_labels = held_out.labeled().is_some_and(|held_out| held_out.labels().is_some());
+        let labeled = self.train.labeled().filter(|train| train.labels().is_some() && has_labels);
+        let bank = labeled.map(|train| train.sample(config.bank)).transpose()?;
         let views = &plan.recipe.views;
-        Some(Monitor {
+        Ok(Some(Monitor {
             bank,
             classes: self.classes.len(),
             config,
@@ -105,7 +116,7 @@ impl TrainingData {
             // forward passes.
             label_free_images: (self.train.len() / 48).clamp(16, 128).min(held_out.len()),
             held_out,
-        })
+        }))
     }
 }
 

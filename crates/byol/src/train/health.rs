@@ -218,14 +218,18 @@ pub fn evaluate(byol: &Byol, monitor: &Monitor, device: &Device) -> Result<(Heal
         let cost = HealthSeconds { health: began.elapsed().as_secs_f64(), label_free: 0.0 };
         return Ok((Health::non_finite(projections.n, projections.dim), cost));
     }
-    let knn = match (&monitor.bank, monitor.held_out.labels()) {
-        (Some(bank), Some(labels)) => {
+    // Images without labels count for the other metrics only.
+    let held_out = &monitor.held_out;
+    let (labeled, labels): (Vec<usize>, Vec<usize>) =
+        (0..held_out.len()).filter_map(|i| Some((i, held_out.label(i)?))).unzip();
+    let knn = match &monitor.bank {
+        Some(bank) if !labels.is_empty() => {
             let (bank_features, _) = forward(byol, bank, &monitor.spec, device)?;
             let bank_labels = bank.labels().expect("a bank has labels");
+            let queries = representations.subset(&labeled);
             let HealthConfig { k, temperature, .. } = monitor.config;
             Some(
-                knn::classify(&bank_features, bank_labels, &representations, labels, monitor.classes, k, temperature)
-                    .accuracy,
+                knn::classify(&bank_features, bank_labels, &queries, &labels, monitor.classes, k, temperature).accuracy,
             )
         }
         _ => None,

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     byol::Byol,
-    data::{CHANNELS, Images, shards},
+    data::{CHANNELS, Images, OpenOptions, shards},
     device::Precision,
     nn::{
         EncoderSpec, Mlp, Network, Weights,
@@ -36,6 +36,9 @@ pub struct Plan {
     pub recipe_name: String,
     /// Path of the data.
     pub data: PathBuf,
+    /// Image column of Parquet files, if chosen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub column: Option<String>,
     /// Device the run started on: `cpu`, `vulkan`, …
     pub device: String,
     /// Training images, without skipped and held-out ones.
@@ -88,6 +91,7 @@ impl Plan {
             version: env!("CARGO_PKG_VERSION").into(),
             recipe_name: recipe_name.into(),
             data: absolute(root),
+            column: data.column.clone(),
             device: device.into(),
             images: n,
             held_out: data.held_out.as_ref().map_or(0, Images::len),
@@ -109,9 +113,15 @@ impl Plan {
                 channels: CHANNELS,
                 normalization: recipe.normalize.clone(),
                 eps: recipe.norm.eps,
+                levels: data.levels,
             },
             recipe,
         })
+    }
+
+    /// Settings that open the data as in this run.
+    pub fn open_options(&self) -> OpenOptions {
+        OpenOptions { column: self.column.clone(), levels: self.encoder.levels }
     }
 
     /// Images per micro-batch.

@@ -244,7 +244,7 @@ fn lock(folder: &Path) -> Result<File, Error> {
 
 /// Checks that the data are those of the plan.
 fn ensure_same_data(plan: &Plan, data: &TrainingData) -> Result<(), Error> {
-    let changed = |reason: String| Err(Error::DataChanged { root: plan.data.clone(), reason });
+    let changed = |reason: String| Err(Error::DataChanged { root: data.root.clone(), reason });
     if data.train.len() != plan.images {
         return changed(format!("{} usable training images instead of {}", data.train.len(), plan.images));
     }
@@ -289,9 +289,9 @@ impl Run {
         let lock = lock(folder)?;
         let text = plan.to_toml();
         atomic_write::write_whole(&plan_file(folder), text.as_bytes()).map_err(|e| write(&plan_file(folder), e))?;
-        if !data.skipped.is_empty() {
+        if !data.skipped.is_empty() || !data.unused.is_empty() {
             let path = folder.join("skipped.txt");
-            let text = data.skipped.join("\n") + "\n";
+            let text: String = data.unused.iter().chain(&data.skipped).map(|line| format!("{line}\n")).collect();
             atomic_write::write_whole(&path, text.as_bytes()).map_err(|e| write(&path, e))?;
         }
         let plan_hash = checkpoint::plan_hash(&text);
@@ -351,7 +351,7 @@ impl Run {
             initial_health: health.first().cloned(),
             best_score: scores.reduce(f64::max),
             history: metrics::read_history(&path),
-            monitor: ranks.is_root().then(|| data.monitor(&plan)).flatten(),
+            monitor: if ranks.is_root() { data.monitor(&plan)? } else { None },
             images: data.train.clone(),
             loss_sum: counters.loss_sum,
             loss_count: counters.loss_count,
@@ -399,7 +399,14 @@ impl Run {
         let loader = self.loader();
         let mut saved = Instant::now();
         while self.byol.k < total {
-            let mut stepped = match self.step(&loader, on_event) {
+            let began = Instant::now();
+            // Ranks stop together, so only a single process can stop here.
+            if ranks.world_size() == 1 && !loader.wait(stop) {
+                let path = self.save_checkpoint()?;
+                on_event(Event::Checkpoint(&path));
+                return Ok(Stretch::Ended(Outcome::Stopped(path)));
+            }
+            let mut stepped = match self.step(&loader, began, on_event) {
                 // An error of this rank alone. The others wait where they cannot learn of it.
                 Err(e) if !e.is_collective() => return Err(e),
                 stepped => stepped,
@@ -460,8 +467,8 @@ impl Run {
         Loader::start(Request { first, last, ..batch::request(&self.plan, &self.images, &self.context) })
     }
 
-    fn step(&mut self, loader: &Loader, on_event: &mut impl FnMut(Event)) -> Result<(), Error> {
-        let (mut seconds, mut lap) = (PhaseSeconds::default(), Instant::now());
+    fn step(&mut self, loader: &Loader, began: Instant, on_event: &mut impl FnMut(Event)) -> Result<(), Error> {
+        let (mut seconds, mut lap) = (PhaseSeconds::default(), began);
         let device = self.context.device.clone();
         let next_views = || loader.next_batch().map(|batch| batch::to_device(batch, &device));
         let on_phase = |phase| {

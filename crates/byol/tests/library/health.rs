@@ -236,7 +236,7 @@ fn detects_a_flipped_loss_as_divergence() {
     let (plan, data) = plan(&[]);
     let device = Device::flex();
     let mut byol = plan.initial_state(&device);
-    let monitor = data.monitor(&plan).unwrap();
+    let monitor = data.monitor(&plan).unwrap().unwrap();
     let (initial, _) = health::evaluate(&byol, &monitor, &device).unwrap();
     let request = batch::request(&plan, &data.train, &context());
     let loader = Loader::start(Request { last: plan.schedule.total, ..request });

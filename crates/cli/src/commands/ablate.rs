@@ -8,7 +8,7 @@ use std::{
 
 use byol::{
     apply::chart::{self, Point},
-    data::Dataset,
+    data::Levels,
     device::Opened,
     eval::{
         effective_rank::rankme,
@@ -27,7 +27,9 @@ use byol::{
 };
 
 use super::{
-    EvalFlags, INTERRUPTED, eval, load_training_data, open_device,
+    EvalFlags, INTERRUPTED,
+    data_args::DataFlags,
+    eval, load_training_data, open_device,
     recipe_args::{LengthArgs, RecipeArgs},
     set_threads, stop_flag,
 };
@@ -51,6 +53,8 @@ pub struct Args {
     /// Output folder of the study [default: byol-runs/STUDY]
     #[arg(long)]
     out: Option<PathBuf>,
+    #[command(flatten)]
+    data_flags: DataFlags,
     #[command(flatten)]
     recipe: RecipeArgs,
     #[command(flatten)]
@@ -92,9 +96,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let threads = set_threads(args.flags.compute.threads)?;
     let opened = open_device(args.flags.compute.device)?;
     let checked = overrides.check()?;
-    let data = load_training_data(Dataset::open(&args.data)?, &checked, 1)?;
+    let dataset = args.data_flags.open(&args.data, Levels::default())?;
+    let data = load_training_data(dataset.clone(), &checked, 1)?;
     let (base, _) = auto::resolve(&overrides, &data.train, &opened)?;
-    let labeled = eval::labeled(Dataset::open(&args.data)?, base.train.limit)?;
+    let labeled = eval::labeled(dataset, base.train.limit)?;
     let study = ablations::all(base.train.batch).into_iter().find(|s| s.name == args.study).expect("clap checks names");
     let folder = args.out.clone().unwrap_or_else(|| Path::new("byol-runs").join(study.name));
     if args.study == "views" && base.views.first.blur == 0.0 && base.views.second.blur == 0.0 {

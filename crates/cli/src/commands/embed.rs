@@ -7,11 +7,10 @@ use byol::{
         embed::{Items, Job, Outcome, Split},
         embeddings::{self, Origin},
     },
-    data::Dataset,
     nn::weights,
 };
 
-use super::{ComputeArgs, INTERRUPTED, must_be_new, warn_skipped};
+use super::{ComputeArgs, INTERRUPTED, data_args::DataFlags, must_be_new, warn_skipped};
 use crate::terminal::{self, Result, display_path, out, plural};
 
 /// Compute the embedding of every image
@@ -37,6 +36,8 @@ pub struct Args {
     /// Overwrite FILE if it exists
     #[arg(long)]
     overwrite: bool,
+    #[command(flatten)]
+    data_flags: DataFlags,
     #[command(flatten)]
     compute: ComputeArgs,
 }
@@ -70,7 +71,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     // Absolute, so that the paths in the file are valid from any folder.
     let absolute = |path: &PathBuf| std::fs::canonicalize(path).unwrap_or_else(|_| path.clone());
     let data = absolute(&args.data);
-    let items = Items::new(Dataset::open(&data)?, split);
+    let items = Items::new(args.data_flags.open(&data, encoder.spec.levels)?, split);
     if items.is_empty() {
         let data = args.data.display();
         return Err(format!("{data} has no {} images\nhint: choose another `--split`", args.split).into());
@@ -81,7 +82,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let start = Instant::now();
     let mut resumed_at = None;
     let outcome = terminal::with_progress("embedding", |progress| {
-        job.run(&super::stop_flag(), |done, all| {
+        job.run(&super::stop_soon_flag(), |done, all| {
             if *resumed_at.get_or_insert(done) == done && done > 0 {
                 terminal::note(format!("resuming at image {done} of {all}"));
             }

@@ -4,7 +4,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use byol::{
     apply::export,
-    data::{Dataset, Images, synthetic},
+    data::{Dataset, Images, Levels, OpenOptions, synthetic},
     device::{self, DeviceChoice},
     train::run::read_plan,
 };
@@ -56,7 +56,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     must_be_new(&args.out, args.overwrite)?;
     super::set_threads(0)?;
     let encoder = super::load_encoder(&args.encoder, &device::open(DeviceChoice::Cpu)?.device)?;
-    let (images, source) = comparison_images(args)?;
+    let (images, source) = comparison_images(args, encoder.spec.levels)?;
     let check = export::write(&encoder, &args.out, !args.normalized_input, &images)?;
     terminal::note(format!(
         "wrote {}; largest difference from the encoder {:.1e}, for features up to {:.2} ({} {source})",
@@ -77,12 +77,12 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 }
 
 /// Images to compare on, with a description of their source.
-fn comparison_images(args: &Args) -> Result<(Images, String)> {
+fn comparison_images(args: &Args, levels: Levels) -> Result<(Images, String)> {
     let run_data = || read_plan(&args.encoder).ok().map(|plan| plan.data).filter(|data| data.exists());
     let Some(data) = args.images.clone().or_else(run_data) else {
         return Ok((synthetic::dataset(0, IMAGES, 0).train, "synthetic images".into()));
     };
-    let dataset = Dataset::open(&data)?;
+    let dataset = Dataset::open_with(&data, &OpenOptions { levels, ..OpenOptions::default() })?;
     let dataset = Dataset { held_out: None, test: None, ..dataset }.limit(IMAGES).check(0, &|| ())?;
     Ok((dataset.train, format!("images of {}", data.display())))
 }

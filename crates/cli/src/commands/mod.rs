@@ -4,6 +4,7 @@
 mod ablate;
 mod bench;
 mod completions;
+mod data_args;
 mod demo;
 mod devices;
 mod duplicates;
@@ -33,10 +34,11 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use byol::{
-    data::{CHANNELS, Dataset},
+    data::{CHANNELS, Dataset, longest_read},
     device::{self, DeviceChoice, Kind, Opened},
     nn::{Encoder, weights},
     train::{
@@ -287,8 +289,33 @@ fn exit_on_ctrl_c() {
     EXIT_ON_CTRL_C.store(true, Ordering::Relaxed);
 }
 
-/// A flag set by Ctrl-C. A second Ctrl-C ends the program immediately.
+/// Longest time that a stop waits for one image, or for work that the same command continues.
+const STOP_PATIENCE: Duration = Duration::from_secs(10);
+
+/// A flag set by Ctrl-C. A second Ctrl-C ends the program immediately; so does an image that does
+/// not arrive, since the last checkpoint stays valid.
 fn stop_flag() -> Arc<AtomicBool> {
+    stop_flag_that_calls(|| exit_unless_stopped(|_| longest_read().is_some_and(|read| read >= STOP_PATIENCE)))
+}
+
+/// [`stop_flag`] of work that the same command continues: it ends after a few seconds at the
+/// latest.
+fn stop_soon_flag() -> Arc<AtomicBool> {
+    stop_flag_that_calls(|| exit_unless_stopped(|since| since >= STOP_PATIENCE))
+}
+
+/// Ends the program once `is_overdue`, which gets the time since the stop.
+fn exit_unless_stopped(is_overdue: fn(Duration) -> bool) {
+    let stopped = Instant::now();
+    while !is_overdue(stopped.elapsed()) {
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    eprintln!("stopped, without waiting for images that do not arrive");
+    std::process::exit(i32::from(INTERRUPTED));
+}
+
+/// A flag set by Ctrl-C, which also starts a thread with `then`.
+fn stop_flag_that_calls(then: fn()) -> Arc<AtomicBool> {
     let stop = Arc::new(AtomicBool::new(false));
     let set = stop.clone();
     // Clusters send SIGUSR1 shortly before the time limit, and launchers pass it on.
@@ -301,13 +328,15 @@ fn stop_flag() -> Arc<AtomicBool> {
             std::process::exit(i32::from(INTERRUPTED));
         }
         eprintln!("stopping; press Ctrl-C again to exit immediately");
+        // Without the thread, a second Ctrl-C still ends the program.
+        let _ = std::thread::Builder::new().name("stop".into()).spawn(then);
     });
     stop
 }
 
 /// Trains a run to its end with a progress bar, and prints the result.
 fn train(mut run: Run, json: bool, stop: &AtomicBool, job: &mpi_job::MpiJob) -> Result<ExitCode> {
-    let (start, first_step) = (std::time::Instant::now(), run.byol.k);
+    let (start, first_step) = (Instant::now(), run.byol.k);
     let mut progress = Progress::new(&run.plan, first_step);
     let mut last_epoch: Option<serde_json::Value> = None;
     let mut knn_before = None;

@@ -3,11 +3,11 @@
 use std::{path::PathBuf, process::ExitCode};
 
 use byol::data::{
-    Dataset,
+    Levels,
     pack::{self, Outcome, Packing},
 };
 
-use super::{CpuArgs, INTERRUPTED, set_threads, warn_skipped};
+use super::{CpuArgs, INTERRUPTED, data_args::DataFlags, set_threads, warn_skipped};
 use crate::terminal::{self, Result, display_path, out, plural};
 
 /// Pack a data set into tar shards for sequential reading or streaming
@@ -33,17 +33,19 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
     #[command(flatten)]
+    data_flags: DataFlags,
+    #[command(flatten)]
     cpu: CpuArgs,
 }
 
 pub fn run(args: &Args) -> Result<ExitCode> {
     set_threads(args.cpu.threads)?;
-    let data = Dataset::open(&args.data)?;
+    let data = args.data_flags.open(&args.data, Levels::default())?;
     if data.train.tags().is_some() {
         terminal::warning("shards cannot store several classes per image: packing without labels");
     }
     let packing = Packing { size: args.size.map(|px| px as usize), shard_bytes: args.shard_mb << 20, seed: args.seed };
-    let stop = super::stop_flag();
+    let stop = super::stop_soon_flag();
     let outcome = terminal::with_progress("packing", |progress| {
         pack::pack(&data, &args.out, packing, &stop, &mut |done, all| progress(done as u64, all as u64))
     });

@@ -7,7 +7,7 @@ use std::{
 };
 
 use byol::{
-    data::{CHANNELS, Dataset},
+    data::{CHANNELS, Levels},
     device,
     nn::{Architecture, ResNet, Stem},
     train::{
@@ -17,7 +17,7 @@ use byol::{
 };
 use serde_json::{Value, json};
 
-use super::{ComputeArgs, open_device};
+use super::{ComputeArgs, data_args::DataFlags, open_device};
 use crate::terminal::{self, Result, duration, out, plural};
 
 /// Estimate the time and memory of a pretraining run
@@ -31,6 +31,8 @@ use crate::terminal::{self, Result, duration, out, plural};
 pub struct Args {
     /// Images: a folder, CIFAR or IDX files, or shards
     data: PathBuf,
+    #[command(flatten)]
+    data_flags: DataFlags,
     /// Time budget, for example 90m, 8h or 3d; sets the number of epochs
     #[arg(long, value_name = "TIME", default_value = "8h")]
     budget: Budget,
@@ -178,7 +180,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     let machine = device::machine();
     let opened = open_device(args.compute.device)?;
-    let dataset = Dataset::open(&args.data)?;
+    let dataset = args.data_flags.open(&args.data, Levels::default())?;
     let images = dataset.train.len();
     let inputs = AutoInputs::collect(&dataset.train, &opened, &machine)?;
     let mut overrides = RecipeOverrides::default();

@@ -6,7 +6,7 @@ use std::{
 };
 
 use byol::{
-    data::Dataset,
+    data::Levels,
     device::{self, Precision},
     nn::{
         Normalization, Stem,
@@ -26,7 +26,9 @@ use byol::{
 use clap::builder::PossibleValue;
 
 use super::{
-    ComputeArgs, load_training_data,
+    ComputeArgs,
+    data_args::DataFlags,
+    load_training_data,
     mpi_job::MpiJob,
     open_nth_device,
     recipe_args::{LengthArgs, RecipeArgs},
@@ -46,6 +48,8 @@ pub struct Args {
     /// Output folder of the run [default: byol-runs/NAME-OF-DATA]
     #[arg(long)]
     out: Option<PathBuf>,
+    #[command(flatten)]
+    data_flags: DataFlags,
     #[command(flatten)]
     recipe: RecipeArgs,
     /// Encoder architecture: resnet18, resnet34, resnet50, resnet101, resnet152 or resnet200
@@ -205,7 +209,7 @@ pub fn run(args: &Args, job: &MpiJob) -> Result<ExitCode> {
     }
     let threads = set_threads(job.threads(args.compute.threads))?;
     let opened = open_nth_device(args.compute.device, job.local[0])?;
-    let data = load_training_data(Dataset::open(&args.data)?, &checked, job.local[1])?;
+    let data = load_training_data(args.data_flags.open(&args.data, Levels::default())?, &checked, job.local[1])?;
     must_be_same_data(job.ranks, &data)?;
     let (mut recipe, reasons) = auto::resolve(&overrides, &data.train, &opened)?;
     if args.precision.as_deref() == Some("auto") && overrides.name != "auto" {

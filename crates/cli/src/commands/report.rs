@@ -30,7 +30,7 @@ use byol::{
 };
 use serde_json::{Value, json};
 
-use super::{ComputeArgs, must_be_new};
+use super::{ComputeArgs, data_args, must_be_new};
 use crate::terminal::{self, Result, display_path, duration, out, percent, plural};
 
 /// Write an HTML report of a run
@@ -44,6 +44,9 @@ pub struct Args {
     /// Output file (.html)
     #[arg(short, long, value_name = "FILE", default_value = "report.html")]
     out: PathBuf,
+    /// Folder of the images, if they were moved since the run started
+    #[arg(long, value_name = "DATA")]
+    data: Option<PathBuf>,
     /// Maximum number of images to embed for neighbors and the map, sampled evenly (0: all)
     #[arg(long, value_name = "N", default_value_t = 2000)]
     limit: usize,
@@ -79,7 +82,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     let plan = read_plan(&args.run)?;
     let encoder = args.compute.load_encoder(&args.run)?;
-    let dataset = Dataset::open(&plan.data)?;
+    let dataset = data_args::open_moved(args.data.as_ref().unwrap_or(&plan.data), &plan)?;
     let dataset = Dataset { held_out: None, test: None, ..dataset }.limit(args.limit);
     let bar = terminal::progress_bar("embedding", dataset.train.len() as u64);
     let dataset = dataset.check(cache_bytes(device::machine().free_mb), &|| ())?;

@@ -3,12 +3,11 @@
 use std::{path::PathBuf, process::ExitCode};
 
 use byol::{
-    data::Dataset,
     device::DeviceChoice,
     train::{Run, RunContext, run::read_plan},
 };
 
-use super::{CpuArgs, demo, load_training_data, mpi_job::MpiJob, open_nth_device, set_threads, stop_flag};
+use super::{CpuArgs, data_args, demo, load_training_data, mpi_job::MpiJob, open_nth_device, set_threads, stop_flag};
 use crate::terminal::{self, Result};
 
 /// Resume a run from its latest checkpoint
@@ -18,6 +17,9 @@ use crate::terminal::{self, Result};
 pub struct Args {
     /// Run folder
     run: PathBuf,
+    /// Folder of the images, if they were moved since the run started
+    #[arg(long, value_name = "DATA")]
+    data: Option<PathBuf>,
     #[command(flatten)]
     cpu: CpuArgs,
 }
@@ -29,7 +31,11 @@ pub fn run(args: &Args, job: &MpiJob) -> Result<ExitCode> {
     let threads = set_threads(job.threads(args.cpu.threads))?;
     let device: DeviceChoice = plan.device.parse()?;
     let opened = open_nth_device(device, job.local[0])?;
-    let dataset = if plan.recipe_name == demo::NAME { demo::dataset() } else { Dataset::open(&plan.data)? };
+    let dataset = match (&args.data, plan.recipe_name == demo::NAME) {
+        (Some(moved), _) => data_args::open_moved(moved, &plan)?,
+        (None, true) => demo::dataset(),
+        (None, false) => data_args::open_moved(&plan.data, &plan)?,
+    };
     let data = load_training_data(dataset, &plan.recipe, job.local[1])?;
     let stop = stop_flag();
     let context = RunContext { ranks: job.ranks, ..RunContext::single_process(opened.device, threads) };

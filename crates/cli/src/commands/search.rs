@@ -102,7 +102,7 @@ fn encoder(args: &Args, embeddings: &Embeddings) -> Result<Encoder> {
 
 /// Computes the embedding of an image file.
 fn embed(encoder: &Encoder, image: &Path) -> Result<Features> {
-    let decoded = decode::file(image).map_err(|e| {
+    let decoded = decode::file(image, &encoder.spec.levels).map_err(|e| {
         terminal::with_hint(
             format!("cannot use {}: {e}", image.display()),
             "pass a JPEG, PNG, WebP, BMP, GIF or TIFF file",

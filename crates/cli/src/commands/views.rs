@@ -4,12 +4,13 @@ use std::{path::PathBuf, process::ExitCode};
 
 use byol::{
     apply::sheet::{self, Tile},
-    data::Dataset,
+    data::{Dataset, Levels},
     device::{self, DeviceChoice},
     train::{RecipeOverrides, auto},
     views,
 };
 
+use super::data_args::DataFlags;
 use super::recipe_args::RecipeArgs;
 use crate::terminal::{self, Result, plural};
 
@@ -30,6 +31,8 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
     #[command(flatten)]
+    data_flags: DataFlags,
+    #[command(flatten)]
     recipe: RecipeArgs,
 }
 
@@ -46,7 +49,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if args.out.extension().is_none_or(|e| !e.eq_ignore_ascii_case("png")) {
         return Err(format!("unsupported output file {}\nhint: use the extension `.png`", args.out.display()).into());
     }
-    let dataset = Dataset::open(&args.data)?;
+    let dataset = args.data_flags.open(&args.data, Levels::default())?;
     let dataset = Dataset { held_out: None, test: None, ..dataset }.limit(args.count);
     let dataset = dataset.check(usize::MAX, &|| ())?;
     for image in &dataset.skipped {

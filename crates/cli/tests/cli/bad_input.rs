@@ -76,7 +76,7 @@ fn rejects_folders_with_mostly_unreadable_images() {
 
 #[cfg(unix)]
 #[test]
-fn skips_files_without_read_permission() {
+fn file_without_read_permission_ends_the_command() {
     use std::os::unix::fs::PermissionsExt;
     let folder = tempfile::tempdir().unwrap();
     let (data, out) = (folder.path().join("data"), folder.path().join("run"));
@@ -87,8 +87,7 @@ fn skips_files_without_read_permission() {
         skip("this user can read every file (root)");
         return;
     }
-    ok(&pretrain(&data, &out, &[]));
-    assert!(fs::read_to_string(out.join("skipped.txt")).unwrap().contains("000.png"));
+    refused(&pretrain(&data, &out, &[]), &["cannot read", "000.png", "permissions"]);
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod common;
+mod data;
 #[cfg(feature = "mpi")]
 mod mpi;
 mod page;

@@ -2,7 +2,9 @@
 
 use std::{fs, path::Path, thread, time::Duration};
 
-use crate::common::{byol, bytes, json, masked, newest_state, ok, pictures, pretrain, refused, stderr, text};
+use crate::common::{
+    Server, byol, bytes, embed, json, masked, newest_state, ok, pictures, pretrain, refused, stderr, text,
+};
 
 /// Lines of `metrics.jsonl`.
 fn metrics(run: &Path) -> Vec<serde_json::Value> {
@@ -246,6 +248,41 @@ fn resume_rejects_changed_data() {
     ok(&pretrain(&data, &out, &[]));
     fs::remove_file(data.join("even/000.png")).unwrap();
     refused(&["resume", text(&out)], &["have changed since the run started"]);
+}
+
+#[test]
+fn moved_data_are_found_by_a_flag() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, moved, out) = (folder.path().join("data"), folder.path().join("moved"), folder.path().join("run"));
+    pictures(&data, 40);
+    ok(&pretrain(&data, &out, &[]));
+    let (trained, checkpoints) = (bytes(&out), out.join("checkpoints"));
+    let mut saved: Vec<_> = fs::read_dir(&checkpoints).unwrap().map(|entry| entry.unwrap().path()).collect();
+    saved.sort();
+    fs::remove_dir_all(saved.last().unwrap()).unwrap();
+    fs::rename(&data, &moved).unwrap();
+    let (report, run) = (folder.path().join("report.html"), text(&out));
+    let report_args = ["report", run, "-o", text(&report), "--device", "cpu"];
+    for args in [&["resume", run][..], &report_args, &["explore", run, "--port", "0", "--device", "cpu"]] {
+        refused(args, &[text(&data), "do not exist", "`--data`"]);
+    }
+    ok(&["resume", run, "--data", text(&moved)]);
+    assert_eq!(bytes(&out), trained);
+    ok(&[&report_args[..], &["--data", text(&moved)]].concat());
+    let e = folder.path().join("e.npy");
+    ok(&embed(&out, &moved, &e, &[]));
+    for input in [run, text(&e)] {
+        let args = ["explore", input, "--data", text(&moved), "--port", "0", "--device", "cpu", "--map", "pca"];
+        assert_eq!(Server::start(&args).get("/thumb/0").0, 200, "{input}");
+    }
+    // Embeddings of the place where the images were before.
+    let again = folder.path().join("again");
+    fs::rename(&moved, &again).unwrap();
+    let args = ["explore", text(&e), "--data", text(&again), "--port", "0", "--map", "pca"];
+    assert_eq!(Server::start(&args).get("/thumb/0").0, 200);
+    // Other images do not pass as the moved ones.
+    fs::remove_file(again.join("even/000.png")).unwrap();
+    refused(&["resume", run, "--data", text(&again)], &["have changed since the run started", text(&again)]);
 }
 
 #[test]

@@ -215,14 +215,18 @@ fn interrupted_packing_is_resumed() {
 }
 
 #[test]
-fn mixed_folders_are_rejected_and_shard_names_give_the_split() {
+fn archives_beside_images_are_unused_and_shard_names_give_the_split() {
     let folder = tempfile::tempdir().unwrap();
     let shards = packed(folder.path(), 30);
     let out = folder.path().join("run");
-    // A shard among images is ambiguous.
+    // An archive among images is not the data set, whether the run begins or continues.
     let data = folder.path().join("data");
     fs::copy(shards.join("train-000000.tar"), data.join("backup.tar")).unwrap();
-    refused(&pretrain(&data, &out, &[]), &["backup.tar", "also contains"]);
+    let before = folder.path().join("before");
+    let log = stderr(&ok(&pretrain(&data, &before, &[])));
+    assert!(log.contains("backup.tar") && log.contains("27 training images"), "{log}");
+    fs::copy(shards.join("train-000000.tar"), data.join("again.tar")).unwrap();
+    ok(&["resume", text(&before)]);
     // The split is part of a longer file name, as on Hugging Face.
     let other = folder.path().join("other");
     fs::create_dir(&other).unwrap();
@@ -291,4 +295,64 @@ fn unreadable_monitoring_images_are_skipped() {
     assert_eq!(lines.len(), listed.lines().count(), "no image is listed twice: {listed}");
     let table = json(&ok(&["eval", "knn", text(&out), text(&shards), "--k", "1", "--json", "--device", "cpu"]));
     assert_eq!(table["rows"].as_array().unwrap().len(), 1);
+}
+
+/// A Parquet file with two row groups of four images each, of several kilobytes.
+fn parquet(path: &Path) {
+    use arrow_array::{ArrayRef, BinaryArray, RecordBatch};
+    let image = |i: u32| {
+        let noise =
+            |x: u32, y: u32, c: u32| (((x * 7919 + y * 104_729 + i * 13 + c).wrapping_mul(2_654_435_761)) >> 13) as u8;
+        let image = image::RgbImage::from_fn(40, 40, |x, y| image::Rgb([0, 1, 2].map(|c| noise(x, y, c))));
+        let mut bytes = std::io::Cursor::new(Vec::new());
+        image.write_to(&mut bytes, image::ImageFormat::Png).unwrap();
+        bytes.into_inner()
+    };
+    let images: ArrayRef = std::sync::Arc::new(BinaryArray::from_iter_values((0..8).map(image)));
+    let batch = RecordBatch::try_from_iter([("image", images)]).unwrap();
+    let file = fs::File::create(path).unwrap();
+    let mut writer = parquet::arrow::ArrowWriter::try_new(file, batch.schema(), None).unwrap();
+    for first in [0, 4] {
+        writer.write(&batch.slice(first, 4)).unwrap();
+        writer.flush().unwrap();
+    }
+    writer.close().unwrap();
+}
+
+#[cfg(unix)]
+#[test]
+fn missing_or_full_temporary_folder_ends_the_command() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("images.parquet");
+    parquet(&data);
+    let (_keep, _, encoder) = crate::common::trained();
+    let (table, shards) = (folder.path().join("a.csv"), folder.path().join("shards"));
+    let missing = folder.path().join("missing");
+    let commands = [crate::common::embed(encoder, &data, &table, &[]), vec!["pack", text(&data), "-o", text(&shards)]];
+    for args in &commands {
+        let output = byol(args).env("TMPDIR", &missing).output().unwrap();
+        let log = stderr(&output);
+        assert_eq!(output.status.code(), Some(1), "{log}");
+        assert!(log.contains(text(&missing)) && log.contains("TMPDIR"), "{log}");
+        // A limit on the size of files acts like a full disk. Its unit is a kilobyte or half of it.
+        let script = "trap '' XFSZ; ulimit -f 10; exec \"$@\"";
+        let mut limited = std::process::Command::new("sh");
+        limited.args(["-c", script, "sh", env!("CARGO_BIN_EXE_byol")]).args(args);
+        let output = limited.env("TMPDIR", folder.path()).output().unwrap();
+        let log = stderr(&output);
+        assert_eq!(output.status.code(), Some(1), "{log}");
+        assert!(log.contains(text(folder.path())) && log.contains("temporary file"), "{log}");
+        assert!(!table.exists() && !log.contains("skipped"), "{log}");
+        ok(args);
+        let _ = fs::remove_file(&table);
+    }
+}
+
+#[test]
+fn image_column_is_chosen_with_a_flag() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, shards) = (folder.path().join("images.parquet"), folder.path().join("shards"));
+    parquet(&data);
+    refused(&["pack", text(&data), "-o", text(&shards), "--column", "mask"], &["`mask`", "image", "--column"]);
+    ok(&["pack", text(&data), "-o", text(&shards), "--column", "image"]);
 }

@@ -192,6 +192,14 @@ impl Remote {
 
     /// Fetches the shard unless it is cached. `required` is false for prefetching.
     fn fetched(&self, required: bool) -> io::Result<PathBuf> {
+        // An error of the system concerns the cache, an error of the store names its address.
+        self.fetch_into_cache(required).map_err(|error| match error.raw_os_error() {
+            Some(_) => cache().map_or_else(|e| e, |cache| cache_error(&cache, &error)),
+            None => error,
+        })
+    }
+
+    fn fetch_into_cache(&self, required: bool) -> io::Result<PathBuf> {
         let path = self.cache_path()?;
         let is_cached = || path.metadata().is_ok_and(|m| m.len() == self.bytes);
         if !is_cached() {
@@ -240,10 +248,7 @@ impl Remote {
                 // A response that ends early without an error is a broken connection.
                 Ok(()) if received >= self.bytes => break,
                 Err(Error::Generic { store: "cache", source }) => {
-                    return Err(io::Error::other(format!(
-                        "cannot write {}: {source}\nhint: free some space, or set BYOL_CACHE to another folder",
-                        to.display()
-                    )));
+                    return Err(cache_error(to, &source));
                 }
                 Err(error) if !is_transient(&error) => return Err(store_error(&self.url, &error)),
                 _ if received > before => retries = 0,
@@ -269,13 +274,17 @@ impl Remote {
     /// Those of [`Remote::file`], and those of an invalid shard.
     pub fn index(self: &Arc<Self>, read: impl Fn(&Path) -> io::Result<Index>) -> io::Result<Index> {
         let index = read(&self.file()?)?;
-        let units = index.units.into_iter().map(|unit| Unit {
-            remote: Some(self.clone()),
-            path: self.url.clone().into(),
-            ..unit
-        });
-        Ok(Index { units: units.collect(), labels: index.labels })
+        let of_store = |unit| Unit { remote: Some(self.clone()), path: self.url.clone().into(), ..unit };
+        Ok(Index { units: index.units.into_iter().map(of_store).collect(), ..index })
     }
+}
+
+/// Error of a file or folder in the cache.
+fn cache_error(path: &Path, error: &dyn std::fmt::Display) -> io::Error {
+    io::Error::other(format!(
+        "cannot write {}: {error}\nhint: free some space, or set BYOL_CACHE to another folder",
+        path.display()
+    ))
 }
 
 /// Folder of fetched shards: `BYOL_CACHE`, else below the user's cache folder.

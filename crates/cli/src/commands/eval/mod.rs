@@ -33,7 +33,7 @@ use clap::Subcommand;
 use console::{Alignment, measure_text_width, pad_str};
 use serde_json::Value;
 
-use super::EvalFlags;
+use super::{EvalFlags, data_args::DataFlags};
 use crate::terminal::{self, Result, out, plural};
 
 /// Evaluate an encoder
@@ -78,6 +78,8 @@ struct CommonArgs {
     encoder: PathBuf,
     /// Images: a folder, CIFAR or IDX files, or shards
     data: PathBuf,
+    #[command(flatten)]
+    data_flags: DataFlags,
     #[command(flatten)]
     flags: EvalFlags,
 }
@@ -218,7 +220,7 @@ impl LabeledArgs {
     /// Training and test images, each decoded once. Warns if they are too small for the encoder.
     fn open(&self, encoder: &Encoder) -> Result<Labeled> {
         let path = &self.common.data;
-        let data = labeled(Dataset::open(path)?, self.limit)?;
+        let data = labeled(self.common.data_flags.open(path, encoder.spec.levels)?, self.limit)?;
         warn_if_enlarged(encoder, &*data.train.get(0)?, path);
         Ok(data)
     }
@@ -290,7 +292,7 @@ pub fn must_be_learnable(
 fn split(dataset: Dataset, limit: usize) -> Result<Labeled> {
     let root = dataset.root.clone();
     let bar = terminal::progress_bar("checking images", 0);
-    let dataset = with_test_split(dataset)?;
+    let dataset = with_test_split(labeled_images(dataset)?)?;
     let train = with_validation_images(&dataset);
     let dataset = Dataset { train, held_out: None, ..dataset }.limit(limit);
     bar.set_length(dataset.n_images() as u64);
@@ -303,6 +305,42 @@ fn split(dataset: Dataset, limit: usize) -> Result<Labeled> {
         return Err(format!("none of the test images of {} can be used", root.display()).into());
     };
     Ok(Labeled { train: dataset.train, test, classes: dataset.classes })
+}
+
+/// Keeps the images with labels, and says how many have none. Test labels are often hidden: if the
+/// test split has none, the validation split takes its role.
+fn labeled_images(dataset: Dataset) -> Result<Dataset> {
+    let labeled = dataset.clone().labeled();
+    if dataset.train.labeled().is_none() {
+        return Err(dataset.unlabeled(&dataset.train).into());
+    }
+    let note = |split: &str, all: &Images, labeled: Option<&Images>| {
+        let without = all.len() - labeled.map_or(0, Images::len);
+        if without > 0 {
+            let images = plural(all.len(), &format!("{split} image"));
+            terminal::note(format!("{without} of {images} have no label and are not used"));
+        }
+    };
+    note("training", &dataset.train, Some(&labeled.train));
+    let Some(test) = &dataset.test else { return Ok(labeled) };
+    let val = dataset.held_out.as_ref().filter(|val| !val.is_same(test));
+    if let Some(val) = val {
+        note("validation", val, labeled.held_out.as_ref());
+    }
+    match (&labeled.test, &labeled.held_out) {
+        (Some(labeled_test), _) => {
+            note("test", test, Some(labeled_test));
+            Ok(labeled)
+        }
+        (None, Some(val)) => {
+            terminal::note(format!(
+                "the test split has no labels: testing on the {} of the `val` split",
+                plural(val.len(), "image")
+            ));
+            Ok(Dataset { test: Some(val.clone()), ..labeled })
+        }
+        (None, None) => Err(dataset.unlabeled(test).into()),
+    }
 }
 
 fn with_test_split(dataset: Dataset) -> Result<Dataset> {

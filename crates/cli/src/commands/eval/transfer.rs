@@ -6,7 +6,7 @@ use std::{
 };
 
 use byol::{
-    data::{self, Dataset},
+    data,
     eval::{
         finetune,
         protocol::{Labels, MetricKind, ScoredPredictions},
@@ -18,6 +18,7 @@ use byol::{
 use serde_json::{Value, json};
 
 use super::{BaselineArgs, CommonArgs, EvalFlags, Labeled, NamedEncoder, absolute, features};
+use crate::commands::data_args::DataFlags;
 use crate::terminal::{self, Result, display_path};
 
 /// Evaluate the encoder on several labeled data sets
@@ -33,6 +34,8 @@ pub struct Args {
     /// Folders of labeled images
     #[arg(required = true)]
     data: Vec<PathBuf>,
+    #[command(flatten)]
+    data_flags: DataFlags,
     /// Also fine-tune the encoder
     #[arg(long)]
     finetune: bool,
@@ -68,7 +71,12 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         return Err("`--epochs` must be at least 1".into());
     }
     let paths: Vec<String> = args.data.iter().map(|path| absolute(path).display().to_string()).collect();
-    let common = CommonArgs { encoder: args.encoder.clone(), data: paths.join(" ").into(), flags: args.flags.clone() };
+    let common = CommonArgs {
+        encoder: args.encoder.clone(),
+        data: paths.join(" ").into(),
+        data_flags: args.data_flags.clone(),
+        flags: args.flags.clone(),
+    };
     let encoders = common.encoders(&args.baseline)?;
     let mut results = Results::default();
     let mut sets = Vec::new();
@@ -93,7 +101,7 @@ fn open(args: &Args, path: &Path, encoder: &Encoder) -> Result<Task> {
     // Data sets with the same folder name are told apart by their paths.
     let same_name = args.data.iter().filter(|other| folder_name(other) == folder_name(path)).count();
     let name = if same_name == 1 { folder_name(path) } else { path.display().to_string() };
-    let data = super::split(Dataset::open(path)?, args.limit)?;
+    let data = super::split(args.data_flags.open(path, encoder.spec.levels)?, args.limit)?;
     let (Some(train), Some(test)) = (Labels::from_images(&data.train), Labels::from_images(&data.test)) else {
         return Err(data::Error::Unlabeled(path.to_owned()).into());
     };

@@ -20,13 +20,13 @@ use byol::{
         search::Index,
     },
     atomic_write,
-    data::Dataset,
+    data::Levels,
     device::DeviceChoice,
     nn::weights,
     train::run::read_plan,
 };
 
-use super::INTERRUPTED;
+use super::{INTERRUPTED, data_args};
 use crate::terminal::{self, Result};
 
 /// Explore images as an interactive map in the browser
@@ -39,6 +39,9 @@ pub struct Args {
     /// Run folder, or embeddings file written by `byol embed`
     #[arg(value_name = "RUN|EMBEDDINGS")]
     input: PathBuf,
+    /// Folder of the images, if they were moved since the run or the embeddings were computed
+    #[arg(long, value_name = "DATA")]
+    data: Option<PathBuf>,
     /// Map layout: tsne (preserves neighborhoods) or pca (fast)
     #[arg(long, default_value = "tsne", value_parser = ["tsne", "pca"])]
     map: String,
@@ -80,16 +83,28 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     };
     super::exit_on_ctrl_c();
     let Embeddings { origin, paths, labels, features, .. } = Embeddings::open(&file)?;
+    let recorded = origin.map(|o| PathBuf::from(o.data));
+    let (root, paths) = match (&args.data, recorded) {
+        (Some(moved), Some(recorded)) => {
+            let paths = paths.into_iter().map(|path| relocate(path, &recorded, moved)).collect();
+            (Some(moved.clone()), paths)
+        }
+        (moved, recorded) => (moved.clone().or(recorded), paths),
+    };
+    let levels = match &run {
+        Some(run) => read_plan(run)?.encoder.levels,
+        None => Levels::default(),
+    };
     let index = Index::new(features);
     let method = if args.map == "pca" { Method::Pca } else { Method::Tsne };
     let coordinates = cached_map(&file, &index, method)?;
-    let root = origin.map(|o| PathBuf::from(o.data));
-    let state = server::AppState::new(server::Collection { index, paths, labels, coordinates, method, root, run });
+    let state =
+        server::AppState::new(server::Collection { index, paths, labels, coordinates, method, root, levels, run });
     let address = listener.local_addr()?;
     if let Some(missing) = state.first_missing_image() {
         terminal::warning(format!(
             "cannot load {missing} from the data folder; such images are shown without a picture (links that leave the \
-             folder are not followed)\nhint: if the images were moved, run `byol embed` on the new folder"
+             folder are not followed)\nhint: if the images were moved, pass their new folder with `--data`"
         ));
     }
     terminal::note(format!("serving on http://{address} (press Ctrl-C to stop)"));
@@ -97,12 +112,21 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Path of an image of the folder `recorded`, at the place the folder was moved to.
+fn relocate(path: String, recorded: &Path, moved: &Path) -> String {
+    match Path::new(&path).strip_prefix(recorded) {
+        Ok(relative) => moved.join(relative).display().to_string(),
+        Err(_) => path,
+    }
+}
+
 /// Returns the embeddings file of a run's training images, computing it if it is missing or out of
 /// date; `None` if interrupted.
 fn embed_run(args: &Args, run: &Path) -> Result<Option<PathBuf>> {
     let plan = read_plan(run)?;
-    let items = Items::new(Dataset::open(&plan.data)?.limit(args.limit), Split::Train);
-    let origin = Origin::new(&weights::resolve(run), &plan.data, &items, None)?;
+    let data = args.data.as_ref().unwrap_or(&plan.data);
+    let items = Items::new(data_args::open_moved(data, &plan)?.limit(args.limit), Split::Train);
+    let origin = Origin::new(&weights::resolve(run), data, &items, None)?;
     let folder = run.join("explore");
     // One file per encoder and limit. The images themselves may have changed since it was written.
     let file = folder.join(format!("{}-{}.parquet", &origin.encoder_sha256[..12], args.limit));
@@ -120,7 +144,7 @@ fn embed_run(args: &Args, run: &Path) -> Result<Option<PathBuf>> {
     let encoder = super::load_encoder(run, &opened.device)?;
     let job = Job { encoder: &encoder, items: &items, origin, out: &file };
     let outcome = terminal::with_progress("embedding", |progress| {
-        job.run(&super::stop_flag(), |done, total| progress(done as u64, total as u64))
+        job.run(&super::stop_soon_flag(), |done, total| progress(done as u64, total as u64))
     });
     match outcome? {
         Outcome::Finished { .. } => Ok(Some(file)),

@@ -29,7 +29,7 @@ use byol::{
         search::Index,
         sheet,
     },
-    data::{Dataset, decode},
+    data::{Dataset, Levels, OpenOptions, decode},
     image::Image,
     train::metrics::{self, Curves},
 };
@@ -48,6 +48,8 @@ pub struct Collection {
     pub method: Method,
     /// Data folder; images outside it are not served.
     pub root: Option<PathBuf>,
+    /// Black and white of images of more than 8 bits.
+    pub levels: Levels,
     /// Folder of the run whose training curves are shown.
     pub run: Option<PathBuf>,
 }
@@ -128,9 +130,9 @@ impl AppState {
     /// Loads the image of a row from its file or from packed data.
     fn image(&self, row: usize) -> Option<Arc<Image>> {
         if let Some(file) = self.file(row) {
-            return decode::file(&file).ok().map(Arc::new);
+            return decode::file(&file, &self.collection.levels).ok().map(Arc::new);
         }
-        let open = || PackedImages::open(self.collection.root.as_deref()?);
+        let open = || PackedImages::open(self.collection.root.as_deref()?, self.collection.levels);
         let packed = self.packed.get_or_init(open).as_ref()?;
         let position = *packed.positions.get(self.collection.paths.get(row)?)?;
         packed.items.get(position).ok()
@@ -164,8 +166,9 @@ struct PackedImages {
 }
 
 impl PackedImages {
-    fn open(root: &Path) -> Option<PackedImages> {
-        let dataset = Dataset::open(Some(root).filter(|r| !r.as_os_str().is_empty())?).ok()?;
+    fn open(root: &Path, levels: Levels) -> Option<PackedImages> {
+        let root = Some(root).filter(|r| !r.as_os_str().is_empty())?;
+        let dataset = Dataset::open_with(root, &OpenOptions { levels, ..OpenOptions::default() }).ok()?;
         let items = Items::new(dataset, Split::All);
         let packed = (0..items.len()).filter(|i| items.path(*i).is_none());
         let positions = packed.map(|i| (items.name(i), i)).collect();

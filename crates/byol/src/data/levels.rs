@@ -1,0 +1,140 @@
+//! Levels: the pixel values that mean black and white in images of more than 8 bits.
+//!
+//! 8-bit images have 0 and 255. In 16-bit and floating-point images the file does not say: cameras
+//! store 10, 12 or 14 bits in 16, and floats are in 0..1, 0..255 or a physical unit. The levels are
+//! detected once per data set, shown to the user, and stored with the encoder, so that training,
+//! evaluation and embedding read the same pixels.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// Values of black and white in images of more than 8 bits. `None` is not known yet: it is detected
+/// from the data.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Levels {
+    /// Black and white of 16-bit images.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub int16: Option<[f32; 2]>,
+    /// Black and white of floating-point images.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub float: Option<[f32; 2]>,
+}
+
+impl Levels {
+    /// Levels of encoders trained before levels were stored with them.
+    pub fn legacy() -> Levels {
+        Levels { int16: Some([0.0, 65535.0]), float: Some([0.0, 1.0]) }
+    }
+
+    /// True for [`Levels::legacy`].
+    pub fn is_legacy(&self) -> bool {
+        *self == Levels::legacy()
+    }
+
+    /// The same levels for 16-bit and floating-point images.
+    pub fn uniform(black: f32, white: f32) -> Levels {
+        Levels { int16: Some([black, white]), float: Some([black, white]) }
+    }
+
+    /// These levels, completed by those of `other`.
+    pub fn or(self, other: Levels) -> Levels {
+        Levels { int16: self.int16.or(other.int16), float: self.float.or(other.float) }
+    }
+
+    /// Levels of images of this kind.
+    pub(super) fn of(&self, kind: Kind) -> Option<[f32; 2]> {
+        match kind {
+            Kind::Int16 => self.int16,
+            Kind::Float => self.float,
+        }
+    }
+}
+
+impl fmt::Display for Levels {
+    /// One sentence for a note, such as `16-bit images: black is 0, white is 4095`.
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let kinds = [("16-bit", self.int16), ("floating-point", self.float)];
+        let parts: Vec<String> = kinds
+            .into_iter()
+            .filter_map(|(kind, levels)| {
+                levels.map(|[black, white]| format!("{kind} images: black is {black}, white is {white}"))
+            })
+            .collect();
+        f.write_str(&parts.join("; "))
+    }
+}
+
+/// Kind of images of more than 8 bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Unsigned 16-bit integers.
+    Int16,
+    /// Floats, and integers of other types.
+    Float,
+}
+
+/// Values of images of one kind.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Range {
+    pub kind: Kind,
+    pub min: f32,
+    pub max: f32,
+    /// True if all values are integers.
+    pub is_whole: bool,
+}
+
+/// White of integers with 8, 10, 12, 14 and 16 bits.
+const WHITES: [f32; 5] = [255.0, 1023.0, 4095.0, 16383.0, 65535.0];
+
+/// Largest floating-point value up to which fractions are read neither as 0..1 nor as 0..255.
+const MAX_AMBIGUOUS: f32 = 16.0;
+
+impl Range {
+    /// Range of values, which must not be NaN.
+    pub fn new(kind: Kind, values: impl Iterator<Item = f32>) -> Range {
+        let start = Range { kind, min: f32::INFINITY, max: f32::NEG_INFINITY, is_whole: true };
+        values.fold(start, |range, v| Range {
+            kind,
+            min: range.min.min(v),
+            max: range.max.max(v),
+            is_whole: range.is_whole && v.fract() == 0.0,
+        })
+    }
+
+    /// Range of the values of both.
+    pub fn union(self, other: Range) -> Range {
+        Range {
+            kind: self.kind,
+            min: self.min.min(other.min),
+            max: self.max.max(other.max),
+            is_whole: self.is_whole && other.is_whole,
+        }
+    }
+
+    /// Black and white of images with these values.
+    ///
+    /// # Errors
+    /// Description of the values, if they do not tell.
+    pub fn levels(&self) -> Result<[f32; 2], String> {
+        let Range { min, max, is_whole, .. } = *self;
+        let depth = WHITES.into_iter().find(|white| max <= *white).map(|white| [0.0, white]);
+        if self.kind == Kind::Int16 {
+            return Ok(depth.unwrap_or([0.0, 65535.0]));
+        }
+        // Interpolation and rounding may exceed the levels by less than half a gray level.
+        let is_within = |[black, white]: [f32; 2]| {
+            let slack = (white - black) / 255.0 / 2.0;
+            min >= black - slack && max <= white + slack
+        };
+        let levels = match () {
+            () if is_within([0.0, 1.0]) => Some([0.0, 1.0]),
+            () if is_within([-1.0, 1.0]) => Some([-1.0, 1.0]),
+            () if is_within([0.0, 255.0]) && (is_whole || max > MAX_AMBIGUOUS) => Some([0.0, 255.0]),
+            () if min >= 0.0 && is_whole => depth,
+            () => None,
+        };
+        levels.ok_or_else(|| format!("values from {min} to {max}"))
+    }
+}

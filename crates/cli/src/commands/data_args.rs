@@ -1,0 +1,89 @@
+//! Flags of the commands that read a data set, and the notes on what was found in it.
+
+use std::{path::Path, str::FromStr};
+
+use byol::{
+    data::{self, Dataset, Levels, OpenOptions, Unused},
+    train::Plan,
+};
+
+use crate::terminal::{self, Result};
+
+/// Flags of the commands that read a data set.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct DataFlags {
+    /// Image column of Parquet files [default: `image`, `img`, or the only one]
+    #[arg(long, value_name = "NAME")]
+    column: Option<String>,
+    /// Values of black and white in 16-bit and floating-point images, for example `0,4095`
+    /// [default: detected]
+    #[arg(long, value_name = "BLACK,WHITE", allow_negative_numbers = true)]
+    levels: Option<BlackAndWhite>,
+}
+
+/// Values of black and white.
+#[derive(Debug, Clone, Copy)]
+struct BlackAndWhite([f32; 2]);
+
+impl FromStr for BlackAndWhite {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let parts = text.split_once(',').and_then(|(b, w)| Some([b.trim().parse().ok()?, w.trim().parse().ok()?]));
+        parts
+            .filter(|[black, white]: &[f32; 2]| black.is_finite() && white.is_finite() && black < white)
+            .map(BlackAndWhite)
+            .ok_or_else(|| format!("invalid levels `{text}` (expected two numbers, black below white, e.g. `0,4095`)"))
+    }
+}
+
+impl DataFlags {
+    /// Opens a data set and prints what is not used of it. Levels that the flags do not set are
+    /// those of `levels`, and detected where these are not set either.
+    pub fn open(&self, root: &Path, levels: Levels) -> Result<Dataset> {
+        let chosen = self.levels.map(|BlackAndWhite([black, white])| Levels::uniform(black, white));
+        let options = OpenOptions { column: self.column.clone(), levels: chosen.unwrap_or(levels) };
+        open(root, &options)
+    }
+}
+
+/// Opens a data set and prints what is not used of it, and the levels that were detected.
+pub fn open(root: &Path, options: &OpenOptions) -> Result<Dataset> {
+    Ok(described(Dataset::open_with(root, options)?, options))
+}
+
+/// Prints what is not used of a data set, and the levels that were detected.
+fn described(dataset: Dataset, options: &OpenOptions) -> Dataset {
+    warn_unused(&dataset.unused);
+    let detected = dataset.levels();
+    if detected != options.levels {
+        terminal::note(format!("{detected} (detected; choose with `--levels`)"));
+    }
+    dataset
+}
+
+/// Most groups of unused images and files that are printed.
+const MAX_UNUSED: usize = 5;
+
+/// Warns about images and files that are not part of the data set.
+fn warn_unused(unused: &[Unused]) {
+    for group in unused.iter().take(MAX_UNUSED) {
+        terminal::warning(format!("not used: {group}"));
+    }
+    if unused.len() > MAX_UNUSED {
+        terminal::warning(format!("not used: {} more; a run lists them in skipped.txt", unused.len() - MAX_UNUSED));
+    }
+}
+
+/// Opens the data of a run, at the place where they are now.
+pub fn open_moved(root: &Path, plan: &Plan) -> Result<Dataset> {
+    let options = plan.open_options();
+    match Dataset::open_with(root, &options) {
+        Err(data::Error::Missing(path)) if path == plan.data => Err(format!(
+            "the images of the run, {}, do not exist\nhint: if they were moved, pass their new folder with `--data`",
+            path.display()
+        )
+        .into()),
+        dataset => Ok(described(dataset?, &options)),
+    }
+}
