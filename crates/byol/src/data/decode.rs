@@ -256,19 +256,19 @@ impl Raw {
             Some(deep) => {
                 let kind = if matches!(deep, Deep::Int16(..)) { Kind::Int16 } else { Kind::Float };
                 // Also refuses NaN.
-                let range = if kind == Kind::Float || levels.of(kind).is_none() { self.range()? } else { None };
-                let levels_of_image = match (levels.of(kind), range) {
+                let range = if kind == Kind::Float || levels.get(kind).is_none() { self.range()? } else { None };
+                let image_levels = match (levels.get(kind), range) {
                     (Some(levels), _) => levels,
                     (None, Some(range)) => range.levels().map_err(DecodeError::UnknownLevels)?,
                     (None, None) => [0.0, 65535.0],
                 };
                 let mut rgb: DynamicImage = match deep {
                     // As before levels were known, so that encoders of that time see the same pixels.
-                    Deep::Int16(..) if levels_of_image == [0.0, 65535.0] => self.image.into_rgb8().into(),
+                    Deep::Int16(..) if image_levels == [0.0, 65535.0] => self.image.into_rgb8().into(),
                     Deep::Float(..) if levels.is_legacy() => self.image.into_rgb8().into(),
-                    Deep::Int16(values, channels) => self.map(colors(values, channels), levels_of_image, 0.0)?,
+                    Deep::Int16(values, channels) => self.map(colors(values, channels), image_levels, 0.0)?,
                     // Half a gray level beyond is rounded to black or white.
-                    Deep::Float(values, channels) => self.map(colors(values, channels), levels_of_image, 0.5)?,
+                    Deep::Float(values, channels) => self.map(colors(values, channels), image_levels, 0.5)?,
                 };
                 if self.white_is_zero {
                     rgb.invert();

@@ -40,7 +40,7 @@ pub(super) fn complete(levels: Levels, splits: &[&Images], root: &Path) -> Resul
         }
     }
     let detect = |kind: Kind| -> Result<Option<[f32; 2]>, Error> {
-        let mut images: Vec<_> = deep.iter().filter(|(_, _, of_image)| *of_image == kind).collect();
+        let mut images: Vec<_> = deep.iter().filter(|(_, _, image_kind)| *image_kind == kind).collect();
         if images.len() > MAX_DECODED {
             images = stratified_positions(images.len(), SAMPLE).into_iter().map(|i| images[i]).collect();
         }
@@ -52,7 +52,7 @@ pub(super) fn complete(levels: Levels, splits: &[&Images], root: &Path) -> Resul
         let invalid = |reason| Error::Levels { root: root.to_owned(), reason };
         range.map(|range| range.levels()).transpose().map_err(invalid)
     };
-    let [int16, float] = [Kind::Int16, Kind::Float].map(|kind| match levels.of(kind) {
+    let [int16, float] = [Kind::Int16, Kind::Float].map(|kind| match levels.get(kind) {
         Some(known) => Ok(Some(known)),
         None => detect(kind),
     });
@@ -115,7 +115,7 @@ mod tests {
     use super::*;
     use crate::data::{Dataset, OpenOptions};
 
-    fn of_floats(values: &[f32]) -> Result<[f32; 2], String> {
+    fn float_levels(values: &[f32]) -> Result<[f32; 2], String> {
         Range::new(Kind::Float, values.iter().copied()).levels()
     }
 
@@ -149,10 +149,10 @@ mod tests {
             (&[0.0, 4000.0], [0.0, 4095.0]),
             (&[0.0, 65535.0], [0.0, 65535.0]),
         ] {
-            assert_eq!(of_floats(values), Ok(levels), "{values:?}");
+            assert_eq!(float_levels(values), Ok(levels), "{values:?}");
         }
         for values in [&[0.0, 1.5][..], &[-3.0, 4.0], &[0.0, 300.5], &[0.0, 65536.0], &[-1.0, 2.0], &[-300.0, 0.0]] {
-            let reason = of_floats(values).unwrap_err();
+            let reason = float_levels(values).unwrap_err();
             assert!(reason.contains(&format!("from {} to {}", values[0], values[1])), "{reason}");
         }
     }

@@ -95,7 +95,7 @@ impl Kind {
 
     fn reason(&self) -> String {
         match self {
-            Kind::Format(format) => format!("{format} is not read; {}", self.remedy()),
+            Kind::Format(_) => format!("unsupported format; {}", self.remedy()),
             Kind::Archive(_) => format!("archives are not read; {}", self.remedy()),
             Kind::Shard(_) => format!("not read beside image files; {}", self.remedy()),
             Kind::Container(_) => format!("not read; {}", self.remedy()),
@@ -412,7 +412,7 @@ pub(super) fn split_folder(relative: &Path) -> Option<String> {
 }
 
 /// True for the folder of a run, and for the default parent folder of runs.
-fn is_run(folder: &Path) -> bool {
+pub(super) fn is_run(folder: &Path) -> bool {
     is_named(folder, &[RUNS])
         || (folder.join("plan.toml").is_file()
             && (folder.join("checkpoints").is_dir() || folder.join("encoder.safetensors").is_file()))
@@ -449,7 +449,7 @@ fn top_folder(relative: &Path) -> Option<&OsStr> {
 }
 
 /// Path relative to `root`, for messages.
-fn relative(path: &Path, root: &Path) -> String {
+pub(super) fn relative(path: &Path, root: &Path) -> String {
     path.strip_prefix(root).unwrap_or(path).display().to_string()
 }
 
@@ -531,6 +531,12 @@ pub(super) fn is_image_extension(extension: &str) -> bool {
 
 fn has_image_extension(path: &Path) -> bool {
     path.extension().and_then(OsStr::to_str).is_some_and(is_image_extension)
+}
+
+/// True if this is a regular file with an image. Other files are not opened: a named pipe would wait
+/// for a writer.
+pub(super) fn is_image(path: &Path) -> bool {
+    path.is_file() && matches!(classify(path), File::Image)
 }
 
 /// Kind of a regular file.
@@ -617,7 +623,7 @@ mod tests {
     }
 
     #[test]
-    fn splits_leave_no_image_without_a_word() {
+    fn images_beside_splits_are_reported() {
         let (data, unused) = opened(&[
             "Train/cat/1.png",
             "Train/dog/1.png",
@@ -739,8 +745,8 @@ mod tests {
         assert_eq!(
             unused,
             [
-                "HEIC files (12): HEIC is not read; convert them to JPEG or PNG (first: IMG_00.HEIC)",
-                "camera raw (NEF) file (1): camera raw (NEF) is not read; convert them to JPEG or PNG (1.NEF)",
+                "HEIC files (12): unsupported format; convert them to JPEG or PNG (first: IMG_00.HEIC)",
+                "camera raw (NEF) file (1): unsupported format; convert them to JPEG or PNG (1.NEF)",
                 ".tar.gz file (1): archives are not read; unpack them (b.tar.gz)",
                 ".tgz file (1): archives are not read; unpack them (c.tgz)",
                 ".zip file (1): archives are not read; unpack them (a.zip)",

@@ -109,7 +109,7 @@ pub fn parse(root: &Path, file: &Path, bytes: &[u8], resolve: impl Fn(&Path) -> 
         let record = record.map_err(|e| invalid(e.to_string()))?;
         let line = record.position().map_or(0, csv::Position::line);
         let cell = |i: usize| record.get(i).unwrap_or_default();
-        let path = resolve(&path_of_bytes(cell(path_column)));
+        let path = resolve(&path_from_bytes(cell(path_column)));
         if !path.is_file() {
             let problem = if path.exists() { "is not a file" } else { "does not exist" };
             return Err(invalid(format!("line {line} names {}, which {problem}", path.display())));
@@ -170,7 +170,7 @@ pub fn parse(root: &Path, file: &Path, bytes: &[u8], resolve: impl Fn(&Path) -> 
 }
 
 /// Path of a cell. On Unix it may contain any bytes, as file names do.
-fn path_of_bytes(bytes: &[u8]) -> Cow<'_, Path> {
+fn path_from_bytes(bytes: &[u8]) -> Cow<'_, Path> {
     #[cfg(unix)]
     return Cow::Borrowed(Path::new(<std::ffi::OsStr as std::os::unix::ffi::OsStrExt>::from_bytes(bytes)));
     #[cfg(not(unix))]

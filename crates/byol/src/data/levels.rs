@@ -44,7 +44,7 @@ impl Levels {
     }
 
     /// Levels of images of this kind.
-    pub(super) fn of(&self, kind: Kind) -> Option<[f32; 2]> {
+    pub(super) fn get(&self, kind: Kind) -> Option<[f32; 2]> {
         match kind {
             Kind::Int16 => self.int16,
             Kind::Float => self.float,

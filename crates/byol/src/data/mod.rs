@@ -434,7 +434,7 @@ impl Images {
     /// Error of image `i`: the image's own, or the machine's.
     fn image_error(&self, i: usize, source: DecodeError) -> Error {
         match source {
-            DecodeError::Read(source) if !is_of_image(&source) => match &self.source {
+            DecodeError::Read(source) if !is_image_error(&source) => match &self.source {
                 Source::Shards(shards) => {
                     Error::Shard { path: shards.path(self.indices[i]).to_owned(), reason: source.to_string() }
                 }
@@ -711,7 +711,7 @@ impl Images {
 
 /// True if an I/O error tells something about one image: its file is gone, or its bytes in a shard
 /// are damaged. Any other, such as a full disk, would also hit the next image.
-fn is_of_image(error: &io::Error) -> bool {
+fn is_image_error(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof)
 }
 

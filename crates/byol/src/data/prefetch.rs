@@ -77,7 +77,7 @@ pub struct Loader {
 }
 
 /// Longest time that a stop waits for a micro-batch.
-const STOP_PATIENCE: Duration = Duration::from_secs(3);
+const STOP_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Finished micro-batches that wait in the queue. Two even out variable decoding times.
 const QUEUE: usize = 2;
@@ -134,7 +134,7 @@ impl Loader {
                 Ok(batch) => *received = Some(batch),
                 Err(RecvTimeoutError::Disconnected) => return true,
                 Err(RecvTimeoutError::Timeout) if stop.load(Ordering::Relaxed) => {
-                    if stopped.get_or_insert_with(Instant::now).elapsed() >= STOP_PATIENCE {
+                    if stopped.get_or_insert_with(Instant::now).elapsed() >= STOP_TIMEOUT {
                         return false;
                     }
                 }
@@ -194,11 +194,12 @@ mod tests {
         views::{ChaCha8Rng, View},
     };
 
-    fn batches(augmentation: Option<Arc<dyn Augmentation>>, threads: usize) -> Vec<MicroBatch> {
-        let loader = Loader::start(Request {
-            images: synthetic::dataset(1, 12, 0).train,
+    /// Four micro-batches of four images.
+    fn request(images: Images) -> Request {
+        Request {
+            images,
             policies: [Policy::default(), Policy::second()],
-            augmentation,
+            augmentation: None,
             size: 16,
             crop_only: false,
             n: 4,
@@ -207,8 +208,13 @@ mod tests {
             seed: 7,
             first: 0,
             last: 4,
-            threads,
-        });
+            threads: 2,
+        }
+    }
+
+    fn batches(augmentation: Option<Arc<dyn Augmentation>>, threads: usize) -> Vec<MicroBatch> {
+        let images = synthetic::dataset(1, 12, 0).train;
+        let loader = Loader::start(Request { augmentation, threads, ..request(images) });
         (0..4).map(|_| loader.next_batch().unwrap()).collect()
     }
 
@@ -250,20 +256,7 @@ mod tests {
     #[should_panic(expected = "placement `cpu`")]
     fn user_defined_augmentation_is_refused_with_crops_only() {
         let images = synthetic::dataset(1, 2, 0).train;
-        Loader::start(Request {
-            images,
-            policies: [Policy::default(), Policy::second()],
-            augmentation: Some(Arc::new(shift_red)),
-            size: 16,
-            crop_only: true,
-            n: 2,
-            part: [0, 1],
-            buffer: 1,
-            seed: 0,
-            first: 0,
-            last: 1,
-            threads: 1,
-        });
+        Loader::start(Request { augmentation: Some(Arc::new(shift_red)), crop_only: true, ..request(images) });
     }
 
     #[cfg(unix)]
@@ -279,20 +272,7 @@ mod tests {
         let pipe = folder.path().join("2.png");
         std::fs::remove_file(&pipe).unwrap();
         assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
-        let loader = Loader::start(Request {
-            images,
-            policies: [Policy::default(), Policy::second()],
-            augmentation: None,
-            size: 16,
-            crop_only: false,
-            n: 4,
-            part: [0, 1],
-            buffer: 1,
-            seed: 7,
-            first: 0,
-            last: 4,
-            threads: 2,
-        });
+        let loader = Loader::start(request(images));
         assert!(!loader.wait(&AtomicBool::new(true)));
         // Ends the read.
         std::fs::write(&pipe, b"no image").unwrap();

@@ -223,7 +223,7 @@ impl Names {
             .convs()
             .flat_map(|conv| ["running_mean", "running_var"].map(|suffix| format!("{}.{suffix}", conv.norm)));
         let known: HashSet<String> = params.chain(statistics).map(|name| self.in_checkpoint(&name)).collect();
-        let mut unknown = shapes.keys().filter(|name| !known.contains(*name) && self.is_of_encoder(name));
+        let mut unknown = shapes.keys().filter(|name| !known.contains(*name) && self.belongs_to_encoder(name));
         match unknown.next() {
             None => Ok(()),
             Some(first) => Err(format!(
@@ -235,7 +235,7 @@ impl Names {
     }
 
     /// True if a tensor belongs to the encoder: not to a later module, another network or a counter.
-    fn is_of_encoder(&self, name: &str) -> bool {
+    fn belongs_to_encoder(&self, name: &str) -> bool {
         let Some(rest) = name.strip_prefix(&self.prefix) else { return false };
         let module = rest.split('.').next().unwrap_or_default().to_ascii_lowercase();
         let is_other = OTHER_MODULES.iter().any(|other| module.starts_with(other))

@@ -290,18 +290,18 @@ fn exit_on_ctrl_c() {
 }
 
 /// Longest time that a stop waits for one image, or for work that the same command continues.
-const STOP_PATIENCE: Duration = Duration::from_secs(10);
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A flag set by Ctrl-C. A second Ctrl-C ends the program immediately; so does an image that does
 /// not arrive, since the last checkpoint stays valid.
 fn stop_flag() -> Arc<AtomicBool> {
-    stop_flag_that_calls(|| exit_unless_stopped(|_| longest_read().is_some_and(|read| read >= STOP_PATIENCE)))
+    stop_flag_that_calls(|| exit_unless_stopped(|_| longest_read().is_some_and(|read| read >= STOP_TIMEOUT)))
 }
 
 /// [`stop_flag`] of work that the same command continues: it ends after a few seconds at the
 /// latest.
 fn stop_soon_flag() -> Arc<AtomicBool> {
-    stop_flag_that_calls(|| exit_unless_stopped(|since| since >= STOP_PATIENCE))
+    stop_flag_that_calls(|| exit_unless_stopped(|since| since >= STOP_TIMEOUT))
 }
 
 /// Ends the program once `is_overdue`, which gets the time since the stop.
@@ -310,7 +310,7 @@ fn exit_unless_stopped(is_overdue: fn(Duration) -> bool) {
     while !is_overdue(stopped.elapsed()) {
         std::thread::sleep(Duration::from_millis(200));
     }
-    eprintln!("stopped, without waiting for images that do not arrive");
+    eprintln!("stopped before the current step was done");
     std::process::exit(i32::from(INTERRUPTED));
 }
 

@@ -17,7 +17,7 @@ mod tar;
 use std::{
     collections::{HashMap, HashSet},
     fs::File,
-    io::{self, Read},
+    io,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, PoisonError,
@@ -27,9 +27,9 @@ use std::{
 };
 
 use super::{
-    Dataset, Error, Images, Skipped, Unused, decode,
-    folder::is_image_extension,
-    is_of_image, labels_csv, list,
+    Dataset, Error, Images, Skipped, Unused,
+    folder::{is_image, is_run, relative},
+    is_image_error, labels_csv, list,
     pack::{MANIFEST, Manifest},
 };
 
@@ -247,10 +247,10 @@ fn no_images(reason: impl Into<String>) -> io::Error {
 }
 
 /// Error of a whole shard, which does not concern a single image.
-fn of_shard(error: io::Error) -> io::Error {
+fn shard_error(error: io::Error) -> io::Error {
     match error.kind() {
         io::ErrorKind::NotFound => io::Error::other("it does not exist any more"),
-        _ if is_of_image(&error) => io::Error::other(error.to_string()),
+        _ if is_image_error(&error) => io::Error::other(error.to_string()),
         _ => error,
     }
 }
@@ -335,14 +335,14 @@ impl Shards {
         // A small cache may remove a fetched file before it is opened.
         let mut retries = if remote.is_some() { 3 } else { 0 };
         let opened = loop {
-            let path = self.units[unit].file().map_err(of_shard)?;
+            let path = self.units[unit].file().map_err(shard_error)?;
             let opened = match group {
                 None => tar::open(&path),
                 Some(group) => parquet::open(&path, *group, *column, remote.is_none()),
             };
             match opened {
                 Err(e) if e.kind() == io::ErrorKind::NotFound && retries > 0 => retries -= 1,
-                other => break other.map_err(of_shard)?,
+                other => break other.map_err(shard_error)?,
             }
         };
         if opened.entries.len() != *images {
@@ -389,7 +389,7 @@ impl Shards {
     /// Reads the encoded bytes of image `i`.
     ///
     /// # Errors
-    /// One of [`is_of_image`] if the image is missing or damaged; any other if the shard cannot be
+    /// One of [`is_image_error`] if the image is missing or damaged; any other if the shard cannot be
     /// read.
     pub fn bytes(&self, i: usize) -> io::Result<Vec<u8>> {
         let (unit, k) = self.locate(i);
@@ -397,7 +397,7 @@ impl Shards {
         match &open.entries[k].content {
             Content::Span { offset, len } => {
                 let mut bytes = vec![0; *len as usize];
-                read_exact_at(&open.file, &mut bytes, *offset).map_err(of_shard)?;
+                read_exact_at(&open.file, &mut bytes, *offset).map_err(shard_error)?;
                 Ok(bytes)
             }
             Content::File(path) => {
@@ -655,12 +655,12 @@ fn open_folder(root: &Path, column: Option<&str>) -> Result<Opened, Error> {
     if let Some(first) = others.first_image {
         let Others { images: count, .. } = others;
         let reason = "the data set is in shards; pass a folder without shards to use them".to_owned();
-        let first = relative(root, &first);
+        let first = relative(&first, root);
         notes.push(Note { name: "images beside shards".into(), reason, count, first, kind: NoteKind::Files });
     }
     for shard in others.shards {
         let reason = "in another subfolder; pass that by itself to use it".to_owned();
-        let (name, first) = ("shards".into(), relative(root, &shard));
+        let (name, first) = ("shards".into(), relative(&shard, root));
         notes.push(Note { name, reason, count: 1, first, kind: NoteKind::Files });
     }
     if root.join(labels_csv::FILE).is_file() {
@@ -670,14 +670,9 @@ fn open_folder(root: &Path, column: Option<&str>) -> Result<Opened, Error> {
         .map(|dataset| Opened::Shards(Box::new(dataset)))
 }
 
-/// Path below `root`.
-fn relative(root: &Path, path: &Path) -> String {
-    path.strip_prefix(root).unwrap_or(path).display().to_string()
-}
-
 /// Adds a file that is not used. Files with the same extension and reason are counted together.
 fn add_file(notes: &mut Notes, root: &Path, path: &Path, reason: &str) {
-    let (name, first) = (format!("{} files", extension(path)), relative(root, path));
+    let (name, first) = (format!("{} files", extension(path)), relative(path, root));
     notes.push(Note { name, reason: reason.to_owned(), count: 1, first, kind: NoteKind::Files });
 }
 
@@ -726,22 +721,6 @@ impl Others {
         }
         Ok(())
     }
-}
-
-/// True for the folder of a run, whose pictures are not data.
-fn is_run(folder: &Path) -> bool {
-    let has = |name: &str| folder.join(name).exists();
-    has("plan.toml") && (has("checkpoints") || has("encoder.safetensors"))
-}
-
-/// True if the extension, or else the first bytes, are those of an image.
-fn is_image(path: &Path) -> bool {
-    if path.extension().and_then(|e| e.to_str()).is_some_and(is_image_extension) {
-        return true;
-    }
-    let mut head = [0; 16];
-    let n = File::open(path).and_then(|mut file| file.read(&mut head)).unwrap_or(0);
-    decode::is_supported(&head[..n])
 }
 
 /// True for an address such as `s3://bucket/shards/{000..146}.tar`.

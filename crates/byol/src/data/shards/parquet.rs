@@ -218,7 +218,7 @@ fn must_have_images(
         return Ok(());
     }
     let Sample { has_images: None, path: Some(first) } = sample()? else { return Ok(()) };
-    match file_of(path, &first) {
+    match image_file(path, &first) {
         Some(_) => Ok(()),
         None => Err(io::Error::other(format!(
             "its column `{column}` has only the paths of images, and {first} does not exist\n\
@@ -344,7 +344,7 @@ impl<'a> ImageColumn<'a> {
 }
 
 /// File of an image that a Parquet file names: relative to its folder or the one above, or absolute.
-fn file_of(parquet: &Path, name: &str) -> Option<PathBuf> {
+fn image_file(parquet: &Path, name: &str) -> Option<PathBuf> {
     let folder = parquet.parent()?;
     let folders = [Some(folder), folder.parent()];
     // Reading a device or a pipe could wait forever.
@@ -353,7 +353,7 @@ fn file_of(parquet: &Path, name: &str) -> Option<PathBuf> {
 
 /// Error of a temporary file. It concerns the machine and not an image.
 fn temporary_file_error(error: &io::Error) -> io::Error {
-    let kind = if super::super::is_of_image(error) { io::ErrorKind::Other } else { error.kind() };
+    let kind = if super::super::is_image_error(error) { io::ErrorKind::Other } else { error.kind() };
     let folder = std::env::temp_dir();
     io::Error::new(
         kind,
@@ -388,7 +388,7 @@ fn open_may_panic(path: &Path, group: usize, column: usize, is_local: bool) -> i
         let Some(images) = ImageColumn::new(batch.column(0).as_ref()) else { return Err(damaged("it has changed")) };
         for i in 0..batch.num_rows() {
             let row = first_row + entries.len();
-            let external = || images.path(i).and_then(|name| file_of(path, name)).filter(|_| is_local);
+            let external = || images.path(i).and_then(|name| image_file(path, name)).filter(|_| is_local);
             let content = match (images.bytes(i), images.path(i)) {
                 (Some(bytes), _) => {
                     file.write_all(bytes).map_err(|e| temporary_file_error(&e))?;
