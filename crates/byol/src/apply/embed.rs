@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use super::embeddings::{self, Origin, Rows, Writer};
 use crate::{
-    data::{self, Dataset, Images},
+    data::{self, Dataset, Images, Levels},
     eval::batch_size,
     image::{CHANNELS, Image},
     nn::{Encoder, tree::host, weights},
@@ -77,6 +77,10 @@ pub enum Error {
 pub struct Items {
     splits: Vec<(&'static str, Images)>,
     classes: Vec<String>,
+    /// Image column of Parquet files, if it was chosen.
+    column: Option<String>,
+    /// Black and white of images of more than 8 bits.
+    levels: Levels,
 }
 
 /// Split of a data set.
@@ -93,7 +97,8 @@ pub enum Split {
 impl Items {
     /// Lists the images of a split.
     pub fn new(dataset: Dataset, split: Split) -> Items {
-        let Dataset { train, held_out, test, classes, .. } = dataset;
+        let levels = dataset.levels();
+        let Dataset { train, held_out, test, classes, column, .. } = dataset;
         // A data set with a single other split has it as both `held_out` and `test`.
         let val = held_out.filter(|v| test.as_ref().is_none_or(|t| t.fingerprint() != v.fingerprint()));
         let splits: Vec<_> = match split {
@@ -102,7 +107,7 @@ impl Items {
             Split::All => vec![("train", Some(train)), ("val", val), ("test", test)],
         };
         let splits = splits.into_iter().filter_map(|(name, images)| Some((name, images?))).collect();
-        Items { splits, classes }
+        Items { splits, classes, column, levels }
     }
 
     /// Number of images.
@@ -154,9 +159,9 @@ impl Items {
         images.label(i).map(|class| self.classes[class].as_str())
     }
 
-    /// Returns true if every image has a label.
-    pub(crate) fn is_labeled(&self) -> bool {
-        !self.is_empty() && self.splits.iter().all(|(_, images)| images.labels().is_some())
+    /// Returns true if at least one image has a label.
+    pub(crate) fn has_labels(&self) -> bool {
+        (0..self.len()).any(|i| self.label(i).is_some())
     }
 
     /// Latest modification time of the image files, in milliseconds since 1970; 0 if the images are
@@ -193,6 +198,8 @@ impl Origin {
             data: data.display().to_string(),
             fingerprint: items.fingerprint(),
             shard,
+            column: items.column.clone(),
+            levels: items.levels,
         })
     }
 }
@@ -236,7 +243,7 @@ struct Partial {
 }
 
 /// Header line of the partial file.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct Header {
     origin: Origin,
     dim: usize,
@@ -421,7 +428,7 @@ impl Job<'_> {
             let first = skipped.first().cloned().unwrap_or_default();
             return Err(data::Error::MostlyBad { root, bad: bad.len(), all: range.len(), first }.into());
         }
-        let labeled = self.items.is_labeled();
+        let labeled = self.items.has_labels();
         let mut writer = Writer::new(self.out, self.origin.clone(), n, dim, labeled)?;
         let mut reader = first_record(&mut file).map_err(read_error)?;
         let indices: Vec<usize> = range.collect();
@@ -431,7 +438,7 @@ impl Job<'_> {
                 reader.read_exact(&mut record).map_err(read_error)?;
                 if is_embedding(&record) {
                     paths.push(self.items.name(*i));
-                    labels.extend(self.items.label(*i).map(str::to_owned));
+                    labels.push(self.items.label(*i).map(str::to_owned));
                     let bytes = record[..4 * dim].chunks_exact(4);
                     values.extend(bytes.map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])));
                 }

@@ -26,7 +26,7 @@ use parquet::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{atomic_write, catch_panic::catch_panic, eval::Features};
+use crate::{atomic_write, catch_panic::catch_panic, data::Levels, eval::Features};
 
 /// Error of reading or writing embeddings.
 #[derive(Debug, thiserror::Error)]
@@ -67,7 +67,7 @@ pub enum Error {
 }
 
 /// Origin of a set of embeddings.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Origin {
     /// Version of byol.
     pub version: String,
@@ -81,6 +81,16 @@ pub struct Origin {
     pub fingerprint: String,
     /// Shard number, from 1, and number of shards; `None` for all images.
     pub shard: Option<[usize; 2]>,
+    /// Image column of Parquet files, if it was chosen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub column: Option<String>,
+    /// Black and white of images of more than 8 bits.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub levels: Levels,
+}
+
+fn is_default(levels: &Levels) -> bool {
+    *levels == Levels::default()
 }
 
 /// Embeddings in memory.
@@ -92,8 +102,8 @@ pub struct Embeddings {
     pub origin: Option<Origin>,
     /// Path of each image.
     pub paths: Vec<String>,
-    /// Class name of each image.
-    pub labels: Option<Vec<String>>,
+    /// Class name of each image that has one; `None` if the file has no labels.
+    pub labels: Option<Vec<Option<String>>>,
     /// Embeddings, `[N, F]`.
     pub features: Features,
 }
@@ -197,8 +207,8 @@ impl std::fmt::Debug for Writer {
 pub struct Rows<'a> {
     /// Path of each image.
     pub paths: &'a [String],
-    /// Class name of each image, if the set has labels.
-    pub labels: Option<&'a [String]>,
+    /// Class name of each image that has one, if the set has labels.
+    pub labels: Option<&'a [Option<String>]>,
     /// Embeddings, `[n, F]`, row-major.
     pub values: &'a [f32],
 }
@@ -220,7 +230,7 @@ impl Writer {
                 let item = Arc::new(Field::new("item", DataType::Float32, false));
                 let mut fields = vec![Field::new("path", DataType::Utf8, false)];
                 if labeled {
-                    fields.push(Field::new("label", DataType::Utf8, false));
+                    fields.push(Field::new("label", DataType::Utf8, true));
                 }
                 let length = i32::try_from(dim).expect("fewer than 2^31 features");
                 fields.push(Field::new("embedding", DataType::FixedSizeList(item, length), false));
@@ -272,15 +282,13 @@ impl Writer {
         let write_error = |source| Error::Write { path: path.clone(), source };
         match &mut self.sink {
             Sink::Parquet { writer, schema, labeled } => {
-                let string_array =
-                    |s: &[String]| Arc::new(StringArray::from_iter_values(s.iter().map(String::as_str))) as ArrayRef;
                 let DataType::FixedSizeList(item, length) = schema.field(schema.fields().len() - 1).data_type() else {
                     unreachable!("the last column holds lists")
                 };
                 let values = Arc::new(Float32Array::from(block.values.to_vec()));
-                let mut columns = vec![string_array(block.paths)];
+                let mut columns: Vec<ArrayRef> = vec![Arc::new(StringArray::from_iter_values(block.paths))];
                 if *labeled {
-                    columns.push(string_array(block.labels.unwrap_or_default()));
+                    columns.push(Arc::new(StringArray::from_iter(block.labels.unwrap_or_default())));
                 }
                 let list = FixedSizeListArray::try_new(item.clone(), *length, values, None);
                 columns.push(Arc::new(list.map_err(|e| write_error(io::Error::other(e)))?));
@@ -293,11 +301,12 @@ impl Writer {
                 block.paths.iter().try_for_each(|p| writeln!(paths, "{}", escape(p))).map_err(write_error)?;
                 let Some(labels) = labels else { return Ok(()) };
                 let block_labels = block.labels.unwrap_or_default();
-                block_labels.iter().try_for_each(|l| writeln!(labels, "{}", escape(l))).map_err(write_error)
+                let text = |label: &Option<String>| label.as_deref().map(escape).unwrap_or_default();
+                block_labels.iter().try_for_each(|label| writeln!(labels, "{}", text(label))).map_err(write_error)
             }
             Sink::Csv(writer) => {
                 for (i, (path, row)) in block.paths.iter().zip(block.values.chunks_exact(self.dim)).enumerate() {
-                    let label = block.labels.map(|l| l[i].clone());
+                    let label = block.labels.map(|l| l[i].clone().unwrap_or_default());
                     let record = std::iter::once(path.clone()).chain(label).chain(row.iter().map(|v| v.to_string()));
                     writer.write_record(record).map_err(|e| write_error(e.into()))?;
                 }
@@ -418,7 +427,7 @@ impl Embeddings {
         Ok(embeddings)
     }
 
-    fn new(paths: Vec<String>, labels: Option<Vec<String>>, dim: usize, values: Vec<f32>) -> Embeddings {
+    fn new(paths: Vec<String>, labels: Option<Vec<Option<String>>>, dim: usize, values: Vec<f32>) -> Embeddings {
         let features = Features { n: values.len().checked_div(dim).unwrap_or(0), dim, values };
         Embeddings { file: PathBuf::new(), origin: None, paths, labels, features }
     }
@@ -444,16 +453,14 @@ fn read_parquet(file: File) -> Result<Embeddings, String> {
     let (mut paths, mut labels, mut values, mut dim) = (Vec::new(), label.map(|_| Vec::new()), Vec::new(), 0);
     for batch in builder.build().map_err(|e| e.to_string())? {
         let batch = batch.map_err(|e| e.to_string())?;
-        let strings = |i: usize| -> Result<Vec<String>, String> {
-            let name = schema.field(i).name();
+        let strings = |i: usize| -> Result<Vec<Option<String>>, String> {
             let column = batch.column(i).as_any().downcast_ref::<StringArray>();
-            let column = column.ok_or_else(|| format!("column `{name}` is not text"))?;
-            if column.null_count() > 0 {
-                return Err(format!("column `{name}` contains nulls"));
-            }
-            Ok(column.iter().map(|s| s.unwrap_or_default().to_owned()).collect())
+            let column = column.ok_or_else(|| format!("column `{}` is not text", schema.field(i).name()))?;
+            Ok(column.iter().map(|text| text.map(str::to_owned)).collect())
         };
-        paths.extend(strings(path)?);
+        for path in strings(path)? {
+            paths.push(path.ok_or("column `path` contains nulls")?);
+        }
         if let (Some(labels), Some(label)) = (&mut labels, label) {
             labels.extend(strings(label)?);
         }
@@ -556,7 +563,13 @@ fn read_npy(mut file: File, path: &Path) -> Result<Embeddings, String> {
     };
     let paths = lines(paths_file(path))?;
     let paths = paths.ok_or_else(|| format!("the file of image paths, {}, is missing", paths_file(path).display()))?;
-    Ok(Embeddings::new(paths, lines(labels_file(path))?, dim as usize, values))
+    let labels = lines(labels_file(path))?.map(|labels| labels.into_iter().map(non_empty).collect());
+    Ok(Embeddings::new(paths, labels, dim as usize, values))
+}
+
+/// Label that a text file states: an empty one stands for none.
+fn non_empty(label: String) -> Option<String> {
+    Some(label).filter(|label| !label.is_empty())
 }
 
 fn read_csv(mut file: File) -> Result<Embeddings, String> {
@@ -579,7 +592,7 @@ fn read_csv(mut file: File) -> Result<Embeddings, String> {
         let record = record.map_err(|e| e.to_string())?;
         paths.push(record[0].to_owned());
         if let Some(labels) = &mut labels {
-            labels.push(record[1].to_owned());
+            labels.push(non_empty(record[1].to_owned()));
         }
         for text in record.iter().skip(first) {
             values.push(text.parse::<f32>().map_err(|_| format!("row {i}: `{text}` is not a number"))?);
@@ -600,12 +613,14 @@ mod tests {
             data: "d".into(),
             fingerprint: "f".into(),
             shard: Some([1, 2]),
+            column: Some("image".into()),
+            levels: Levels::uniform(0.0, 4095.0),
         }
     }
 
-    fn write_sample(path: &Path, labeled: bool) -> (Vec<String>, Vec<String>, Vec<f32>) {
+    fn write_sample(path: &Path, labeled: bool) -> (Vec<String>, Vec<Option<String>>, Vec<f32>) {
         let paths: Vec<String> = (0..5).map(|i| format!("a, \"{i}\"\n\\n/ü.png")).collect();
-        let labels: Vec<String> = (0..5).map(|i| format!("class {}", i % 2)).collect();
+        let labels: Vec<Option<String>> = (0..5).map(|i| (i != 3).then(|| format!("class {}", i % 2))).collect();
         let values: Vec<f32> = (0..15).map(|i| (i as f32 - 7.0) / 3.0).collect();
         let existed = path.exists();
         let mut writer = Writer::new(path, origin(), 5, 3, labeled).unwrap();

@@ -9,6 +9,8 @@ pub mod export;
 pub mod map;
 pub mod neighbors;
 pub mod onnx;
+pub mod row_images;
+pub mod same_image;
 pub mod search;
 #[doc(hidden)]
 pub mod sheet;

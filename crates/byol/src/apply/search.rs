@@ -88,22 +88,34 @@ impl Index {
     /// nearest to the mean direction, then always the row farthest from those selected. Returns
     /// each row with its largest cosine to those selected before it (−1 for the first).
     pub fn select_diverse(&self, n: usize) -> Vec<(usize, f32)> {
+        self.select_diverse_if(n, |_, _| true)
+    }
+
+    /// [`Index::select_diverse`] of the rows that `accept` accepts; fewer than `n` if there are no
+    /// more. `accept` receives the row and its cosines with the rows selected before it, in order.
+    pub fn select_diverse_if(&self, n: usize, mut accept: impl FnMut(usize, &[f32]) -> bool) -> Vec<(usize, f32)> {
         let (total, dim) = (self.rows.n, self.rows.dim);
         let mut sum = vec![0.0f32; dim];
         for row in self.rows.values.chunks_exact(dim) {
             sum.iter_mut().zip(row).for_each(|(s, v)| *s += v);
         }
-        let mut selected: Vec<(usize, f32)> = self.nearest(&sum, 1).iter().map(|(i, _)| (*i, -1.0)).collect();
+        let mut selected: Vec<(usize, f32)> = Vec::new();
         let mut max_cosines = vec![f32::NEG_INFINITY; total];
-        while let Some(last) = selected.last().filter(|_| selected.len() < n.min(total)) {
-            let cosines = self.cosines(self.rows.row(last.0));
-            max_cosines.iter_mut().zip(&cosines).for_each(|(max, cosine)| *max = max.max(*cosine));
-            max_cosines[last.0] = f32::INFINITY;
-            let farthest =
-                (0..total).min_by(|a, b| max_cosines[*a].total_cmp(&max_cosines[*b])).expect("the index has rows");
-            selected.push((farthest, max_cosines[farthest]));
+        let mut candidate = self.nearest(&sum, 1).first().map(|(i, _)| (*i, -1.0));
+        let mut visited = 0;
+        while let Some((row, cosine)) = candidate.filter(|_| selected.len() < n) {
+            let before: Vec<f32> =
+                selected.par_iter().map(|(i, _)| dot(self.rows.row(*i), self.rows.row(row))).collect();
+            if accept(row, &before) {
+                selected.push((row, if selected.is_empty() { -1.0 } else { cosine }));
+                let cosines = self.cosines(self.rows.row(row));
+                max_cosines.iter_mut().zip(&cosines).for_each(|(max, cosine)| *max = max.max(*cosine));
+            }
+            max_cosines[row] = f32::INFINITY;
+            visited += 1;
+            let farthest = || (0..total).min_by(|a, b| max_cosines[*a].total_cmp(&max_cosines[*b]));
+            candidate = if visited < total { farthest().map(|row| (row, max_cosines[row])) } else { None };
         }
-        selected.truncate(n);
         selected
     }
 
@@ -183,6 +195,11 @@ mod tests {
         assert!(selected.contains(&40));
         assert!(selected.iter().any(|i| *i < 20) && selected.iter().any(|i| (20..40).contains(i)));
         assert_eq!(index.select_diverse(100).len(), 41);
+        let odd = index.select_diverse_if(100, |row, before| {
+            assert!(before.iter().all(|cosine| (-1.001..=1.001).contains(cosine)));
+            row % 2 == 1
+        });
+        assert!(odd.len() == 20 && odd.iter().all(|(row, _)| row % 2 == 1));
         let clusters = index.clusters(3);
         assert!((0..20).all(|i| clusters[i] == clusters[0]) && (20..40).all(|i| clusters[i] == clusters[20]));
         assert!(clusters[0] != clusters[20] && clusters[40] != clusters[0] && clusters[40] != clusters[20]);

@@ -164,7 +164,7 @@ pub enum Error {
     },
     /// Levels of the images cannot be detected.
     #[error(
-        "cannot tell black and white of the images in {}: {reason}\n\
+        "cannot detect the black and white levels of the images in {}: {reason}\n\
          hint: pass `--levels BLACK,WHITE`, the values of black and white",
         root.display()
     )]
@@ -711,7 +711,7 @@ impl Images {
 
 /// True if an I/O error tells something about one image: its file is gone, or its bytes in a shard
 /// are damaged. Any other, such as a full disk, would also hit the next image.
-fn is_image_error(error: &io::Error) -> bool {
+pub(crate) fn is_image_error(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof)
 }
 
@@ -895,7 +895,7 @@ impl Dataset {
         self.checked(n_checked, train, cache_bytes, on_progress)
     }
 
-    /// Completes a check of which `n_checked` training images are done, with this outcome.
+    /// Completes a check whose first `n_checked` training images are already decoded, with this outcome.
     fn checked(
         self,
         n_checked: usize,

@@ -5,12 +5,17 @@ use std::{
     process::ExitCode,
 };
 
-use byol::apply::{duplicates, embeddings::Embeddings, search::Index};
+use byol::apply::{
+    duplicates::{self, Pair},
+    embeddings::Embeddings,
+    row_images::Access,
+    search::Index,
+};
 use serde_json::json;
 
 use super::{
     CpuArgs,
-    embeddings_args::{EmbeddingsArgs, note_if_approximate, with_share},
+    embeddings_args::{EmbeddingsArgs, note_if_approximate, pair_json, read_signatures, row_images, with_share},
 };
 use crate::terminal::{self, Result, escape_control, out, plural};
 
@@ -18,16 +23,27 @@ use crate::terminal::{self, Result, escape_control, out, plural};
 ///
 /// Prints groups of near-duplicates within one set, or pairs across two sets. With the embeddings
 /// of the test set as OTHER, the pairs are test images that leaked into the training set.
+///
+/// Near-duplicates are altered copies of one image: re-encoded, resized, cropped, mirrored, brighter
+/// or darker. Embeddings and thumbnails propose pairs, which are confirmed by comparing pixels. Pairs
+/// of images that cannot be read are found by their embeddings alone and marked as unverified.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
     embeddings: EmbeddingsArgs,
     /// Embeddings of a second set, computed by the same encoder
     other: Option<PathBuf>,
-    /// Maximum distance of two near-duplicates, relative to their distance to their tenth nearest
-    /// neighbors: from 0 (identical) to below 1
-    #[arg(long, value_name = "SHARE", default_value_t = duplicates::THRESHOLD, allow_negative_numbers = true)]
-    threshold: f32,
+    /// Maximum distance of the embeddings of a pair, relative to their distance to their tenth
+    /// nearest neighbors: from 0 (identical) to below 1 [default: no maximum, but 0.5 for images
+    /// that cannot be read]
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
+    threshold: Option<f32>,
+    /// Folder of the images, if they were moved since they were embedded
+    #[arg(long, value_name = "DATA")]
+    data: Option<PathBuf>,
+    /// Folder of the images of OTHER, if they were moved
+    #[arg(long, value_name = "DATA", requires = "other")]
+    other_data: Option<PathBuf>,
     #[command(flatten)]
     cpu: CpuArgs,
 }
@@ -36,11 +52,10 @@ pub struct Args {
 const FEW_IMAGES: usize = 100;
 
 pub fn run(args: &Args) -> Result<ExitCode> {
-    if !(0.0..1.0).contains(&args.threshold) {
+    if let Some(threshold) = args.threshold.filter(|threshold| !(0.0..1.0).contains(threshold)) {
         return Err(format!(
-            "invalid `--threshold` {} (expected at least 0 and below 1)\nhint: the default is {}",
-            args.threshold,
-            duplicates::THRESHOLD
+            "invalid `--threshold` {threshold} (expected at least 0 and below 1)\n\
+             hint: leave it out to report all pairs that are confirmed by their pixels"
         )
         .into());
     }
@@ -52,21 +67,49 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     .map(|()| ExitCode::SUCCESS)
 }
 
-/// Prints the groups of near-duplicates of one set.
-fn within(args: &Args, embeddings: Embeddings) -> Result<()> {
-    let (paths, index) = (embeddings.paths, Index::new(embeddings.features));
-    if paths.len() < FEW_IMAGES {
+/// Warns that the embeddings of a small set decide on unverified pairs.
+fn warn_if_few(images: usize, pairs: &[Pair]) {
+    if images < FEW_IMAGES && pairs.iter().any(|pair| pair.evidence.is_none()) {
         terminal::warning(format!(
-            "only {}: the threshold is unreliable for small sets\nhint: check the results by eye",
-            plural(paths.len(), "image")
+            "only {}: unverified pairs are unreliable in small sets\nhint: check the results by eye",
+            plural(images, "image")
         ));
     }
+}
+
+/// Number of pairs found by their embeddings alone.
+fn unverified(pairs: &[Pair]) -> usize {
+    pairs.iter().filter(|pair| pair.evidence.is_none()).count()
+}
+
+/// Suffix of the summary line: how the pairs are verified.
+pub fn how_verified(pairs: &[Pair]) -> String {
+    match (unverified(pairs), pairs.len()) {
+        (_, 0) => String::new(),
+        (0, _) => ", verified by pixel comparison".into(),
+        (n, _) => format!(", {} unverified", plural(n, "pair")),
+    }
+}
+
+/// Prints the groups of near-duplicates of one set.
+fn within(args: &Args, embeddings: Embeddings) -> Result<()> {
+    let images = row_images(&embeddings, args.data.as_deref(), Access::AnyFile)?;
+    let (paths, index) = (embeddings.paths, Index::new(embeddings.features));
     note_if_approximate(paths.len(), paths.len());
-    let pairs = with_share("comparing", |done| duplicates::within(&index, args.threshold, done));
+    let signatures = read_signatures(&images, "--data")?;
+    let pairs = with_share("comparing", |done| duplicates::within(&index, &signatures, args.threshold, done));
     let groups = duplicates::groups(paths.len(), &pairs);
+    warn_if_few(paths.len(), &pairs);
     if args.cpu.json {
         let groups: Vec<Vec<&String>> = groups.iter().map(|group| group.iter().map(|i| &paths[*i]).collect()).collect();
-        out!("{}", json!({ "rows": paths.len(), "threshold": args.threshold, "pairs": pairs.len(), "groups": groups }));
+        let evidence: Vec<_> = pairs.iter().map(|p| pair_json(p, &paths[p.a], &paths[p.b])).collect();
+        out!(
+            "{}",
+            json!({
+                "rows": paths.len(), "threshold": args.threshold, "pairs": pairs.len(),
+                "unverified": unverified(&pairs), "groups": groups, "evidence": evidence,
+            })
+        );
         return Ok(());
     }
     for group in &groups {
@@ -76,10 +119,11 @@ fn within(args: &Args, embeddings: Embeddings) -> Result<()> {
     }
     let redundant: usize = groups.iter().map(|group| group.len() - 1).sum();
     terminal::note(format!(
-        "{}, {} of {}",
+        "{}, {} of {}{}",
         plural(groups.len(), "group"),
         plural(redundant, "redundant image"),
-        paths.len()
+        paths.len(),
+        how_verified(&pairs)
     ));
     Ok(())
 }
@@ -88,29 +132,42 @@ fn within(args: &Args, embeddings: Embeddings) -> Result<()> {
 fn across(args: &Args, first: Embeddings, other: &Path) -> Result<()> {
     let second = Embeddings::open(other)?;
     must_be_comparable(args, &first, &second, other)?;
+    let images = [
+        row_images(&first, args.data.as_deref(), Access::AnyFile)?,
+        row_images(&second, args.other_data.as_deref(), Access::AnyFile)?,
+    ];
     let (paths, index) = (first.paths, Index::new(first.features));
     let rows = index.transform(second.features);
     note_if_approximate(paths.len(), rows.n);
-    let pairs = with_share("comparing", |done| duplicates::across(&index, &rows, args.threshold, done));
+    let signatures = [read_signatures(&images[0], "--data")?, read_signatures(&images[1], "--other-data")?];
+    let pairs = with_share("comparing", |done| {
+        duplicates::across(&index, &rows, [&signatures[0], &signatures[1]], args.threshold, done)
+    });
+    warn_if_few(paths.len(), &pairs);
     if args.cpu.json {
-        let pairs: Vec<_> = pairs
-            .iter()
-            .map(|p| json!({ "first": paths[p.a], "second": second.paths[p.b], "share": p.relative_distance }))
-            .collect();
-        out!("{}", json!({ "rows": [paths.len(), second.paths.len()], "threshold": args.threshold, "pairs": pairs }));
+        let described: Vec<_> = pairs.iter().map(|p| pair_json(p, &paths[p.a], &second.paths[p.b])).collect();
+        out!(
+            "{}",
+            json!({
+                "rows": [paths.len(), second.paths.len()], "threshold": args.threshold,
+                "unverified": unverified(&pairs), "pairs": described,
+            })
+        );
         return Ok(());
     }
     for pair in &pairs {
         let (first, second) = (escape_control(&paths[pair.a]), escape_control(&second.paths[pair.b]));
-        out!("{:.3}  {first}  =  {second}", pair.relative_distance);
+        let evidence = pair.evidence.map_or("unverified".into(), |evidence| evidence.describe());
+        out!("{:.3}  {first}  =  {second}  ({evidence})", pair.relative_distance);
     }
     let mut leaked: Vec<usize> = pairs.iter().map(|pair| pair.b).collect();
     leaked.sort_unstable();
     leaked.dedup();
     terminal::note(format!(
-        "{} of {} images of the second set are also in the first",
+        "{} of {} images of the second set are also in the first{}",
         leaked.len(),
-        second.paths.len()
+        second.paths.len(),
+        how_verified(&pairs)
     ));
     Ok(())
 }

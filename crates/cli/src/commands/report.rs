@@ -11,11 +11,13 @@ use base64::{Engine, engine::general_purpose::STANDARD};
 use byol::{
     apply::{
         chart::{self, escape_html},
+        duplicates::{self, Pair},
         map::{self, Method},
+        same_image::Signature,
         search::Index,
         sheet::{self, Tile},
     },
-    data::{Dataset, Images},
+    data::{self, Dataset, Images},
     device,
     eval::embed,
     random,
@@ -28,15 +30,17 @@ use byol::{
     },
     views,
 };
+use rayon::prelude::*;
 use serde_json::{Value, json};
 
-use super::{ComputeArgs, data_args, must_be_new};
+use super::{ComputeArgs, data_args, duplicates::how_verified, embeddings_args::with_share, must_be_new};
 use crate::terminal::{self, Result, display_path, duration, out, percent, plural};
 
 /// Write an HTML report of a run
 ///
 /// Contains a summary of the metrics, training curves, augmented views, nearest neighbors of random
-/// images, a map, the evaluations stored in the run folder, and the plan. One self-contained file.
+/// images, near-duplicates, a map, the evaluations stored in the run folder, and the plan. One
+/// self-contained file.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Run folder
@@ -66,6 +70,9 @@ const TILE_SIDE: u32 = 88;
 /// Number of random images whose nearest neighbors are shown, and of neighbors per image.
 const QUERIES: usize = 8;
 const NEIGHBORS: usize = 9;
+
+/// Maximum number of pairs of near-duplicates that are shown.
+const PAIRS: usize = 12;
 
 /// Frame colors of a query image and of neighbors of the same and of another class.
 const BLUE: [u8; 3] = [60, 90, 220];
@@ -132,12 +139,14 @@ pub fn run(args: &Args) -> Result<ExitCode> {
          <p>Each row: a random image (blue frame) and its nearest neighbors among {images}.{frames}</p>\n"
     )?;
     html += &picture("random images and their nearest neighbors", &neighbors_sheet(args.seed, &index, &dataset)?);
+    html += "<h2>Near-duplicates</h2>\n";
+    html += &near_duplicates(&index, &dataset.train)?;
     html += "<h2>Map</h2>\n<p>Each dot is an image. Similar images lie close together (t-SNE).</p>\n";
     let coordinates = terminal::with_progress("computing map", |progress| map::layout(&index, Method::Tsne, progress));
     html += &chart::scatter(&coordinates, dataset.train.labels().unwrap_or_default(), &dataset.classes);
     html += "<h2>Evaluations</h2>\n";
     html += &evaluations(&args.run);
-    html += "<h2>Plan</h2>\n<p>All settings of the run. With the same data they reproduce it.</p>\n";
+    html += "<h2>Plan</h2>\n<p>All settings of the run. The same settings and data reproduce it.</p>\n";
     write!(
         html,
         "<details><summary>plan.toml</summary><pre>{}</pre></details>\n</body></html>\n",
@@ -252,6 +261,44 @@ fn neighbors_sheet(seed: u64, index: &Index, dataset: &Dataset) -> Result<Vec<u8
         rows.push(row);
     }
     Ok(sheet::png(&rows, TILE_SIDE))
+}
+
+/// Near-duplicates among the images, with the evidence of their pixels.
+fn near_duplicates(index: &Index, images: &Images) -> Result<String> {
+    let signature = |i: usize| match images.get(i) {
+        Ok(image) => Ok(Some(Signature::new(&image))),
+        Err(data::Error::Image { .. }) => Ok(None),
+        Err(error) => Err(error),
+    };
+    let signatures = (0..images.len()).into_par_iter().map(signature).collect::<std::result::Result<Vec<_>, _>>()?;
+    let pairs = with_share("finding near-duplicates", |done| duplicates::within(index, &signatures, None, done));
+    let groups = duplicates::groups(index.len(), &pairs);
+    if groups.is_empty() {
+        return Ok(format!("<p>No near-duplicates among {}.</p>\n", plural(index.len(), "image")));
+    }
+    let redundant: usize = groups.iter().map(|group| group.len() - 1).sum();
+    let readable = pairs.iter().filter(|pair| signatures[pair.a].is_some() && signatures[pair.b].is_some());
+    let shown: Vec<&Pair> = readable.take(PAIRS).collect();
+    let mut html = format!(
+        "<p>{} of near-duplicates among {}{}: {}. {} of {} pairs:</p>\n<div class=\"grid\">",
+        plural(groups.len(), "group"),
+        plural(index.len(), "image"),
+        how_verified(&pairs),
+        plural(redundant, "redundant image"),
+        shown.len(),
+        pairs.len()
+    );
+    for pair in shown {
+        let tiles = vec![Tile::image(&*images.get(pair.a)?, TILE_SIDE), Tile::image(&*images.get(pair.b)?, TILE_SIDE)];
+        html += &format!(
+            "<figure>{}<figcaption class=\"dim\">{}<br>{}<br>{}</figcaption></figure>\n",
+            picture("two near-duplicates", &sheet::png(&[tiles], TILE_SIDE)),
+            escape_html(&images.name(pair.a)),
+            escape_html(&images.name(pair.b)),
+            escape_html(&pair.evidence.map(|evidence| evidence.describe()).unwrap_or_default())
+        );
+    }
+    Ok(html + "</div>\n")
 }
 
 /// Returns a table for each evaluation stored in the run folder.

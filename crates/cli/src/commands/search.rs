@@ -52,7 +52,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let start = Instant::now();
     let nearest = index.nearest(query.row(0), args.k);
     let search_ms = start.elapsed().as_secs_f64() * 1e3;
-    let label = |i: usize| labels.as_ref().map(|labels| labels[i].clone());
+    let label = |i: usize| labels.as_ref().and_then(|labels| labels[i].clone());
     if args.compute.json {
         let nearest: Vec<_> = nearest
             .iter()

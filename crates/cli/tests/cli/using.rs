@@ -186,6 +186,102 @@ fn search_duplicates_outliers_and_select_agree_on_a_copy() {
     assert_eq!(chosen.len(), 7);
 }
 
+/// Image `i` of random blocks, 60 × 48 pixels.
+fn mosaic(i: u32) -> image::RgbImage {
+    image::RgbImage::from_fn(60, 48, |x, y| {
+        let mut block = (x / 6) * 31 + (y / 6) * 977 + i * 7919 + 1;
+        for _ in 0..3 {
+            block = (block ^ (block >> 15)).wrapping_mul(0x2C1B_3C6D);
+        }
+        image::Rgb([(block >> 24) as u8, (block >> 20) as u8, (block >> 16) as u8])
+    })
+}
+
+/// Folder of 30 different images, a mirrored and cropped copy of the first and a darker, re-encoded
+/// one of the second.
+fn mosaics_with_copies(data: &Path) {
+    fs::create_dir_all(data).unwrap();
+    for i in 0..30 {
+        mosaic(i).save(data.join(format!("{i:02}.png"))).unwrap();
+    }
+    let cropped = image::imageops::crop_imm(&mosaic(0), 5, 4, 50, 40).to_image();
+    image::imageops::flip_horizontal(&cropped).save(data.join("copy-of-00.png")).unwrap();
+    let mut darker = mosaic(1);
+    darker.pixels_mut().for_each(|p| p.0 = p.0.map(|v| v / 3 * 2));
+    darker.save(data.join("copy-of-01.jpg")).unwrap();
+}
+
+/// Near-duplicates that a page shows.
+fn duplicates_of(server: &Server) -> serde_json::Value {
+    loop {
+        let found: serde_json::Value = serde_json::from_slice(&server.get("/api/duplicates").1).unwrap();
+        match found["done"].is_null() {
+            true => return found,
+            false => std::thread::sleep(std::time::Duration::from_millis(50)),
+        }
+    }
+}
+
+#[test]
+fn duplicates_are_confirmed_by_pixels() {
+    let (_, _, encoder) = trained();
+    let folder = tempfile::tempdir().unwrap();
+    let (data, e) = (folder.path().join("data"), folder.path().join("e.parquet"));
+    mosaics_with_copies(&data);
+    ok(&embed(encoder, &data, &e, &[]));
+    let output = ok(&["duplicates", text(&e), "--json"]);
+    assert!(!stderr(&output).contains("unverified"), "{}", stderr(&output));
+    let found = json(&output);
+    let name = |path: &serde_json::Value| path.as_str().unwrap().rsplit('/').next().unwrap().to_owned();
+    let groups: Vec<Vec<String>> =
+        found["groups"].as_array().unwrap().iter().map(|g| g.as_array().unwrap().iter().map(name).collect()).collect();
+    assert_eq!(groups, [["00.png", "copy-of-00.png"], ["01.png", "copy-of-01.jpg"]]);
+    assert_eq!((&found["pairs"], &found["unverified"]), (&2.into(), &0.into()));
+    let evidence = &found["evidence"][0]["evidence"];
+    assert!(evidence["mirrored"] == true && evidence["correlation"].as_f64().unwrap() > 0.95, "{found}");
+    assert!(evidence["text"].as_str().unwrap().starts_with("mirrored, common area"), "{found}");
+    assert!((evidence["first_area"][0].as_f64().unwrap() - 5.0 / 60.0).abs() < 0.02, "{found}");
+    assert_eq!(found["evidence"][1]["evidence"]["mirrored"], false);
+
+    // The same verdict on leakage, in a selection, on the page and in packed data.
+    let (other, o) = (folder.path().join("other"), folder.path().join("o.npy"));
+    fs::create_dir(&other).unwrap();
+    for i in [0, 40, 41] {
+        image::imageops::flip_horizontal(&mosaic(i)).save(other.join(format!("{i}.png"))).unwrap();
+    }
+    ok(&embed(encoder, &other, &o, &[]));
+    let leaked = json(&ok(&["duplicates", text(&e), text(&o), "--json"]));
+    let pairs = leaked["pairs"].as_array().unwrap();
+    assert!(pairs.len() == 2 && pairs.iter().all(|p| name(&p["second"]) == "0.png"), "{leaked}");
+    assert!(pairs.iter().all(|p| p["verified"] == true), "{leaked}");
+    let output = ok(&["select", text(&e), "-n", "32", "--json"]);
+    assert!(stderr(&output).contains("selected 30 images only"), "{}", stderr(&output));
+    assert_eq!(json(&output)["left_out"].as_array().unwrap().len(), 2);
+    let server = Server::start(&["explore", text(&e), "--port", "0", "--map", "pca"]);
+    let shown = duplicates_of(&server);
+    assert_eq!((&shown["total"], &shown["unreadable"]), (&2.into(), &0.into()));
+    assert!(shown["groups"][0][1]["evidence"]["mirrored"] == true && shown["groups"][0][1]["verified"] == true);
+    assert!(shown["groups"][0][0]["evidence"].is_null());
+    let (shards, s) = (folder.path().join("shards"), folder.path().join("s.csv"));
+    ok(&["pack", text(&data), "-o", text(&shards)]);
+    ok(&embed(encoder, &shards, &s, &[]));
+    let packed = json(&ok(&["duplicates", text(&s), "--json"]));
+    assert_eq!((&packed["pairs"], &packed["unverified"]), (&2.into(), &0.into()));
+
+    // Without the images, the embeddings alone decide, and the output says so.
+    let moved = folder.path().join("moved");
+    fs::rename(&data, &moved).unwrap();
+    let output = ok(&["duplicates", text(&e), "--json", "--threshold", "0.9"]);
+    assert!(stderr(&output).contains("unverified") && stderr(&output).contains("`--data`"), "{}", stderr(&output));
+    let found = json(&output);
+    assert_eq!(found["unverified"], found["pairs"]);
+    assert!(found["evidence"].as_array().unwrap().iter().all(|p| p["verified"] == false), "{found}");
+    let found = json(&ok(&["duplicates", text(&e), "--json", "--data", text(&moved)]));
+    assert_eq!((&found["pairs"], &found["unverified"]), (&2.into(), &0.into()));
+    let leaked = json(&ok(&["duplicates", text(&e), text(&o), "--json", "--data", text(&moved)]));
+    assert_eq!((leaked["pairs"].as_array().unwrap().len(), &leaked["unverified"]), (2, &0.into()));
+}
+
 #[test]
 fn exports_compute_the_same_features_in_other_tools() {
     let (_, _, encoder) = trained();
@@ -345,7 +441,7 @@ fn explore_serves_only_this_machine() {
     assert_eq!(json("/api/paths")["paths"].as_array().unwrap().len(), n);
     assert_eq!(json("/api/neighbors/3?n=5").as_array().unwrap().len(), 5);
     assert_eq!(json("/api/outliers?n=7").as_array().unwrap().len(), 7);
-    assert!(json("/api/duplicates?threshold=0.3")["groups"].is_array());
+    assert!(duplicates_of(&server)["groups"].is_array());
     assert_eq!(json("/api/clusters")["clusters"].as_array().unwrap().len(), n);
     assert!(json("/api/curves")["epochs"].as_array().unwrap().len() > 1);
     let (status, png) = server.get("/thumb/0?px=64");
@@ -382,7 +478,6 @@ fn explore_serves_only_this_machine() {
     // Requests that are too large or invalid.
     assert_eq!(ask(&format!("{{\"rows\":[{}[0,0]]}}", "[0,0],".repeat(300_000)), &[]).0, 413);
     assert_eq!(ask("{\"rows\":[[999,0]]}", &[]).0, 400);
-    assert_eq!(server.get("/api/duplicates?threshold=1").0, 400);
     let (_, head, _) = server.ask("GET /", &[&server.host()], b"");
     assert!(head.to_ascii_lowercase().contains("content-security-policy"), "{head}");
     // The port is in use.
@@ -420,9 +515,15 @@ fn report_is_a_self_contained_file() {
     assert_eq!(json(&ok(&args))["images"], 60);
     refused(&args, &["exists", "--overwrite"]);
     let html = fs::read_to_string(&out).unwrap();
-    for words in
-        ["<h2>Summary</h2>", "data:image/png;base64,", "<polyline", "kNN accuracy, k = 20", "plan.toml", "<circle"]
-    {
+    for words in [
+        "<h2>Summary</h2>",
+        "data:image/png;base64,",
+        "<polyline",
+        "kNN accuracy, k = 20",
+        "plan.toml",
+        "<circle",
+        "<h2>Near-duplicates</h2>",
+    ] {
         assert!(html.contains(words), "{words}");
     }
     for external in ["http://", "https://", "src=\"/", "href="] {

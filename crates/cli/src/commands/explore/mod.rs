@@ -17,16 +17,16 @@ use byol::{
         embed::{Items, Job, Outcome, Split},
         embeddings::{Embeddings, Origin},
         map::{self, Method},
+        row_images::Access,
         search::Index,
     },
     atomic_write,
-    data::Levels,
     device::DeviceChoice,
     nn::weights,
     train::run::read_plan,
 };
 
-use super::{INTERRUPTED, data_args};
+use super::{INTERRUPTED, data_args, embeddings_args};
 use crate::terminal::{self, Result};
 
 /// Explore images as an interactive map in the browser
@@ -82,24 +82,14 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         None => args.input.clone(),
     };
     super::exit_on_ctrl_c();
-    let Embeddings { origin, paths, labels, features, .. } = Embeddings::open(&file)?;
-    let recorded = origin.map(|o| PathBuf::from(o.data));
-    let (root, paths) = match (&args.data, recorded) {
-        (Some(moved), Some(recorded)) => {
-            let paths = paths.into_iter().map(|path| relocate(path, &recorded, moved)).collect();
-            (Some(moved.clone()), paths)
-        }
-        (moved, recorded) => (moved.clone().or(recorded), paths),
-    };
-    let levels = match &run {
-        Some(run) => read_plan(run)?.encoder.levels,
-        None => Levels::default(),
-    };
+    let embeddings = Embeddings::open(&file)?;
+    // Only images inside the data folder are shown, whatever the file lists.
+    let images = embeddings_args::row_images(&embeddings, args.data.as_deref(), Access::InsideData)?;
+    let Embeddings { labels, features, .. } = embeddings;
     let index = Index::new(features);
     let method = if args.map == "pca" { Method::Pca } else { Method::Tsne };
     let coordinates = cached_map(&file, &index, method)?;
-    let state =
-        server::AppState::new(server::Collection { index, paths, labels, coordinates, method, root, levels, run });
+    let state = server::AppState::new(server::Collection { index, images, labels, coordinates, method, run });
     let address = listener.local_addr()?;
     if let Some(missing) = state.first_missing_image() {
         terminal::warning(format!(
@@ -110,14 +100,6 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     terminal::note(format!("serving on http://{address} (press Ctrl-C to stop)"));
     server::serve(listener, Arc::new(state))?;
     Ok(ExitCode::SUCCESS)
-}
-
-/// Path of an image of the folder `recorded`, at the place the folder was moved to.
-fn relocate(path: String, recorded: &Path, moved: &Path) -> String {
-    match Path::new(&path).strip_prefix(recorded) {
-        Ok(relative) => moved.join(relative).display().to_string(),
-        Err(_) => path,
-    }
 }
 
 /// Returns the embeddings file of a run's training images, computing it if it is missing or out of

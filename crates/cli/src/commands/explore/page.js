@@ -621,7 +621,7 @@ byId("save-labels").addEventListener("click", async () => {
   const paths = await pathsOf(rows);
   const lines = rows.map((row) => {
     const name = classNames[manual.get(row) ?? predicted[row]];
-    return [csvQuoted(paths[row]), csvQuoted(name), manual.has(row) ? "given" : "answer"].join(",");
+    return [csvQuoted(paths[row]), csvQuoted(name), manual.has(row) ? "given" : "predicted"].join(",");
   });
   download("labels.csv", `${["path,label,by", ...lines].join("\n")}\n`);
 });
@@ -642,39 +642,45 @@ byId("color").addEventListener("change", async () => {
 
 // ------------------------------------------------------------------ duplicates and outliers
 
-let duplicatesTimer, searchedThreshold;
+let isSearching = false, isSearched = false;
+// How an image of a group is known to be a copy.
+function evidenceText({ copy_of, of_first, verified, evidence }) {
+  if (copy_of === undefined) return "";
+  const of = of_first ? "" : ` (of ${copy_of.split("/").pop()})`;
+  return (verified ? evidence.text : "unverified") + of;
+}
 async function showDuplicates() {
-  const threshold = Number(byId("threshold").value), status = byId("duplicates-status");
-  if (threshold === searchedThreshold) return;
-  searchedThreshold = threshold;
-  status.textContent = "Searching …";
-  const response = await fetch(`/api/duplicates?threshold=${threshold}`).catch(() => null);
-  if (threshold !== searchedThreshold) return;
-  if (!response?.ok) {
-    searchedThreshold = undefined;
-    if (response?.status === 429) { // the server is still busy with an earlier search
-      clearTimeout(duplicatesTimer);
-      duplicatesTimer = setTimeout(showDuplicates, 1000);
-      return;
-    }
-    status.textContent = "Search failed";
+  if (isSearching || isSearched) return;
+  isSearching = true;
+  const status = byId("duplicates-status");
+  let found = {};
+  do {
+    status.textContent = `Searching … ${Math.round(100 * (found.done ?? 0))} %`;
+    if (found.done !== undefined) await new Promise((resolve) => setTimeout(resolve, 500));
+    const response = await fetch("/api/duplicates").catch(() => null);
+    found = response?.ok ? await response.json() : { error: "no response" };
+  } while (found.done !== undefined);
+  isSearching = false;
+  if (found.error !== undefined) {
+    status.textContent = `Search failed: ${found.error}`;
     return;
   }
-  const { groups, total } = await response.json();
-  if (threshold !== searchedThreshold) return;
+  isSearched = true;
+  const { groups, total, unreadable } = found;
   const shown = total > groups.length ? ` (first ${groups.length} shown)` : "";
-  status.textContent = total ? `${plural(total, "group")}${shown}` : "No duplicates";
+  const unverified = found.unverified ? `; ${plural(found.unverified, "pair")} found by embeddings alone` : "";
+  const missing = unreadable ? `; ${plural(unreadable, "image")} cannot be read` : "";
+  status.textContent = (total ? `${plural(total, "group")}${shown}` : "No duplicates") + unverified + missing;
   byId("groups").replaceChildren(...groups.map((images) => {
     const group = newElement("div", "", "group");
-    group.append(...images.map((image) => imageButton(image.row, 96, shortName(image))));
+    group.append(...images.map((image) => {
+      const button = imageButton(image.row, 96, shortName(image));
+      button.append(newElement("span", evidenceText(image), "evidence"));
+      return button;
+    }));
     return group;
   }));
 }
-byId("threshold").addEventListener("input", () => {
-  byId("threshold-value").textContent = Number(byId("threshold").value).toFixed(2);
-  clearTimeout(duplicatesTimer);
-  duplicatesTimer = setTimeout(showDuplicates, 300);
-});
 async function showOutliers() {
   const outliers = await getJson("/api/outliers?n=120");
   byId("outlier-grid").replaceChildren(...outliers.map(({ score, image }) => {

@@ -5,11 +5,10 @@
 //! and limits the size of requests.
 
 use std::{
-    collections::HashMap,
     io::Cursor,
     net::{SocketAddr, TcpListener},
-    path::{Path, PathBuf},
-    sync::{Arc, Mutex, OnceLock, TryLockError},
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
 };
 
 use axum::{
@@ -23,33 +22,29 @@ use axum::{
 };
 use byol::{
     apply::{
-        duplicates,
-        embed::{Items, Split},
+        duplicates::{self, Pair},
         map::Method,
+        row_images::RowImages,
         search::Index,
         sheet,
     },
-    data::{Dataset, Levels, OpenOptions, decode},
     image::Image,
     train::metrics::{self, Curves},
 };
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::terminal;
+use crate::{commands::embeddings_args::evidence_json, terminal};
 
 /// Embeddings to explore, one row per image.
 pub struct Collection {
     pub index: Index,
-    pub paths: Vec<String>,
-    pub labels: Option<Vec<String>>,
+    /// Images by row; those outside the data folder are not served.
+    pub images: RowImages,
+    pub labels: Option<Vec<Option<String>>>,
     /// Map coordinates in [-1, 1]².
     pub coordinates: Vec<[f32; 2]>,
     pub method: Method,
-    /// Data folder; images outside it are not served.
-    pub root: Option<PathBuf>,
-    /// Black and white of images of more than 8 bits.
-    pub levels: Levels,
     /// Folder of the run whose training curves are shown.
     pub run: Option<PathBuf>,
 }
@@ -63,9 +58,7 @@ pub struct AppState {
     class_indices: Vec<u16>,
     outlier_scores: OnceLock<Vec<f32>>,
     clusters: OnceLock<Vec<usize>>,
-    duplicate_search: Mutex<()>,
-    /// Source of the images that are not files of their own, opened at the first such request.
-    packed: OnceLock<Option<PackedImages>>,
+    duplicate_search: Mutex<DuplicateSearch>,
     address: OnceLock<SocketAddr>,
 }
 
@@ -93,14 +86,15 @@ const MAX_GROUP_IMAGES: usize = 20;
 
 impl AppState {
     pub fn new(collection: Collection) -> AppState {
-        let mut classes: Vec<String> = collection.labels.iter().flatten().cloned().collect();
+        let mut classes: Vec<String> = collection.labels.iter().flatten().flatten().cloned().collect();
         classes.sort();
         classes.dedup();
         classes.truncate(usize::from(NO_CLASS) - 1);
-        let class_index = |label: &String| classes.binary_search(label).map_or(NO_CLASS, |i| i as u16);
+        let index_of = |label: &String| classes.binary_search(label).ok().map(|i| i as u16);
+        let class_index = |label: &Option<String>| label.as_ref().and_then(index_of).unwrap_or(NO_CLASS);
         let class_indices = match &collection.labels {
             Some(labels) => labels.iter().map(class_index).collect(),
-            None => vec![NO_CLASS; collection.paths.len()],
+            None => vec![NO_CLASS; collection.images.paths().len()],
         };
         AppState {
             collection,
@@ -108,8 +102,7 @@ impl AppState {
             class_indices,
             outlier_scores: OnceLock::new(),
             clusters: OnceLock::new(),
-            duplicate_search: Mutex::new(()),
-            packed: OnceLock::new(),
+            duplicate_search: Mutex::default(),
             address: OnceLock::new(),
         }
     }
@@ -123,56 +116,35 @@ impl AppState {
 
     /// Returns the JSON description of an image.
     fn describe(&self, row: usize) -> Value {
-        let label = self.collection.labels.as_ref().map(|labels| &labels[row]);
-        json!({ "row": row, "path": self.collection.paths[row], "label": label })
+        let label = self.collection.labels.as_ref().and_then(|labels| labels[row].as_ref());
+        json!({ "row": row, "path": self.paths()[row], "label": label })
     }
 
-    /// Loads the image of a row from its file or from packed data.
+    /// Loads the image of a row, if it can be read.
     fn image(&self, row: usize) -> Option<Arc<Image>> {
-        if let Some(file) = self.file(row) {
-            return decode::file(&file, &self.collection.levels).ok().map(Arc::new);
-        }
-        let open = || PackedImages::open(self.collection.root.as_deref()?, self.collection.levels);
-        let packed = self.packed.get_or_init(open).as_ref()?;
-        let position = *packed.positions.get(self.collection.paths.get(row)?)?;
-        packed.items.get(position).ok()
+        self.collection.images.get(row).ok()
+    }
+
+    /// Paths of the images.
+    fn paths(&self) -> &[String] {
+        self.collection.images.paths()
     }
 
     /// Returns the path of the first missing image among a few evenly spaced ones.
     pub fn first_missing_image(&self) -> Option<&str> {
         const CHECKED: usize = 16;
-        let n = self.collection.paths.len();
+        let n = self.paths().len();
         let mut rows = (0..CHECKED.min(n)).map(|k| k * n / CHECKED.min(n));
         let missing = rows.find(|row| self.image(*row).is_none());
-        missing.map(|row| self.collection.paths[row].as_str())
+        missing.map(|row| self.paths()[row].as_str())
     }
 
-    /// Returns the file of a row if it lies in the data folder.
-    fn file(&self, row: usize) -> Option<PathBuf> {
-        let path = std::fs::canonicalize(self.collection.paths.get(row)?).ok()?;
-        let root = std::fs::canonicalize(self.collection.root.as_ref()?).ok()?;
-        path.starts_with(root).then_some(path)
+    fn lock_search(&self) -> MutexGuard<'_, DuplicateSearch> {
+        self.duplicate_search.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn check_row(&self, row: usize) -> Result<(), StatusCode> {
-        if row < self.collection.paths.len() { Ok(()) } else { Err(StatusCode::NOT_FOUND) }
-    }
-}
-
-/// Images that are not files of their own (CIFAR, IDX, shards), by name.
-struct PackedImages {
-    items: Items,
-    positions: HashMap<String, usize>,
-}
-
-impl PackedImages {
-    fn open(root: &Path, levels: Levels) -> Option<PackedImages> {
-        let root = Some(root).filter(|r| !r.as_os_str().is_empty())?;
-        let dataset = Dataset::open_with(root, &OpenOptions { levels, ..OpenOptions::default() }).ok()?;
-        let items = Items::new(dataset, Split::All);
-        let packed = (0..items.len()).filter(|i| items.path(*i).is_none());
-        let positions = packed.map(|i| (items.name(i), i)).collect();
-        Some(PackedImages { items, positions })
+        if row < self.paths().len() { Ok(()) } else { Err(StatusCode::NOT_FOUND) }
     }
 }
 
@@ -260,12 +232,12 @@ fn binary(bytes: Vec<u8>) -> impl IntoResponse {
 async fn info(State(state): SharedState) -> Json<Value> {
     let collection = &state.collection;
     Json(json!({
-        "images": collection.paths.len(),
+        "images": state.paths().len(),
         "dim": collection.index.rows().dim,
         "map": collection.method.name(),
         "classes": state.classes,
         "run": collection.run.as_deref().map(terminal::display_path),
-        "data": collection.root.as_deref().map(terminal::display_path),
+        "data": collection.images.root().map(terminal::display_path),
     }))
 }
 
@@ -275,7 +247,7 @@ async fn points(State(state): SharedState) -> impl IntoResponse {
         let [x, y] = state.collection.coordinates[row];
         [x.to_le_bytes(), y.to_le_bytes(), u32::from(state.class_indices[row]).to_le_bytes()].concat()
     };
-    binary((0..state.collection.paths.len()).flat_map(record).collect())
+    binary((0..state.paths().len()).flat_map(record).collect())
 }
 
 /// Outlier score per row, as little-endian f32.
@@ -285,7 +257,7 @@ async fn scores(State(state): SharedState) -> Result<impl IntoResponse, StatusCo
 }
 
 async fn paths(State(state): SharedState) -> Json<Value> {
-    Json(json!({ "paths": state.collection.paths }))
+    Json(json!({ "paths": state.paths() }))
 }
 
 /// Runs a computation on a thread of its own, so that it does not hold up other requests.
@@ -337,34 +309,74 @@ async fn outliers(State(state): SharedState, Query(limit): Query<Limit>) -> Resu
     Ok(Json(found.await?.into()))
 }
 
-#[derive(Deserialize)]
-struct DuplicateQuery {
-    threshold: Option<f32>,
+/// Search for near-duplicates, which runs once on a thread of its own.
+#[derive(Debug, Default)]
+enum DuplicateSearch {
+    #[default]
+    NotStarted,
+    /// Fraction done.
+    Running(f64),
+    /// Response, or the error.
+    Done(Result<Value, String>),
 }
 
-async fn duplicate_groups(
-    State(state): SharedState,
-    Query(query): Query<DuplicateQuery>,
-) -> Result<Json<Value>, StatusCode> {
-    let threshold = query.threshold.unwrap_or(duplicates::THRESHOLD);
-    if !(0.0..1.0).contains(&threshold) {
-        return Err(StatusCode::BAD_REQUEST);
+/// Groups of near-duplicates. Until they are found, the fraction done: `{"done": 0.4}`.
+async fn duplicate_groups(State(state): SharedState) -> Result<Json<Value>, StatusCode> {
+    let mut search = state.lock_search();
+    match &*search {
+        DuplicateSearch::Done(Ok(found)) => Ok(Json(found.clone())),
+        DuplicateSearch::Done(Err(error)) => Ok(Json(json!({ "error": error }))),
+        DuplicateSearch::Running(done) => Ok(Json(json!({ "done": done }))),
+        DuplicateSearch::NotStarted => {
+            *search = DuplicateSearch::Running(0.0);
+            let searching = state.clone();
+            let work = move || {
+                let found = find_duplicates(&searching);
+                *searching.lock_search() = DuplicateSearch::Done(found);
+            };
+            let thread = std::thread::Builder::new().name("duplicates".into()).spawn(work);
+            thread.map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)?;
+            Ok(Json(json!({ "done": 0.0 })))
+        }
     }
-    let found = run_blocking(move || {
-        // One search at a time, since each uses all cores.
-        let _lock = match state.duplicate_search.try_lock() {
-            Err(TryLockError::WouldBlock) => return Err(StatusCode::TOO_MANY_REQUESTS),
-            lock => lock,
-        };
-        let pairs = duplicates::within(&state.collection.index, threshold, |_| ());
-        let groups = duplicates::groups(state.collection.paths.len(), &pairs);
-        let describe = |group: &Vec<usize>| -> Vec<Value> {
-            group.iter().take(MAX_GROUP_IMAGES).map(|row| state.describe(*row)).collect()
-        };
-        let described: Vec<Vec<Value>> = groups.iter().take(MAX_GROUPS).map(describe).collect();
-        Ok(json!({ "groups": described, "total": groups.len() }))
-    });
-    found.await?.map(Json)
+}
+
+/// Finds the groups of near-duplicates.
+fn find_duplicates(state: &AppState) -> Result<Value, String> {
+    let report = |done: f64| *state.lock_search() = DuplicateSearch::Running(done);
+    let read = state.collection.images.signatures(|share| report(0.5 * share)).map_err(|e| e.to_string())?;
+    let pairs = duplicates::within(&state.collection.index, &read.rows, None, |share| report(0.5 + 0.5 * share));
+    let groups = duplicates::groups(state.paths().len(), &pairs);
+    let describe = |group: &Vec<usize>| -> Vec<Value> {
+        let shown = &group[..group.len().min(MAX_GROUP_IMAGES)];
+        let first = pairs.partition_point(|pair| pair.a < shown[0]);
+        let last = pairs.partition_point(|pair| pair.a <= shown[shown.len() - 1]);
+        let is_shown = |pair: &&Pair| shown.contains(&pair.a) && shown.contains(&pair.b);
+        let own: Vec<&Pair> = pairs[first..last].iter().filter(is_shown).collect();
+        shown.iter().map(|row| describe_copy(state, *row, shown[0], &own)).collect()
+    };
+    let described: Vec<Vec<Value>> = groups.iter().take(MAX_GROUPS).map(describe).collect();
+    let unverified = pairs.iter().filter(|pair| pair.evidence.is_none()).count();
+    let unreadable = read.rows.iter().filter(|signature| signature.is_none()).count();
+    Ok(json!({ "groups": described, "total": groups.len(), "unverified": unverified, "unreadable": unreadable }))
+}
+
+/// Returns the JSON description of an image of a group, with the evidence that it is a copy of the
+/// first image, or of another one if these two were not compared.
+fn describe_copy(state: &AppState, row: usize, first: usize, pairs: &[&Pair]) -> Value {
+    let mut described = state.describe(row);
+    if row == first {
+        return described;
+    }
+    let other = |pair: &Pair| if pair.a == row { pair.b } else { pair.a };
+    let own = || pairs.iter().filter(|pair| pair.a == row || pair.b == row);
+    if let Some(pair) = own().find(|pair| other(pair) == first).or_else(|| own().next()) {
+        described["copy_of"] = state.paths()[other(pair)].clone().into();
+        described["of_first"] = (other(pair) == first).into();
+        described["verified"] = pair.evidence.is_some().into();
+        described["evidence"] = pair.evidence.as_ref().map(evidence_json).into();
+    }
+    described
 }
 
 /// Cluster index per row.
@@ -386,7 +398,7 @@ struct ManualLabels {
 /// The margin is the difference in cosine to the second nearest class.
 async fn probe(State(state): SharedState, Json(labels): Json<ManualLabels>) -> Result<Json<Value>, StatusCode> {
     const MAX_CLASSES: usize = 256;
-    let n = state.collection.paths.len();
+    let n = state.paths().len();
     let classes = labels.rows.iter().map(|(_, class)| usize::from(*class) + 1).max().unwrap_or(0);
     if classes == 0 || classes > MAX_CLASSES || labels.rows.iter().any(|(row, _)| *row >= n) {
         return Err(StatusCode::BAD_REQUEST);
