@@ -1,14 +1,15 @@
-//! `byol pretrain s3://…` against an S3 server, with broken connections, refused requests and a
-//! cache smaller than the data.
+//! `byol pretrain s3://…` against an S3 server, with broken and stalled connections, refused
+//! requests and a cache smaller than the data.
 
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::{Command, Output},
+    process::{Command, Output, Stdio},
     sync::{
         Arc,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use hyper_util::{
@@ -30,6 +31,8 @@ struct Server {
     port: u16,
     /// Number of connections still to break.
     breaks: Arc<AtomicUsize>,
+    /// True while the proxy forwards nothing and keeps the connections open.
+    is_stalled: Arc<AtomicBool>,
     /// Bytes sent by the server.
     sent: Arc<AtomicU64>,
 }
@@ -56,12 +59,13 @@ impl Server {
             }
         });
         let (breaks, sent) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicU64::new(0)));
-        let (breaks_left, bytes_sent) = (breaks.clone(), sent.clone());
+        let is_stalled = Arc::new(AtomicBool::new(false));
+        let (breaks_left, bytes_sent, stalled) = (breaks.clone(), sent.clone(), is_stalled.clone());
         runtime.spawn(async move {
             loop {
                 let (client, _) = proxy.accept().await.unwrap();
                 let server = TcpStream::connect(backend_address).await.unwrap();
-                let (breaks_left, bytes_sent) = (breaks_left.clone(), bytes_sent.clone());
+                let (breaks_left, bytes_sent, stalled) = (breaks_left.clone(), bytes_sent.clone(), stalled.clone());
                 tokio::spawn(async move {
                     let (mut from_client, mut to_client) = client.into_split();
                     let (mut from_server, mut to_server) = server.into_split();
@@ -70,6 +74,9 @@ impl Server {
                     });
                     let (mut buffer, mut forwarded) = (vec![0; 1 << 14], 0);
                     while let Ok(n @ 1..) = from_server.read(&mut buffer).await {
+                        while stalled.load(Ordering::SeqCst) {
+                            tokio::time::sleep(Duration::from_millis(20)).await;
+                        }
                         bytes_sent.fetch_add(n as u64, Ordering::Relaxed);
                         forwarded += n;
                         let decrement = |left: usize| left.checked_sub(1);
@@ -84,19 +91,23 @@ impl Server {
                 });
             }
         });
-        Server { runtime, port, breaks, sent }
+        Server { runtime, port, breaks, is_stalled, sent }
     }
 
     /// Runs `byol` with this server as the S3 endpoint and its own cache folder.
     fn byol(&self, cache: &Path, args: &[&str]) -> Output {
-        let port = self.port;
-        byol(args)
-            .env("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{port}"))
+        self.command(cache, args).output().unwrap()
+    }
+
+    /// [`Server::byol`] to start.
+    fn command(&self, cache: &Path, args: &[&str]) -> Command {
+        let mut command = byol(args);
+        command
+            .env("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", self.port))
             .envs([("AWS_ALLOW_HTTP", "true"), ("AWS_REGION", "us-east-1")])
             .envs([("AWS_ACCESS_KEY_ID", "key"), ("AWS_SECRET_ACCESS_KEY", "secret")])
-            .env("BYOL_CACHE", cache)
-            .output()
-            .unwrap()
+            .env("BYOL_CACHE", cache);
+        command
     }
 }
 
@@ -146,6 +157,9 @@ fn bucket(folder: &Path, n: u32) -> PathBuf {
     shards
 }
 
+/// `BYOL_CACHE_GB` of two and a half shards.
+const SMALL_CACHE: &str = "0.0027";
+
 const FLAGS: [&str; 20] = [
     "--encoder", "resnet18", "--width", "0.0625", "--size", "16", "--batch", "8", "--epochs", "2", "--hidden", "16",
     "--projection", "8", "--warmup-epochs", "1", "--device", "cpu", "--set", "train.shuffle=40",
@@ -186,19 +200,9 @@ fn streamed_shards_train_the_same_encoder_despite_broken_connections() {
     ok(server.byol(&at("cache"), &pretrain(&pattern, text(&at("pattern")))));
 
     // A cache limited to two and a half shards keeps its limit and gives the same bits.
-    let small = at("small");
-    let args = pretrain("s3://bucket/shards", text(&at("bounded")).to_owned().leak());
-    let output = {
-        let port = server.port;
-        byol(&args)
-            .env("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{port}"))
-            .envs([("AWS_ALLOW_HTTP", "true"), ("AWS_REGION", "us-east-1"), ("BYOL_CACHE_GB", "0.0027")])
-            .envs([("AWS_ACCESS_KEY_ID", "key"), ("AWS_SECRET_ACCESS_KEY", "secret")])
-            .env("BYOL_CACHE", &small)
-            .output()
-            .unwrap()
-    };
-    ok(output);
+    let (small, bounded) = (at("small"), at("bounded"));
+    let mut command = server.command(&small, &pretrain("s3://bucket/shards", text(&bounded)));
+    ok(command.env("BYOL_CACHE_GB", SMALL_CACHE).output().unwrap());
     assert!(folder_size(&small) <= 2_700_000, "{}", folder_size(&small));
     assert!(encoder(&at("local")) == encoder(&at("bounded")));
 
@@ -223,6 +227,44 @@ fn shards_without_a_manifest_can_be_trained_on_and_resumed() {
 }
 
 #[test]
+fn a_signal_ends_a_run_whose_server_does_not_answer() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    bucket(folder.path(), 200);
+    let server = Server::start(&at("root"));
+    let run = at("run");
+    let mut args = pretrain("s3://bucket/shards", text(&run));
+    let epochs = args.iter().position(|arg| *arg == "--epochs").unwrap();
+    args[epochs + 1] = "500";
+    let mut command = server.command(&at("cache"), &args);
+    let mut process = command.env("BYOL_CACHE_GB", SMALL_CACHE).stderr(Stdio::piped()).spawn().unwrap();
+    let trains = || fs::read_to_string(run.join("metrics.jsonl")).is_ok_and(|metrics| metrics.lines().count() > 3);
+    wait(trains);
+    server.is_stalled.store(true, Ordering::SeqCst);
+    // Until what was read ahead is used up.
+    std::thread::sleep(Duration::from_secs(2));
+    let pid = process.id().to_string();
+    assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+    let mut ended = None;
+    wait(|| {
+        ended = process.try_wait().unwrap();
+        ended.is_some()
+    });
+    let stderr = String::from_utf8(process.wait_with_output().unwrap().stderr).unwrap();
+    assert_eq!(ended.unwrap().code(), Some(130), "{stderr}");
+    assert!(stderr.contains("stopped before the current step finished"), "{stderr}");
+}
+
+/// Waits until `is_done` returns true, for two minutes at the most.
+fn wait(mut is_done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !is_done() {
+        assert!(start.elapsed() < Duration::from_secs(120), "no result after two minutes");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+#[test]
 fn rejects_missing_data_mixed_stores_and_wrong_credentials() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
@@ -233,14 +275,8 @@ fn rejects_missing_data_mixed_stores_and_wrong_credentials() {
     refused(server.byol(&at("cache"), &pretrain("s3://bucket/nothing", text(&out))), &["no .tar or .parquet"]);
     let two = pretrain("s3://{bucket,other}/shards/train-000000.tar", text(&out));
     refused(server.byol(&at("cache"), &two), &["s3://other", "different stores"]);
-    let port = server.port;
-    let wrong_secret = byol(&pretrain("s3://bucket/shards", text(&out)))
-        .env("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{port}"))
-        .envs([("AWS_ALLOW_HTTP", "true"), ("AWS_REGION", "us-east-1")])
-        .envs([("AWS_ACCESS_KEY_ID", "key"), ("AWS_SECRET_ACCESS_KEY", "wrong")])
-        .env("BYOL_CACHE", at("cache"))
-        .output()
-        .unwrap();
+    let mut command = server.command(&at("cache"), &pretrain("s3://bucket/shards", text(&out)));
+    let wrong_secret = command.env("AWS_SECRET_ACCESS_KEY", "wrong").output().unwrap();
     refused(wrong_secret, &["denied", "AWS_ACCESS_KEY_ID"]);
     assert!(!out.exists());
 }

@@ -77,9 +77,9 @@ impl Loss {
 /// ‖q̄ − z̄′‖² per row, with q̄ and z̄′ of unit length: 2 − 2 cos(q, z′), in [0, 4] (eq. 2).
 ///
 /// # Shapes
-/// `q`, `z`: `[N, D]`; returns `[N]`.
-pub fn regression_loss(q: Tensor<2>, z: Tensor<2>) -> Tensor<1> {
-    (l2_normalize(q) - l2_normalize(z)).square().sum_dim(1).squeeze_dim(1)
+/// `q`, `z2`: `[N, D]`; returns `[N]`.
+pub fn regression_loss(q: Tensor<2>, z2: Tensor<2>) -> Tensor<1> {
+    (l2_normalize(q) - l2_normalize(z2)).square().sum_dim(1).squeeze_dim(1)
 }
 
 /// x / √max(‖x‖², 1e-12) per row.
@@ -88,19 +88,16 @@ pub fn l2_normalize(x: Tensor<2>) -> Tensor<2> {
 }
 
 impl Byol {
-    /// One step (§3.1, appendix J). `loss_and_gradient` evaluates one batch at (θ, ξ):
+    /// One step (§3.1, appendix J). `evaluate` returns L and ∇θ L of one batch at (θ, ξ):
     /// [`Byol::loss_and_gradient`], or [`train::step`](crate::train::step) for a batch in parts.
     ///
     /// # Errors
-    /// Those of `loss_and_gradient`; then θ, ξ and k are unchanged.
-    pub fn step<E>(
-        &mut self,
-        loss_and_gradient: impl FnOnce(&mut Byol) -> Result<(f64, Tree), E>,
-    ) -> Result<StepStats, E> {
+    /// Those of `evaluate`; then θ, ξ and k are unchanged.
+    pub fn step<E>(&mut self, evaluate: impl FnOnce(&mut Byol) -> Result<(f64, Tree), E>) -> Result<StepStats, E> {
         let (eta, tau) = (self.schedule.eta(self.k), self.schedule.tau(self.k));
 
         // Loss and gradient: the online network predicts the target network's projections (eq. 2).
-        let (loss, grads) = loss_and_gradient(self)?;
+        let (loss, grads) = evaluate(self)?;
 
         // Online network: θ ← optimizer(θ, ∇θ L, η).
         let theta = self.optimizer.step(&self.online.params, &grads, eta);
@@ -127,14 +124,14 @@ impl Byol {
         let net = &self.network;
 
         // Target projections zξ, z′ξ: no gradient.
-        let mut target = net.training(&self.target.params, &mut self.target.statistics);
-        let [z, z2] = [&v, &v2].map(|v| net.project(&mut target, v.clone()).autodiff());
+        let mut target_pass = net.training(&self.target.params, &mut self.target.statistics);
+        let [z, z2] = [&v, &v2].map(|view| net.project(&mut target_pass, view.clone()).autodiff());
 
         // Online predictions q = qθ(zθ), q′ = qθ(z′θ).
         let theta = self.online.params.tracked();
-        let mut online = net.training(&theta, &mut self.online.statistics);
-        let projections = [v, v2].map(|v| net.project(&mut online, v.autodiff()));
-        let [q, q2] = projections.map(|z| net.predict(&mut online, z));
+        let mut online_pass = net.training(&theta, &mut self.online.statistics);
+        let projections = [v, v2].map(|view| net.project(&mut online_pass, view.autodiff()));
+        let [q, q2] = projections.map(|projection| net.predict(&mut online_pass, projection));
 
         let value = (regression_loss(q, z2) + regression_loss(q2, z)).mean();
         Loss { value, theta }

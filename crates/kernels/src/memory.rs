@@ -55,7 +55,7 @@ const CLASSES: usize = 8;
 /// Powers of two from [`MIN_BLOCK`] on, up to 2^40 bytes.
 const POWERS: usize = 24;
 
-/// Greatest number of blocks of one size that are recycler.
+/// Maximum number of blocks kept per size class.
 const POOL_CAPACITY: usize = 256;
 
 /// Alignment of all kept blocks: a cache line.

@@ -56,7 +56,7 @@ pub enum DecodeError {
     NotFinite,
     /// A value below black or above white.
     #[error(
-        "the value {value} {} {level}\nhint: choose the values of black and white with `--levels`",
+        "the value {value} {} {level}\nhint: choose other levels with `--levels`",
         if *is_white { "exceeds white," } else { "is below black," }
     )]
     OutsideLevels {
@@ -68,7 +68,7 @@ pub enum DecodeError {
         is_white: bool,
     },
     /// Values that do not tell black and white, in an image by itself.
-    #[error("cannot tell black and white: {0}\nhint: choose the values of black and white with `--levels`")]
+    #[error("cannot detect the black and white levels: {0}\nhint: choose them with `--levels`")]
     UnknownLevels(String),
     /// More than [`MAX_PIXELS`] pixels.
     #[error("{width} x {height} pixels exceed the limit of {} million", MAX_PIXELS / 1_000_000)]
@@ -263,7 +263,7 @@ impl Raw {
                     (None, None) => [0.0, 65535.0],
                 };
                 let mut rgb: DynamicImage = match deep {
-                    // As before levels were known, so that encoders of that time see the same pixels.
+                    // Legacy mapping, so that encoders trained before levels existed see the same pixels.
                     Deep::Int16(..) if image_levels == [0.0, 65535.0] => self.image.into_rgb8().into(),
                     Deep::Float(..) if levels.is_legacy() => self.image.into_rgb8().into(),
                     Deep::Int16(values, channels) => self.map(colors(values, channels), image_levels, 0.0)?,

@@ -14,10 +14,10 @@ use super::{
     stratified_positions,
 };
 
-/// Most images of a split whose headers are read.
+/// Maximum number of images per split whose headers are read.
 const MAX_HEADERS: usize = 4096;
 
-/// Images of more than 8 bits up to which all are decoded. Of more, a sample is.
+/// Maximum number of images of more than 8 bits that are all decoded; beyond it, a sample is.
 const MAX_DECODED: usize = 512;
 
 /// Images in a sample.

@@ -3,8 +3,8 @@
 //! A folder that contains nothing but one folder with images stands for that folder. Folders named
 //! after splits are splits where that makes sense (`find_splits`); otherwise they are classes like
 //! any other. The class of an image is the top-level folder it is in; an image outside such folders
-//! has none. Links are followed once. Only regular files are opened. Files that look like images or
-//! contain images, but are not read, are counted.
+//! has none. Each linked folder is read once. Only regular files are opened. Image files and
+//! containers of images that are not supported are counted.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -101,7 +101,7 @@ impl Kind {
             Kind::Container(_) => format!("not read; {}", self.remedy()),
             Kind::Video(_) => format!("videos are not read; {}", self.remedy()),
             Kind::Hidden => "names that start with a dot are not read".into(),
-            Kind::Run => "a run is not part of the data".into(),
+            Kind::Run => "run folders are excluded".into(),
             Kind::BrokenLink => "the linked file does not exist".into(),
             Kind::Repeated => "read already under another name".into(),
             Kind::Special => "named pipes, sockets and devices are not read".into(),
@@ -364,7 +364,10 @@ fn find_splits(root: &Path, base: &Path, found: &Found) -> Result<Option<Splits>
     for Part { folder, found } in &doubles {
         let chosen = [(TRAIN, Some(&train)), (VAL, val.as_ref()), (TEST, test.as_ref())];
         let chosen = chosen.into_iter().find(|(names, _)| is_named(folder, names)).and_then(|(_, part)| part);
-        let reason = format!("{}/ is this split", chosen.map_or(train_name.clone(), |part| name(&part.folder)));
+        let reason = format!(
+            "a second folder for this split; {}/ is used",
+            chosen.map_or(train_name.clone(), |part| name(&part.folder))
+        );
         unused.push(Unused { name: name(folder), count: found.images.len(), reason });
     }
     for Part { folder, found } in &others {
@@ -401,8 +404,18 @@ fn subfolders(folder: &Path) -> Result<Vec<PathBuf>, Error> {
     Ok(list(folder)?.into_iter().filter(|path| !is_hidden(path) && path.is_dir() && !is_run(path)).collect())
 }
 
+/// True for a folder with one of these names, in upper or lower case, also with a year behind it:
+/// `train2017`.
 fn is_named(folder: &Path, names: &[&str]) -> bool {
-    folder.file_name().is_some_and(|folder| names.iter().any(|name| folder.eq_ignore_ascii_case(name)))
+    let Some(folder) = folder.file_name() else { return false };
+    let is_year = |rest: &[u8]| {
+        rest.len() == 4 && (rest.starts_with(b"19") || rest.starts_with(b"20")) && rest.iter().all(u8::is_ascii_digit)
+    };
+    let has_year = |name: &str| {
+        let split = folder.as_encoded_bytes().split_at_checked(name.len());
+        split.is_some_and(|(word, rest)| word.eq_ignore_ascii_case(name.as_bytes()) && is_year(rest))
+    };
+    names.iter().any(|name| folder.eq_ignore_ascii_case(name) || has_year(name))
 }
 
 /// Name of the split's folder in a relative path, if there is one.
@@ -413,7 +426,7 @@ pub(super) fn split_folder(relative: &Path) -> Option<String> {
 
 /// True for the folder of a run, and for the default parent folder of runs.
 pub(super) fn is_run(folder: &Path) -> bool {
-    is_named(folder, &[RUNS])
+    folder.file_name().is_some_and(|name| name.eq_ignore_ascii_case(RUNS))
         || (folder.join("plan.toml").is_file()
             && (folder.join("checkpoints").is_dir() || folder.join("encoder.safetensors").is_file()))
 }
@@ -640,8 +653,8 @@ mod tests {
         assert_eq!(
             unused,
             [
-                "dev (1): val/ is this split",
-                "eval (1): val/ is this split",
+                "dev (1): a second folder for this split; val/ is used",
+                "eval (1): a second folder for this split; val/ is used",
                 "extra (2): not a split; images beside Train/ are not read",
                 "images beside Train/ (1): not in the folder of a split (first: loose.png)",
             ]
@@ -656,6 +669,22 @@ mod tests {
         // Without class folders nothing is left out.
         let (data, unused) = opened(&["train/1.png", "loose.png"]);
         assert_eq!((data.train.len(), unused.len()), (2, 0));
+    }
+
+    #[test]
+    fn splits_may_be_named_with_a_year() {
+        let (data, unused) = opened(&["train2017/1.png", "train2017/2.png", "unlabeled2017/1.png", "val2017/1.png"]);
+        assert_eq!((data.train.len(), data.test.map(|test| test.len()), data.classes.len()), (3, Some(1), 0));
+        assert!(unused.is_empty(), "{unused:?}");
+        let (data, unused) = opened(&["train/1.png", "train2014/1.png", "val2014/1.png", "val20145/1.png"]);
+        assert_eq!((data.train.len(), data.test.map(|test| test.len())), (1, Some(1)));
+        assert_eq!(
+            unused,
+            [
+                "train2014 (1): a second folder for this split; train/ is used",
+                "val20145 (1): not a split; images beside train/ are not read",
+            ]
+        );
     }
 
     #[test]
@@ -724,7 +753,7 @@ mod tests {
         assert_eq!(data.classes, ["album", "cat", "dog"]);
         assert_eq!(
             data.unused[0].to_string(),
-            "images in run folders (3): a run is not part of the data (first: byol-runs)"
+            "images in run folders (3): run folders are excluded (first: byol-runs)"
         );
     }
 

@@ -80,7 +80,7 @@ pub enum FailureKind {
     Dimensional,
     /// The loss is above chance level, or NaN.
     Diverged,
-    /// The predictions match their targets hardly better than chance: the predictor lags behind.
+    /// Predictions are barely better than chance: the predictor lags behind.
     PredictorLag,
 }
 
@@ -198,7 +198,7 @@ impl Health {
     }
 }
 
-/// HealthSeconds of a health check, in seconds.
+/// Cost of a health check, in seconds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
 pub struct HealthSeconds {
     /// All metrics, including kNN.

@@ -103,7 +103,9 @@ impl fmt::Display for Event<'_> {
                 }
                 collapse.map_or(Ok(()), |failure| write!(f, ", failed: {failure}"))
             }
-            Event::Skipped(n, first) => write!(f, "skipped {n} unreadable images, the first is {first}"),
+            Event::Skipped(n, first) => {
+                write!(f, "skipped {n} unreadable image{} (first: {first})", if *n == 1 { "" } else { "s" })
+            }
             Event::Checkpoint(path) => write!(f, "checkpoint {}", path.display()),
             Event::Rollback { from, to, peak, why } => {
                 write!(f, "rolled back from step {from} to {to}, peak learning rate {peak:.4}: {why}")

@@ -146,13 +146,13 @@ fn maps_16_bit_values_from_black_and_white_to_8_bits() {
     assert_eq!(levels(&twelve_bits, &Levels::uniform(0.0, 8190.0)).unwrap(), [0, 3, 64, 128]);
     assert_eq!(levels(&twelve_bits, &Levels::legacy()).unwrap(), [0, 0, 8, 16]);
     let error = levels(&twelve_bits, &Levels::uniform(0.0, 1023.0)).unwrap_err().to_string();
-    assert_eq!(error, "the value 2048 exceeds white, 1023\nhint: choose the values of black and white with `--levels`");
+    assert_eq!(error, "the value 2048 exceeds white, 1023\nhint: choose other levels with `--levels`");
     let error = levels(&twelve_bits, &Levels::uniform(50.0, 4095.0)).unwrap_err().to_string();
     assert!(error.starts_with("the value 0 is below black, 50\n"), "{error}");
 }
 
 #[test]
-fn alpha_of_16_bit_images_is_neither_mapped_nor_seen() {
+fn drops_16_bit_alpha_before_level_mapping() {
     let image = image::ImageBuffer::from_pixel(1, 1, Rgba([0u16, 2048, 4095, 65535]));
     let image = encode(&DynamicImage::ImageRgba16(image), ImageFormat::Png);
     assert_eq!(decoded(&image).unwrap().pixels, [0, 128, 255]);

@@ -39,7 +39,7 @@ impl FromStr for BlackAndWhite {
 
 impl DataFlags {
     /// Opens a data set and prints what is not used of it. Levels that the flags do not set are
-    /// those of `levels`, and detected where these are not set either.
+    /// taken from `levels`, or detected if those are unset too.
     pub fn open(&self, root: &Path, levels: Levels) -> Result<Dataset> {
         let chosen = self.levels.map(|BlackAndWhite([black, white])| Levels::uniform(black, white));
         let options = OpenOptions { column: self.column.clone(), levels: chosen.unwrap_or(levels) };
@@ -62,7 +62,7 @@ fn described(dataset: Dataset, options: &OpenOptions) -> Dataset {
     dataset
 }
 
-/// Most groups of unused images and files that are printed.
+/// Maximum number of printed groups of unused files.
 const MAX_UNUSED: usize = 5;
 
 /// Warns about images and files that are not part of the data set.

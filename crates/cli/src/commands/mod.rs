@@ -310,7 +310,7 @@ fn exit_unless_stopped(is_overdue: fn(Duration) -> bool) {
     while !is_overdue(stopped.elapsed()) {
         std::thread::sleep(Duration::from_millis(200));
     }
-    eprintln!("stopped before the current step was done");
+    eprintln!("stopped before the current step finished");
     std::process::exit(i32::from(INTERRUPTED));
 }
 

@@ -250,7 +250,7 @@ impl Row<'_> {
             return self.does_not_fit(format!("batch size {batch} is not divisible by {ranks} ranks"));
         }
         let Some(trial) = trial else {
-            return self.does_not_fit(format!("a trial with few images exceeds the {} of free memory", gib(free)));
+            return self.does_not_fit(format!("even a small batch exceeds the {} of free memory", gib(free)));
         };
         let per_rank = batch / ranks;
         let memory = trial.memory(per_rank);
@@ -280,7 +280,7 @@ impl Row<'_> {
             None => "no micro-batch fits".into(),
         };
         let (mut value, line) =
-            self.does_not_fit(format!("needs about {} of {} free memory; {instead}", gib(needed), gib(free)));
+            self.does_not_fit(format!("needs about {}, but only {} is free; {instead}", gib(needed), gib(free)));
         value["memory_mb"] = needed.into();
         value["accumulate"] = micro_batches.into();
         (value, line)

@@ -47,7 +47,7 @@ pub fn refused(args: &[&str], words: &[&str]) -> String {
     assert!(!output.status.success(), "{args:?} succeeds");
     let text = stderr(&output);
     let line =
-        text.lines().find(|l| l.starts_with("error:")).unwrap_or_else(|| panic!("{args:?} says no error: {text}"));
+        text.lines().find(|l| l.starts_with("error:")).unwrap_or_else(|| panic!("{args:?} printed no error: {text}"));
     let message = &text[text.find("error:").unwrap_or_default()..];
     for word in words {
         assert!(message.contains(word), "`{word}` is not in: {message}");

@@ -4,10 +4,7 @@ use std::io::BufRead;
 
 use image::metadata::Orientation;
 use zune_core::{bytestream::ZCursor, colorspace::ColorSpace, options::DecoderOptions};
-use zune_jpeg::{
-    JpegDecoder,
-    errors::{DecodeErrors, UnsupportedSchemes},
-};
+use zune_jpeg::JpegDecoder;
 
 use super::{DecodeError, Raw, check_size};
 
@@ -38,28 +35,57 @@ pub(super) enum Output {
 /// image: the markers in it neither complete an image that is cut nor damage one that is complete.
 /// Segments are skipped by their length, so the thumbnail in a segment does not end the image.
 pub(super) fn end(bytes: &[u8]) -> Option<usize> {
-    let mut at = bytes.starts_with(&[0xFF, 0xD8]).then_some(2)?;
+    markers(bytes).find(|(marker, _)| *marker == END).map(|(_, at)| at)
+}
+
+/// End of an image.
+const END: u8 = 0xD9;
+
+/// Markers of segments, and of the end of the image, of the JPEG at the start of `bytes`, with the
+/// position behind each.
+fn markers(bytes: &[u8]) -> impl Iterator<Item = (u8, usize)> {
+    let mut at = if bytes.starts_with(&[0xFF, 0xD8]) { 2 } else { bytes.len() };
     let mut has_scan = false;
-    loop {
-        // Skips the data of a scan, in which 0xFF is followed by 0 or by a restart marker.
-        at += bytes.get(at..)?.skip_until(0xFF).ok()?;
-        // A marker may be preceded by any number of fill bytes.
-        at += bytes.get(at..)?.iter().position(|b| *b != 0xFF)?;
-        let marker = bytes[at];
-        at += 1;
-        match marker {
-            0xD9 => return Some(at),
-            // Another image starts: this one is cut.
-            0xD8 if has_scan => return None,
-            0x00 | 0x01 | 0xD0..=0xD8 => {}
-            // Reserved: damaged data or padding, for the decoder to judge.
-            0x02..=0xBF if has_scan => {}
-            _ => {
-                let length = bytes.get(at..at + 2)?;
-                at += usize::from(u16::from_be_bytes([length[0], length[1]])).max(2);
-                has_scan |= marker == 0xDA;
+    std::iter::from_fn(move || {
+        loop {
+            // Skips the data of a scan, in which 0xFF is followed by 0 or by a restart marker.
+            at += bytes.get(at..)?.skip_until(0xFF).ok()?;
+            // A marker may be preceded by any number of fill bytes.
+            at += bytes.get(at..)?.iter().position(|b| *b != 0xFF)?;
+            let marker = bytes[at];
+            at += 1;
+            let behind = at;
+            match marker {
+                END => at = bytes.len(),
+                // Another image starts: this one is cut.
+                0xD8 if has_scan => return None,
+                0x00 | 0x01 | 0xD0..=0xD8 => continue,
+                // Reserved: damaged data or padding, for the decoder to judge.
+                0x02..=0xBF if has_scan => continue,
+                _ => {
+                    let length = bytes.get(at..at + 2)?;
+                    at += usize::from(u16::from_be_bytes([length[0], length[1]])).max(2);
+                    has_scan |= marker == 0xDA;
+                }
             }
+            return Some((marker, behind));
         }
+    })
+}
+
+/// Kind of compression, if it is one that is not read, by the header of the frame.
+fn unread_kind(bytes: &[u8]) -> Option<String> {
+    // Tables for Huffman and arithmetic coding, and extensions, have numbers among those of frames.
+    // A hierarchical image starts with 0xDE instead of a frame.
+    let is_frame = |marker: u8| matches!(marker, 0xC0..=0xCF | 0xDE) && !matches!(marker, 0xC4 | 0xC8 | 0xCC);
+    let (marker, at) = markers(bytes).find(|(marker, _)| is_frame(*marker))?;
+    // The length of the segment comes before the bits per sample.
+    match (marker, bytes.get(at + 2)?) {
+        (0xC0..=0xC2, 8) => None,
+        (0xC0..=0xC2, bits) => Some(format!("{bits} bits per sample")),
+        (0xC3 | 0xCB, _) => Some("lossless compression".into()),
+        (0xC9 | 0xCA, _) => Some("arithmetic coding".into()),
+        _ => Some("hierarchical coding".into()),
     }
 }
 
@@ -75,9 +101,12 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Raw, DecodeError> {
 pub(super) fn stream(bytes: &[u8], output: Output) -> Result<Stream, DecodeError> {
     // Strict mode: otherwise the decoder fills missing data with gray.
     let options = DecoderOptions::default().set_strict_mode(true).set_max_width(usize::MAX).set_max_height(usize::MAX);
+    if let Some(kind) = unread_kind(bytes) {
+        return Err(unread(kind));
+    }
     let end = end(bytes);
     let mut decoder = JpegDecoder::new_with_options(ZCursor::new(&bytes[..end.unwrap_or(bytes.len())]), options);
-    decoder.decode_headers().map_err(error)?;
+    decoder.decode_headers().map_err(broken)?;
     let (width, height) = decoder.dimensions().ok_or_else(|| broken("missing dimensions"))?;
     check_size(width, height)?;
     if end.is_none() {
@@ -98,7 +127,7 @@ pub(super) fn stream(bytes: &[u8], output: Output) -> Result<Stream, DecodeError
         _ => return Err(unread(format!("{components} components"))),
     };
     decoder.set_options(options.jpeg_set_out_colorspace(colors));
-    let samples = decoder.decode().map_err(error)?;
+    let samples = decoder.decode().map_err(broken)?;
     if samples.len() != width * height * colors.num_components() {
         return Err(broken("fewer pixels than declared"));
     }
@@ -112,16 +141,6 @@ fn broken(reason: impl ToString) -> DecodeError {
 
 fn unread(reason: String) -> DecodeError {
     DecodeError::UnreadKind { format: "JPEG", reason }
-}
-
-fn error(error: DecodeErrors) -> DecodeError {
-    match error {
-        DecodeErrors::Unsupported(UnsupportedSchemes::LosslessHuffman | UnsupportedSchemes::LosslessArithmetic) => {
-            unread("lossless compression".into())
-        }
-        DecodeErrors::Unsupported(_) => unread("arithmetic coding".into()),
-        error => broken(error),
-    }
 }
 
 #[cfg(test)]
@@ -201,9 +220,25 @@ mod tests {
         }
     }
 
+    #[test]
+    fn unsupported_kinds_are_not_reported_as_damaged() {
+        let frame = BASELINE.windows(2).position(|pair| pair == [0xFF, 0xC0]).unwrap();
+        for (at, value, reason) in [
+            (1, 0xC3, "lossless compression"),
+            (1, 0xC9, "arithmetic coding"),
+            (1, 0xDE, "hierarchical coding"),
+            (4, 12, "12 bits per sample"),
+        ] {
+            let mut bytes = BASELINE.to_vec();
+            bytes[frame + at] = value;
+            let error = pixels(&bytes).unwrap_err().to_string();
+            assert_eq!(error, format!("a kind of JPEG that byol does not read ({reason})"));
+        }
+    }
+
     proptest! {
         #[test]
-        fn bytes_behind_the_end_change_nothing(tail: Vec<u8>, progressive: bool) {
+        fn ignores_bytes_after_the_end(tail: Vec<u8>, progressive: bool) {
             let bytes = if progressive { PROGRESSIVE } else { BASELINE };
             let longer = [bytes, &tail].concat();
             prop_assert_eq!(end(&longer), Some(bytes.len()));
@@ -211,7 +246,7 @@ mod tests {
         }
 
         #[test]
-        fn the_end_is_behind_an_end_marker(bytes: Vec<u8>) {
+        fn image_ends_after_its_end_marker(bytes: Vec<u8>) {
             let bytes = [&[0xFF, 0xD8][..], &bytes].concat();
             if let Some(end) = end(&bytes) {
                 prop_assert!(bytes[..end].ends_with(&[0xFF, 0xD9]));

@@ -877,7 +877,7 @@ mod tests {
     }
 
     #[test]
-    fn small_values_may_be_bright_in_16_bit_images_too() {
+    fn reads_inverted_16_bit_grayscale() {
         let data: Vec<u8> = [0u16, 4095].into_iter().flat_map(u16::to_le_bytes).collect();
         let pixels = File::new(2, 1, 16, 1, WHITE_IS_ZERO, &data).pixels().unwrap();
         assert_eq!(pixels, [255, 255, 255, 0, 0, 0]);

@@ -208,13 +208,13 @@ fn must_have_images(
     sample: impl Fn() -> io::Result<Sample>,
 ) -> io::Result<()> {
     let chunks = metadata.row_groups().iter().flat_map(|group| group.columns());
-    let mut of_bytes = chunks.filter(|chunk| chunk.column_path().parts() == [column, "bytes"]).peekable();
+    let mut bytes_chunks = chunks.filter(|chunk| chunk.column_path().parts() == [column, "bytes"]).peekable();
     // Without statistics the rows tell.
     let is_null = |chunk: &ColumnChunkMetaData| {
         let nulls = chunk.statistics().and_then(|statistics| statistics.null_count_opt());
         nulls.is_none_or(|n| i64::try_from(n).is_ok_and(|n| n >= chunk.num_values()))
     };
-    if of_bytes.peek().is_none() || !of_bytes.all(is_null) {
+    if bytes_chunks.peek().is_none() || !bytes_chunks.all(is_null) {
         return Ok(());
     }
     let Sample { has_images: None, path: Some(first) } = sample()? else { return Ok(()) };

@@ -274,8 +274,8 @@ impl Remote {
     /// Those of [`Remote::file`], and those of an invalid shard.
     pub fn index(self: &Arc<Self>, read: impl Fn(&Path) -> io::Result<Index>) -> io::Result<Index> {
         let index = read(&self.file()?)?;
-        let of_store = |unit| Unit { remote: Some(self.clone()), path: self.url.clone().into(), ..unit };
-        Ok(Index { units: index.units.into_iter().map(of_store).collect(), ..index })
+        let into_remote = |unit| Unit { remote: Some(self.clone()), path: self.url.clone().into(), ..unit };
+        Ok(Index { units: index.units.into_iter().map(into_remote).collect(), ..index })
     }
 }
 

@@ -218,9 +218,9 @@ fn samples(file: &File) -> io::Result<Samples> {
             parts.push(group.iter().collect());
             continue;
         }
-        let mut of_stem = HashMap::new();
+        let mut sample_by_stem = HashMap::new();
         for member in group {
-            let part = *of_stem.entry(member.stem()).or_insert_with(|| {
+            let part = *sample_by_stem.entry(member.stem()).or_insert_with(|| {
                 parts.push(Vec::new());
                 parts.len() - 1
             });
@@ -413,7 +413,7 @@ mod tests {
     }
 
     #[test]
-    fn attributes_of_a_mac_are_ignored() {
+    fn ignores_macos_resource_forks() {
         let names =
             ["./._0.cls", "./0.cls", "./._0.jpg", "./0.jpg", "__MACOSX/0.jpg", "./1.cls", "./._1.jpg", "./1.jpg"];
         let (labeled, unused) = read(&names);

@@ -307,7 +307,7 @@ fn split(dataset: Dataset, limit: usize) -> Result<Labeled> {
     Ok(Labeled { train: dataset.train, test, classes: dataset.classes })
 }
 
-/// Keeps the images with labels, and says how many have none. Test labels are often hidden: if the
+/// Keeps labeled images, and prints the number of unlabeled ones. Test labels are often hidden: if the
 /// test split has none, the validation split takes its role.
 fn labeled_images(dataset: Dataset) -> Result<Dataset> {
     let labeled = dataset.clone().labeled();
