@@ -278,8 +278,14 @@ fn moved_data_are_found_by_a_flag() {
     // Embeddings of the place where the images were before.
     let again = folder.path().join("again");
     fs::rename(&moved, &again).unwrap();
-    let args = ["explore", text(&e), "--data", text(&again), "--port", "0", "--map", "pca"];
-    assert_eq!(Server::start(&args).get("/thumb/0").0, 200);
+    // Rows of an interrupted computation for another place are discarded.
+    let mut cache = fs::read_dir(out.join("explore")).unwrap().map(|entry| entry.unwrap().path());
+    let table = cache.find(|path| path.extension().is_some_and(|extension| extension == "parquet")).unwrap();
+    fs::write(table.with_extension("parquet.partial-rows"), "{}\n").unwrap();
+    for input in [run, text(&e)] {
+        let args = ["explore", input, "--data", text(&again), "--port", "0", "--device", "cpu", "--map", "pca"];
+        assert_eq!(Server::start(&args).get("/thumb/0").0, 200, "{input}");
+    }
     // Other images do not pass as the moved ones.
     fs::remove_file(again.join("even/000.png")).unwrap();
     refused(&["resume", run, "--data", text(&again)], &["have changed since the run started", text(&again)]);

@@ -14,7 +14,7 @@ use std::{
 
 use byol::{
     apply::{
-        embed::{Items, Job, Outcome, Split},
+        embed::{self, Items, Job, Outcome, Split},
         embeddings::{Embeddings, Origin},
         map::{self, Method},
         row_images::Access,
@@ -125,9 +125,20 @@ fn embed_run(args: &Args, run: &Path) -> Result<Option<PathBuf>> {
     let opened = super::open_device(args.device)?;
     let encoder = super::load_encoder(run, &opened.device)?;
     let job = Job { encoder: &encoder, items: &items, origin, out: &file };
-    let outcome = terminal::with_progress("embedding", |progress| {
-        job.run(&super::stop_soon_flag(), |done, total| progress(done as u64, total as u64))
-    });
+    let stop = super::stop_soon_flag();
+    let embed = || {
+        terminal::with_progress("embedding", |progress| {
+            job.run(&stop, |done, total| progress(done as u64, total as u64))
+        })
+    };
+    let outcome = match embed() {
+        // An earlier computation of other images was interrupted. The folder is a cache.
+        Err(embed::Error::Partial { path, .. }) => {
+            fs::remove_file(&path).map_err(|e| format!("cannot delete {}: {e}", path.display()))?;
+            embed()
+        }
+        outcome => outcome,
+    };
     match outcome? {
         Outcome::Finished { .. } => Ok(Some(file)),
         Outcome::Stopped(_) => Ok(None),
