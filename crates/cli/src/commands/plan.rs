@@ -120,7 +120,7 @@ impl std::fmt::Display for EncoderChoice {
 }
 
 /// Multiply-adds of the smaller of two trial steps: about one second on two cores.
-const TRIAL_PRODUCTS: f64 = 1e10;
+const TRIAL_PRODUCTS: f64 = 4e10;
 
 /// Fraction of the free memory to use; the rest is for the system and data loading.
 const USABLE_MEMORY: f64 = 0.9;
@@ -136,7 +136,8 @@ const HOST_BANDWIDTH: f64 = 12e9;
 
 /// Measurements of an encoder, by two trial steps.
 struct Trial {
-    images_per_second: f64,
+    /// Seconds of a step: fixed, such as the update of the weights, and per image of the batch.
+    seconds: [f64; 2],
     /// Number of parameters of θ.
     parameters: f64,
     /// Number of batch norms in f and g, and in q.
@@ -147,6 +148,12 @@ struct Trial {
 }
 
 impl Trial {
+    /// Seconds of a step, without communication.
+    fn step(&self, batch: u32) -> f64 {
+        let [fixed, per_image] = self.seconds;
+        fixed + per_image * f64::from(batch)
+    }
+
     fn memory(&self, batch: u32) -> Option<f64> {
         self.memory.map(|[fixed, per_image]| fixed + per_image * f64::from(batch))
     }
@@ -257,7 +264,7 @@ impl Row<'_> {
         if let Some(needed) = memory.filter(|needed| *needed > free) {
             return self.exceeds_memory(trial, per_rank, needed, free);
         }
-        let step = f64::from(per_rank) / trial.images_per_second + trial.communication(ranks, args.gbit);
+        let step = trial.step(per_rank) + trial.communication(ranks, args.gbit);
         let speed = f64::from(batch) / step;
         let epoch = images as f64 / speed;
         let epochs = args.budget.0 / epoch;
@@ -309,8 +316,15 @@ fn gib(mb: f64) -> String {
     format!("{:.1} GiB", mb / 1024.0)
 }
 
-/// Measures steps of two small batches; memory is linear in the batch size. `None` if even they run
-/// out of memory.
+/// Line through the values at `n` and `2 n`: its value at 0 and its slope. Noise does not make either
+/// negative.
+fn line([first, second]: [f64; 2], n: u32) -> [f64; 2] {
+    let slope = ((second - first) / f64::from(n)).clamp(0.0, second / f64::from(2 * n));
+    [(second - slope * f64::from(2 * n)).max(0.0), slope]
+}
+
+/// Measures steps of two small batches; time and memory are linear in the batch size. `None` if even
+/// they run out of memory.
 fn run_trial(
     args: &Args,
     encoder: &EncoderChoice,
@@ -325,7 +339,7 @@ fn run_trial(
     let mut measurements = Vec::new();
     for batch in [few, 2 * few] {
         let output = Command::new(std::env::current_exe()?)
-            .args(["bench", "--json", "--steps", "2", "--encoder", encoder.architecture.name()])
+            .args(["bench", "--json", "--steps", "3", "--encoder", encoder.architecture.name()])
             .args(["--width", &encoder.width.to_string(), "--size", &size.to_string(), "--batch", &batch.to_string()])
             .args(["--hidden", &hidden.to_string(), "--precision", precision])
             .args(["--threads", &args.compute.threads.to_string(), "--device", device])
@@ -340,15 +354,16 @@ fn run_trial(
         };
         measurements.push([&result["images_per_second"], &result["peak_mb"]].map(|v| v.as_f64().unwrap_or(f64::NAN)));
     }
-    let [[_, small], [images_per_second, large]] = [measurements[0], measurements[1]];
-    let per_image = ((large - small) / f64::from(few)).max(0.0);
-    let fixed = (small - per_image * f64::from(few)).max(0.0);
-    let memory = (device == "cpu" && large.is_finite()).then_some([fixed, per_image]);
+    let [[slow, small], [fast, large]] = [measurements[0], measurements[1]];
+    // A step of twice the images takes at least half as long again: small steps vary.
+    let times = [f64::from(few) / slow, f64::from(2 * few) / fast];
+    let seconds = line([times[0].min(times[1] / 1.5), times[1]], few);
+    let memory = (device == "cpu" && large.is_finite()).then_some(line([small, large], few));
     let head = |d_in: usize| (d_in + 3 + PROJECTION) * hidden;
     let weights: usize = net.shapes().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
     let parameters = (weights + head(net.features()) + head(PROJECTION)) as f64;
     let norms = [net.shapes().iter().filter(|(_, shape)| shape.len() == 4).count() as f64 + 1.0, 1.0];
-    Ok(Some(Trial { images_per_second, parameters, norms, memory }))
+    Ok(Some(Trial { seconds, parameters, norms, memory }))
 }
 
 #[cfg(test)]
@@ -356,7 +371,17 @@ mod tests {
     use super::*;
 
     fn trial() -> Trial {
-        Trial { images_per_second: 100.0, parameters: 25e6, norms: [54.0, 1.0], memory: Some([100.0, 10.0]) }
+        Trial { seconds: [0.1, 0.01], parameters: 25e6, norms: [54.0, 1.0], memory: Some([100.0, 10.0]) }
+    }
+
+    #[test]
+    fn time_and_memory_are_lines_through_two_measurements() {
+        let close = |[a, b]: [f64; 2], [c, d]: [f64; 2]| (a - c).abs() < 1e-9 && (b - d).abs() < 1e-9;
+        assert!(close(line([0.5, 0.8], 8), [0.2, 0.0375]));
+        // Measurements that no line without negative values fits.
+        assert!(close(line([0.5, 0.4], 8), [0.4, 0.0]));
+        assert!(close(line([0.1, 0.4], 8), [0.0, 0.025]));
+        assert!((trial().step(50) - 0.6).abs() < 1e-9);
     }
 
     #[test]
