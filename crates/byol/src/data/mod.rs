@@ -719,6 +719,14 @@ impl Dataset {
     /// Opens the data at `root`: shards, a folder with `labels.csv`, CIFAR or IDX files, or a
     /// folder of images. Finds the images without decoding them.
     ///
+    /// ```no_run
+    /// let data = byol::Dataset::open("photos")?;
+    /// println!("{} training images of {} classes", data.train.len(), data.classes.len());
+    /// let first = data.train.get(0)?;
+    /// println!("{} × {} pixels", first.width, first.height);
+    /// # Ok::<(), byol::data::Error>(())
+    /// ```
+    ///
     /// # Errors
     /// Any but [`Error::Image`], [`Error::MostlyBad`] and [`Error::Unlabeled`].
     pub fn open(root: impl AsRef<Path>) -> Result<Dataset, Error> {

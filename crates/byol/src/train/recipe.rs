@@ -648,6 +648,15 @@ impl Recipe {
     /// Loads a built-in recipe by name (`auto`, `cifar10`, …) or a TOML file by path, to adjust and
     /// run.
     ///
+    /// ```
+    /// use byol::Recipe;
+    ///
+    /// let overrides = Recipe::named("cifar10")?.epochs(10).with("train.batch", 64)?;
+    /// assert_eq!(overrides.check()?.train.batch, 64);
+    /// assert!(Recipe::named("cifar10")?.with("train.bach", 64).is_err());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
     /// [`Error::Unknown`], [`Error::Read`], [`Error::Syntax`], [`Error::Key`].
     pub fn named(name: &str) -> Result<RecipeOverrides, Error> {
