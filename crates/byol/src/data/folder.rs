@@ -123,7 +123,7 @@ impl Kind {
 
 /// Contents of a folder, at any depth.
 #[derive(Debug, Default)]
-struct Found {
+struct FolderScan {
     /// Image files, in the order of the walk.
     images: Vec<PathBuf>,
     /// Number of files that are not read, and the first of them.
@@ -134,17 +134,17 @@ struct Found {
     visited: HashSet<PathBuf>,
 }
 
-impl Found {
+impl FolderScan {
     /// Walks through a folder.
-    fn below(folder: &Path) -> Result<Found, Error> {
-        let mut found = Found::default();
+    fn scan(folder: &Path) -> Result<FolderScan, Error> {
+        let mut found = FolderScan::default();
         found.walk(folder)?;
         Ok(found)
     }
 
     /// Walks through a folder, without counting the files that are reported elsewhere.
-    fn beside(folder: &Path, reported: &HashSet<PathBuf>) -> Result<Found, Error> {
-        let mut found = Found { reported: reported.clone(), ..Found::default() };
+    fn scan_except(folder: &Path, reported: &HashSet<PathBuf>) -> Result<FolderScan, Error> {
+        let mut found = FolderScan { reported: reported.clone(), ..FolderScan::default() };
         found.walk(folder)?;
         Ok(found)
     }
@@ -194,7 +194,7 @@ impl Found {
         if !is_run(folder) {
             return self.walk(folder);
         }
-        let inside = Found::below(folder)?;
+        let inside = FolderScan::scan(folder)?;
         let nested = inside.unread.get(&Kind::Run).map_or(0, |(n, _)| *n);
         match inside.images.len() + nested {
             0 => {}
@@ -229,7 +229,7 @@ impl Found {
 #[derive(Debug)]
 struct Part {
     folder: PathBuf,
-    found: Found,
+    found: FolderScan,
 }
 
 impl Part {
@@ -257,7 +257,7 @@ struct Splits {
 /// [`Error::Empty`], [`Error::Unread`], [`Error::Read`].
 pub fn open(root: &Path, reported: &HashSet<PathBuf>) -> Result<Dataset, Error> {
     if root.is_file() {
-        let mut found = Found::default();
+        let mut found = FolderScan::default();
         match classify(root) {
             File::Image => found.images.push(root.to_owned()),
             File::Unread(kind) => found.count(kind, 1, root),
@@ -269,7 +269,7 @@ pub fn open(root: &Path, reported: &HashSet<PathBuf>) -> Result<Dataset, Error> 
             false => Ok(dataset(root, train, None, None, Vec::new(), Vec::new())),
         };
     }
-    let found = Found::beside(root, reported)?;
+    let found = FolderScan::scan_except(root, reported)?;
     if found.images.is_empty() {
         return Err(found.empty(root));
     }
@@ -300,7 +300,7 @@ pub(super) struct Contents {
 /// # Errors
 /// [`Error::Read`].
 pub(super) fn contents(root: &Path, reported: &HashSet<PathBuf>) -> Result<Contents, Error> {
-    let found = Found::beside(root, reported)?;
+    let found = FolderScan::scan_except(root, reported)?;
     let unused = found.unused(root);
     let base = common_folder(root, &found.images, |folder| Ok(training_folder(folder)?.is_some()))?;
     let splits = match find_splits(root, &base, &found) {
@@ -319,7 +319,7 @@ pub(super) fn contents(root: &Path, reported: &HashSet<PathBuf>) -> Result<Conte
 /// # Errors
 /// [`Error::Read`].
 pub(super) fn images_beside(root: &Path, source: &str) -> Result<Vec<Unused>, Error> {
-    let found = Found::below(root)?;
+    let found = FolderScan::scan(root)?;
     let Some(first) = found.images.first() else { return Ok(Vec::new()) };
     let reason = format!("{source} are read instead (first: {})", relative(first, root));
     Ok(vec![Unused { name: "image files".into(), count: found.images.len(), reason }])
@@ -333,10 +333,10 @@ pub(super) fn images_beside(root: &Path, source: &str) -> Result<Vec<Unused>, Er
 /// - it consists of class folders, and the folders beside it do not look like further classes.
 ///
 /// Otherwise a folder such as `train` is a class, for example of vehicles.
-fn find_splits(root: &Path, base: &Path, found: &Found) -> Result<Option<Splits>, Error> {
+fn find_splits(root: &Path, base: &Path, found: &FolderScan) -> Result<Option<Splits>, Error> {
     let Some(training) = training_folder(base)? else { return Ok(None) };
     // Each on its own: links between splits are no repetitions.
-    let part = |folder: PathBuf| Found::below(&folder).map(|found| Part { folder, found });
+    let part = |folder: PathBuf| FolderScan::scan(&folder).map(|found| Part { folder, found });
     let parts = subfolders(base)?.into_iter().map(part).collect::<Result<Vec<_>, _>>()?;
     let mut parts: Vec<Part> = parts.into_iter().filter(|part| !part.found.images.is_empty()).collect();
     let mut take = |names: &[&str]| {

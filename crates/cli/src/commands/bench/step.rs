@@ -75,7 +75,7 @@ pub fn run(args: &StepArgs) -> Result<()> {
     let dataset = synthetic::dataset(0, args.batch, 0);
     let data = TrainingData::prepare(dataset, PrepareOptions::from(&recipe), &|_| ())?;
     let plan = Plan::new("bench", recipe, &data, opened.info.choice)?;
-    let report = Report {
+    let benchmark = StepBenchmark {
         args,
         threads,
         device: (opened.info.choice, &opened.info.name),
@@ -85,8 +85,8 @@ pub fn run(args: &StepArgs) -> Result<()> {
         times: Bench::new(args, &plan, &opened.device).measure()?,
     };
     match args.network.json {
-        true => out!("{}", report.json()),
-        false => report.print(),
+        true => out!("{}", benchmark.json()),
+        false => benchmark.print(),
     }
     Ok(())
 }
@@ -217,7 +217,7 @@ fn noise(n: usize, size: usize, seed: u64, device: &Device) -> Tensor<4> {
 }
 
 /// Results with what they were measured on.
-struct Report<'a> {
+struct StepBenchmark<'a> {
     args: &'a StepArgs,
     threads: usize,
     /// Choice and name.
@@ -242,7 +242,7 @@ impl PhaseTime {
     }
 }
 
-impl Report<'_> {
+impl StepBenchmark<'_> {
     /// Median seconds of a step.
     fn seconds(&self) -> f64 {
         median(self.times.step.clone())
