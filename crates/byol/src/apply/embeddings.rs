@@ -567,7 +567,7 @@ fn read_npy(mut file: File, path: &Path) -> Result<Embeddings, String> {
     Ok(Embeddings::new(paths, labels, dim as usize, values))
 }
 
-/// Label that a text file states: an empty one stands for none.
+/// Label in a text file; `None` if it is empty.
 fn non_empty(label: String) -> Option<String> {
     Some(label).filter(|label| !label.is_empty())
 }

@@ -107,7 +107,8 @@ impl RowImages {
     /// Loads the image of a row from its file or from packed data.
     ///
     /// # Errors
-    /// [`data::Error::Image`] if it is missing or damaged; others if nothing can be read.
+    /// [`data::Error::Image`] if it is missing or damaged; other errors concern the machine or the data
+    /// set.
     pub fn get(&self, row: usize) -> Result<Arc<Image>, data::Error> {
         let name = &self.paths[row];
         let missing = || DecodeError::Read(io::ErrorKind::NotFound.into());
@@ -138,7 +139,7 @@ impl RowImages {
         };
         let may_be_read = match &self.confined_to {
             None => true,
-            // Without a data folder, there is nothing inside.
+            // Without a data folder, no file is inside it.
             Some(folder) => folder.is_absolute() && real.starts_with(folder),
         };
         Ok(Some(real).filter(|real| may_be_read && real.is_file()))
@@ -163,7 +164,7 @@ impl RowImages {
     /// Those of [`RowImages::get`] but [`data::Error::Image`].
     pub fn signatures(&self, mut on_progress: impl FnMut(f64)) -> Result<Signatures, data::Error> {
         let n = self.paths.len();
-        // Once, instead of by several threads.
+        // Opened once here, rather than by several threads.
         if self.paths.iter().any(|name| is_in_packed_data(name)) {
             self.packed()?;
         }
@@ -187,7 +188,7 @@ impl RowImages {
     }
 }
 
-/// True for the name of an image inside packed data, which is no path.
+/// True for the name of an image inside packed data, which is not an absolute path.
 fn is_in_packed_data(name: &str) -> bool {
     !Path::new(name).is_absolute()
 }

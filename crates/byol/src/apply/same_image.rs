@@ -55,7 +55,7 @@ const MIN_AGREEMENT: [(usize, f32); 2] = [(1, 0.3), (4, 0.55)];
 /// Strength of noise: details this weak, relative to the standard deviation, are not amplified.
 const NOISE: f32 = 0.03;
 
-/// Mean square of the details, which is about 1 in textured parts, from which a part has details.
+/// Mean square of the details, which is about 1 in textured parts, above which a part has details.
 const MIN_ENERGY: f32 = 0.3;
 
 /// Number of parts with details below which an image counts as one without details.
@@ -338,7 +338,7 @@ impl Thumbnail {
         Thumbnail(forms(signature))
     }
 
-    /// Largest cosine of the thumbnails of two images, mirrored or cropped or not.
+    /// Largest cosine of the thumbnails of two images, also mirrored or cropped to the center.
     pub fn similarity(&self, other: &Thumbnail) -> f32 {
         let (a, b) = (&self.0, &other.0);
         let cosines = a.iter().map(|form| dot(form, &b[0])).chain(b.iter().map(|form| dot(form, &a[0])));
@@ -698,7 +698,7 @@ fn decide([a, b]: [&Signature; 2], [a_levels, b_levels]: [&[f32]; 2], coarse: [C
         return found;
     }
     let [forward, backward] = coarse;
-    // The order of the images decides nothing.
+    // Ties are broken by the images, so that their order does not matter.
     let by_image = || (a.original_side, &a.pixels).cmp(&(b.original_side, &b.pixels)).then(a.low.total_cmp(&b.low));
     let is_forward = forward.correlation.total_cmp(&backward.correlation).then_with(by_image).is_ge();
     let (best, source, target) =

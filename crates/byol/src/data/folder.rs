@@ -404,7 +404,7 @@ fn subfolders(folder: &Path) -> Result<Vec<PathBuf>, Error> {
     Ok(list(folder)?.into_iter().filter(|path| !is_hidden(path) && path.is_dir() && !is_run(path)).collect())
 }
 
-/// True for a folder with one of these names, in upper or lower case, also with a year behind it:
+/// True for a folder with one of these names, in upper or lower case, optionally followed by a year:
 /// `train2017`.
 fn is_named(folder: &Path, names: &[&str]) -> bool {
     let Some(folder) = folder.file_name() else { return false };

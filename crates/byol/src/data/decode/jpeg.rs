@@ -73,9 +73,9 @@ fn markers(bytes: &[u8]) -> impl Iterator<Item = (u8, usize)> {
     })
 }
 
-/// Kind of compression, if it is one that is not read, by the header of the frame.
+/// Unsupported kind of compression, from the frame header; `None` if it is supported.
 fn unread_kind(bytes: &[u8]) -> Option<String> {
-    // Tables for Huffman and arithmetic coding, and extensions, have numbers among those of frames.
+    // Markers of tables and extensions share the number range of frames.
     // A hierarchical image starts with 0xDE instead of a frame.
     let is_frame = |marker: u8| matches!(marker, 0xC0..=0xCF | 0xDE) && !matches!(marker, 0xC4 | 0xC8 | 0xCC);
     let (marker, at) = markers(bytes).find(|(marker, _)| is_frame(*marker))?;
