@@ -79,13 +79,13 @@ struct Tap {
 /// Destination pixels `first + dest_step · (j, i)`, which read the source pixels
 /// `source_step · (j, i) + taps`.
 #[derive(Debug)]
-struct Phase {
+struct OutputPhase {
     first: [usize; 2],
     rows: Vec<Tap>,
     cols: Vec<Tap>,
 }
 
-impl Phase {
+impl OutputPhase {
     /// Places of the taps in a kernel of side `kernel`.
     fn places(&self, kernel: usize) -> Vec<usize> {
         self.rows.iter().flat_map(|row| self.cols.iter().map(move |col| row.index * kernel + col.index)).collect()
@@ -102,7 +102,7 @@ struct Gather {
     dest_step: usize,
     /// Distance between their windows.
     source_step: usize,
-    phases: Vec<Phase>,
+    phases: Vec<OutputPhase>,
     /// Zeros before and after the source, in rows and in columns.
     margin: [[usize; 2]; 2],
 }
@@ -114,9 +114,9 @@ impl Gather {
         dest: FeatureMap,
         dest_step: usize,
         source_step: usize,
-        phases: Vec<Phase>,
+        phases: Vec<OutputPhase>,
     ) -> Gather {
-        let margin = |source_size: usize, taps: fn(&Phase) -> &Vec<Tap>, axis: usize, dest_size: usize| {
+        let margin = |source_size: usize, taps: fn(&OutputPhase) -> &Vec<Tap>, axis: usize, dest_size: usize| {
             let mut margin = [0usize; 2];
             for phase in &phases {
                 let steps = dest_size.saturating_sub(phase.first[axis]).div_ceil(dest_step);
@@ -136,7 +136,7 @@ impl Gather {
     fn forward(s: &Shape) -> Gather {
         let tap = |k: usize| Tap { offset: (k * s.dilation) as isize - s.padding as isize, index: k };
         let taps = || (0..s.kernel).map(tap).collect();
-        let phase = Phase { first: [0, 0], rows: taps(), cols: taps() };
+        let phase = OutputPhase { first: [0, 0], rows: taps(), cols: taps() };
         Gather::new(s.n, s.input_map(), s.output_map(), 1, s.stride, vec![phase])
     }
 
@@ -154,7 +154,7 @@ impl Gather {
         };
         let phase = |i: usize| {
             let first = [i / s.stride, i % s.stride];
-            Phase { first, rows: taps(first[0]), cols: taps(first[1]) }
+            OutputPhase { first, rows: taps(first[0]), cols: taps(first[1]) }
         };
         let phases = (0..s.stride * s.stride).map(phase).filter(|p| !p.rows.is_empty() && !p.cols.is_empty());
         Gather::new(s.n, s.output_map(), s.input_map(), s.stride, 1, phases.collect())
@@ -223,7 +223,7 @@ impl Gather {
     }
 
     /// Rows of a phase in a task, in steps.
-    fn steps(&self, phase: &Phase, task: &Task) -> Range<usize> {
+    fn steps(&self, phase: &OutputPhase, task: &Task) -> Range<usize> {
         let step = |row: usize| row.saturating_sub(phase.first[0]).div_ceil(self.dest_step);
         step(task.rows.start)..step(task.rows.end)
     }
@@ -304,7 +304,7 @@ fn source_region<'a, T: Operand>(
 /// region with these `rows`, and those of their channels in the task's destination.
 fn pixel_offsets(
     gather: &Gather,
-    phase: &Phase,
+    phase: &OutputPhase,
     task: &Task,
     rows: &Range<usize>,
     window_offsets: &mut Vec<u32>,
@@ -333,13 +333,13 @@ fn pixel_offsets(
 }
 
 /// Offset of the first tap of a window from its pixel.
-fn first_tap_offset(gather: &Gather, phase: &Phase) -> isize {
+fn first_tap_offset(gather: &Gather, phase: &OutputPhase) -> isize {
     (phase.rows[0].offset * gather.padded_width() as isize + phase.cols[0].offset) * gather.source.c as isize
 }
 
 /// Returns the offsets of the runs of taps from the first tap on, and the length of a run. Taps of
 /// neighboring columns are adjacent in memory, so a row of them is one run.
-fn tap_runs(gather: &Gather, phase: &Phase) -> (Vec<u32>, usize) {
+fn tap_runs(gather: &Gather, phase: &OutputPhase) -> (Vec<u32>, usize) {
     let (first_row, first_col) = (phase.rows[0].offset, phase.cols[0].offset);
     let adjacent = phase.cols.windows(2).all(|pair| pair[1].offset == pair[0].offset + 1);
     let line = |row: &Tap| (row.offset - first_row) as usize * gather.padded_width() * gather.source.c;
@@ -363,7 +363,7 @@ fn convolve<T: Operand, R: Send>(
     epilogue: impl Fn(usize, &mut [f32]) -> R + Sync,
 ) -> (Vec<f32>, Vec<R>) {
     let mut out = uninit_vec(gather.n * gather.dest.len());
-    let phase_weights = |phase: &Phase| -> Vec<T> {
+    let phase_weights = |phase: &OutputPhase| -> Vec<T> {
         let places = phase.places(s.kernel);
         T::convert_weights(isa, places.len() * gather.source.c, pack_weights(isa, s, &places, w, transposed))
     };

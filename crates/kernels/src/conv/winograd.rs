@@ -458,29 +458,9 @@ fn convolve<T: Operand, R: Send>(
 
         // Stage 2: a matrix product per plane, into sums `[tiles, channels]`.
         let first = t.tiles(&bands[0]).start;
-        let n = t.tiles(&bands[bands.len() - 1]).end - first;
-        let window_offsets: Vec<u32> = bands
-            .iter()
-            .enumerate()
-            .flat_map(|(k, band)| {
-                let Planes { band_step, channels, .. } = planes;
-                (0..t.tiles(band).len()).map(move |i| (k * band_step + i * channels) as u32)
-            })
-            .collect();
-        let out_offsets: Vec<u32> = (0..n).map(|i| (i * t.dest.c) as u32).collect();
-        let (tiles, taps) = (Offsets::from(&window_offsets[..]), Offsets::from(&[0][..]));
-        let out_offsets = Offsets::from(&out_offsets[..]);
-        let sum_step = n * t.dest.c + PLANE_GAP;
+        let sum_step = (t.tiles(&bands[bands.len() - 1]).end - first) * t.dest.c + PLANE_GAP;
         let plane_sums = grow::<f32>(&mut sums, PLANES * sum_step);
-        let block = t.source.c * 2 * isa.lanes;
-        plane_sums.par_chunks_mut(sum_step).with_min_len(min_split(cooperative)).enumerate().for_each(|(k, sums)| {
-            let source = &planes.values[k * planes.plane_step..];
-            let rows = Windows { source, windows: tiles, taps, run: t.source.c, prefetch: false };
-            // The last block may be narrower.
-            let weights = weights.chunks(PLANES * block).map(|w| &w[k * w.len() / PLANES..(k + 1) * w.len() / PLANES]);
-            // SAFETY: the product writes numbers only.
-            rows.multiply(isa, t.dest.c, weights, out_offsets, unsafe { as_uninit(sums) });
-        });
+        multiply_planes(isa, t, bands, &planes, &weights, plane_sums, cooperative);
         let plane_sums = &*plane_sums;
 
         // Stage 3: transform the sums, and the epilogue of each band.
@@ -507,6 +487,41 @@ fn convolve<T: Operand, R: Send>(
     };
     // SAFETY: the bands cover the output.
     (unsafe { assume_init_vec(out) }, results)
+}
+
+/// Stage 2 of [`convolve`]: multiplies each plane of the transformed windows of `bands` by its
+/// weights, into `sums`, `[36, tiles, channels]` with a gap after each plane.
+fn multiply_planes<T: Operand>(
+    isa: &Isa,
+    t: &Tiling,
+    bands: &[Band],
+    planes: &Planes<T>,
+    weights: &[T],
+    sums: &mut [f32],
+    cooperative: bool,
+) {
+    let n = t.tiles(&bands[bands.len() - 1]).end - t.tiles(&bands[0]).start;
+    let window_offsets: Vec<u32> = bands
+        .iter()
+        .enumerate()
+        .flat_map(|(k, band)| {
+            let Planes { band_step, channels, .. } = *planes;
+            (0..t.tiles(band).len()).map(move |i| (k * band_step + i * channels) as u32)
+        })
+        .collect();
+    let out_offsets: Vec<u32> = (0..n).map(|i| (i * t.dest.c) as u32).collect();
+    let (tiles, taps) = (Offsets::from(&window_offsets[..]), Offsets::from(&[0][..]));
+    let out_offsets = Offsets::from(&out_offsets[..]);
+    let block = t.source.c * 2 * isa.lanes;
+    let min_planes = min_split(cooperative);
+    sums.par_chunks_mut(sums.len() / PLANES).with_min_len(min_planes).enumerate().for_each(|(k, sums)| {
+        let source = &planes.values[k * planes.plane_step..];
+        let rows = Windows { source, windows: tiles, taps, run: t.source.c, prefetch: false };
+        // The last block may be narrower.
+        let weights = weights.chunks(PLANES * block).map(|w| &w[k * w.len() / PLANES..(k + 1) * w.len() / PLANES]);
+        // SAFETY: the product writes numbers only.
+        rows.multiply(isa, t.dest.c, weights, out_offsets, unsafe { as_uninit(sums) });
+    });
 }
 
 /// Computes the gradient of the weights, packed block by block of channels: `[9, c_in, NV · LANES]`
