@@ -1,11 +1,11 @@
-//! Embeddings files: an error, or a path for every row and finite values. The first byte selects the
-//! format.
+//! Embeddings files: an error, or a path for every row and finite values. The first byte selects
+//! the format.
 #![no_main]
 
 use byol::apply::embeddings::Embeddings;
 
-/// Installs a hook that aborts on panics, except on those of the Parquet library: the reader catches
-/// them and returns an error.
+/// Installs a hook that aborts on panics, except on those of the Parquet library: the reader
+/// catches them and returns an error.
 static HOOK: std::sync::Once = std::sync::Once::new();
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {

@@ -3,8 +3,8 @@
 
 use byol::data::Dataset;
 
-/// Installs a hook that aborts on panics, except on those of the Parquet library: the reader catches
-/// them and returns an error.
+/// Installs a hook that aborts on panics, except on those of the Parquet library: the reader
+/// catches them and returns an error.
 static HOOK: std::sync::Once = std::sync::Once::new();
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {

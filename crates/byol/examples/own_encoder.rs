@@ -5,20 +5,16 @@
 //! images to vectors works; normalize it with batch norm or layer norm, since BYOL needs some
 //! normalization.
 
-use std::{convert::Infallible, error::Error, sync::Arc};
+use std::{convert::Infallible, error::Error};
 
 use burn::tensor::{Device, Tensor, activation::relu, module::conv2d, ops::ConvOptions};
 use byol::{
     Byol, DeviceChoice,
     data::{Loader, prefetch::Request, synthetic},
     device,
-    nn::{
-        Backbone, ForwardContext, Init, Leaf, Mlp, Network, NormConfig, Normalization, Precision, Statistics, Tree,
-        Weights, init,
-    },
-    optim::{AdamW, Optimizer, Rule, Schedule},
+    nn::{Backbone, ForwardContext, Leaf, Network, Statistics, Tree, init},
+    optim::{AdamW, Rule, Schedule},
     random::{self, Domain},
-    ranks::Ranks,
     train::batch::to_device,
     views::Policy,
 };
@@ -71,24 +67,11 @@ impl Backbone for PatchNet {
 
 fn main() -> Result<(), Box<dyn Error>> {
     let device = device::open(DeviceChoice::Cpu)?.device;
-    let (steps, batch, projection) = (60, 64, 32);
-    let mlp = |name, d_in| Mlp { name, d_in, hidden: 128, d_out: projection, init: Init::Reference };
-    let network = Network {
-        encoder: Arc::new(PatchNet { features: 64 }),
-        projector: mlp("projector", 64),
-        predictor: mlp("predictor", projection),
-        normalization: Normalization::default(),
-        norm: NormConfig::default(),
-        precision: Precision::F32,
-        ranks: Ranks::SINGLE,
-    };
-
-    let online = network.init(0, "online", true, &device);
-    let Weights { params, statistics } = network.init(0, "target", false, &device);
-    let target = Weights { params: params.zip(&online.params, |_, _, theta| theta), statistics };
+    let (steps, batch) = (60, 64);
+    let network = Network::new(PatchNet { features: 64 }, 128, 32);
     let rule = Rule::Adamw(AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 1e-4 });
     let schedule = Schedule { peak: 2e-3, warmup: 5, total: steps, tau_base: 0.97, constant_tau: false };
-    let mut byol = Byol { optimizer: Optimizer::new(rule, &online.params), network, online, target, schedule, k: 0 };
+    let mut byol = Byol::new(network, rule, schedule, 0, &device);
 
     let loader = Loader::start(Request {
         images: synthetic::dataset(0, 512, 0).train,

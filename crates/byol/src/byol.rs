@@ -16,10 +16,36 @@ use burn::tensor::{Device, Tensor};
 
 use crate::{
     nn::{Network, Tree, Weights},
-    optim::{Optimizer, Schedule, target},
+    optim::{Optimizer, Rule, Schedule, target},
 };
 
 /// The complete training state: both networks, the optimizer with its state, and the step counter.
+///
+/// # Examples
+///
+/// Three steps on random views:
+///
+/// ```
+/// use std::convert::Infallible;
+///
+/// use burn::tensor::{Distribution, Tensor};
+/// use byol::{Byol, DeviceChoice, device, nn, optim};
+///
+/// let device = device::open(DeviceChoice::Cpu)?.device;
+/// let encoder = nn::ResNet::new(nn::Architecture::Resnet18, 0.0625, nn::Stem::Cifar, 3);
+/// let network = nn::Network::new(encoder, 32, 16);
+/// let rule = optim::Rule::Sgd(optim::Sgd { momentum: 0.9, weight_decay: 1e-4, nesterov: false });
+/// let schedule = optim::Schedule { peak: 0.1, warmup: 0, total: 3, tau_base: 0.99, constant_tau: false };
+/// let mut byol = Byol::new(network, rule, schedule, 0, &device);
+///
+/// let views = || Tensor::<4>::random([8, 16, 16, 3], Distribution::Uniform(0.0, 1.0), &device);
+/// while byol.k < 3 {
+///     let (v, v2) = (views(), views());
+///     let stats = byol.step(|byol| Ok::<_, Infallible>(byol.loss_and_gradient(v, v2)))?;
+///     assert!(0.0 < stats.loss && stats.loss < 8.0);
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct Byol {
     /// f, g and q.
@@ -83,7 +109,7 @@ pub fn regression_loss(q: Tensor<2>, z2: Tensor<2>) -> Tensor<1> {
 }
 
 /// x / √max(‖x‖², 1e-12) per row.
-pub fn l2_normalize(x: Tensor<2>) -> Tensor<2> {
+pub(crate) fn l2_normalize(x: Tensor<2>) -> Tensor<2> {
     x.clone() / x.square().sum_dim(1).clamp_min(1e-12).sqrt()
 }
 
@@ -135,6 +161,14 @@ impl Byol {
 
         let value = (regression_loss(q, z2) + regression_loss(q2, z)).mean();
         Loss { value, theta }
+    }
+
+    /// State before the first step: random θ, of which ξ is a copy.
+    pub fn new(network: Network, rule: Rule, schedule: Schedule, seed: u64, device: &Device) -> Byol {
+        let online = network.init(seed, "online", true, device);
+        let Weights { params, statistics } = network.init(seed, "target", false, device);
+        let target = Weights { params: params.zip(&online.params, |_, _, theta| theta), statistics };
+        Byol { optimizer: Optimizer::new(rule, &online.params), network, online, target, schedule, k: 0 }
     }
 
     /// Device of the weights.

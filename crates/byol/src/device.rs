@@ -19,6 +19,16 @@ use serde::{Deserialize, Serialize};
 use crate::catch_panic::catch_panic;
 
 /// A requested device.
+///
+/// # Examples
+///
+/// ```
+/// use byol::DeviceChoice;
+///
+/// assert_eq!("cpu".parse(), Ok(DeviceChoice::Cpu));
+/// let device = byol::device::open(DeviceChoice::Cpu)?.device;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum DeviceChoice {
     /// A hardware GPU if there is one, otherwise the CPU.
@@ -168,7 +178,7 @@ pub struct DeviceInfo {
 
 /// An opened device.
 #[derive(Debug, Clone)]
-pub struct Opened {
+pub struct OpenedDevice {
     /// Handle for creating tensors.
     pub device: Device,
     /// Description.
@@ -240,8 +250,8 @@ pub fn machine() -> MachineInfo {
     }
 }
 
-fn cpu() -> Opened {
-    Opened { device: Device::flex(), info: DeviceInfo { choice: "cpu", name: machine().cpu, kind: Kind::Cpu } }
+fn cpu() -> OpenedDevice {
+    OpenedDevice { device: Device::flex(), info: DeviceInfo { choice: "cpu", name: machine().cpu, kind: Kind::Cpu } }
 }
 
 /// Lists all devices that this build supports, the CPU first.
@@ -261,7 +271,7 @@ pub fn list() -> Vec<DeviceInfo> {
 ///
 /// # Errors
 /// Any [`Error`]; for `auto` and `cpu` only [`Error::InstructionSet`].
-pub fn open(choice: DeviceChoice) -> Result<Opened, Error> {
+pub fn open(choice: DeviceChoice) -> Result<OpenedDevice, Error> {
     open_nth(choice, 0)
 }
 
@@ -269,7 +279,7 @@ pub fn open(choice: DeviceChoice) -> Result<Opened, Error> {
 ///
 /// # Errors
 /// Those of [`open`].
-pub fn open_nth(choice: DeviceChoice, nth: usize) -> Result<Opened, Error> {
+pub fn open_nth(choice: DeviceChoice, nth: usize) -> Result<OpenedDevice, Error> {
     isa::choose()?;
     match choice {
         DeviceChoice::Cpu => Ok(cpu()),
@@ -279,11 +289,11 @@ pub fn open_nth(choice: DeviceChoice, nth: usize) -> Result<Opened, Error> {
         DeviceChoice::Wgpu => graphics(None, nth),
         #[cfg(feature = "cuda")]
         DeviceChoice::Cuda => toolkit("cuda", nth)
-            .map(|(i, info)| Opened { device: Device::cuda(i), info })
+            .map(|(i, info)| OpenedDevice { device: Device::cuda(i), info })
             .ok_or(Error::NotFound { what: "CUDA" }),
         #[cfg(feature = "rocm")]
         DeviceChoice::Rocm => toolkit("rocm", nth)
-            .map(|(i, info)| Opened { device: Device::rocm(i), info })
+            .map(|(i, info)| OpenedDevice { device: Device::rocm(i), info })
             .ok_or(Error::NotFound { what: "ROCm" }),
         #[cfg(not(feature = "cuda"))]
         DeviceChoice::Cuda => Err(Error::NotBuilt { what: "CUDA", feature: "cuda" }),
@@ -368,7 +378,7 @@ fn convolution_error(device: &Device, precision: Precision) -> Result<f64, Strin
 
 /// Returns `true` if training is faster in bf16: on processors with AVX512-BF16, and on GPUs with
 /// bf16 matrix units that compute correctly.
-pub fn prefers_bf16(opened: &Opened) -> bool {
+pub fn prefers_bf16(opened: &OpenedDevice) -> bool {
     match opened.info.kind {
         Kind::Cpu => machine().bf16,
         Kind::Software => false,
@@ -400,7 +410,7 @@ pub fn kernels(precision: Precision) -> Result<&'static Isa, Error> {
 /// Opens the `nth` hardware GPU, vendor toolkits before graphics APIs, or the next one that starts;
 /// otherwise the CPU.
 #[cfg_attr(not(any(feature = "gpu", feature = "cuda", feature = "rocm")), allow(unused_variables))]
-fn auto(nth: usize) -> Opened {
+fn auto(nth: usize) -> OpenedDevice {
     #[cfg(feature = "cuda")]
     if let Ok(opened) = open_nth(DeviceChoice::Cuda, nth) {
         return opened;
@@ -420,8 +430,8 @@ fn auto(nth: usize) -> Opened {
     cpu()
 }
 
-/// Positions of the adapters that `auto` tries, in order, for process `nth` of this machine: hardware
-/// only, each process starting with another one.
+/// Positions of the adapters that `auto` tries, in order, for process `nth` of this machine:
+/// hardware only, each process starting with another one.
 #[cfg(any(test, feature = "gpu"))]
 fn auto_order(kinds: &[Kind], nth: usize) -> Vec<usize> {
     let mut hardware: Vec<usize> = (0..kinds.len()).filter(|i| kinds[*i] == Kind::Gpu).collect();
@@ -431,7 +441,7 @@ fn auto_order(kinds: &[Kind], nth: usize) -> Vec<usize> {
 }
 
 #[cfg(feature = "gpu")]
-fn graphics(api: Option<&'static str>, nth: usize) -> Result<Opened, Error> {
+fn graphics(api: Option<&'static str>, nth: usize) -> Result<OpenedDevice, Error> {
     let adapters = gpu::adapters();
     let matches = |a: &&gpu::Adapter| api.is_none_or(|api| a.info.choice == api);
     // Hardware before software drivers.
@@ -443,7 +453,7 @@ fn graphics(api: Option<&'static str>, nth: usize) -> Result<Opened, Error> {
 }
 
 #[cfg(not(feature = "gpu"))]
-fn graphics(_api: Option<&'static str>, _nth: usize) -> Result<Opened, Error> {
+fn graphics(_api: Option<&'static str>, _nth: usize) -> Result<OpenedDevice, Error> {
     Err(Error::NotBuilt { what: "GPU support", feature: "gpu" })
 }
 
@@ -473,7 +483,7 @@ mod gpu {
         wgpu::{WgpuBackend, wgpu},
     };
 
-    use super::{DeviceInfo, Error, Kind, Opened};
+    use super::{DeviceInfo, Error, Kind, OpenedDevice};
 
     /// An adapter listed by wgpu.
     pub struct Adapter {
@@ -513,7 +523,7 @@ mod gpu {
     }
 
     impl Adapter {
-        pub fn open(&self) -> Result<Opened, Error> {
+        pub fn open(&self) -> Result<OpenedDevice, Error> {
             use std::{collections::HashMap, sync::Mutex};
             // Runtimes start once per process.
             static STARTED: Mutex<Option<HashMap<String, Device>>> = Mutex::new(None);
@@ -527,7 +537,7 @@ mod gpu {
                     .map_err(|e| Error::DoesNotStart { name: self.info.name.clone(), reason: e.to_string() })?;
                 started.insert(key.clone(), device);
             }
-            Ok(Opened { device: started[&key].clone(), info: self.info.clone() })
+            Ok(OpenedDevice { device: started[&key].clone(), info: self.info.clone() })
         }
     }
 }

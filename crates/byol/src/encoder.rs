@@ -7,7 +7,6 @@ use crate::{
     device::{self, DeviceChoice},
     image::Image,
     nn::weights,
-    views::evaluation_view,
 };
 
 pub use crate::nn::Encoder;
@@ -45,6 +44,13 @@ impl Encoder {
     ///
     /// # Errors
     /// [`OpenError`].
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// let encoder = byol::Encoder::open_on("encoder.safetensors", byol::DeviceChoice::Cpu)?;
+    /// # Ok::<(), byol::OpenError>(())
+    /// ```
     pub fn open_on(path: impl AsRef<Path>, device: DeviceChoice) -> Result<Encoder, OpenError> {
         let device = device::open(device)?.device;
         Ok(weights::load(&weights::resolve(path.as_ref()), &device)?)
@@ -68,7 +74,7 @@ impl Encoder {
     /// # let device = byol::device::open(byol::DeviceChoice::Cpu)?.device;
     /// # let recipe = byol::Recipe::named("cifar10")?.with("encoder.width", 0.0625)?.check()?;
     /// # let spec = EncoderSpec { architecture: recipe.encoder.architecture, width: 0.0625, stem: byol::nn::Stem::Cifar,
-    /// #     size: 32, center: 1.0, channels: 3, normalization: recipe.normalize, eps: 1e-5,
+    /// #     size: 32, center: 1.0, antialias: false, channels: 3, normalization: recipe.normalize, eps: 1e-5,
     /// #     levels: Default::default() };
     /// let encoder = Encoder::random(spec, 0, &device);
     /// let image = Image { height: 40, width: 60, channels: 3, pixels: vec![128; 40 * 60 * 3] };
@@ -76,7 +82,7 @@ impl Encoder {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn embed_pixels(&self, image: &Image) -> Vec<f32> {
-        let view = evaluation_view(image, self.spec.size, self.spec.center);
+        let view = self.spec.evaluation_view(image);
         self.embed_view(&view.interleaved())
     }
 }

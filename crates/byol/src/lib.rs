@@ -30,7 +30,8 @@
 //!
 //! In the order of the data: [`data`] → [`views`] → [`nn`] → [`byol`] (the method) → [`optim`] →
 //! [`train`] → [`eval`] → [`apply`]. Imports go one way, which a test checks; `ARCHITECTURE.md` has
-//! the order.
+//! the order. Modules hidden from these pages serve the command `byol` and the tests, and may
+//! change in any release.
 #![warn(missing_docs)]
 
 pub mod apply;

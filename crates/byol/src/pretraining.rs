@@ -5,12 +5,15 @@ use std::{
     sync::{Arc, atomic::AtomicBool},
 };
 
+use burn::tensor::Device;
+
 use crate::{
     data::Dataset,
     device::{self, DeviceChoice},
     nn::Encoder,
     train::{
-        Error, Event, Plan, PrepareOptions, RecipeOverrides, Run, RunContext, TrainingData, auto, data::cache_bytes,
+        Error, Event, Plan, PrepareOptions, Recipe, RecipeOverrides, Run, RunContext, TrainingData, auto,
+        data::cache_bytes, run::read_plan,
     },
     views::{Augmentation, Policy},
 };
@@ -30,7 +33,7 @@ use crate::{
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 ///
-/// Images in memory, two short epochs:
+/// Images in memory, two short epochs. A finished run resumes at its end:
 ///
 /// ```
 /// use byol::{Dataset, Image, Pretraining, Recipe};
@@ -41,8 +44,11 @@ use crate::{
 /// let recipe = recipe.with("heads.hidden", 16)?.with("heads.projection", 8)?.with("views.size", 8)?;
 ///
 /// let folder = tempfile::tempdir()?;
-/// let encoder = Pretraining::new(Dataset::from_images(images, None)).recipe(recipe).run(folder.path())?;
-/// assert!(folder.path().join("encoder.safetensors").exists());
+/// let dataset = Dataset::from_images(images, None);
+/// let encoder = Pretraining::new(dataset.clone()).recipe(recipe).run(folder.path())?;
+/// let same = Pretraining::new(dataset).resume(folder.path())?;
+/// # let image = Image { height: 8, width: 8, channels: 3, pixels: vec![9; 192] };
+/// assert_eq!(encoder.embed_pixels(&image), same.embed_pixels(&image));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub struct Pretraining<'a> {
@@ -114,27 +120,64 @@ impl<'a> Pretraining<'a> {
         Pretraining { on_event: Box::new(on_event), ..self }
     }
 
-    /// Trains in the folder `out`, which must be empty or absent, and returns the encoder. The run
-    /// can be resumed with [`Run::resume`] or `byol resume`.
+    /// Trains in the folder `out`, which must be empty or absent, and returns the encoder. A
+    /// stopped or killed run continues with [`Pretraining::resume`] or `byol resume`.
     ///
     /// # Errors
     /// [`Error`].
-    pub fn run(self, out: impl AsRef<Path>) -> Result<Encoder, Error> {
-        let machine = device::machine();
-        let threads = if self.threads == 0 { machine.cores } else { self.threads };
+    pub fn run(mut self, out: impl AsRef<Path>) -> Result<Encoder, Error> {
         let opened = device::open(self.device)?;
-        let options =
-            PrepareOptions { cache_bytes: cache_bytes(machine.free_mb), ..PrepareOptions::from(&self.recipe.check()?) };
-        let data = TrainingData::prepare(self.dataset, options, &|_| ())?;
+        let data = prepare(self.dataset.clone(), &self.recipe.check()?)?;
         let (mut recipe, _) = auto::resolve(&self.recipe, &data.train, &opened)?;
-        if let Some([first, second]) = self.policies {
+        if let Some([first, second]) = self.policies.take() {
             (recipe.views.first, recipe.views.second) = (first, second);
         }
         let plan = Plan::new(&self.recipe.name, recipe, &data, opened.info.choice)?;
-        let context =
-            RunContext { augmentation: self.augmentation, ..RunContext::single_process(opened.device, threads) };
-        let mut run = Run::create(out.as_ref(), plan, &data, context, self.tensorboard)?;
+        let run = Run::create(out.as_ref(), plan, &data, self.context(opened.device), self.tensorboard)?;
+        self.train(run)
+    }
+
+    /// Resumes the run in the folder `out` from its latest checkpoint. The result is bit-identical
+    /// to that of an uninterrupted run. The data set must be the same. Recipe, views and, unless
+    /// set here, device are those of the run.
+    ///
+    /// # Errors
+    /// [`Error`].
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use byol::{Dataset, Pretraining};
+    ///
+    /// let encoder = Pretraining::new(Dataset::folder("photos")?).resume("byol-runs/photos")?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn resume(mut self, out: impl AsRef<Path>) -> Result<Encoder, Error> {
+        let plan = read_plan(out.as_ref())?;
+        let device = match self.device {
+            DeviceChoice::Auto => {
+                plan.device.parse().map_err(|reason| Error::BadPlan { path: out.as_ref().into(), reason })?
+            }
+            device => device,
+        };
+        let opened = device::open(device)?;
+        let data = prepare(self.dataset.clone(), &plan.recipe)?;
+        let run = Run::resume(out.as_ref(), plan, &data, self.context(opened.device))?;
+        self.train(run)
+    }
+
+    fn context(&mut self, device: Device) -> RunContext {
+        let threads = if self.threads == 0 { device::machine().cores } else { self.threads };
+        RunContext { augmentation: self.augmentation.take(), ..RunContext::single_process(device, threads) }
+    }
+
+    fn train(self, mut run: Run) -> Result<Encoder, Error> {
         run.run(self.stop.unwrap_or(&AtomicBool::new(false)), self.on_event)?;
         Ok(Encoder::new(run.plan.encoder.clone(), run.byol.online.clone()))
     }
+}
+
+fn prepare(dataset: Dataset, recipe: &Recipe) -> Result<TrainingData, Error> {
+    let cache_bytes = cache_bytes(device::machine().free_mb);
+    TrainingData::prepare(dataset, PrepareOptions { cache_bytes, ..PrepareOptions::from(recipe) }, &|_| ())
 }

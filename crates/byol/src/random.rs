@@ -48,7 +48,7 @@ pub fn uniform(rng: &mut ChaCha8Rng) -> f64 {
 }
 
 /// Draws uniformly from [low, high).
-pub fn uniform_in(rng: &mut ChaCha8Rng, low: f64, high: f64) -> f64 {
+pub(crate) fn uniform_in(rng: &mut ChaCha8Rng, low: f64, high: f64) -> f64 {
     low + (high - low) * uniform(rng)
 }
 
@@ -81,7 +81,7 @@ pub fn shuffle<T>(rng: &mut ChaCha8Rng, items: &mut [T]) {
 }
 
 /// Endless sequence of `(epoch, position)`: every epoch is a permutation of 0..n of its own.
-pub fn endless(domain: Domain, seed: u64, n: usize) -> impl Iterator<Item = (u64, usize)> {
+pub(crate) fn endless(domain: Domain, seed: u64, n: usize) -> impl Iterator<Item = (u64, usize)> {
     (0..).flat_map(move |epoch| {
         let mut order: Vec<usize> = (0..n).collect();
         shuffle(&mut stream(&[domain as u64, seed, epoch]), &mut order);

@@ -7,6 +7,7 @@ use std::{
     io::{self, IsTerminal, Write},
     path::Path,
     sync::OnceLock,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -15,7 +16,7 @@ use byol::{
     train::{Event, Plan, metrics::PhaseSeconds},
 };
 use console::{StyledObject, style};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle, WeakProgressBar};
 
 /// Result of every command.
 pub type Result<T> = std::result::Result<T, Box<dyn Error>>;
@@ -49,6 +50,18 @@ static RANKS: OnceLock<Ranks> = OnceLock::new();
 /// Sets the ranks of the job, once.
 pub fn set_ranks(ranks: Ranks) {
     RANKS.get_or_init(|| ranks);
+}
+
+static QUIET: OnceLock<()> = OnceLock::new();
+
+/// Suppresses notes and progress from now on.
+pub fn set_quiet() {
+    QUIET.get_or_init(|| ());
+}
+
+/// Notes and progress are shown.
+fn is_verbose() -> bool {
+    is_root() && QUIET.get().is_none()
 }
 
 fn is_root() -> bool {
@@ -106,7 +119,7 @@ pub fn warning(text: impl Display) {
 
 /// Prints a note: progress, or a result of no machine-readable form.
 pub fn note(text: impl Display) {
-    if is_root() {
+    if is_verbose() {
         print(text.to_string());
     }
 }
@@ -143,15 +156,32 @@ pub fn percent(share: f64) -> String {
     format!("{:.1} %", 100.0 * share)
 }
 
-/// A progress bar of `n` units; hidden unless standard error is a terminal.
+/// A progress bar of `n` units. Unless standard error is a terminal, it is hidden, and a line is
+/// printed now and then.
 pub fn progress_bar(label: &str, n: u64) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(Some(n), target());
-    bar.set_style(
-        ProgressStyle::with_template(&format!("{label} {{wide_bar:.cyan/dim}} {{pos}}/{{len}}"))
-            .expect("the template is fixed")
-            .progress_chars("━━─"),
-    );
+    let template = format!("{label} {{wide_bar:.cyan/dim}} {{pos}}/{{len}}  {{per_sec}}  {{eta}} left");
+    bar.set_style(ProgressStyle::with_template(&template).expect("the template is fixed").progress_chars("━━─"));
+    if bar.is_hidden() && is_verbose() {
+        print_lines(label.to_owned(), bar.downgrade());
+    }
     bar
+}
+
+/// Prints a line every [`LINE_EVERY`] until the bar is finished.
+fn print_lines(label: String, bar: WeakProgressBar) {
+    // Without the thread, the work is done without these lines.
+    let _ = thread::Builder::new().name("progress".into()).spawn(move || {
+        loop {
+            thread::sleep(LINE_EVERY);
+            let Some(bar) = bar.upgrade().filter(|bar| !bar.is_finished()) else { return };
+            let (done, all) = (bar.position(), bar.length().unwrap_or(0));
+            if done > 0 {
+                let time_left = bar.elapsed().as_secs_f64() / done as f64 * all.saturating_sub(done) as f64;
+                note(format!("{label}: {done}/{all}, {} left", duration(time_left)));
+            }
+        }
+    });
 }
 
 /// Runs `work` behind a progress bar; `work` calls back with the units done and their total.
@@ -166,7 +196,7 @@ pub fn with_progress<T>(label: &str, work: impl FnOnce(&mut dyn FnMut(u64, u64))
 }
 
 fn target() -> ProgressDrawTarget {
-    if io::stderr().is_terminal() && is_root() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() }
+    if io::stderr().is_terminal() && is_verbose() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() }
 }
 
 /// Progress of a training run.

@@ -19,6 +19,8 @@ const WIDTH: f64 = 720.0;
 const HEIGHT: f64 = 420.0;
 /// Left, top, right and bottom margin.
 const MARGIN: [f64; 4] = [64.0, 44.0, 16.0, 96.0];
+/// Horizontal advance of a character of a slanted label.
+const LABEL_ADVANCE: f64 = 6.5;
 const COLORS: [&str; 4] = ["#1f5fbf", "#d2552d", "#3a8f4d", "#8a5bb5"];
 
 /// Draws points with whiskers. The vertical axis starts at 0, or below the smallest negative value.
@@ -33,36 +35,22 @@ pub fn svg(title: &str, axis: &str, points: &[Point]) -> String {
     let (low, high) = ((low / step).floor() * step, ((high / step).ceil() * step).max(step));
     let y = |v: f64| HEIGHT - bottom - (v - low) / (high - low) * (HEIGHT - top - bottom);
     let slot = (WIDTH - left - right) / settings.len().max(1) as f64;
+    // Space for labels that begin left of the axis.
+    let begin =
+        |(i, name): (usize, &&str)| left + slot * (i as f64 + 0.5) - LABEL_ADVANCE * name.chars().count() as f64;
+    let edge = settings.iter().enumerate().map(begin).fold(0.0, f64::min).floor();
+    let width = WIDTH - edge;
     let mut out = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" \
-         width=\"{WIDTH}\" height=\"{HEIGHT}\" font-family=\"sans-serif\" font-size=\"12\">\n\
-         <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n"
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"{edge} 0 {width} {HEIGHT}\" \
+         width=\"{width}\" height=\"{HEIGHT}\" font-family=\"sans-serif\" font-size=\"12\">\n\
+         <rect x=\"{edge}\" width=\"100%\" height=\"100%\" fill=\"white\"/>\n"
     );
     let mut push = |element: String| {
         out.push_str(&element);
         out.push('\n');
     };
     push(format!("<text x=\"{left}\" y=\"20\" font-size=\"15\">{}</text>", escape_html(title)));
-    let ticks = ((high - low) / step).round() as usize;
-    for i in 0..=ticks {
-        let v = low + i as f64 * step;
-        push(format!(
-            "<line x1=\"{left}\" x2=\"{}\" y1=\"{1:.1}\" y2=\"{1:.1}\" stroke=\"#ddd\"/>",
-            WIDTH - right,
-            y(v)
-        ));
-        push(format!(
-            "<text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>",
-            left - 8.0,
-            y(v) + 4.0,
-            format_short(v)
-        ));
-    }
-    let middle = (top + HEIGHT - bottom) / 2.0;
-    push(format!(
-        "<text x=\"16\" y=\"{middle}\" text-anchor=\"middle\" transform=\"rotate(-90 16 {middle})\">{}</text>",
-        escape_html(axis)
-    ));
+    push(vertical_axis(axis, [low, high], step, y));
     for (i, name) in settings.iter().enumerate() {
         let (x, y) = (left + slot * (i as f64 + 0.5), HEIGHT - bottom + 16.0);
         push(format!(
@@ -94,6 +82,29 @@ pub fn svg(title: &str, axis: &str, points: &[Point]) -> String {
     }
     out.push_str("</svg>\n");
     out
+}
+
+/// Grid lines with their values from `low` to `high`, and the name of the axis. `y` maps a value to
+/// its height.
+fn vertical_axis(name: &str, [low, high]: [f64; 2], step: f64, y: impl Fn(f64) -> f64) -> String {
+    let [left, top, right, bottom] = MARGIN;
+    let ticks = ((high - low) / step).round() as usize;
+    let tick = |i| {
+        let v = low + i as f64 * step;
+        let (end, text, y) = (WIDTH - right, left - 8.0, y(v));
+        format!(
+            "<line x1=\"{left}\" x2=\"{end}\" y1=\"{y:.1}\" y2=\"{y:.1}\" stroke=\"#ddd\"/>\n\
+             <text x=\"{text}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>\n",
+            y + 4.0,
+            format_short(v)
+        )
+    };
+    let middle = (top + HEIGHT - bottom) / 2.0;
+    (0..=ticks).map(tick).collect::<String>()
+        + &format!(
+            "<text x=\"16\" y=\"{middle}\" text-anchor=\"middle\" transform=\"rotate(-90 16 {middle})\">{}</text>",
+            escape_html(name)
+        )
 }
 
 /// Draws a curve of `[x, y]` points with the last value in its title. Skips non-finite points.

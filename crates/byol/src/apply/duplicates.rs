@@ -4,10 +4,10 @@
 //! ([`super::same_image`]). The result therefore depends little on the encoder.
 //!
 //! A pair is unverified if either image cannot be read; then the embeddings alone decide. No fixed
-//! cosine threshold works: an encoder with little spread gives unrelated images 0.99, and in a dense
-//! region, such as sunsets, all images are close. So two images are near-duplicates if they are far
-//! closer to each other than to their neighborhoods. Distances are 1 − cosine of whitened rows:
-//! directions in which all images vary carry little information about a pair.
+//! cosine threshold works: an encoder with little spread gives unrelated images 0.99, and in a
+//! dense region, such as sunsets, all images are close. So two images are near-duplicates if they
+//! are far closer to each other than to their neighborhoods. Distances are 1 − cosine of whitened
+//! rows: directions in which all images vary carry little information about a pair.
 
 use byol_kernels::{isa, matmul};
 use nalgebra::DMatrix;
@@ -58,8 +58,8 @@ const SHRINKAGE: f64 = 0.3;
 /// Maximum number of rows the second moments are computed from.
 const MAX_MOMENT_ROWS: usize = 1 << 16;
 
-/// Shares of the progress: neighbors by embeddings, and by thumbnails. The rest is the comparison of
-/// pixels.
+/// Shares of the progress: neighbors by embeddings, and by thumbnails. The rest is the comparison
+/// of pixels.
 const PROGRESS: [f64; 2] = [0.3, 0.1];
 
 /// Finds near-duplicates within a set, each pair once, sorted by row. `signatures` has the reduced
@@ -81,8 +81,8 @@ pub fn within(
     let nearest = neighbors::nearest(&rows, &rows, NEIGHBORS + 1, |share| on_progress(by_embedding * share));
     let others = |i: usize| nearest[i].iter().filter(move |(j, _)| *j != i).take(NEIGHBORS);
     let radius: Vec<f32> = (0..rows.n).map(|i| others(i).last().map_or(0.0, |(_, c)| distance(*c))).collect();
-    // With a threshold below 1, which unverified pairs always have, one row of each pair is among the
-    // ten nearest of the other.
+    // With a threshold below 1, which unverified pairs always have, one row of each pair is among
+    // the ten nearest of the other.
     let mut candidates: Vec<(usize, usize)> =
         (0..rows.n).flat_map(|i| others(i).map(move |(j, _)| (i.min(*j), i.max(*j)))).collect();
     let thumbnails = Thumbnails::new(signatures);

@@ -23,7 +23,6 @@ use crate::{
     eval::batch_size,
     image::{CHANNELS, Image},
     nn::{Encoder, tree::host, weights},
-    views::evaluation_view,
 };
 
 /// Error of an embedding job.
@@ -90,6 +89,8 @@ pub enum Split {
     All,
     /// Training images.
     Train,
+    /// The data's `val` split, or `test` if there is none.
+    Val,
     /// The data's `test` split, or `val` if there is none.
     Test,
 }
@@ -103,11 +104,18 @@ impl Items {
         let val = held_out.filter(|v| test.as_ref().is_none_or(|t| t.fingerprint() != v.fingerprint()));
         let splits: Vec<_> = match split {
             Split::Train => vec![("train", Some(train))],
+            Split::Val => vec![("val", val.or(test))],
             Split::Test => vec![("test", test.or(val))],
             Split::All => vec![("train", Some(train)), ("val", val), ("test", test)],
         };
         let splits = splits.into_iter().filter_map(|(name, images)| Some((name, images?))).collect();
         Items { splits, classes, column, levels }
+    }
+
+    /// Keeps a stratified random sample of `n` images per split; 0 keeps all.
+    pub fn limit(mut self, n: usize) -> Items {
+        self.splits.iter_mut().for_each(|(_, images)| *images = images.sample_random(n));
+        self
     }
 
     /// Number of images.
@@ -376,7 +384,7 @@ impl Job<'_> {
     fn records(&self, range: Range<usize>) -> Result<Vec<u8>, Error> {
         let (spec, dim) = (&self.encoder.spec, self.encoder.features());
         let load_view = |i: usize| match self.items.get(i) {
-            Ok(image) => Ok(Some(evaluation_view(&image, spec.size, spec.center).interleaved())),
+            Ok(image) => Ok(Some(spec.evaluation_view(&image).interleaved())),
             Err(data::Error::Image { .. }) => Ok(None),
             Err(other) => Err(other),
         };

@@ -11,7 +11,6 @@ use crate::{
     data::{self, Images},
     image::CHANNELS,
     nn::{Encoder, tree::host, weights},
-    views::evaluation_view,
 };
 
 /// Export error.
@@ -71,7 +70,7 @@ pub fn write(encoder: &Encoder, path: &Path, normalize: bool, images: &Images) -
     let extension = path.extension().and_then(|e| e.to_str()).map(str::to_ascii_lowercase);
     let spec = &encoder.spec;
     let views: Vec<f32> = (0..images.len())
-        .map(|i| Ok(evaluation_view(&*images.get(i)?, spec.size, spec.center).interleaved()))
+        .map(|i| Ok(spec.evaluation_view(&*images.get(i)?).interleaved()))
         .collect::<Result<Vec<_>, data::Error>>()?
         .concat();
     let shape = [images.len(), spec.size, spec.size, CHANNELS];
@@ -151,6 +150,7 @@ mod tests {
                 stem,
                 size,
                 center: 1.0,
+                antialias: false,
                 channels: 3,
                 normalization,
                 eps: 1e-3,

@@ -107,8 +107,8 @@ impl RowImages {
     /// Loads the image of a row from its file or from packed data.
     ///
     /// # Errors
-    /// [`data::Error::Image`] if it is missing or damaged; other errors concern the machine or the data
-    /// set.
+    /// [`data::Error::Image`] if it is missing or damaged; other errors concern the machine or the
+    /// data set.
     pub fn get(&self, row: usize) -> Result<Arc<Image>, data::Error> {
         let name = &self.paths[row];
         let missing = || DecodeError::Read(io::ErrorKind::NotFound.into());

@@ -5,10 +5,11 @@
 //! by a search over crops at 16 × 16 pixels and by Gauss-Newton steps at 32 × 32 and 64 × 64 (Lucas
 //! and Kanade 1981, with gain and offset of the brightness). A match needs both: a high correlation
 //! of the aligned pixels, and a high correlation of their details, overall and in nearly every part
-//! of the image. Details are the difference of two Gaussians, divided by its local strength, so that
-//! an outline does not outweigh the texture inside it. Unrelated images of the same composition,
-//! such as two ships on the sea, meet the first condition only. Images with few details or with edges
-//! in one direction, which can be aligned with many others, match only without scaling and shifting.
+//! of the image. Details are the difference of two Gaussians, divided by its local strength, so
+//! that an outline does not outweigh the texture inside it. Unrelated images of the same
+//! composition, such as two ships on the sea, meet the first condition only. Images with few
+//! details or with edges in one direction, which can be aligned with many others, match only
+//! without scaling and shifting.
 //!
 //! Limits: color is compared only for images with few details, and a plain shape matches the same
 //! shape in another size. Thresholds: docs/log/near-duplicates.md.
@@ -48,8 +49,8 @@ const MIN_DETAIL: f32 = 0.8;
 /// Parts per side in which the details are compared.
 const PARTS: usize = 6;
 
-/// Minimum agreement of the details in the parts: rank from the lowest, and value. A copy may have a
-/// watermark in one part.
+/// Minimum agreement of the details in the parts: rank from the lowest, and value. A copy may have
+/// a watermark in one part.
 const MIN_AGREEMENT: [(usize, f32); 2] = [(1, 0.3), (4, 0.55)];
 
 /// Strength of noise: details this weak, relative to the standard deviation, are not amplified.
@@ -65,8 +66,8 @@ const FEW_DETAILS: usize = 9;
 /// direction only, and the alignment along them is arbitrary.
 const MIN_GRADIENT_RATIO: f32 = 0.05;
 
-/// Largest difference from the identity of an alignment of images without details, and their minimum
-/// correlation.
+/// Largest difference from the identity of an alignment of images without details, and their
+/// minimum correlation.
 const SAME_PLACE: (f64, f32) = (0.03, 0.98);
 
 /// Largest difference of the mean colors of images without details that match, of 255.
@@ -113,7 +114,7 @@ pub struct Match {
 
 impl Match {
     /// Share of the area of both images that is common, the smaller of the two.
-    pub fn common_area(&self) -> f32 {
+    pub(crate) fn common_area(&self) -> f32 {
         let area = |[left, top, right, bottom]: [f32; 4]| (right - left) * (bottom - top);
         area(self.areas[0]).min(area(self.areas[1]))
     }
@@ -434,8 +435,8 @@ fn correlation(a: &[f32], b: &[f32], n: usize, rows: &Range<usize>, columns: &Ra
 }
 
 /// Improves an alignment of images of `n` × `n` pixels by up to `steps` Gauss-Newton steps on the
-/// squared difference after fitting gain and offset of the brightness. Returns the best one with its
-/// correlation.
+/// squared difference after fitting gain and offset of the brightness. Returns the best one with
+/// its correlation.
 fn refine(target: &[f32], source: &[f32], n: usize, start: Alignment, steps: usize) -> (Alignment, f32) {
     let (mut best, mut current) = ((f32::NEG_INFINITY, start), start);
     for step in 0..=steps {
@@ -749,8 +750,8 @@ fn decide([a, b]: [&Signature; 2], [a_levels, b_levels]: [&[f32]; 2], coarse: [C
     Some(Match { correlation, detail: agreement.correlation, mirrored: best.mirrored, areas })
 }
 
-/// Compares pairs of an image of `first` and an image of `second`. Pairs without a match, or without
-/// a signature, get `None`. `on_progress` receives the fraction done, up to 1.
+/// Compares pairs of an image of `first` and an image of `second`. Pairs without a match, or
+/// without a signature, get `None`. `on_progress` receives the fraction done, up to 1.
 pub(super) fn compare_all(
     pairs: &[(usize, usize)],
     first: &[Option<Signature>],

@@ -38,6 +38,11 @@ impl Tile {
         Tile { pixels: tile, frame: None }
     }
 
+    /// An empty place in a row.
+    pub fn blank(side: u32) -> Tile {
+        Tile { pixels: RgbImage::from_pixel(side, side, Rgb([255; 3])), frame: None }
+    }
+
     /// A view, enlarged to `side` × `side` pixels.
     pub fn view(view: &View, side: u32) -> Tile {
         let values = view.interleaved();

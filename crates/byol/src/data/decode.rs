@@ -18,7 +18,7 @@ use std::{
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, metadata::Orientation};
 
 pub(crate) use self::unread::unread_content;
-pub use self::unread::unread_format;
+pub(crate) use self::unread::unread_format;
 use super::{
     CHANNELS, Image, Levels,
     levels::{Kind, Range},
@@ -263,7 +263,8 @@ impl Raw {
                     (None, None) => [0.0, 65535.0],
                 };
                 let mut rgb: DynamicImage = match deep {
-                    // Legacy mapping, so that encoders trained before levels existed see the same pixels.
+                    // Legacy mapping, so that encoders trained before levels existed see the same
+                    // pixels.
                     Deep::Int16(..) if image_levels == [0.0, 65535.0] => self.image.into_rgb8().into(),
                     Deep::Float(..) if levels.is_legacy() => self.image.into_rgb8().into(),
                     Deep::Int16(values, channels) => self.map(colors(values, channels), image_levels, 0.0)?,

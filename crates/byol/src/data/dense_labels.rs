@@ -45,7 +45,7 @@ pub struct Mask {
 
 /// An image with its mask.
 #[derive(Debug, Clone)]
-pub struct Pair {
+pub struct MaskPair {
     /// The image's file.
     pub path: PathBuf,
     /// Decoded image.
@@ -58,9 +58,9 @@ pub struct Pair {
 #[derive(Debug, Clone)]
 pub struct Segmentation {
     /// Training split.
-    pub train: Vec<Pair>,
+    pub train: Vec<MaskPair>,
     /// Test split: `test/`, else `val/`, else every fifth image.
-    pub test: Vec<Pair>,
+    pub test: Vec<MaskPair>,
     /// Class names.
     pub classes: Vec<String>,
 }
@@ -103,7 +103,8 @@ pub struct DepthSet {
 /// `limit` training images (0: all). Levels that are not set are detected.
 ///
 /// # Errors
-/// [`Error::Missing`], [`Error::Read`], [`Error::Image`], [`Error::DenseLabels`], [`Error::Levels`].
+/// [`Error::Missing`], [`Error::Read`], [`Error::Image`], [`Error::DenseLabels`],
+/// [`Error::Levels`].
 pub fn segmentation(root: &Path, limit: usize, levels: Levels) -> Result<Segmentation, Error> {
     let invalid = |reason: String| Error::DenseLabels { root: root.to_owned(), reason };
     let files = find_splits(root, "masks")?;
@@ -111,7 +112,7 @@ pub fn segmentation(root: &Path, limit: usize, levels: Levels) -> Result<Segment
     let load_pair = |(path, mask_path): Files| {
         let (image, mask) = (load_image(&path, &levels)?, load_with(&mask_path, parse_mask)?);
         check_same_size(root, &path, &image, "mask", [mask.height, mask.width])?;
-        Ok(Pair { path, image, mask })
+        Ok(MaskPair { path, image, mask })
     };
     let [mut train, mut test] = load_pairs(files, limit, load_pair)?;
     let names = class_names(root, train.iter().chain(&test).map(|p| &p.mask), &invalid)?;
@@ -136,7 +137,8 @@ pub fn segmentation(root: &Path, limit: usize, levels: Levels) -> Result<Segment
 /// of `limit` training images (0: all). Levels that are not set are detected.
 ///
 /// # Errors
-/// [`Error::Missing`], [`Error::Read`], [`Error::Image`], [`Error::DenseLabels`], [`Error::Levels`].
+/// [`Error::Missing`], [`Error::Read`], [`Error::Image`], [`Error::DenseLabels`],
+/// [`Error::Levels`].
 pub fn depth(root: &Path, limit: usize, levels: Levels) -> Result<DepthSet, Error> {
     let files = if root.is_dir() && !root.join("images").is_dir() {
         // NYUv2: folders of scenes, below splits or not.

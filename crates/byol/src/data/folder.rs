@@ -404,8 +404,8 @@ fn subfolders(folder: &Path) -> Result<Vec<PathBuf>, Error> {
     Ok(list(folder)?.into_iter().filter(|path| !is_hidden(path) && path.is_dir() && !is_run(path)).collect())
 }
 
-/// True for a folder with one of these names, in upper or lower case, optionally followed by a year:
-/// `train2017`.
+/// True for a folder with one of these names, in upper or lower case, optionally followed by a
+/// year: `train2017`.
 fn is_named(folder: &Path, names: &[&str]) -> bool {
     let Some(folder) = folder.file_name() else { return false };
     let is_year = |rest: &[u8]| {
@@ -546,8 +546,8 @@ fn has_image_extension(path: &Path) -> bool {
     path.extension().and_then(OsStr::to_str).is_some_and(is_image_extension)
 }
 
-/// True if this is a regular file with an image. Other files are not opened: a named pipe would wait
-/// for a writer.
+/// True if this is a regular file with an image. Other files are not opened: a named pipe would
+/// wait for a writer.
 pub(super) fn is_image(path: &Path) -> bool {
     path.is_file() && matches!(classify(path), File::Image)
 }

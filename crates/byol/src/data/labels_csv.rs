@@ -22,9 +22,9 @@ struct Entry {
     labels: BTreeSet<String>,
 }
 
-/// Opens `root` if it is a folder with a `labels.csv`, or such a file itself. The file itself stands
-/// for the images that it names, the folder for all images in it. `reported` are files that need no
-/// report.
+/// Opens `root` if it is a folder with a `labels.csv`, or such a file itself. The file itself
+/// stands for the images that it names, the folder for all images in it. `reported` are files that
+/// need no report.
 ///
 /// # Errors
 /// [`Error::Labels`] for an invalid file, a missing column, or a line with a missing image;
@@ -97,6 +97,47 @@ impl<'a> Named<'a> {
 /// Those of [`open`].
 pub fn parse(root: &Path, file: &Path, bytes: &[u8], resolve: impl Fn(&Path) -> PathBuf) -> Result<Dataset, Error> {
     let invalid = |reason: String| Error::Labels { path: file.to_owned(), reason };
+    let entries = read_entries(file, bytes, resolve)?;
+    if entries.is_empty() {
+        return Err(Error::Empty(root.to_owned()));
+    }
+    let names: BTreeSet<&String> = entries.values().flat_map(|entry| &entry.labels).collect();
+    let classes: Vec<String> = names.into_iter().cloned().collect();
+    let class = |name: &String| classes.binary_search(name).expect("all names were collected");
+    let is_multi_label = entries.values().any(|entry| entry.labels.len() > 1);
+    let split = |name: &str| -> Option<Images> {
+        let is_in_split = |entry: &Entry| entry.split == name || (name == "train" && entry.split.is_empty());
+        let members: Vec<_> = entries.iter().filter(|(_, entry)| is_in_split(entry)).collect();
+        let tags: Vec<Vec<usize>> = members.iter().map(|(_, entry)| entry.labels.iter().map(class).collect()).collect();
+        let paths = members.iter().map(|(path, _)| (*path).clone()).collect();
+        let images = match is_multi_label {
+            true => Images::files(paths, None).with_tags(tags),
+            false => Images::files(paths, Some(tags.into_iter().flatten().collect())),
+        };
+        (!images.is_empty()).then_some(images)
+    };
+    let (val, test) = (split("val"), split("test"));
+    let train = split("train").ok_or_else(|| invalid("no line belongs to the split train".into()))?;
+    Ok(Dataset {
+        root: root.to_owned(),
+        kind: "images with labels.csv".into(),
+        train,
+        held_out: val.clone().or(test.clone()),
+        test: test.or(val),
+        classes,
+        skipped: Vec::new(),
+        column: None,
+        unused: Vec::new(),
+    })
+}
+
+/// Entries of the table by image path.
+fn read_entries(
+    file: &Path,
+    bytes: &[u8],
+    resolve: impl Fn(&Path) -> PathBuf,
+) -> Result<BTreeMap<PathBuf, Entry>, Error> {
+    let invalid = |reason: String| Error::Labels { path: file.to_owned(), reason };
     // Spreadsheets write a byte order mark.
     let bytes = bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(bytes);
     let mut reader = csv::ReaderBuilder::new().trim(csv::Trim::All).from_reader(bytes);
@@ -136,37 +177,7 @@ pub fn parse(root: &Path, file: &Path, bytes: &[u8], resolve: impl Fn(&Path) -> 
         entry.split = split.to_owned();
         entry.labels.insert(label.to_owned());
     }
-    if entries.is_empty() {
-        return Err(Error::Empty(root.to_owned()));
-    }
-    let names: BTreeSet<&String> = entries.values().flat_map(|entry| &entry.labels).collect();
-    let classes: Vec<String> = names.into_iter().cloned().collect();
-    let class = |name: &String| classes.binary_search(name).expect("all names were collected");
-    let is_multi_label = entries.values().any(|entry| entry.labels.len() > 1);
-    let split = |name: &str| -> Option<Images> {
-        let is_in_split = |entry: &Entry| entry.split == name || (name == "train" && entry.split.is_empty());
-        let members: Vec<_> = entries.iter().filter(|(_, entry)| is_in_split(entry)).collect();
-        let tags: Vec<Vec<usize>> = members.iter().map(|(_, entry)| entry.labels.iter().map(class).collect()).collect();
-        let paths = members.iter().map(|(path, _)| (*path).clone()).collect();
-        let images = match is_multi_label {
-            true => Images::files(paths, None).with_tags(tags),
-            false => Images::files(paths, Some(tags.into_iter().flatten().collect())),
-        };
-        (!images.is_empty()).then_some(images)
-    };
-    let (val, test) = (split("val"), split("test"));
-    let train = split("train").ok_or_else(|| invalid("no line belongs to the split train".into()))?;
-    Ok(Dataset {
-        root: root.to_owned(),
-        kind: "images with labels.csv".into(),
-        train,
-        held_out: val.clone().or(test.clone()),
-        test: test.or(val),
-        classes,
-        skipped: Vec::new(),
-        column: None,
-        unused: Vec::new(),
-    })
+    Ok(entries)
 }
 
 /// Path of a cell. On Unix it may contain any bytes, as file names do.

@@ -29,7 +29,7 @@ impl Levels {
     }
 
     /// True for [`Levels::legacy`].
-    pub fn is_legacy(&self) -> bool {
+    pub(crate) fn is_legacy(&self) -> bool {
         *self == Levels::legacy()
     }
 

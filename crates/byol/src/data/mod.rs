@@ -1,18 +1,27 @@
 //! Data sources. A [`Dataset`] has a training split and, where the data provide them, splits for
 //! monitoring and testing. Labels are used by evaluation only. Nothing here depends on tensors.
 
+#[doc(hidden)]
 pub mod cifar;
+#[doc(hidden)]
 pub mod decode;
+#[doc(hidden)]
 pub mod dense_labels;
 mod detect_levels;
+#[doc(hidden)]
 pub mod folder;
+#[doc(hidden)]
 pub mod idx;
+#[doc(hidden)]
 pub mod labels_csv;
 pub mod levels;
+#[doc(hidden)]
 pub mod order;
 pub mod pack;
+#[doc(hidden)]
 pub mod prefetch;
 mod reads;
+#[doc(hidden)]
 pub mod shards;
 pub mod synthetic;
 
@@ -413,8 +422,8 @@ impl Images {
     /// Returns image `i`, decoded.
     ///
     /// # Errors
-    /// [`Error::Image`] if the image itself is unusable: missing, damaged or of an unsupported kind.
-    /// [`Error::Read`] if the machine cannot read it: permission, space or I/O.
+    /// [`Error::Image`] if the image itself is unusable: missing, damaged or of an unsupported
+    /// kind. [`Error::Read`] if the machine cannot read it: permission, space or I/O.
     pub fn get(&self, i: usize) -> Result<Arc<Image>, Error> {
         if let Some(decoded) = &self.decoded {
             return Ok(decoded[i].clone());
@@ -461,7 +470,7 @@ impl Images {
     /// # Errors
     /// As for [`Images::get`]. In shards [`Error::Image`] only if too many consecutive images are
     /// unreadable.
-    pub fn get_or_next(&self, i: usize) -> Result<Arc<Image>, Error> {
+    pub(crate) fn get_or_next(&self, i: usize) -> Result<Arc<Image>, Error> {
         let Source::Shards(shards) = &self.source else { return self.get(i) };
         let mut at = i;
         loop {
@@ -753,8 +762,8 @@ impl Dataset {
             std::fs::read_dir(root).map_err(|source| Error::Read { path: root.to_owned(), source })?;
         }
         let stray = match shards::open(root, options.column.as_deref())? {
-            shards::Opened::Shards(dataset) => return Ok(*dataset),
-            shards::Opened::Other(stray) => stray,
+            shards::OpenResult::Shards(dataset) => return Ok(*dataset),
+            shards::OpenResult::Other(stray) => stray,
         };
         match (Dataset::find_files(root, &stray.files), stray.error) {
             (Err(Error::Empty(_) | Error::Unread { .. }), Some(error)) => Err(error),
@@ -881,8 +890,8 @@ impl Dataset {
     ///
     /// # Errors
     /// [`Error::MostlyBad`] if more than half of the training images are unreadable,
-    /// [`Error::Empty`] if none is left; [`Error::Read`], [`Error::Shard`] if the machine cannot read
-    /// an image.
+    /// [`Error::Empty`] if none is left; [`Error::Read`], [`Error::Shard`] if the machine cannot
+    /// read an image.
     pub fn check(self, cache_bytes: usize, on_progress: &(dyn Fn() + Sync)) -> Result<Dataset, Error> {
         let (n_checked, train) = (self.train.len(), self.train.check(cache_bytes, on_progress)?);
         self.checked(n_checked, train, cache_bytes, on_progress)
@@ -903,7 +912,8 @@ impl Dataset {
         self.checked(n_checked, train, cache_bytes, on_progress)
     }
 
-    /// Completes a check whose first `n_checked` training images are already decoded, with this outcome.
+    /// Completes a check whose first `n_checked` training images are already decoded, with this
+    /// outcome.
     fn checked(
         self,
         n_checked: usize,

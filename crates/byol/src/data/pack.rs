@@ -8,6 +8,7 @@ use std::{
     collections::HashSet,
     fs::{self, File},
     io::{self, Cursor, Write},
+    ops::Range,
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
 };
@@ -40,7 +41,7 @@ pub struct Packing {
 
 /// Shard in a manifest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Shard {
+pub struct PackedShard {
     /// File name.
     pub file: String,
     /// Number of images.
@@ -66,7 +67,7 @@ pub struct Manifest {
     /// Class names, in the order of their numbers; empty without labels.
     pub classes: Vec<String>,
     /// Completed shards, in order.
-    pub shards: Vec<Shard>,
+    pub shards: Vec<PackedShard>,
     /// Unreadable images, as `name: reason`.
     pub skipped: Vec<String>,
     /// Number of images in completed shards or skipped.
@@ -130,14 +131,7 @@ pub fn pack(
                 return Ok(Outcome::Stopped(manifest.done));
             }
             let batch = at..(at + BATCH).min(images.len());
-            let encode = |i| match encode(&data.root, images, i, packing.size) {
-                Ok(image) => Ok(Ok(image)),
-                Err(Error::Image { name, source }) => Ok(Err(Skipped::new(name, &source))),
-                // The machine cannot read the images.
-                Err(other) => Err(other),
-            };
-            let encoded: Result<Vec<Result<Encoded, Skipped>>, Error> = batch.into_par_iter().map(encode).collect();
-            let encoded = match encoded {
+            let encoded = match encode_batch(data, images, batch, packing.size) {
                 Ok(encoded) => encoded,
                 Err(error) => {
                     remove_unfinished(writer);
@@ -184,6 +178,24 @@ pub fn pack(
     Ok(Outcome::Finished(manifest))
 }
 
+/// Encodes the images of `batch`, or says why one is skipped.
+///
+/// # Errors
+/// The machine cannot read the images.
+fn encode_batch(
+    data: &Dataset,
+    images: &Images,
+    batch: Range<usize>,
+    size: Option<usize>,
+) -> Result<Vec<Result<Encoded, Skipped>>, Error> {
+    let encode = |i| match encode(&data.root, images, i, size) {
+        Ok(image) => Ok(Ok(image)),
+        Err(Error::Image { name, source }) => Ok(Err(Skipped::new(name, &source))),
+        Err(other) => Err(other),
+    };
+    batch.into_par_iter().map(encode).collect()
+}
+
 /// Removes a shard that is not complete. Its images are packed again on resume.
 fn remove_unfinished(writer: Option<Writer>) {
     if let Some(unfinished) = writer {
@@ -193,7 +205,7 @@ fn remove_unfinished(writer: Option<Writer>) {
 
 /// Verifies the checksum of every shard.
 fn verify_checksums(out: &Path, manifest: &Manifest) -> Result<(), Error> {
-    let verify = |shard: &Shard| {
+    let verify = |shard: &PackedShard| {
         let path = out.join(&shard.file);
         let bad = |reason: String| {
             let reason = format!("{reason}\nhint: remove {} and pack again", out.join(MANIFEST).display());
@@ -385,8 +397,8 @@ impl Writer {
 
     fn add(&mut self, image: Encoded) -> Result<(), Error> {
         let (key, extension) = image.name.rsplit_once('.').unwrap_or((&image.name, "jpg"));
-        // Images with the same name, such as `a.jpg` and `a.png`, or `a.b.jpg` and `a_b.jpg`, would become
-        // one sample or overwrite each other when the shard is unpacked.
+        // Images with the same name, such as `a.jpg` and `a.png`, or `a.b.jpg` and `a_b.jpg`, would
+        // become one sample or overwrite each other when the shard is unpacked.
         let names = (self.images..).map(|n| format!("{key}_{n}"));
         let key = std::iter::once(key.to_owned()).chain(names).find(|name| self.keys.insert(name.clone()));
         let key = key.expect("there are more numbers than images");
@@ -405,7 +417,7 @@ impl Writer {
         Ok(())
     }
 
-    fn finish(self) -> Result<Shard, Error> {
+    fn finish(self) -> Result<PackedShard, Error> {
         let Writer { path, temporary, file, tar, images, labels, .. } = self;
         let result = (|| {
             let HashedFile { file, hash, bytes } = tar.into_inner()?;
@@ -415,7 +427,7 @@ impl Writer {
             Ok((hash, bytes))
         })();
         let (hash, bytes) = result.map_err(write_error(&path))?;
-        Ok(Shard { file, images, bytes, sha256: hex(&hash.finalize()), labels })
+        Ok(PackedShard { file, images, bytes, sha256: hex(&hash.finalize()), labels })
     }
 }
 

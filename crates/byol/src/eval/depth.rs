@@ -139,7 +139,7 @@ mod tests {
     use super::*;
     use crate::{
         data::synthetic,
-        nn::{Architecture, EncoderSpec, Normalization, Stem, reference_eps},
+        nn::{Architecture, EncoderSpec, Normalization, Stem, encoder::reference_eps},
     };
 
     #[test]
@@ -150,6 +150,7 @@ mod tests {
             stem: Stem::Imagenet,
             size: 32,
             center: 1.0,
+            antialias: false,
             channels: 3,
             normalization: Normalization::default(),
             eps: reference_eps(),

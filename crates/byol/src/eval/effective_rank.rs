@@ -23,7 +23,7 @@ pub fn rankme(features: &Features) -> f64 {
 /// RankMe of the L2-normalized rows. With batch norm's running statistics a single representation
 /// can be fifty times longer than the others and dominate [`rankme`]; here every image has equal
 /// weight.
-pub fn rankme_normalized(features: &Features) -> f64 {
+pub(crate) fn rankme_normalized(features: &Features) -> f64 {
     rankme(&features.l2_normalized())
 }
 

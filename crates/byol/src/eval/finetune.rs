@@ -227,7 +227,7 @@ mod tests {
     use super::*;
     use crate::{
         data::synthetic,
-        nn::{Architecture, EncoderSpec, Normalization, Stem, reference_eps, tree::host},
+        nn::{Architecture, EncoderSpec, Normalization, Stem, encoder::reference_eps, tree::host},
     };
 
     #[test]
@@ -279,6 +279,7 @@ mod tests {
             stem: Stem::Cifar,
             size: 32,
             center: 1.0,
+            antialias: false,
             channels: 3,
             normalization: Normalization::default(),
             eps: reference_eps(),

@@ -203,6 +203,21 @@ pub(crate) fn mean_cosine(x: &Features) -> f64 {
     if x.n > 1 { (sum_squared - squares) / (n * (n - 1.0)) } else { 0.0 }
 }
 
+/// How an encoder compares with another one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Comparison {
+    /// All images have nearly the same representation.
+    Collapsed,
+    /// Better.
+    Better,
+    /// The difference is within chance, or too small to matter.
+    Same,
+    /// Worse.
+    Worse,
+    /// Better in one metric, worse in another.
+    Mixed,
+}
+
 /// Relative differences of `retrieval` and `consistency` that are too small to matter even when
 /// they are significant.
 const MIN_RELATIVE_DIFFERENCE: [f64; 2] = [0.25, 0.1];
@@ -235,14 +250,10 @@ impl LabelFreeMetrics {
         self.cosine > 0.98 || self.directions < 2.0
     }
 
-    /// Compares these metrics with those of another encoder in one sentence. `baseline_name` is how
-    /// the sentence calls the other encoder.
-    pub fn verdict(&self, baseline: &LabelFreeMetrics, baseline_name: &str) -> String {
+    /// Compares view retrieval and neighbor preservation with those of another encoder.
+    pub fn compare(&self, baseline: &LabelFreeMetrics) -> Comparison {
         if self.is_collapsed() {
-            return format!(
-                "collapsed: all images have nearly the same representation (mean cosine {:.3}, {:.1} dimensions)",
-                self.cosine, self.directions
-            );
+            return Comparison::Collapsed;
         }
         let pairs = [(self.retrieval, baseline.retrieval), (self.consistency, baseline.consistency)];
         // A difference within two standard errors is not significant. The errors are added as if
@@ -252,8 +263,19 @@ impl LabelFreeMetrics {
             let noise = 2.0 * self.standard_errors[i].hypot(baseline.standard_errors[i]);
             if (own - other).abs() > noise { own / other.max(1e-9) - 1.0 } else { 0.0 }
         });
-        let better = differences.iter().zip(MIN_RELATIVE_DIFFERENCE).filter(|(d, min)| *d > min).count();
-        let worse = differences.iter().zip(MIN_RELATIVE_DIFFERENCE).filter(|(d, min)| **d < -min).count();
+        let better = differences.iter().zip(MIN_RELATIVE_DIFFERENCE).any(|(d, min)| *d > min);
+        let worse = differences.iter().zip(MIN_RELATIVE_DIFFERENCE).any(|(d, min)| *d < -min);
+        match (better, worse) {
+            (false, false) => Comparison::Same,
+            (true, false) => Comparison::Better,
+            (false, true) => Comparison::Worse,
+            (true, true) => Comparison::Mixed,
+        }
+    }
+
+    /// Compares these metrics with those of another encoder in one sentence. `baseline_name` is how
+    /// the sentence calls the other encoder.
+    pub fn verdict(&self, baseline: &LabelFreeMetrics, baseline_name: &str) -> String {
         let values = format!(
             "{RETRIEVAL} {:.1} % against {:.1} %, {CONSISTENCY} {:.1} % against {:.1} %",
             100.0 * self.retrieval,
@@ -261,12 +283,18 @@ impl LabelFreeMetrics {
             100.0 * self.consistency,
             100.0 * baseline.consistency
         );
-        match (better, worse) {
-            (0, 0) if self.images > 0 => format!("no better than {baseline_name} on {} images: {values}", self.images),
-            (0, 0) => format!("no better than {baseline_name}: {values}"),
-            (_, 0) => format!("better than {baseline_name}: {values}"),
-            (0, _) => format!("worse than {baseline_name}: {values}"),
-            _ => format!("better than {baseline_name} in one metric, worse in the other: {values}"),
+        match self.compare(baseline) {
+            Comparison::Collapsed => format!(
+                "collapsed: all images have nearly the same representation (mean cosine {:.3}, {:.1} dimensions)",
+                self.cosine, self.directions
+            ),
+            Comparison::Same if self.images > 0 => {
+                format!("no better than {baseline_name} on {} images: {values}", self.images)
+            }
+            Comparison::Same => format!("no better than {baseline_name}: {values}"),
+            Comparison::Better => format!("better than {baseline_name}: {values}"),
+            Comparison::Worse => format!("worse than {baseline_name}: {values}"),
+            Comparison::Mixed => format!("better than {baseline_name} in one metric, worse in the other: {values}"),
         }
     }
 }

@@ -11,7 +11,7 @@ use rayon::prelude::*;
 
 use super::{
     Features, batch_size, embed, finetune,
-    logistic::{Classifier, Objective},
+    logistic::{Classifier, LogisticObjective},
     metrics, random_crops,
 };
 use crate::{
@@ -80,7 +80,7 @@ impl Head {
     }
 
     fn step(&mut self, x: &Features, labels: &[usize], classes: usize, eta: f64) {
-        let (_, gradient) = Objective::new(x, labels, classes, 0.0).value_and_gradient(&self.theta);
+        let (_, gradient) = LogisticObjective::new(x, labels, classes, 0.0).value_and_gradient(&self.theta);
         for ((w, m), g) in self.theta.iter_mut().zip(&mut self.momentum).zip(gradient) {
             *m = MOMENTUM * *m + g;
             *w -= eta * (g + MOMENTUM * *m);

@@ -72,7 +72,7 @@ impl Classifier {
     /// Logits x Wᵀ + b, `[N, classes]`.
     pub fn scores(&self, x: &Features) -> Vec<f64> {
         let theta = [&self.w[..], &self.b].concat();
-        Objective { x, labels: &[], classes: self.classes, l2: 0.0 }.logits(&theta)
+        LogisticObjective { x, labels: &[], classes: self.classes, l2: 0.0 }.logits(&theta)
     }
 }
 
@@ -81,7 +81,7 @@ impl Classifier {
 /// # Panics
 /// If there is not one label per row, each below `classes`.
 pub fn fit(x: &Features, labels: &[usize], classes: usize, l2: f64) -> Fit {
-    let objective = Objective::new(x, labels, classes, l2);
+    let objective = LogisticObjective::new(x, labels, classes, l2);
     // Small problems are cheap enough to run to full precision.
     let iterations = if objective.is_f64() { 20 * FINAL_ITERATIONS } else { FINAL_ITERATIONS };
     let theta = lbfgs(vec![0.0; classes * (x.dim + 1)], iterations, 1e-11, |t| objective.value_and_gradient(t));
@@ -120,7 +120,7 @@ pub fn fit_best(x: &Features, labels: &[usize], classes: usize, strengths: &[f64
 ///
 /// # Panics
 /// See [`fit`].
-pub fn fit_best_by(
+pub(crate) fn fit_best_by(
     x: &Features,
     labels: &[usize],
     classes: usize,
@@ -140,9 +140,9 @@ pub fn fit_best_by(
         let position = trials.partition_point(|t| t.index < index);
         let start =
             position.checked_sub(1).map_or_else(|| vec![0.0; classes * (x.dim + 1)], |p| trials[p].theta.clone());
-        let objective = Objective::new(&train, &train_labels, classes, strengths[index]);
+        let objective = LogisticObjective::new(&train, &train_labels, classes, strengths[index]);
         let theta = lbfgs(start, TRIAL.0, TRIAL.1, |t| objective.value_and_gradient(t));
-        let held_out = Objective::new(&validation, &validation_labels, classes, 0.0);
+        let held_out = LogisticObjective::new(&validation, &validation_labels, classes, 0.0);
         let (score, loss) =
             (score(&held_out.logits(&theta), &validation_labels), held_out.value_and_gradient(&theta).0);
         trials.insert(position, Trial { index, score, loss, theta });
@@ -163,7 +163,7 @@ pub fn fit_best_by(
     }
     let Trial { index, score: held_out_score, theta: start, .. } = trials.swap_remove(best_trial(&trials));
     let l2 = strengths[index];
-    let objective = Objective::new(&scaled, labels, classes, l2);
+    let objective = LogisticObjective::new(&scaled, labels, classes, l2);
     let theta = lbfgs(start, FINAL_ITERATIONS, 1e-6, |t| objective.value_and_gradient(t));
     let (w, b) = theta.split_at(classes * x.dim);
     // Undo the standardization.
@@ -212,17 +212,17 @@ fn standardize(x: &Features) -> (Features, Vec<f64>, f64) {
 }
 
 /// L as a function of `theta`, W followed by b.
-pub(super) struct Objective<'a> {
+pub(super) struct LogisticObjective<'a> {
     x: &'a Features,
     labels: &'a [usize],
     classes: usize,
     l2: f64,
 }
 
-impl<'a> Objective<'a> {
+impl<'a> LogisticObjective<'a> {
     pub fn new(x: &'a Features, labels: &'a [usize], classes: usize, l2: f64) -> Self {
         assert!(labels.len() == x.n && labels.iter().all(|l| *l < classes), "one label in 0..classes per row");
-        Objective { x, labels, classes, l2 }
+        LogisticObjective { x, labels, classes, l2 }
     }
 
     /// Returns true if the matrix products are computed in f64.
@@ -391,7 +391,7 @@ mod tests {
     #[test]
     fn gradient_matches_finite_differences_and_f32_matches_f64() {
         let (x, labels) = two_clusters(400, 6);
-        let small = Objective::new(&x, &labels, 2, 0.1);
+        let small = LogisticObjective::new(&x, &labels, 2, 0.1);
         let theta: Vec<f64> = (0..14).map(|i| 0.01 * f64::from(i)).collect();
         let (value, gradient) = small.value_and_gradient(&theta);
         for i in 0..14 {
@@ -408,7 +408,7 @@ mod tests {
         let times = MAX_F64_PRODUCTS / (400 * 6 * 2) + 1;
         let repeated = Features { n: x.n * times, dim: 6, values: x.values.repeat(times) };
         let repeated_labels = labels.repeat(times);
-        let large = Objective::new(&repeated, &repeated_labels, 2, 0.1);
+        let large = LogisticObjective::new(&repeated, &repeated_labels, 2, 0.1);
         assert!(small.is_f64() && !large.is_f64());
         let (v, g) = large.value_and_gradient(&theta);
         assert!((v / value - 1.0).abs() < 1e-5, "{v} and {value}");

@@ -1,6 +1,7 @@
 //! EVALUATION: one file per evaluation. All take a frozen [`Encoder`] and leave it unchanged.
 
 pub mod alignment_uniformity;
+#[doc(hidden)]
 pub mod dense_heads;
 pub mod depth;
 pub mod effective_rank;
@@ -9,9 +10,12 @@ pub mod finetune;
 pub mod knn;
 pub mod label_free;
 pub mod linear;
+#[doc(hidden)]
 pub mod logistic;
 pub mod metrics;
+#[doc(hidden)]
 pub mod protocol;
+#[doc(hidden)]
 pub mod results;
 pub mod segment;
 pub mod transfer;
@@ -23,7 +27,7 @@ use crate::{
     data::{Error, Images},
     image::CHANNELS,
     nn::{Encoder, EncoderSpec, tree::host},
-    views::{Policy, evaluation_view, view},
+    views::{Policy, view},
 };
 
 pub use features::Features;
@@ -92,12 +96,12 @@ pub(crate) fn for_each_batch(
     device: &Device,
     mut f: impl FnMut(Tensor<4>),
 ) -> Result<(), Error> {
-    let (size, center) = (spec.size, spec.center);
+    let size = spec.size;
     let indices: Vec<usize> = (0..images.len()).collect();
     for batch in indices.chunks(batch_size(size)) {
         let views: Vec<Vec<f32>> = batch
             .par_iter()
-            .map(|i| Ok(evaluation_view(&*images.get(*i)?, size, center).interleaved()))
+            .map(|i| Ok(spec.evaluation_view(&*images.get(*i)?).interleaved()))
             .collect::<Result<_, Error>>()?;
         f(Tensor::from_data(TensorData::new(views.concat(), [batch.len(), size, size, CHANNELS]), device));
     }

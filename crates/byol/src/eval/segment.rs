@@ -9,7 +9,7 @@ use super::{
     dense_heads::{self, Head, OutputLayer, Protocol, Sample, Trained},
 };
 use crate::{
-    data::dense_labels::{Mask, NO_CLASS, Pair},
+    data::dense_labels::{Mask, MaskPair, NO_CLASS},
     image::Image,
     nn::{
         Encoder, ForwardContext,
@@ -83,7 +83,7 @@ impl Segmenter {
     /// If `pairs` is empty, or a mask has a class outside 0..`classes`.
     pub fn train(
         encoder: &Encoder,
-        pairs: &[Pair],
+        pairs: &[MaskPair],
         classes: usize,
         p: &Protocol,
         on_step: impl FnMut(f64),

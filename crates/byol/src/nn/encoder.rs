@@ -8,7 +8,15 @@ use super::{
     resnet::{Architecture, ResNet, Stem},
     tree::{self, Tree},
 };
-use crate::{data::Levels, device::Precision};
+use crate::{
+    data::Levels,
+    device::Precision,
+    image::Image,
+    views::{
+        View, Window,
+        resize::{crop_resize, crop_resize_antialiased},
+    },
+};
 
 /// Per-channel mean and standard deviation that normalize the input of an encoder.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -52,6 +60,9 @@ pub struct EncoderSpec {
     /// Side of the center crop for evaluation, as a fraction of an image's shorter side, in (0, 1].
     #[serde(default = "reference_center")]
     pub center: f64,
+    /// Evaluation views are resized with antialiasing, as PIL and torchvision do.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub antialias: bool,
     /// Channels of the images.
     pub channels: usize,
     /// Input normalization.
@@ -65,12 +76,12 @@ pub struct EncoderSpec {
 }
 
 /// Default of [`EncoderSpec::eps`]: the reference's and torchvision's, 1e-5.
-pub fn reference_eps() -> f64 {
+pub(crate) fn reference_eps() -> f64 {
     NormConfig::default().eps
 }
 
 /// Default of [`EncoderSpec::center`]: the reference's, 0.875.
-pub fn reference_center() -> f64 {
+pub(crate) fn reference_center() -> f64 {
     0.875
 }
 
@@ -78,6 +89,15 @@ impl EncoderSpec {
     /// The network, without weights.
     pub fn resnet(&self) -> ResNet {
         ResNet::new(self.architecture, self.width, self.stem, self.channels)
+    }
+
+    /// The evaluation view of an image: the center square, resized to the input size.
+    pub fn evaluation_view(&self, image: &Image) -> View {
+        let window = Window::center(image.height, image.width, self.center);
+        match self.antialias {
+            true => crop_resize_antialiased(image, window, self.size, self.size),
+            false => crop_resize(image, window, self.size, self.size),
+        }
     }
 
     /// Settings of its norms, for evaluation and finetuning.
@@ -188,7 +208,7 @@ impl Encoder {
     ///
     /// # Shapes
     /// `x`: `[N, H, W, C]` in 0..1, not normalized; returns `[N, H', W', F]`.
-    pub fn feature_map(&self, ctx: &mut ForwardContext, x: Tensor<4>) -> Tensor<4> {
+    pub(crate) fn feature_map(&self, ctx: &mut ForwardContext, x: Tensor<4>) -> Tensor<4> {
         self.resnet.feature_map(ctx, self.spec.normalization.forward(x))
     }
 

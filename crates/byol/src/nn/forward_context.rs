@@ -130,7 +130,7 @@ pub struct ForwardContext<'a> {
 
 impl ForwardContext<'_> {
     /// Returns `true` if batch norm uses the statistics of the batch.
-    pub fn is_training(&self) -> bool {
+    pub(crate) fn is_training(&self) -> bool {
         matches!(self.mode, Mode::Train(..))
     }
 

@@ -46,8 +46,8 @@ const SEQUENTIAL_INDICES: [(&str, &str); 6] =
 /// Markers in prefixes of copies of the trained network, such as moving averages.
 const COPIES: [&str; 5] = ["momentum", "target", "teacher", "ema", "key"];
 
-/// First letters of the modules of a checkpoint that come after the encoder, or do not belong to the
-/// network: classifiers, heads of self-supervised methods, and the state of their training.
+/// First letters of the modules of a checkpoint that come after the encoder, or do not belong to
+/// the network: classifiers, heads of self-supervised methods, and the state of their training.
 const OTHER_MODULES: [&str; 14] = [
     "fc",
     "head",
@@ -234,7 +234,8 @@ impl Names {
         }
     }
 
-    /// True if a tensor belongs to the encoder: not to a later module, another network or a counter.
+    /// True if a tensor belongs to the encoder: not to a later module, another network or a
+    /// counter.
     fn belongs_to_encoder(&self, name: &str) -> bool {
         let Some(rest) = name.strip_prefix(&self.prefix) else { return false };
         let module = rest.split('.').next().unwrap_or_default().to_ascii_lowercase();
@@ -283,6 +284,7 @@ impl Names {
             stem,
             size: preparation.size.unwrap_or(if stem == Stem::Cifar { 32 } else { 224 }),
             center: if stem == Stem::Cifar { 1.0 } else { reference_center() },
+            antialias: false,
             channels,
             normalization: preparation.normalization.clone(),
             eps: reference_eps(),
@@ -320,6 +322,7 @@ mod tests {
             stem: Stem::Imagenet,
             size: 224,
             center: 0.875,
+            antialias: false,
             channels: 3,
             normalization: Normalization::default(),
             eps: reference_eps(),

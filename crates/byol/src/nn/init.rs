@@ -31,13 +31,13 @@ pub fn truncated_normal(rng: &mut ChaCha8Rng, n: usize, fan_in: usize) -> Vec<f3
 
 /// Draws `n` values of He's normal distribution by fan-out, of std √(2 / fan_out): torchvision's
 /// initialization of convolutions.
-pub fn he_normal_fan_out(rng: &mut ChaCha8Rng, n: usize, fan_out: usize) -> Vec<f32> {
+pub(crate) fn he_normal_fan_out(rng: &mut ChaCha8Rng, n: usize, fan_out: usize) -> Vec<f32> {
     let scale = (2.0 / fan_out as f64).sqrt();
     (0..n).map(|_| (random::normal(rng) * scale) as f32).collect()
 }
 
 /// Draws `n` uniform values in ±1/√fan_in: PyTorch's default for linear layers.
-pub fn torch_linear(rng: &mut ChaCha8Rng, n: usize, fan_in: usize) -> Vec<f32> {
+pub(crate) fn torch_linear(rng: &mut ChaCha8Rng, n: usize, fan_in: usize) -> Vec<f32> {
     let scale = 1.0 / (fan_in as f64).sqrt();
     (0..n).map(|_| ((2.0 * uniform(rng) - 1.0) * scale) as f32).collect()
 }

@@ -14,21 +14,25 @@
 //! ```
 
 mod batch_norm;
+#[doc(hidden)]
 pub mod conv_norm_act;
 mod cpu;
 pub mod encoder;
+#[doc(hidden)]
 pub mod forward_context;
 pub mod import;
 pub mod init;
 pub mod mlp;
 pub mod network;
+#[doc(hidden)]
 pub mod pool;
 pub mod resnet;
 pub mod tree;
 pub mod weights;
 
 pub use crate::device::Precision;
-pub use encoder::{Encoder, EncoderSpec, Normalization, Weights, reference_center, reference_eps};
+pub(crate) use encoder::reference_center;
+pub use encoder::{Encoder, EncoderSpec, Normalization, Weights};
 pub use forward_context::{ForwardContext, Mode, NormConfig, RunningStats, Statistics};
 pub use init::Init;
 pub use mlp::Mlp;

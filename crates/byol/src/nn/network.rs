@@ -7,6 +7,7 @@ use burn::tensor::{Device, Tensor};
 use super::{
     encoder::{Normalization, Weights},
     forward_context::{ForwardContext, Mode, NormConfig, Statistics},
+    init::Init,
     mlp::Mlp,
     resnet::ResNet,
     tree::Tree,
@@ -21,6 +22,41 @@ use crate::{device::Precision, ranks::Ranks};
 ///
 /// A network is a description without weights. Weights are a [`Tree`] by name, which
 /// [`ForwardContext::params`] holds in a forward pass.
+///
+/// # Examples
+///
+/// The mean color, batch-normalized:
+///
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use byol::nn::{Backbone, ForwardContext, Leaf, Statistics, Tree};
+///
+/// #[derive(Debug)]
+/// struct MeanColor;
+///
+/// impl Backbone for MeanColor {
+///     fn init(&self, _seed: u64, _role: &str, device: &Device) -> Tree {
+///         let mut tree = Tree::new();
+///         tree.insert("bn.weight", Leaf::new(vec![1.0; 3], &[3], device));
+///         tree.insert("bn.bias", Leaf::new(vec![0.0; 3], &[3], device));
+///         tree
+///     }
+///
+///     fn statistics(&self, device: &Device) -> Statistics {
+///         Statistics::new([("bn", 3)], device)
+///     }
+///
+///     fn features(&self) -> usize {
+///         3
+///     }
+///
+///     fn forward(&self, ctx: &mut ForwardContext, x: Tensor<4>) -> Tensor<2> {
+///         let [n, ..] = x.dims();
+///         let color: Tensor<2> = x.mean_dim(1).mean_dim(2).reshape([n, 3]);
+///         ctx.batch_norm("bn", color)
+///     }
+/// }
+/// ```
 pub trait Backbone: fmt::Debug + Send + Sync {
     /// Draws initial weights. `role` (`online` or `target`) selects the random streams.
     fn init(&self, seed: u64, role: &str, device: &Device) -> Tree;
@@ -73,6 +109,21 @@ pub struct Network {
 }
 
 impl Network {
+    /// `encoder` with a projector and a predictor of `hidden` units and `projection` outputs (4096
+    /// and 256 in the paper), in f32 on one rank, with the default normalization.
+    pub fn new(encoder: impl Backbone + 'static, hidden: usize, projection: usize) -> Network {
+        let mlp = |name, d_in| Mlp { name, d_in, hidden, d_out: projection, init: Init::Reference };
+        Network {
+            projector: mlp("projector", encoder.features()),
+            predictor: mlp("predictor", projection),
+            encoder: Arc::new(encoder),
+            normalization: Normalization::default(),
+            norm: NormConfig::default(),
+            precision: Precision::F32,
+            ranks: Ranks::SINGLE,
+        }
+    }
+
     /// Draws initial weights for f and g, and for q if `predictor` is true. `role` (`online` or
     /// `target`) selects the random streams.
     pub fn init(&self, seed: u64, role: &str, predictor: bool, device: &Device) -> Weights {

@@ -208,7 +208,7 @@ impl ResNet {
     }
 
     /// All convolutions, in torchvision's order.
-    pub fn convs(&self) -> impl Iterator<Item = &ConvNorm> {
+    pub(crate) fn convs(&self) -> impl Iterator<Item = &ConvNorm> {
         let blocks = self.groups.iter().flatten();
         std::iter::once(&self.stem.0).chain(blocks.flat_map(|b| b.convs.iter().chain(&b.projection)))
     }

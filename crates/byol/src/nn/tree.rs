@@ -136,7 +136,7 @@ impl Tree {
     }
 
     /// Averages the tree over all ranks.
-    pub fn all_reduce_mean(self, ranks: Ranks) -> Tree {
+    pub(crate) fn all_reduce_mean(self, ranks: Ranks) -> Tree {
         if ranks == Ranks::SINGLE {
             return self;
         }
@@ -149,7 +149,7 @@ impl Tree {
     ///
     /// # Panics
     /// If the number of values is not [`Tree::n_parameters`].
-    pub fn with_values(&self, values: &[f32]) -> Tree {
+    pub(crate) fn with_values(&self, values: &[f32]) -> Tree {
         assert_eq!(values.len(), self.n_parameters(), "one value for each parameter");
         let mut rest = values;
         self.map(|_, old| {

@@ -235,6 +235,7 @@ mod tests {
             stem: Stem::Cifar,
             size: 8,
             center: 1.0,
+            antialias: false,
             channels: 3,
             normalization: Normalization::default(),
             eps: 1e-3,

@@ -3,7 +3,7 @@
 //! deepmind-research `byol`.
 
 /// Returns `true` if the parameter with this name (torchvision's scheme) is excluded.
-pub fn is_excluded(name: &str) -> bool {
+pub(crate) fn is_excluded(name: &str) -> bool {
     let (parent, last) = name.rsplit_once('.').unwrap_or(("", name));
     let layer = parent.rsplit('.').next().unwrap_or("");
     last == "bias" || layer.starts_with("bn") || parent.ends_with("downsample.1")

@@ -8,6 +8,7 @@
 //! Imports go one way: {lars, sgd, adamw} ← rule ← fused_cpu ← {optimizer, target}.
 
 pub mod adamw;
+#[doc(hidden)]
 pub mod exclusion;
 mod fused_cpu;
 pub mod lars;

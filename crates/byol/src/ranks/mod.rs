@@ -6,6 +6,7 @@
 //! one rank with a batch of B, up to rounding.
 
 #[cfg(feature = "mpi")]
+#[doc(hidden)]
 pub mod mpi;
 pub mod threads;
 

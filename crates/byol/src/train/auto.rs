@@ -7,7 +7,7 @@
 
 use crate::{
     data::{Error, Images},
-    device::{self, Kind, MachineInfo, Opened, Precision},
+    device::{self, Kind, MachineInfo, OpenedDevice, Precision},
     nn::Architecture,
 };
 
@@ -33,7 +33,7 @@ impl AutoInputs {
     ///
     /// # Errors
     /// [`Error::Image`] if none of them is readable.
-    pub fn collect(images: &Images, opened: &Opened, machine: &MachineInfo) -> Result<AutoInputs, Error> {
+    pub fn collect(images: &Images, opened: &OpenedDevice, machine: &MachineInfo) -> Result<AutoInputs, Error> {
         let sample = images.sample(256)?;
         let mut sides = Vec::new();
         let mut unreadable = None;
@@ -90,10 +90,10 @@ fn relative_cost(architecture: Architecture) -> f64 {
 }
 
 /// A rule: sets keys of the recipe and returns the reason; `None` if it does not apply.
-type Rule = fn(&AutoInputs, &RecipeOverrides, &mut Recipe) -> Option<String>;
+type AutoRule = fn(&AutoInputs, &RecipeOverrides, &mut Recipe) -> Option<String>;
 
 /// The rules, in order.
-const RULES: [Rule; 10] =
+const RULES: [AutoRule; 10] =
     [view_size, eval_size, encoder, precision, batch, epochs, target_decay, optimizer, center, blur];
 
 /// Chooses a recipe. Returns it with one sentence per choice.
@@ -112,7 +112,7 @@ pub fn choose(inputs: &AutoInputs, overrides: &RecipeOverrides) -> (Recipe, Vec<
 pub fn resolve(
     overrides: &RecipeOverrides,
     images: &Images,
-    opened: &Opened,
+    opened: &OpenedDevice,
 ) -> Result<(Recipe, Vec<String>), super::Error> {
     let checked = overrides.check()?;
     if overrides.name != "auto" {

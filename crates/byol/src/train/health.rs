@@ -13,7 +13,7 @@ use crate::{
     data::{Error, Images},
     eval::{
         self, Features, effective_rank, knn,
-        label_free::{self, LabelFreeMetrics},
+        label_free::{self, Comparison, LabelFreeMetrics},
     },
     nn::{Encoder, EncoderSpec, ForwardContext, Mode, Precision, tree::host},
     views::Policy,
@@ -110,8 +110,8 @@ impl fmt::Display for Failure {
     }
 }
 
-/// Steps before the first check: at random initialization all images have nearly the same
-/// projection.
+/// Steps before the checks against fixed thresholds: at random initialization all images have
+/// nearly the same projection.
 pub(super) const SETTLING_STEPS: u64 = 200;
 
 /// Images that a collapse check needs: fewer span few directions for any network.
@@ -123,6 +123,10 @@ const PREDICTOR_STEPS: u64 = 500;
 /// Threshold of constant collapse, as a fraction of the std of uniformly distributed projections.
 /// The healthy runs of the tests have 0.6 or more.
 const MIN_STD_RATIO: f64 = 0.25;
+
+/// Threshold of constant collapse in the first steps, as a fraction of the initial std. In healthy
+/// runs the std rises from the first epoch on.
+const EARLY_STD_RATIO: f64 = 0.1;
 
 /// Threshold of constant collapse, as mean cosine similarity of the projections of different
 /// images. Healthy runs have 0.5 or less.
@@ -154,7 +158,7 @@ impl Health {
             return failure(FailureKind::Diverged, "the projections contain NaN or infinity".into());
         }
         if step < SETTLING_STEPS {
-            return None;
+            return initial.filter(|_| self.images >= MIN_IMAGES).and_then(|initial| self.early_collapse(initial));
         }
         if let Some(loss) = loss.filter(|loss| *loss > 1.1 * CHANCE_LOSS) {
             return failure(
@@ -170,6 +174,22 @@ impl Health {
         if let Some(loss) = loss.filter(|loss| step > PREDICTOR_STEPS && *loss > 0.8 * CHANCE_LOSS) {
             let why = format!("loss {loss:.2} after {step} steps is near the chance level of {CHANCE_LOSS}");
             return failure(FailureKind::PredictorLag, why);
+        }
+        None
+    }
+
+    /// Collapse within the first steps. The initial projections are nearly constant too, so only a
+    /// large decrease counts.
+    fn early_collapse(&self, initial: &Health) -> Option<Failure> {
+        let (std, before) = (self.projection_std, initial.projection_std);
+        if std < EARLY_STD_RATIO * before {
+            let why = format!("all images have nearly the same projection (std {std:.1e}, {before:.1e} at the start)");
+            return Some(Failure { kind: FailureKind::Constant, why });
+        }
+        if self.directions < 1.5 && self.directions < initial.directions / 4.0 {
+            let (now, before) = (self.directions, initial.directions);
+            let why = format!("the representations span {now:.1} dimensions, {before:.1} at the start");
+            return Some(Failure { kind: FailureKind::Dimensional, why });
         }
         None
     }
@@ -195,6 +215,42 @@ impl Health {
             return failure(FailureKind::Dimensional, why);
         }
         None
+    }
+}
+
+/// What a run has learned: its last epoch against the weights it began with.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Verdict {
+    /// The comparison.
+    pub comparison: Comparison,
+    /// The same in words, with the values.
+    pub text: String,
+}
+
+impl Verdict {
+    /// Compares by kNN accuracy if there are labels, else by the label-free metrics. `baseline` is
+    /// how the text calls the initial weights. `None` if neither was recorded, or for fewer than
+    /// [`MIN_IMAGES`] images.
+    pub fn new(initial: &Health, last: &Health, baseline: &str) -> Option<Verdict> {
+        if last.images < MIN_IMAGES {
+            return None;
+        }
+        let (Some(before), Some(after)) = (initial.knn, last.knn) else {
+            let (before, after) = (initial.label_free?, last.label_free?);
+            let text = after.verdict(&before, baseline);
+            return Some(Verdict { comparison: after.compare(&before), text });
+        };
+        let variance = |p: f64| p * (1.0 - p) / initial.images.max(1) as f64;
+        let noise = 2.0 * (variance(before) + variance(after)).sqrt();
+        let (comparison, than) = match after - before {
+            gain if gain > noise => (Comparison::Better, "better than"),
+            gain if gain < -noise => (Comparison::Worse, "worse than"),
+            _ => (Comparison::Same, "no better than"),
+        };
+        let (images, before, after) = (initial.images, 100.0 * before, 100.0 * after);
+        let text =
+            format!("{than} {baseline}: kNN accuracy {after:.1} % against {before:.1} % on {images} monitoring images");
+        Some(Verdict { comparison, text })
     }
 }
 
@@ -311,6 +367,20 @@ mod tests {
     }
 
     #[test]
+    fn verdict_compares_the_last_epoch_with_the_first() {
+        let spread = rows(&[[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]].repeat(128));
+        let health = |knn| summarize(&spread, &spread, knn);
+        let verdict = |before, after| Verdict::new(&health(Some(before)), &health(Some(after)), "the start").unwrap();
+        assert_eq!(verdict(0.352, 0.5).comparison, Comparison::Better);
+        assert_eq!(verdict(0.352, 0.37).comparison, Comparison::Same, "within chance");
+        let worse = verdict(0.352, 0.282);
+        assert_eq!(worse.comparison, Comparison::Worse);
+        let text = "worse than the start: kNN accuracy 28.2 % against 35.2 % on 512 monitoring images";
+        assert_eq!(worse.text, text);
+        assert_eq!(Verdict::new(&health(None), &health(None), "the start"), None, "nothing to compare");
+    }
+
+    #[test]
     fn detects_each_kind_of_failure() {
         let constant = rows(&[[1.0, 0.0]; 16]);
         let spread = rows(&[[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]].repeat(4));
@@ -318,6 +388,8 @@ mod tests {
         assert!((bad.projection_cosine - 1.0).abs() < 1e-9 && bad.projection_std < 1e-9);
         assert_eq!(bad.failure(None, None, 1000).map(|f| f.kind), Some(FailureKind::Constant));
         assert_eq!(bad.failure(None, None, 10), None, "random initialization looks the same");
+        let early = bad.failure(Some(&summarize(&spread, &spread, None)), None, 10);
+        assert_eq!(early.map(|f| f.kind), Some(FailureKind::Constant), "much less than at the start");
         let few = Health { images: MIN_IMAGES - 1, ..bad.clone() };
         assert_eq!(few.failure(None, Some(1.0), 1000), None, "too few images to judge");
         assert_eq!(

@@ -149,7 +149,7 @@ impl History {
 pub(crate) fn read_history(path: &Path) -> History {
     /// The parts of [`Record::Epoch`] and [`Record::Rollback`] that are read back.
     #[derive(serde::Deserialize)]
-    struct Event {
+    struct EventLine {
         kind: String,
         step: Option<u64>,
         from: Option<u64>,
@@ -158,7 +158,7 @@ pub(crate) fn read_history(path: &Path) -> History {
     let mut history = History::default();
     let Ok(file) = File::open(path) else { return history };
     let lines = io::BufRead::lines(io::BufReader::new(file)).map_while(Result::ok);
-    for event in lines.filter_map(|line| serde_json::from_str::<Event>(&line).ok()) {
+    for event in lines.filter_map(|line| serde_json::from_str::<EventLine>(&line).ok()) {
         match (event.kind.as_str(), event.step, event.from) {
             ("epoch", Some(step), _) if event.collapse.is_none() => history.healthy_at(step),
             ("rollback", _, Some(from)) => history.failed_at(from),

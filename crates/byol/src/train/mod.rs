@@ -5,16 +5,22 @@
 pub mod ablations;
 #[doc(hidden)]
 pub mod augment_placement;
+#[doc(hidden)]
 pub mod auto;
 pub mod batch;
+#[doc(hidden)]
 pub mod checkpoint;
+#[doc(hidden)]
 pub mod data;
+#[doc(hidden)]
 pub mod health;
 #[doc(hidden)]
 pub mod metrics;
+#[doc(hidden)]
 pub mod plan;
 pub mod recipe;
 pub mod run;
+#[doc(hidden)]
 pub mod step;
 #[doc(hidden)]
 pub mod tensorboard;

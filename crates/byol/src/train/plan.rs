@@ -110,6 +110,7 @@ impl Plan {
                 stem: recipe.encoder.stem(size),
                 size: if recipe.views.eval_size == 0 { size } else { recipe.views.eval_size },
                 center: recipe.views.center,
+                antialias: recipe.views.antialias,
                 channels: CHANNELS,
                 normalization: recipe.normalize.clone(),
                 eps: recipe.norm.eps,

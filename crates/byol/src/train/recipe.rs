@@ -296,6 +296,10 @@ pub struct ViewsConfig {
     /// Fraction of the shorter side that the center crop of evaluation keeps, in (0, 1]. Default:
     /// 0.875, as in the reference; 1 for images whose border matters.
     pub center: f64,
+    /// Resize evaluation views with antialiasing, as PIL and torchvision do. Default: false, as in
+    /// the reference.
+    #[serde(default)]
+    pub antialias: bool,
     /// Device of the augmentations after the crop (flip, color, gray, blur, solarize): cpu; device,
     /// as operations over a batch; or auto, the faster by timing the first steps. Default: auto.
     /// Plans without the key use the CPU.
@@ -336,6 +340,7 @@ impl Default for ViewsConfig {
             size: 224,
             eval_size: 0,
             center: reference_center(),
+            antialias: false,
             placement: Placement::Auto,
             first: Policy::default(),
             second: Policy::second(),
@@ -495,7 +500,8 @@ impl Default for RecipeOverrides {
 }
 
 impl RecipeOverrides {
-    /// Loads a built-in recipe by name, or a TOML file by path.
+    /// Loads a built-in recipe by name, or a TOML file or the recipe of a run by path: its folder
+    /// or its `plan.toml`.
     ///
     /// # Errors
     /// All but [`Error::Set`].
@@ -503,7 +509,10 @@ impl RecipeOverrides {
         if name == "auto" {
             return Ok(RecipeOverrides::default());
         }
-        let path = PathBuf::from(name);
+        let path = match PathBuf::from(name) {
+            folder if built_in(name).is_none() && folder.is_dir() => folder.join("plan.toml"),
+            path => path,
+        };
         let text = match built_in(name) {
             Some(text) => text.to_owned(),
             None if path.extension().is_some_and(|e| e == "toml") || path.exists() => {
@@ -516,14 +525,23 @@ impl RecipeOverrides {
         RecipeOverrides::from_text(name, &text)
     }
 
-    /// Parses TOML. `name` is for messages.
+    /// Parses the TOML of a recipe, or of a plan, which contains one. `name` is for messages.
     ///
     /// # Errors
     /// [`Error::Syntax`], [`Error::Key`].
     pub fn from_text(name: &str, text: &str) -> Result<RecipeOverrides, Error> {
         let mut parsed = RecipeOverrides { name: name.to_owned(), overrides: Table::new() };
         let syntax = |e: toml::de::Error| Error::Syntax { path: name.into(), reason: e.message().to_owned() };
-        let table: Table = text.parse().map_err(syntax)?;
+        let mut table: Table = text.parse().map_err(syntax)?;
+        if table.contains_key("fingerprint")
+            && let Some(Value::Table(mut recipe)) = table.remove("recipe")
+        {
+            // A plan without a placement was made with the CPU.
+            if let Some(Value::Table(views)) = recipe.get_mut("views") {
+                views.entry("placement").or_insert("cpu".into());
+            }
+            table = recipe;
+        }
         for (key, value) in flatten(&table) {
             parsed.insert(&key, value, name)?;
         }
@@ -589,6 +607,17 @@ impl RecipeOverrides {
     ///
     /// # Errors
     /// [`Error::Value`].
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use byol::Recipe;
+    ///
+    /// let recipe = Recipe::named("cifar10")?.with("train.batch", 64)?.check()?;
+    /// assert_eq!(recipe.train.batch, 64);
+    /// assert!(Recipe::named("cifar10")?.with("train.batch", -1)?.check().is_err());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn check(&self) -> Result<Recipe, Error> {
         let mut base = Recipe::default();
         if self.name == "auto" {
@@ -737,7 +766,8 @@ impl Recipe {
         let t = &self.train;
         if t.warmup_epochs >= t.epochs {
             let (warmup, epochs) = (t.warmup_epochs, t.epochs);
-            let reason = format!("{warmup} (expected fewer than the {epochs} epochs of the run)");
+            let reason =
+                format!("{warmup} (expected fewer than the {epochs} epochs of the run)\nhint: set `--warmup-epochs`");
             return Err(invalid("train.warmup_epochs", reason));
         }
         if !t.batch.is_multiple_of(t.accumulate) || t.batch / t.accumulate < 2 {

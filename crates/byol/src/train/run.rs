@@ -123,7 +123,30 @@ pub enum Outcome {
     Stopped(PathBuf),
 }
 
-/// A run that is ready to train.
+/// A run that is ready to train. [`Pretraining`](crate::Pretraining) creates and resumes runs with
+/// less code; this is the loop itself, with the state in reach.
+///
+/// # Examples
+///
+/// ```no_run
+/// use std::sync::atomic::AtomicBool;
+///
+/// use byol::{Dataset, DeviceChoice, Recipe, Run, device, train};
+///
+/// let recipe = Recipe::named("cifar10")?.epochs(10).check()?;
+/// let data = train::TrainingData::prepare(Dataset::folder("photos")?, (&recipe).into(), &|_| ())?;
+/// let opened = device::open(DeviceChoice::Cpu)?;
+/// let plan = train::Plan::new("cifar10", recipe, &data, opened.info.choice)?;
+/// let context = train::RunContext::single_process(opened.device, 2);
+///
+/// let mut run = Run::create("out".as_ref(), plan.clone(), &data, context.clone(), false)?;
+/// let outcome = run.run(&AtomicBool::new(false), |event| println!("{event}"))?;
+/// if let train::Outcome::Stopped(_) = outcome {
+///     drop(run);
+///     Run::resume("out".as_ref(), plan, &data, context)?;
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct Run {
     /// Run folder.
@@ -548,11 +571,15 @@ impl Run {
         self.record(&Record::Epoch { epoch, step, loss, health: metrics, collapse: why, seconds, elapsed_s })?;
         if let Some(h) = &health {
             let mut values = vec![
-                ("health/projection std", h.projection_std),
-                ("health/projection cosine", h.projection_cosine),
-                ("health/RankMe", h.rankme),
+                ("health/projection std".to_owned(), h.projection_std),
+                ("health/projection cosine".to_owned(), h.projection_cosine),
+                ("health/RankMe".to_owned(), h.rankme),
             ];
-            values.extend(h.knn.map(|knn| ("health/kNN accuracy", knn)));
+            values.extend(h.knn.map(|knn| ("health/kNN accuracy".to_owned(), knn)));
+            let label_free = h.label_free.iter().flat_map(|metrics| metrics.named_values());
+            values.extend(label_free.map(|(name, value, _)| (format!("label-free/{name}"), value)));
+            let finite = values.iter().filter(|(_, value)| value.is_finite());
+            let values: Vec<(&str, f64)> = finite.map(|(name, value)| (name.as_str(), *value)).collect();
             self.log_scalars(&values)?;
         }
         // A failing network is never the best, whatever its score.

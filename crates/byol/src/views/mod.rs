@@ -343,7 +343,7 @@ pub fn view(policy: &Policy, image: &Image, size: usize, key: [u64; 4]) -> View 
 ///
 /// # Panics
 /// If the augmentation changes the shape of the view.
-pub fn view_into(
+pub(crate) fn view_into(
     policy: &Policy,
     augmentation: Option<&dyn Augmentation>,
     image: &Image,
@@ -361,7 +361,7 @@ pub fn view_into(
 
 /// Makes the crop of [`view`] as planes `[channels, size, size]` in `out`. Returns the draw, whose
 /// other parameters are still to be applied.
-pub fn crop_into(
+pub(crate) fn crop_into(
     policy: &Policy,
     image: &Image,
     size: usize,
@@ -374,8 +374,9 @@ pub fn crop_into(
     draw
 }
 
-/// Makes the evaluation view: the center square with this fraction of the shorter side, resized.
-/// Nothing is random.
+/// Makes the evaluation view of the reference: the center square with this fraction of the shorter
+/// side, resized without antialiasing. Nothing is random. Encoders may use another view:
+/// [`EncoderSpec::evaluation_view`](crate::nn::EncoderSpec::evaluation_view).
 pub fn evaluation_view(image: &Image, size: usize, center: f64) -> View {
     resize::crop_resize(image, Window::center(image.height, image.width, center), size, size)
 }

@@ -1,6 +1,8 @@
 //! Bicubic resize of a crop: Keys' kernel with a = −0.5, half-pixel centers, no antialiasing even
 //! when shrinking. Taps outside the crop are dropped and the others renormalized, so only pixels of
 //! the crop count.
+//!
+//! [`crop_resize_antialiased`] widens the kernel when it shrinks, as PIL and torchvision do.
 
 use multiversion::multiversion;
 
@@ -25,7 +27,7 @@ pub fn crop_resize(image: &Image, window: Window, height: usize, width: usize) -
 }
 
 /// [`crop_resize`] into an existing view; `row` is a reusable buffer.
-pub fn crop_resize_into(image: &Image, window: Window, view: &mut View, row: &mut Vec<f32>) {
+pub(crate) fn crop_resize_into(image: &Image, window: Window, view: &mut View, row: &mut Vec<f32>) {
     crop_resize_unclamped(image, window, view, row);
     to_unit_range(&mut view.pixels);
 }
@@ -98,6 +100,57 @@ fn to_unit_range(values: &mut [f32]) {
     }
 }
 
+/// Resizes the crop `window` of `image` to a view of this size, with antialiasing: when shrinking,
+/// the kernel is as many times wider as pixels get fewer, and reaches beyond the crop. This is
+/// Pillow's bicubic resize of a box, without its rounding to 8 bits.
+pub fn crop_resize_antialiased(image: &Image, window: Window, height: usize, width: usize) -> View {
+    let c = image.channels;
+    let rows = antialiased_taps(window.top, window.height, height, image.height);
+    let columns = antialiased_taps(window.left, window.width, width, image.width);
+    // Horizontal pass over the rows that are read, `[rows, width, c]`.
+    let first_row = rows.iter().map(|(first, _)| *first).min().unwrap_or(0);
+    let last_row = rows.iter().map(|(first, weights)| first + weights.len()).max().unwrap_or(0);
+    let mut narrow = vec![0.0f32; (last_row - first_row) * width * c];
+    for (y, out) in narrow.chunks_exact_mut(width * c).enumerate() {
+        let source = &image.pixels[(first_row + y) * image.width * c..][..image.width * c];
+        for (out, (first, weights)) in out.chunks_exact_mut(c).zip(&columns) {
+            for (pixel, weight) in source[first * c..].chunks_exact(c).zip(weights) {
+                out.iter_mut().zip(pixel).for_each(|(sum, value)| *sum += weight * f32::from(*value));
+            }
+        }
+    }
+    let mut view = View::new(height, width, c);
+    let mut sums = vec![0.0f32; width * c];
+    for (y, (first, weights)) in rows.iter().enumerate() {
+        sums.fill(0.0);
+        for (row, weight) in narrow[(first - first_row) * width * c..].chunks_exact(width * c).zip(weights) {
+            sums.iter_mut().zip(row).for_each(|(sum, value)| *sum += weight * value);
+        }
+        for (x, pixel) in sums.chunks_exact(c).enumerate() {
+            for (k, value) in pixel.iter().enumerate() {
+                view.pixels[(k * height + y) * width + x] = *value;
+            }
+        }
+    }
+    to_unit_range(&mut view.pixels);
+    view
+}
+
+/// First source pixel and weights of each of `n_out` positions over the `n_in` pixels from `start`,
+/// with antialiasing. The image has `limit` pixels.
+fn antialiased_taps(start: usize, n_in: usize, n_out: usize, limit: usize) -> Vec<(usize, Vec<f32>)> {
+    let scale = n_in as f64 / n_out as f64;
+    let stretch = scale.max(1.0);
+    let taps = |o: usize| {
+        let center = start as f64 + (o as f64 + 0.5) * scale;
+        let [low, high] = [-2.0 * stretch, 2.0 * stretch].map(|reach| (center + reach + 0.5).max(0.0) as usize);
+        let raw: Vec<f64> = (low..high.min(limit)).map(|i| keys((i as f64 + 0.5 - center) / stretch)).collect();
+        let sum: f64 = raw.iter().sum();
+        (low, raw.into_iter().map(|w| (w / sum) as f32).collect())
+    };
+    (0..n_out).map(taps).collect()
+}
+
 /// Taps of output position `o` when resizing `n_in` pixels to `n_out`.
 fn taps(o: usize, n_in: usize, n_out: usize) -> Taps {
     let center = (o as f64 + 0.5) * n_in as f64 / n_out as f64 - 0.5;
@@ -128,6 +181,24 @@ fn keys(t: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn antialiased_resize_is_that_of_pil() {
+        // Pillow 13.0, an image of mode F: resize((3, 2), Image.BICUBIC, box=(1, 1, 8, 6)).
+        let pixels: Vec<u8> = (0..7 * 9).map(|i| (i * i * 7 % 251) as u8).collect();
+        let image = Image { height: 7, width: 9, channels: 1, pixels };
+        let window = Window { top: 1, left: 1, height: 5, width: 7 };
+        let view = crop_resize_antialiased(&image, window, 2, 3);
+        let expected = [73.2822, 119.2488, 83.7952, 84.9507, 156.9552, 121.3351];
+        for (value, expected) in view.pixels.iter().zip(expected) {
+            assert!((255.0 * value - expected).abs() < 1e-3, "{} instead of {expected}", 255.0 * value);
+        }
+        // Enlarging has nothing to smooth.
+        let all = Window { top: 0, left: 0, height: 7, width: 9 };
+        let plain = crop_resize(&image, all, 11, 13);
+        let other = crop_resize_antialiased(&image, all, 11, 13);
+        assert!(plain.pixels.iter().zip(&other.pixels).all(|(a, b)| (a - b).abs() < 1e-6));
+    }
 
     #[test]
     fn tap_weights_sum_to_one_for_every_size() {

@@ -9,7 +9,7 @@ use std::{
 use byol::{
     apply::chart::{self, Point},
     data::Levels,
-    device::Opened,
+    device::OpenedDevice,
     eval::{
         effective_rank::rankme,
         linear, logistic,
@@ -87,7 +87,7 @@ struct Context<'a> {
     base: Recipe,
     data: TrainingData,
     labeled: eval::Labeled,
-    opened: Opened,
+    opened: OpenedDevice,
     threads: usize,
 }
 
@@ -117,22 +117,23 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             terminal::note("stopped; run the same command again to continue");
             return Ok(ExitCode::from(INTERRUPTED));
         };
-        points.push(point(variant, &results[0]));
+        points.push(point(&variant.name, variant.method, &results[0]));
         let prefix = format!("{}, {}", variant.name, variant.method);
         rows.extend(results.into_iter().map(|row| ResultRow { name: format!("{prefix}: {}", row.name), ..row }));
     }
     let baseline = random_initialization(&context)?;
+    points.push(point("random initialization", "untrained", &baseline[0]));
     rows.extend(
         baseline.into_iter().map(|row| ResultRow { name: format!("random initialization: {}", row.name), ..row }),
     );
     write_results(&context, &study, &folder, rows, &points)
 }
 
-/// Point of the plot for a variant, in percent.
-fn point(variant: &Variant, row: &ResultRow) -> Point {
+/// Point of the plot, in percent.
+fn point(setting: &str, series: &str, row: &ResultRow) -> Point {
     Point {
-        setting: variant.name.clone(),
-        series: variant.method.into(),
+        setting: setting.into(),
+        series: series.into(),
         value: 100.0 * row.value,
         interval: row.interval.map(|interval| interval.map(|v| 100.0 * v)),
     }

@@ -109,8 +109,8 @@ fn evaluate(spec: &EncoderSpec, weights: &Weights, train: &Images, test: &Images
     Ok(Evaluation { accuracy, bank: bank.l2_normalized(), queries: queries.l2_normalized() })
 }
 
-/// Draws one row per class: a query in a blue frame, its five nearest neighbors before pretraining,
-/// and its five after; framed green if the class matches.
+/// Draws one row per class: a query in a blue frame, its five nearest neighbors before pretraining
+/// and, after a gap, its five after; framed green if the class matches.
 fn draw_neighbors(train: &Images, test: &Images, before: &Evaluation, after: &Evaluation) -> Result<Vec<u8>> {
     const SIDE: u32 = 72;
     let label = |images: &Images, i: usize| images.labels().map(|labels| labels[i]);
@@ -119,9 +119,12 @@ fn draw_neighbors(train: &Images, test: &Images, before: &Evaluation, after: &Ev
     let mut rows = Vec::new();
     for query in queries {
         let mut row = vec![Tile::image(&*test.get(query)?, SIDE).framed([60, 90, 220])];
-        for (i, _) in nearest.iter().flat_map(|side| &side[query]) {
-            let color = if label(train, *i) == label(test, query) { [40, 170, 70] } else { [210, 60, 50] };
-            row.push(Tile::image(&*train.get(*i)?, SIDE).framed(color));
+        for side in &nearest {
+            row.push(Tile::blank(SIDE / 3));
+            for (i, _) in &side[query] {
+                let color = if label(train, *i) == label(test, query) { [40, 170, 70] } else { [210, 60, 50] };
+                row.push(Tile::image(&*train.get(*i)?, SIDE).framed(color));
+            }
         }
         rows.push(row);
     }

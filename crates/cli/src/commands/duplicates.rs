@@ -24,9 +24,10 @@ use crate::terminal::{self, Result, escape_control, out, plural};
 /// Prints groups of near-duplicates within one set, or pairs across two sets. With the embeddings
 /// of the test set as OTHER, the pairs are test images that leaked into the training set.
 ///
-/// Near-duplicates are altered copies of one image: re-encoded, resized, cropped, mirrored, brighter
-/// or darker. Embeddings and thumbnails propose pairs, which are confirmed by comparing pixels. Pairs
-/// of images that cannot be read are found by their embeddings alone and marked as unverified.
+/// Near-duplicates are altered copies of one image: re-encoded, resized, cropped, mirrored,
+/// brighter or darker. Embeddings and thumbnails propose pairs, which are confirmed by comparing
+/// pixels. Pairs of images that cannot be read are found by their embeddings alone and marked as
+/// unverified.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]

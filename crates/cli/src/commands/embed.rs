@@ -27,9 +27,12 @@ pub struct Args {
     /// Output file (.parquet, .csv, or .npy with NAME.paths.txt)
     #[arg(short, long, value_name = "FILE")]
     out: PathBuf,
-    /// Split to embed: all, train or test
-    #[arg(long, default_value = "all", value_parser = ["all", "train", "test"], hide_possible_values = true)]
+    /// Split to embed: all, train, val or test
+    #[arg(long, default_value = "all", value_parser = ["all", "train", "val", "test"], hide_possible_values = true)]
     split: String,
+    /// Number of images per split, sampled at random [default: all]
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    limit: usize,
     /// Embed only part I of N, from 1, to distribute the work over machines
     #[arg(long, value_name = "I/N")]
     shard: Option<Shard>,
@@ -65,13 +68,14 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let encoder = args.compute.load_encoder(&args.encoder)?;
     let split = match args.split.as_str() {
         "train" => Split::Train,
+        "val" => Split::Val,
         "test" => Split::Test,
         _ => Split::All,
     };
     // Absolute, so that the paths in the file are valid from any folder.
     let absolute = |path: &PathBuf| std::fs::canonicalize(path).unwrap_or_else(|_| path.clone());
     let data = absolute(&args.data);
-    let items = Items::new(args.data_flags.open(&data, encoder.spec.levels)?, split);
+    let items = Items::new(args.data_flags.open(&data, encoder.spec.levels)?, split).limit(args.limit);
     if items.is_empty() {
         let data = args.data.display();
         return Err(format!("{data} has no {} images\nhint: choose another `--split`", args.split).into());

@@ -68,8 +68,8 @@ pub fn row_images(embeddings: &Embeddings, moved: Option<&Path>, access: Access)
     Ok(RowImages::new(paths, Some(moved.unwrap_or(recorded).to_owned()), options, access))
 }
 
-/// Reduces the images of embeddings to compare their pixels. Warns if some cannot be read. `flag` is
-/// the one that sets the folder of moved images.
+/// Reduces the images of embeddings to compare their pixels. Warns if some cannot be read. `flag`
+/// is the one that sets the folder of moved images.
 pub fn read_signatures(images: &RowImages, flag: &str) -> Result<Vec<Option<Signature>>> {
     let Signatures { rows, first_unreadable } = with_share("reading images", |done| images.signatures(done))?;
     if let Some(first) = first_unreadable {

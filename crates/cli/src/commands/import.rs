@@ -51,6 +51,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if args.size == Some(0) {
         return Err("`--size` must be at least 1".into());
     }
+    if weights::load(&args.file, &Device::flex()).is_ok() {
+        let file = args.file.display();
+        return Err(format!("{file} is a byol encoder\nhint: use it as it is, without an import").into());
+    }
     let preparation = Preparation { size: args.size, normalization: normalization(args)? };
     let encoder = import::import(&args.file, &preparation, &Device::flex())?;
     weights::save(&args.out, &encoder.spec, &encoder.weights)?;

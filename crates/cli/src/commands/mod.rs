@@ -20,9 +20,11 @@ mod outliers;
 mod pack;
 mod plan;
 mod pretrain;
+mod recipe;
 mod recipe_args;
 mod report;
 mod resume;
+mod runs;
 mod search;
 mod select;
 mod views;
@@ -39,11 +41,14 @@ use std::{
 
 use byol::{
     data::{CHANNELS, Dataset, longest_read},
-    device::{self, DeviceChoice, Kind, Opened},
+    device::{self, DeviceChoice, Kind, OpenedDevice},
+    eval::label_free::Comparison,
     nn::{Encoder, weights},
     train::{
-        Event, Outcome, Recipe, Run, TrainingData,
+        Event, Outcome, Plan, Recipe, Run, TrainingData,
         data::{PrepareOptions, cache_bytes},
+        health::Verdict,
+        metrics,
     },
 };
 use clap::{Parser, Subcommand};
@@ -62,6 +67,9 @@ use crate::terminal::{self, Progress, Result, out};
     after_help = AFTER_HELP
 )]
 pub struct Cli {
+    /// Print no notes and no progress, only results, warnings and errors
+    #[arg(short, long, global = true)]
+    quiet: bool,
     #[command(subcommand)]
     command: Command,
 }
@@ -95,6 +103,8 @@ enum Command {
     Import(import::Args),
     Ablate(Box<ablate::Args>),
     Plan(plan::Args),
+    Runs(runs::Args),
+    Recipe(recipe::Args),
     Pack(pack::Args),
     Views(views::Args),
     Demo(demo::Args),
@@ -107,6 +117,9 @@ enum Command {
 impl Cli {
     /// Runs the command.
     pub fn run(self) -> Result<ExitCode> {
+        if self.quiet {
+            terminal::set_quiet();
+        }
         match self.command {
             Command::Pretrain(args) => mpi_job::run(|job| pretrain::run(&args, job)),
             Command::Resume(args) => mpi_job::run(|job| resume::run(&args, job)),
@@ -133,6 +146,8 @@ impl Command {
             Command::Import(args) => import::run(&args),
             Command::Ablate(args) => ablate::run(&args),
             Command::Plan(args) => plan::run(&args),
+            Command::Runs(args) => runs::run(&args),
+            Command::Recipe(args) => recipe::run(&args),
             Command::Pack(args) => pack::run(&args),
             Command::Views(args) => views::run(&args),
             Command::Demo(args) => demo::run(&args),
@@ -219,12 +234,12 @@ fn build_pool(threads: usize, configure: fn(ThreadPoolBuilder) -> ThreadPoolBuil
 }
 
 /// Opens the device; warns about software drivers.
-fn open_device(choice: DeviceChoice) -> Result<Opened> {
+fn open_device(choice: DeviceChoice) -> Result<OpenedDevice> {
     open_nth_device(choice, 0)
 }
 
 /// Opens the device of the `nth` process on this machine.
-fn open_nth_device(choice: DeviceChoice, nth: usize) -> Result<Opened> {
+fn open_nth_device(choice: DeviceChoice, nth: usize) -> Result<OpenedDevice> {
     let opened = device::open_nth(choice, nth)?;
     if opened.info.kind == Kind::Software {
         terminal::warning(format!("{} is a software driver, for tests only", opened.info.name));
@@ -234,6 +249,15 @@ fn open_nth_device(choice: DeviceChoice, nth: usize) -> Result<Opened> {
 
 /// Loads an encoder of RGB images onto a device.
 fn load_encoder(path: &Path, device: &burn::tensor::Device) -> Result<Encoder> {
+    let has = |file: &str| path.join(file).exists();
+    if path.is_dir() && !has("encoder.safetensors") && !has("plan.toml") {
+        let hint = "pass a run or an encoder file; it comes before the images, as in `byol embed RUN DATA`";
+        return Err(format!(
+            "{} is not the folder of a run: it has no encoder.safetensors\nhint: {hint}",
+            path.display()
+        )
+        .into());
+    }
     let encoder = weights::load(path, device)?;
     match encoder.spec.channels {
         CHANNELS => Ok(encoder),
@@ -356,8 +380,12 @@ fn train(mut run: Run, json: bool, stop: &AtomicBool, job: &mpi_job::MpiJob) -> 
     job.print_comm_stats(run.byol.k - first_step, start.elapsed().as_secs_f64());
     let folder = &run.folder;
     let encoder = folder.join("encoder.safetensors");
+    let mut verdict = None;
     match &outcome {
-        Outcome::Finished => terminal::note(format!("finished: {}", encoder.display())),
+        Outcome::Finished => {
+            terminal::note(format!("finished: {}", encoder.display()));
+            verdict = print_verdict(folder, &run.plan);
+        }
         Outcome::Stopped(checkpoint) => {
             terminal::note(format!("stopped; saved {}", checkpoint.display()));
             terminal::note(format!("resume with: `byol resume {}`", folder.display()));
@@ -369,13 +397,32 @@ fn train(mut run: Run, json: bool, stop: &AtomicBool, job: &mpi_job::MpiJob) -> 
         let result = serde_json::json!({
             "run": terminal::display_path(folder), "encoder": terminal::display_path(&encoder),
             "finished": finished, "steps": run.byol.k, "total_steps": run.plan.schedule.total,
-            "knn_before": knn_before, "last_epoch": last_epoch,
+            "knn_before": knn_before, "last_epoch": last_epoch, "verdict": verdict,
             "ranks": job.ranks.world_size(), "seconds": start.elapsed().as_secs_f64(),
             "exchange": { "messages": stats.messages, "bytes": stats.bytes, "seconds": stats.seconds },
         });
         out!("{result}");
     }
     Ok(if finished { ExitCode::SUCCESS } else { ExitCode::from(INTERRUPTED) })
+}
+
+/// Prints what a finished run has learned, as a warning if that is nothing. Returns the text.
+fn print_verdict(run: &Path, plan: &Plan) -> Option<String> {
+    let health = metrics::read_health(&run.join("metrics.jsonl"));
+    let [initial, .., last] = health.as_slice() else { return None };
+    let Verdict { comparison, text } = Verdict::new(initial, last, baseline_name(plan))?;
+    match comparison {
+        Comparison::Better | Comparison::Mixed => terminal::note(&text),
+        Comparison::Same | Comparison::Worse | Comparison::Collapsed => terminal::warning(format!(
+            "{text}\nhint: train for more epochs or on more images, or start from pretrained weights with `--init`"
+        )),
+    }
+    Some(text)
+}
+
+/// Name of the weights that a run began with.
+fn baseline_name(plan: &Plan) -> &'static str {
+    if plan.recipe.encoder.from.is_empty() { "random initialization" } else { "the initial weights" }
 }
 
 /// The first of `NAME`, `NAME-2`, `NAME-3`, … that does not exist.

@@ -17,10 +17,10 @@ pub struct Args {
     #[command(flatten)]
     embeddings: EmbeddingsArgs,
     /// Number of results
-    #[arg(short, value_name = "N", default_value_t = 20)]
+    #[arg(short, long = "count", value_name = "N", default_value_t = 20)]
     n: usize,
     /// Number of nearest neighbors that each image is compared with
-    #[arg(short, value_name = "K", default_value_t = 10)]
+    #[arg(short, long, value_name = "K", default_value_t = 10)]
     k: usize,
     #[command(flatten)]
     cpu: CpuArgs,

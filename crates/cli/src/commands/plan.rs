@@ -316,15 +316,15 @@ fn gib(mb: f64) -> String {
     format!("{:.1} GiB", mb / 1024.0)
 }
 
-/// Line through the values at `n` and `2 n`: its value at 0 and its slope. Noise does not make either
-/// negative.
+/// Line through the values at `n` and `2 n`: its value at 0 and its slope. Noise does not make
+/// either negative.
 fn line([first, second]: [f64; 2], n: u32) -> [f64; 2] {
     let slope = ((second - first) / f64::from(n)).clamp(0.0, second / f64::from(2 * n));
     [(second - slope * f64::from(2 * n)).max(0.0), slope]
 }
 
-/// Measures steps of two small batches; time and memory are linear in the batch size. `None` if even
-/// they run out of memory.
+/// Measures steps of two small batches; time and memory are linear in the batch size. `None` if
+/// even they run out of memory.
 fn run_trial(
     args: &Args,
     encoder: &EncoderChoice,

@@ -34,7 +34,7 @@ use super::{
     recipe_args::{LengthArgs, RecipeArgs},
     set_threads, stop_flag,
 };
-use crate::terminal::{self, Result, plural};
+use crate::terminal::{self, Result, out, plural};
 
 /// Pretrain an encoder on a folder of images
 ///
@@ -95,8 +95,8 @@ pub struct Args {
     #[arg(long, value_name = "X")]
     weight_decay: Option<f64>,
     /// LARS trust coefficient
-    #[arg(long, value_name = "X")]
-    trust: Option<f64>,
+    #[arg(long, alias = "trust", value_name = "X")]
+    trust_coefficient: Option<f64>,
     /// Target decay at the start, from 0 to 1
     #[arg(long, value_name = "X")]
     tau: Option<f64>,
@@ -116,6 +116,9 @@ pub struct Args {
     /// Also write TensorBoard event files
     #[arg(long)]
     tensorboard: bool,
+    /// Print the plan, with all settings of the recipe, and exit
+    #[arg(long)]
+    dry_run: bool,
     #[command(flatten)]
     compute: ComputeArgs,
 }
@@ -146,7 +149,7 @@ impl Args {
             ("encoder.width", self.width, "--width"),
             ("optimizer.lr", self.lr, "--lr"),
             ("optimizer.weight_decay", self.weight_decay, "--weight-decay"),
-            ("optimizer.trust_coefficient", self.trust, "--trust"),
+            ("optimizer.trust_coefficient", self.trust_coefficient, "--trust-coefficient"),
             ("target.tau", self.tau, "--tau"),
         ];
         for (key, value, flag) in floats {
@@ -220,6 +223,15 @@ pub fn run(args: &Args, job: &MpiJob) -> Result<ExitCode> {
     // The choices of `auto` depend on the machine: all ranks use those of rank 0.
     let plan = job.ranks.broadcast_value(Plan::new(&overrides.name, recipe, &data, opened.info.choice)?);
     describe(&plan, &opened.info.name, threads, &out);
+    if args.dry_run {
+        if job.ranks.is_root() {
+            match args.compute.json {
+                true => out!("{}", serde_json::to_string(&plan).expect("a plan is plain data")),
+                false => out!("{}", plan.to_toml().trim_end()),
+            }
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
     let stop = stop_flag();
     let context = RunContext { ranks: job.ranks, ..RunContext::single_process(opened.device, threads) };
     if plan.recipe.views.placement == Placement::Auto {

@@ -7,7 +7,8 @@ use crate::terminal::Result;
 /// Flags that choose a recipe.
 #[derive(Debug, clap::Args)]
 pub struct RecipeArgs {
-    /// Recipe: auto, cifar10, imagenet-1000, imagenet-300, imagenet-100, imagenette, or a TOML file
+    /// Recipe: auto, cifar10, imagenet-1000, imagenet-300, imagenet-100, imagenette, a TOML file,
+    /// or the folder or `plan.toml` of a run
     #[arg(long, default_value = "auto")]
     pub recipe: String,
     /// Override a recipe key, for example target.tau=0.99 (repeatable)
@@ -28,7 +29,7 @@ impl RecipeArgs {
 /// Flags that set the length of a run.
 #[derive(Debug, clap::Args)]
 pub struct LengthArgs {
-    /// Number of epochs
+    /// Number of epochs. A recipe's warm-up shrinks to a tenth of them if it would take longer
     #[arg(long, value_name = "N")]
     epochs: Option<i64>,
     /// Number of training images, sampled evenly [default: all]
@@ -38,9 +39,13 @@ pub struct LengthArgs {
 
 impl LengthArgs {
     pub fn apply(&self, overrides: &mut RecipeOverrides) -> Result<()> {
-        for (key, value, flag) in [("train.epochs", self.epochs, "--epochs"), ("train.limit", self.limit, "--limit")] {
-            value.map(|n| overrides.insert(key, n, flag)).transpose()?;
+        match self.epochs.map(|n| (n, u64::try_from(n))) {
+            Some((_, Ok(n))) => *overrides = overrides.clone().epochs(n),
+            // Out of range, which the check of the recipe explains.
+            Some((n, Err(_))) => overrides.insert("train.epochs", n, "--epochs")?,
+            None => {}
         }
+        self.limit.map(|n| overrides.insert("train.limit", n, "--limit")).transpose()?;
         Ok(())
     }
 }

@@ -9,6 +9,7 @@ use std::{
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use byol::{
+    Encoder,
     apply::{
         chart::{self, escape_html},
         duplicates::{self, Pair},
@@ -19,12 +20,12 @@ use byol::{
     },
     data::{self, Dataset, Images},
     device,
-    eval::embed,
+    eval::{embed, label_free::Comparison},
     random,
     train::{
         Plan,
         data::cache_bytes,
-        health::Health,
+        health::{Health, Verdict},
         metrics::{self, Curves},
         run::read_plan,
     },
@@ -33,7 +34,10 @@ use byol::{
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
-use super::{ComputeArgs, data_args, duplicates::how_verified, embeddings_args::with_share, must_be_new};
+use super::{
+    ComputeArgs, baseline_name, data_args, duplicates::how_verified, embeddings_args::with_share, eval::side_by_side,
+    must_be_new,
+};
 use crate::terminal::{self, Result, display_path, duration, out, percent, plural};
 
 /// Write an HTML report of a run
@@ -82,12 +86,12 @@ const RED: [u8; 3] = [210, 60, 50];
 const STYLE: &str = include_str!("report.css");
 
 pub fn run(args: &Args) -> Result<ExitCode> {
-    must_be_new(&args.out, args.overwrite)?;
     if let Some(folder) = args.out.parent().filter(|f| !f.as_os_str().is_empty() && !f.is_dir()) {
         let folder = folder.display();
         return Err(format!("folder {folder} does not exist\nhint: create it, or choose another `--out`").into());
     }
     let plan = read_plan(&args.run)?;
+    must_be_new(&args.out, args.overwrite)?;
     let encoder = args.compute.load_encoder(&args.run)?;
     let dataset = data_args::open_moved(args.data.as_ref().unwrap_or(&plan.data), &plan)?;
     let dataset = Dataset { held_out: None, test: None, ..dataset }.limit(args.limit);
@@ -98,28 +102,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let index = Index::new(features);
 
     let Curves { epochs, loss } = metrics::read_curves(&args.run.join("metrics.jsonl"));
-    let name = args.run.file_name().map_or("run".into(), |n| n.to_string_lossy().into_owned());
-    let mut html = format!(
-        "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\">\
-         <meta name=\"viewport\" content=\"width=device-width\">\
-         <title>byol: {0}</title><style>{STYLE}</style></head><body>\n<h1>{0}</h1>\n",
-        escape_html(&name)
-    );
     let epochs_done = epochs.last().and_then(|e| e["epoch"].as_u64()).unwrap_or(0);
-    let spec = &encoder.spec;
-    writeln!(
-        html,
-        "<p>{} (width {}, {} features), pretrained on {} from <span class=\"dim\">{}</span>: \
-         {epochs_done} of {} in {} on {}.</p>",
-        spec.architecture.name(),
-        spec.width,
-        encoder.features(),
-        plural(plan.images, "image"),
-        escape_html(&plan.data.display().to_string()),
-        plural(plan.recipe.train.epochs as usize, "epoch"),
-        duration(metrics::total_seconds(&epochs)),
-        escape_html(&plan.device)
-    )?;
+    let mut html = head(&args.run, &plan, &encoder, epochs_done, metrics::total_seconds(&epochs));
     html += "<h2>Summary</h2>\n";
     html += &summary(&plan, &args.run, &epochs);
     html += "<h2>Training curves</h2>\n<div class=\"grid\">";
@@ -162,6 +146,28 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Start of the page: title, and a sentence on the run.
+fn head(run: &Path, plan: &Plan, encoder: &Encoder, epochs_done: u64, seconds: f64) -> String {
+    let name = run.file_name().map_or("run".into(), |n| n.to_string_lossy().into_owned());
+    let spec = &encoder.spec;
+    format!(
+        "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\">\
+         <meta name=\"viewport\" content=\"width=device-width\">\
+         <title>byol: {0}</title><style>{STYLE}</style></head><body>\n<h1>{0}</h1>\n\
+         <p>{1} (width {2}, {3} features), pretrained on {4} from <span class=\"dim\">{5}</span>: \
+         {epochs_done} of {6} in {7} on {8}.</p>\n",
+        escape_html(&name),
+        spec.architecture.name(),
+        spec.width,
+        encoder.features(),
+        plural(plan.images, "image"),
+        escape_html(&plan.data.display().to_string()),
+        plural(plan.recipe.train.epochs as usize, "epoch"),
+        duration(seconds),
+        escape_html(&plan.device)
+    )
+}
+
 fn picture(alt: &str, png: &[u8]) -> String {
     format!("<img alt=\"{}\" src=\"data:image/png;base64,{}\">\n", escape_html(alt), STANDARD.encode(png))
 }
@@ -175,17 +181,14 @@ fn summary(plan: &Plan, run: &Path, epochs: &[Value]) -> String {
         paragraphs.push(("bad", format!("Health check failed in epoch {epoch}: {reason}.")));
     }
     if let [first, .., last] = health.as_slice() {
-        let baseline =
-            if plan.recipe.encoder.from.is_empty() { "random initialization" } else { "the initial weights" };
-        if let (Some(before), Some(after)) = (first.knn, last.knn) {
-            let class = if after > before { "good" } else { "bad" };
-            let text = format!("kNN accuracy: {} ({baseline}: {}).", percent(after), percent(before));
-            paragraphs.push((class, text));
+        let baseline = baseline_name(plan);
+        let class = |comparison| if comparison == Comparison::Better { "good" } else { "bad" };
+        if let Some(verdict) = Verdict::new(first, last, baseline) {
+            paragraphs.push((class(verdict.comparison), format!("At the end of the run: {}.", verdict.text)));
         }
-        if let (Some(before), Some(after)) = (first.label_free, last.label_free) {
-            let verdict = after.verdict(&before, baseline);
-            let class = if verdict.starts_with("better") { "good" } else { "bad" };
-            paragraphs.push((class, format!("Label-free metrics: {verdict}.")));
+        if let (Some(_), Some(before), Some(after)) = (last.knn, first.label_free, last.label_free) {
+            let text = format!("Label-free metrics: {}.", after.verdict(&before, baseline));
+            paragraphs.push((class(after.compare(&before)), text));
         }
         paragraphs.push(("", projection_summary(last)));
     } else {
@@ -314,23 +317,63 @@ fn evaluations(run: &Path) -> String {
         let Some(results) = results else { continue };
         let text = |v: &Value| escape_html(v.as_str().unwrap_or_default());
         let (evaluation, data) = (text(&results["evaluation"]), text(&results["data"]));
-        html += &format!("<h3>{evaluation}</h3><p class=\"dim\">{data}</p><table>\n");
-        for row in results["rows"].as_array().into_iter().flatten() {
-            let is_share = row["share"].as_bool().unwrap_or(false);
-            let number = |v: &Value| match v.as_f64() {
-                Some(v) if is_share => percent(v),
-                Some(v) => format!("{v:.3}"),
-                None => String::new(),
-            };
-            let interval = row["interval"].as_array().filter(|i| i.len() == 2);
-            let interval = interval.map_or(String::new(), |i| format!("{} to {}", number(&i[0]), number(&i[1])));
-            html += &format!(
-                "<tr><td>{}</td><td class=\"n\">{}</td><td class=\"dim\">{interval}</td></tr>\n",
-                text(&row["name"]),
-                number(&row["value"])
-            );
+        html += &format!("<h3>{evaluation}</h3><p class=\"dim\">{data}</p>\n");
+        html += &result_rows(results["rows"].as_array().map_or(&[], Vec::as_slice));
+        html += &classes(&results["found"]["confusion"]);
+        if let Ok(png) = fs::read(file.with_extension("png")) {
+            html += "<p>Each row: image, ground truth, prediction, prediction of the random initialization.</p>\n";
+            html += &picture("predictions on test images", &png);
         }
-        html += "</table>\n";
     }
     html
+}
+
+/// Table of results, those of the encoder beside those of its random initialization.
+fn result_rows(rows: &[Value]) -> String {
+    let paired = side_by_side(rows, |row| row["name"].as_str().unwrap_or_default());
+    let cells = |row: Option<&Value>| {
+        let Some(row) = row else { return "<td></td><td></td>".into() };
+        let is_share = row["share"].as_bool().unwrap_or(false);
+        let number = |v: &Value| match v.as_f64() {
+            Some(v) if is_share => percent(v),
+            Some(v) => format!("{v:.3}"),
+            None => String::new(),
+        };
+        let interval = row["interval"].as_array().filter(|i| i.len() == 2);
+        let interval = interval.map_or(String::new(), |i| format!("{} to {}", number(&i[0]), number(&i[1])));
+        format!("<td class=\"n\">{}</td><td class=\"dim\">{interval}</td>", number(&row["value"]))
+    };
+    let has_baseline = paired.iter().any(|(.., random)| random.is_some());
+    let mut html = String::from("<table>\n");
+    if has_baseline {
+        html += "<tr><th></th><th colspan=\"2\">this encoder</th><th colspan=\"2\">random initialization</th></tr>\n";
+    }
+    for (name, own, random) in paired {
+        let random = if has_baseline { cells(random) } else { String::new() };
+        html += &format!("<tr><td>{}</td>{}{random}</tr>\n", escape_html(name), cells(own));
+    }
+    html + "</table>\n"
+}
+
+/// Accuracy of each class, and the class that it is most often taken for.
+fn classes(confusion: &Value) -> String {
+    let Some(names) = confusion["classes"].as_array() else { return String::new() };
+    let name = |i: usize| escape_html(names[i].as_str().unwrap_or_default());
+    let mut html = String::from(
+        "<details><summary>By class</summary><table>\n\
+         <tr><th>class</th><th>images</th><th>accuracy</th><th>most often taken for</th></tr>\n",
+    );
+    for (i, counts) in confusion["counts"].as_array().into_iter().flatten().enumerate().take(names.len()) {
+        let counts: Vec<u64> = counts.as_array().into_iter().flatten().filter_map(Value::as_u64).collect();
+        let all: u64 = counts.iter().sum();
+        let others = counts.iter().enumerate().filter(|(j, n)| *j != i && *j < names.len() && **n > 0);
+        let confused = others.max_by_key(|(_, n)| **n);
+        let confused = confused.map_or(String::new(), |(j, n)| format!("{} ({n})", name(j)));
+        let accuracy = percent(counts.get(i).copied().unwrap_or(0) as f64 / all.max(1) as f64);
+        html += &format!(
+            "<tr><td>{}</td><td class=\"n\">{all}</td><td class=\"n\">{accuracy}</td><td>{confused}</td></tr>\n",
+            name(i)
+        );
+    }
+    html + "</table></details>\n"
 }

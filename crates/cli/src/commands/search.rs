@@ -11,7 +11,6 @@ use byol::{
     data::decode,
     eval::Features,
     nn::{Encoder, weights},
-    views::evaluation_view,
 };
 use serde_json::json;
 
@@ -33,7 +32,7 @@ pub struct Args {
     #[arg(long, value_name = "ENCODER")]
     encoder: Option<PathBuf>,
     /// Number of results
-    #[arg(short, value_name = "K", default_value_t = 10)]
+    #[arg(short, long, value_name = "K", default_value_t = 10)]
     k: usize,
     #[command(flatten)]
     compute: ComputeArgs,
@@ -109,6 +108,6 @@ fn embed(encoder: &Encoder, image: &Path) -> Result<Features> {
         )
     })?;
     let spec = &encoder.spec;
-    let values = encoder.embed_view(&evaluation_view(&decoded, spec.size, spec.center).interleaved());
+    let values = encoder.embed_view(&spec.evaluation_view(&decoded).interleaved());
     Ok(Features { n: 1, dim: values.len(), values })
 }

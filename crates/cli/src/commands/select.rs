@@ -28,7 +28,7 @@ pub struct Args {
     #[command(flatten)]
     embeddings: EmbeddingsArgs,
     /// Number of images to select
-    #[arg(short, value_name = "N")]
+    #[arg(short, long = "count", value_name = "N")]
     n: usize,
     /// Folder of the images, if they were moved since they were embedded
     #[arg(long, value_name = "DATA")]
@@ -75,7 +75,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if args.cpu.json {
         let selected: Vec<_> = selected
             .iter()
-            .map(|(i, cosine)| json!({ "path": paths[*i], "row": i, "nearest_before": cosine }))
+            .enumerate()
+            .map(|(n, (i, cosine))| json!({ "path": paths[*i], "row": i, "nearest_before": (n > 0).then_some(cosine) }))
             .collect();
         let left_out: Vec<_> = seen
             .left_out

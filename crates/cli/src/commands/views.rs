@@ -10,8 +10,7 @@ use byol::{
     views,
 };
 
-use super::data_args::DataFlags;
-use super::recipe_args::RecipeArgs;
+use super::{data_args::DataFlags, must_be_new, recipe_args::RecipeArgs};
 use crate::terminal::{self, Result, plural};
 
 /// Draw images next to their augmented views
@@ -24,8 +23,11 @@ pub struct Args {
     /// Output file (.png)
     #[arg(short, long, value_name = "SHEET.png")]
     out: PathBuf,
+    /// Overwrite an existing output file
+    #[arg(long)]
+    overwrite: bool,
     /// Number of images to show, sampled evenly
-    #[arg(long, value_name = "N", default_value_t = 8)]
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 8)]
     count: usize,
     /// Random seed
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -49,6 +51,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if args.out.extension().is_none_or(|e| !e.eq_ignore_ascii_case("png")) {
         return Err(format!("unsupported output file {}\nhint: use the extension `.png`", args.out.display()).into());
     }
+    must_be_new(&args.out, args.overwrite)?;
     let dataset = args.data_flags.open(&args.data, Levels::default())?;
     let dataset = Dataset { held_out: None, test: None, ..dataset }.limit(args.count);
     let dataset = dataset.check(usize::MAX, &|| ())?;

@@ -236,6 +236,13 @@ fn explore_page_works_with_mouse_and_keyboard_and_at_phone_width() {
         "images are selected",
         "return /[0-9]+ selected/.test(document.getElementById('selection').textContent)",
     );
+    browser.until("the selection is a grid", "return document.querySelectorAll('#selection-images button').length > 9");
+    browser.click("#label-selection");
+    let labeled = |n: &str| format!("return /two \\({n}\\)/.test(document.getElementById('classes').innerText)");
+    browser.until("all are labeled", &labeled("[0-9]{2}"));
+    browser.screenshot("selection.png");
+    browser.keys("#points", "u");
+    browser.until("the labels are taken back", &labeled("1"));
     browser.click("#clear-selection");
     browser.until("the selection is cleared", "return document.getElementById('selection').textContent === ''");
     browser.script(
@@ -245,6 +252,32 @@ fn explore_page_works_with_mouse_and_keyboard_and_at_phone_width() {
         "the legend names the clusters",
         "return document.getElementById('legend').innerText.includes('cluster 1')",
     );
+
+    // Legend, search by name, addresses.
+    browser.script("document.getElementById('legend').querySelector('button').click()");
+    browser.until(
+        "a class is switched off",
+        "return document.querySelector('#legend button').getAttribute('aria-pressed') === 'false'",
+    );
+    browser.keys("#search", "even/\u{e007}");
+    browser.until(
+        "images are found by name",
+        "return document.getElementById('selection').textContent.startsWith('30 selected')",
+    );
+    browser.click("#tab-duplicates");
+    browser.until("the page has an address", "return location.hash === '#duplicates'");
+    browser.post("back", json!({}));
+    browser.until("Back returns to the map", "return !document.getElementById('map').hidden");
+
+    // Labels outlive the page; a label can be deleted with its class.
+    browser.post("refresh", json!({}));
+    let classes = |text: &str| format!("return document.getElementById('classes').innerText.includes('{text}')");
+    browser.until("the labels are loaded", &classes("one (1)"));
+    assert_eq!(std::fs::read_to_string(encoder.join("labels.csv")).unwrap().lines().count(), 3);
+    browser.click("#classes .delete");
+    browser.until("the class is gone", "return !document.getElementById('classes').innerText.includes('one')");
+    browser.keys("#points", "u");
+    browser.until("and back", &classes("one (1)"));
 
     // The other tabs.
     browser.click("#tab-duplicates");

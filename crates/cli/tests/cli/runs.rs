@@ -1,6 +1,6 @@
 //! Complete runs of the real binary: results, reproducibility, resume, crashes.
 
-use std::{fs, path::Path, thread, time::Duration};
+use std::{collections::BTreeMap, fs, path::Path, thread, time::Duration};
 
 use crate::common::{
     Server, byol, bytes, embed, json, masked, newest_state, ok, pictures, pretrain, refused, stderr, text,
@@ -487,4 +487,134 @@ fn depth_is_learned_from_both_folder_layouts() {
     assert_eq!(before, bytes(&out));
     fs::remove_file(nyu.join("test/office_1/sync_depth_00013.png")).unwrap();
     refused(&["eval", "depth", text(&out), text(&nyu), "--device", "cpu"], &["has no sync_depth_00013 beside it"]);
+}
+
+#[test]
+fn plan_of_a_run_is_a_recipe() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, run, again) = (folder.path().join("data"), folder.path().join("run"), folder.path().join("again"));
+    pictures(&data, 24);
+    let small = pretrain(&data, &run, &["--epochs", "1", "--warmup-epochs", "0"]);
+    let dry = |args: &[&str]| {
+        let output = ok(&[args, &["--dry-run"]].concat());
+        // The placement is measured when the run starts.
+        let text = String::from_utf8(output.stdout).unwrap().replace("placement = \"auto\"\n", "");
+        toml(&text)
+    };
+    let plan = dry(&small);
+    assert!(!run.exists(), "a dry run writes nothing");
+    let quiet = ok(&[&small[..], &["--quiet"]].concat());
+    assert!(quiet.stdout.is_empty() && !stderr(&quiet).contains("loss"), "{}", stderr(&quiet));
+    let runs = json(&ok(&["runs", text(folder.path()), "--json"]));
+    let first = &runs["runs"][0];
+    assert_eq!((&first["state"], &first["epochs"]), (&"finished".into(), &serde_json::json!([1, 1])), "{runs}");
+    assert_eq!(toml(&fs::read_to_string(run.join("plan.toml")).unwrap()), plan);
+    for recipe in [run.clone(), run.join("plan.toml")] {
+        let args = ["pretrain", text(&data), "--out", text(&again), "--device", "cpu", "--recipe", text(&recipe)];
+        assert_eq!(dry(&args)["recipe"], plan["recipe"]);
+    }
+    let shown = ok(&["recipe", "show", text(&run)]);
+    assert_eq!(toml(&String::from_utf8(shown.stdout).unwrap()), plan["recipe"]);
+
+    // A short run of a named recipe has a short warm-up.
+    let cifar10 = ["pretrain", text(&data), "--out", text(&again), "--device", "cpu", "--recipe", "cifar10"];
+    let short = dry(&[&cifar10[..], &["--epochs", "2", "--batch", "8"]].concat());
+    assert_eq!(short["recipe"]["train"]["warmup_epochs"], 0);
+    let list = String::from_utf8(ok(&["recipe", "list"]).stdout).unwrap();
+    assert!(list.lines().any(|line| line.starts_with("cifar10 ")) && list.lines().count() > 4, "{list}");
+    refused(&["recipe", "show", "auto"], &["depends on the data", "--dry-run"]);
+}
+
+/// TOML as JSON, by the keys of a plan: scalars, lists of scalars and tables.
+fn toml(text: &str) -> serde_json::Value {
+    let mut root = serde_json::Map::new();
+    let mut path: Vec<String> = Vec::new();
+    for line in text.lines().filter(|line| !line.trim().is_empty()) {
+        if let Some(header) = line.strip_prefix('[') {
+            path = header.trim_end_matches(']').split('.').map(str::to_owned).collect();
+            continue;
+        }
+        let (key, value) = line.split_once(" = ").expect("a key and a value");
+        let value = serde_json::from_str(value).unwrap_or_else(|_| value.into());
+        let mut table = &mut root;
+        for name in &path {
+            table = table.entry(name).or_insert_with(|| serde_json::json!({})).as_object_mut().unwrap();
+        }
+        table.insert(key.to_owned(), value);
+    }
+    root.into()
+}
+
+/// Tensors of a safetensors file, as bytes by name.
+fn tensors(path: &Path) -> BTreeMap<String, Vec<u8>> {
+    let file = fs::read(path).unwrap();
+    let (length, rest) = file.split_first_chunk::<8>().unwrap();
+    let (header, data) = rest.split_at(u64::from_le_bytes(*length) as usize);
+    let header: BTreeMap<String, serde_json::Value> = serde_json::from_slice(header).unwrap();
+    let named = header.into_iter().filter(|(name, _)| name != "__metadata__");
+    let range = |value: &serde_json::Value| {
+        let end = |i: usize| value["data_offsets"][i].as_u64().unwrap() as usize;
+        end(0)..end(1)
+    };
+    named.map(|(name, value)| (name, data[range(&value)].to_vec())).collect()
+}
+
+/// `fixtures/run-4b588f9` is a run of commit 4b588f9 on an AVX2 machine, stopped at step 9 of 18,
+/// with the encoder of its last step: `BYOL_ISA=avx2 byol pretrain /data/idx --recipe cifar10
+/// --width 0.02 --size 8 --batch 16 --epochs 6 --threads 1 --set train.warmup_epochs=1 --set
+/// heads.hidden=8 --set heads.projection=4`.
+#[test]
+fn run_of_an_earlier_version_resumes_to_its_bits() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, run) = (folder.path().join("idx"), folder.path().join("run"));
+    fs::create_dir_all(&data).unwrap();
+    let (n, side) = (48, 12);
+    let pixel = |i: usize, y: usize, x: usize| (i * 37 + y * 19 + x * (7 + i % 5) * 3 + (i * x * y) % 29 * 5) as u8;
+    let image = |i| (0..side * side).map(move |at| pixel(i, at / side, at % side));
+    let idx = |name: &str, dims: &[usize], values: Vec<u8>| {
+        let mut file = vec![0, 0, 8, dims.len() as u8];
+        dims.iter().for_each(|&d| file.extend((d as u32).to_be_bytes()));
+        file.extend(values);
+        fs::write(data.join(name), file).unwrap();
+    };
+    for (split, n) in [("train", n), ("t10k", 12)] {
+        idx(&format!("{split}-images-idx3-ubyte"), &[n, side, side], (0..n).flat_map(image).collect());
+        idx(&format!("{split}-labels-idx1-ubyte"), &[n], (0..n).map(|i| (i % 3) as u8).collect());
+    }
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/run-4b588f9");
+    let step = Path::new("checkpoints/step-0000000009");
+    fs::create_dir_all(run.join(step)).unwrap();
+    let checkpoint = ["state.json", "state.safetensors"].map(|name| step.join(name));
+    for file in ["plan.toml".into(), "metrics.jsonl".into()].iter().chain(&checkpoint) {
+        fs::copy(fixture.join(file), run.join(file)).unwrap();
+    }
+
+    let (has_avx2, same_processor);
+    #[cfg(target_arch = "x86_64")]
+    {
+        has_avx2 = is_x86_feature_detected!("avx2");
+        // With AVX-512, Burn's own operations sum in another order.
+        same_processor = has_avx2 && !is_x86_feature_detected!("avx512f");
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        (has_avx2, same_processor) = (false, false);
+    }
+    let mut resume = byol(&["resume", text(&run), "--data", text(&data), "--threads", "1"]);
+    let output = if has_avx2 { resume.env("BYOL_ISA", "avx2") } else { &mut resume }.output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    let (resumed, expected) =
+        (tensors(&run.join("encoder.safetensors")), tensors(&fixture.join("expected.safetensors")));
+    assert!(resumed.keys().eq(expected.keys()));
+    for (name, values) in &expected {
+        if same_processor {
+            assert_eq!(resumed[name], *values, "{name}");
+        }
+        let floats =
+            |bytes: &[u8]| -> Vec<f32> { bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect() };
+        for (a, b) in floats(&resumed[name]).into_iter().zip(floats(values)) {
+            assert!((a - b).abs() <= 1e-3 * b.abs().max(1.0), "{name}: {a} instead of {b}");
+        }
+    }
+    ok(&["eval", "knn", text(&run), text(&data), "--k", "1", "--device", "cpu"]);
 }

@@ -369,3 +369,25 @@ fn banned_phrases_match_whole_words() {
     assert_eq!(banned_phrases("as he said."), ["said"]);
     assert!(banned_phrases("said_by unsaid, regreyed, no longer").is_empty());
 }
+
+#[test]
+fn comments_are_at_most_100_columns_wide() {
+    let root = repository();
+    let mut faults = Vec::new();
+    for path in files(&root.join("crates"), "rs") {
+        // Examples in doc comments are as wide as code.
+        let mut is_example = false;
+        for (number, line) in fs::read_to_string(&path).unwrap().lines().enumerate() {
+            let Some(comment) = line.trim_start().strip_prefix("//") else {
+                is_example = false;
+                continue;
+            };
+            if comment.trim_start_matches(['/', '!', ' ']).starts_with("```") {
+                is_example = !is_example;
+            } else if !is_example && line.chars().count() > 100 {
+                faults.push(format!("{}:{}", path.strip_prefix(&root).unwrap().display(), number + 1));
+            }
+        }
+    }
+    assert!(faults.is_empty(), "\n{}", faults.join("\n"));
+}

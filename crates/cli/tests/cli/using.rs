@@ -475,6 +475,11 @@ fn explore_serves_only_this_machine() {
     assert_eq!(server.ask("GET /api/info", &[], b"").0 / 100, 4);
     assert_eq!(server.ask("GET /thumb/0", &[&server.host(), "Sec-Fetch-Site: cross-site"], b"").0, 403);
     assert_eq!(ask("{\"rows\":[[0,0]]}", &["Origin: http://evil.example"]).0, 403);
+    // A port forwarded by SSH, and another page of this machine.
+    let forwarded = "Host: localhost:9999";
+    assert_eq!(server.ask("GET /api/info", &[forwarded, "Origin: http://localhost:9999"], b"").0, 200);
+    assert_eq!(server.ask("GET /api/info", &[forwarded, "Origin: http://localhost:3000"], b"").0, 403);
+    assert_eq!(server.ask("GET /api/info", &["Host: localhost.evil.example"], b"").0, 403);
     // Requests that are too large or invalid.
     assert_eq!(ask(&format!("{{\"rows\":[{}[0,0]]}}", "[0,0],".repeat(300_000)), &[]).0, 413);
     assert_eq!(ask("{\"rows\":[[999,0]]}", &[]).0, 400);

@@ -1,7 +1,7 @@
 //! Image formats that are not read. They are recognized, so that a message can name them.
 
 /// Name of the format of files with this extension, if it is an image format that is not read.
-pub fn unread_format(extension: &str) -> Option<&'static str> {
+pub(crate) fn unread_format(extension: &str) -> Option<&'static str> {
     Some(match extension.to_ascii_lowercase().as_str() {
         "heic" | "heif" | "hif" | "heics" | "heifs" => "HEIC",
         "avif" | "avifs" => "AVIF",

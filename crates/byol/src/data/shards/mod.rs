@@ -145,7 +145,7 @@ impl Unit {
 }
 
 /// Contents of one file.
-struct Index {
+struct ShardIndex {
     units: Vec<Unit>,
     /// Class of each image; empty if the file has no labels.
     labels: Vec<Option<usize>>,
@@ -155,7 +155,7 @@ struct Index {
     notes: Notes,
 }
 
-impl Index {
+impl ShardIndex {
     /// Number of images.
     fn images(&self) -> usize {
         self.units.iter().map(|unit| unit.images).sum()
@@ -389,8 +389,8 @@ impl Shards {
     /// Reads the encoded bytes of image `i`.
     ///
     /// # Errors
-    /// One of [`is_image_error`] if the image is missing or damaged; any other if the shard cannot be
-    /// read.
+    /// One of [`is_image_error`] if the image is missing or damaged; any other if the shard cannot
+    /// be read.
     pub fn bytes(&self, i: usize) -> io::Result<Vec<u8>> {
         let (unit, k) = self.locate(i);
         let open = self.open_unit(unit)?;
@@ -548,7 +548,7 @@ fn expand(pattern: &str) -> Option<Vec<String>> {
 }
 
 /// Outcome of [`open`].
-pub enum Opened {
+pub enum OpenResult {
     /// Data set of the shards.
     Shards(Box<Dataset>),
     /// Something else, in which shards and archives may lie.
@@ -574,9 +574,9 @@ pub struct Stray {
 ///
 /// # Errors
 /// [`Error::Shard`], [`Error::Read`].
-pub fn open(root: &Path, column: Option<&str>) -> Result<Opened, Error> {
+pub fn open(root: &Path, column: Option<&str>) -> Result<OpenResult, Error> {
     if is_remote(root) {
-        return open_remote(root, column).map(|dataset| Opened::Shards(Box::new(dataset)));
+        return open_remote(root, column).map(|dataset| OpenResult::Shards(Box::new(dataset)));
     }
     let paths: Vec<PathBuf> = if is_pattern(root) {
         let invalid = || Error::Shard { path: root.to_owned(), reason: INVALID_PATTERN.into() };
@@ -588,7 +588,7 @@ pub fn open(root: &Path, column: Option<&str>) -> Result<Opened, Error> {
         return open_folder(root, column);
     };
     if paths.is_empty() {
-        return Ok(Opened::Other(Stray::default()));
+        return Ok(OpenResult::Other(Stray::default()));
     }
     let unusable = |path: &Path, reason: &str| Err(Error::Shard { path: path.to_owned(), reason: reason.into() });
     let mut unique = HashSet::new();
@@ -610,17 +610,18 @@ pub fn open(root: &Path, column: Option<&str>) -> Result<Opened, Error> {
         }
     }
     let indexed = paths.iter().map(|path| (path.clone(), index(path, column)));
-    dataset(root, indexed, class_names(&paths), true, Notes::default()).map(|dataset| Opened::Shards(Box::new(dataset)))
+    dataset(root, indexed, class_names(&paths), true, Notes::default())
+        .map(|dataset| OpenResult::Shards(Box::new(dataset)))
 }
 
 /// Indexes a local file.
-fn index(path: &Path, column: Option<&str>) -> io::Result<Index> {
+fn index(path: &Path, column: Option<&str>) -> io::Result<ShardIndex> {
     let index = if is_tar(path) { tar::index(path) } else { parquet::index(path, column) }?;
     if index.images() == 0 { Err(no_images("it contains no images")) } else { Ok(index) }
 }
 
 /// [`open`] for a folder.
-fn open_folder(root: &Path, column: Option<&str>) -> Result<Opened, Error> {
+fn open_folder(root: &Path, column: Option<&str>) -> Result<OpenResult, Error> {
     let (archives, paths): (Vec<PathBuf>, Vec<PathBuf>) =
         find_in_folder(root)?.into_iter().partition(|p| is_compressed(p));
     let files: HashSet<PathBuf> = archives.iter().chain(&paths).cloned().collect();
@@ -628,18 +629,18 @@ fn open_folder(root: &Path, column: Option<&str>) -> Result<Opened, Error> {
     archives.iter().for_each(|path| add_file(&mut notes, root, path, IS_COMPRESSED));
     if paths.is_empty() {
         let error = archives.first().map(|path| compressed(path));
-        return Ok(Opened::Other(Stray { unused: notes.into_unused(), files, error }));
+        return Ok(OpenResult::Other(Stray { unused: notes.into_unused(), files, error }));
     }
-    let indexed: Vec<(PathBuf, io::Result<Index>)> =
+    let indexed: Vec<(PathBuf, io::Result<ShardIndex>)> =
         paths.iter().map(|path| (path.clone(), index(path, column))).collect();
     let in_shards: usize = indexed.iter().filter_map(|(_, index)| Some(index.as_ref().ok()?.images())).sum();
     let others = Others::find(root, &paths)?;
     if in_shards == 0 || !are_few(others.images, in_shards) {
         // A damaged file tells more than one without images.
         let is_damaged =
-            |index: &io::Result<Index>| index.as_ref().is_err_and(|e| e.kind() != io::ErrorKind::Unsupported);
+            |index: &io::Result<ShardIndex>| index.as_ref().is_err_and(|e| e.kind() != io::ErrorKind::Unsupported);
         let at = indexed.iter().position(|(_, index)| is_damaged(index)).unwrap_or(0);
-        let error = |(path, index): &(PathBuf, io::Result<Index>)| {
+        let error = |(path, index): &(PathBuf, io::Result<ShardIndex>)| {
             Some(Error::Shard { path: path.clone(), reason: index.as_ref().err()?.to_string() })
         };
         let error = error(&indexed[at]).filter(|_| in_shards == 0);
@@ -650,7 +651,7 @@ fn open_folder(root: &Path, column: Option<&str>) -> Result<Opened, Error> {
             };
             add_file(&mut notes, root, &path, &reason);
         }
-        return Ok(Opened::Other(Stray { unused: notes.into_unused(), files, error }));
+        return Ok(OpenResult::Other(Stray { unused: notes.into_unused(), files, error }));
     }
     if let Some(first) = others.first_image {
         let Others { images: count, .. } = others;
@@ -667,7 +668,7 @@ fn open_folder(root: &Path, column: Option<&str>) -> Result<Opened, Error> {
         add_file(&mut notes, root, &root.join(labels_csv::FILE), "shards have labels of their own");
     }
     dataset(root, indexed.into_iter(), class_names(&paths), false, notes)
-        .map(|dataset| Opened::Shards(Box::new(dataset)))
+        .map(|dataset| OpenResult::Shards(Box::new(dataset)))
 }
 
 /// Adds a file that is not used. Files with the same extension and reason are counted together.
@@ -754,7 +755,7 @@ fn open_remote(root: &Path, column: Option<&str>) -> Result<Dataset, Error> {
     }
     let first = remotes.first().ok_or_else(|| invalid("it contains no .tar or .parquet files"))?;
     let manifest = remote::manifest(first);
-    let index = |shard: &Arc<Remote>| -> io::Result<Index> {
+    let index = |shard: &Arc<Remote>| -> io::Result<ShardIndex> {
         let file = Path::new(shard.url()).file_name().unwrap_or_default().to_string_lossy().into_owned();
         let listed =
             manifest.as_ref().and_then(|m| m.shards.iter().find(|s| s.file == file && s.bytes == shard.bytes()));
@@ -766,7 +767,7 @@ fn open_remote(root: &Path, column: Option<&str>) -> Result<Dataset, Error> {
         let (path, remote) = (PathBuf::from(shard.url()), Some(shard.clone()));
         let units = vec![Unit { path, group: None, column: 0, images: listed.images, remote }];
         let labels = listed.labels.iter().copied().map(Some).collect();
-        Ok(Index { units, labels, names: Vec::new(), notes: Notes::default() })
+        Ok(ShardIndex { units, labels, names: Vec::new(), notes: Notes::default() })
     };
     let names = manifest.as_ref().map(|m| m.classes.clone()).unwrap_or_default();
     let is_listing = urls.len() == 1 && !is_shard(Path::new(text));
@@ -836,11 +837,11 @@ impl Split {
     }
 }
 
-/// Creates the data set of indexed shards. Classes without a name in `names`, or else in the shards,
-/// are named by their numbers. A shard without images is an error if `all_required`.
+/// Creates the data set of indexed shards. Classes without a name in `names`, or else in the
+/// shards, are named by their numbers. A shard without images is an error if `all_required`.
 fn dataset(
     root: &Path,
-    shards: impl Iterator<Item = (PathBuf, io::Result<Index>)>,
+    shards: impl Iterator<Item = (PathBuf, io::Result<ShardIndex>)>,
     mut names: Vec<String>,
     all_required: bool,
     mut notes: Notes,

@@ -2,8 +2,8 @@
 //! or plain bytes. A unit is a row group. Opening it writes its images to a temporary file, so they
 //! are on disk and not in memory.
 //!
-//! The image column is the chosen one, `image`, `img`, or the only one with images ([`find_column`]).
-//! A row without bytes may name a file beside the Parquet file.
+//! The image column is the chosen one, `image`, `img`, or the only one with images
+//! ([`find_column`]). A row without bytes may name a file beside the Parquet file.
 
 use std::{
     fs::File,
@@ -28,7 +28,7 @@ use parquet::{
     file::metadata::{ColumnChunkMetaData, ParquetMetaData},
 };
 
-use super::{Content, Entry, Index, MAX_CLASSES, Notes, OpenUnit, Unit, damaged, no_images};
+use super::{Content, Entry, MAX_CLASSES, Notes, OpenUnit, ShardIndex, Unit, damaged, no_images};
 use crate::{catch_panic::catch_panic, data::decode};
 
 /// Names of image columns of plain bytes.
@@ -156,7 +156,7 @@ fn find_column(
 }
 
 /// Indexes a file, with one unit per row group.
-pub(super) fn index(path: &Path, column: Option<&str>) -> io::Result<Index> {
+pub(super) fn index(path: &Path, column: Option<&str>) -> io::Result<ShardIndex> {
     catch_panic(|| index_may_panic(path, column)).map_err(broken)?
 }
 
@@ -165,7 +165,7 @@ pub(super) fn open(path: &Path, group: usize, column: usize, is_local: bool) -> 
     catch_panic(|| open_may_panic(path, group, column, is_local)).map_err(broken)?
 }
 
-fn index_may_panic(path: &Path, chosen: Option<&str>) -> io::Result<Index> {
+fn index_may_panic(path: &Path, chosen: Option<&str>) -> io::Result<ShardIndex> {
     let builder = reader(path)?;
     let options = ArrowReaderOptions::new().with_skip_arrow_metadata(true);
     let metadata = ArrowReaderMetadata::try_new(builder.metadata().clone(), options).map_err(parquet_error)?;
@@ -197,7 +197,7 @@ fn index_may_panic(path: &Path, chosen: Option<&str>) -> io::Result<Index> {
             notes.add_to_split(note, "its values are not integers, so they are not used as classes", rows);
         }
     }
-    Ok(Index { units, labels, names, notes })
+    Ok(ShardIndex { units, labels, names, notes })
 }
 
 /// Refuses a file whose images are all in other files, which do not exist.
@@ -343,7 +343,8 @@ impl<'a> ImageColumn<'a> {
     }
 }
 
-/// File of an image that a Parquet file names: relative to its folder or the one above, or absolute.
+/// File of an image that a Parquet file names: relative to its folder or the one above, or
+/// absolute.
 fn image_file(parquet: &Path, name: &str) -> Option<PathBuf> {
     let folder = parquet.parent()?;
     let folders = [Some(folder), folder.parent()];

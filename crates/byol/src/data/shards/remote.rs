@@ -21,7 +21,7 @@ use sha2::{Digest, Sha256};
 use tokio::runtime::Runtime;
 use url::Url;
 
-use super::{Index, Unit};
+use super::{ShardIndex, Unit};
 use crate::{
     atomic_write::hex,
     data::pack::{MANIFEST, Manifest},
@@ -272,10 +272,10 @@ impl Remote {
     ///
     /// # Errors
     /// Those of [`Remote::file`], and those of an invalid shard.
-    pub fn index(self: &Arc<Self>, read: impl Fn(&Path) -> io::Result<Index>) -> io::Result<Index> {
+    pub fn index(self: &Arc<Self>, read: impl Fn(&Path) -> io::Result<ShardIndex>) -> io::Result<ShardIndex> {
         let index = read(&self.file()?)?;
         let into_remote = |unit| Unit { remote: Some(self.clone()), path: self.url.clone().into(), ..unit };
-        Ok(Index { units: index.units.into_iter().map(into_remote).collect(), ..index })
+        Ok(ShardIndex { units: index.units.into_iter().map(into_remote).collect(), ..index })
     }
 }
 

@@ -9,7 +9,7 @@ use std::{
     path::Path,
 };
 
-use super::{Content, Entry, Index, MAX_CLASSES, Notes, OpenUnit, Unit, damaged};
+use super::{Content, Entry, MAX_CLASSES, Notes, OpenUnit, ShardIndex, Unit, damaged};
 use crate::data::folder::is_image_extension;
 
 /// Extensions of images in formats that are not read.
@@ -324,10 +324,10 @@ fn parse_class(mut file: &File, member: &Member) -> io::Result<Option<usize>> {
 }
 
 /// Indexes a tar file, which is one unit.
-pub(super) fn index(path: &Path) -> io::Result<Index> {
+pub(super) fn index(path: &Path) -> io::Result<ShardIndex> {
     let Samples { entries, labels, notes } = samples(&File::open(path)?)?;
     let units = vec![Unit { path: path.to_owned(), group: None, column: 0, images: entries.len(), remote: None }];
-    Ok(Index { units, labels, names: Vec::new(), notes })
+    Ok(ShardIndex { units, labels, names: Vec::new(), notes })
 }
 
 /// Opens a tar file.

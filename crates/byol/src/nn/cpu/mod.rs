@@ -1,8 +1,8 @@
 //! Convolution, batch norm, skip, ReLU and pooling on the CPU, by the kernels of `byol-kernels`.
 //!
 //! In training, layers are cut before their norm instead of after it. A convolution returns its raw
-//! output with the moments of the batch ([`DeferredNorm`]), and the next layer normalizes while it
-//! reads. A node of the autodiff graph is then [norm, ReLU →] convolution: the inner maps of a
+//! output with the moments of the batch ([`UnnormalizedMap`]), and the next layer normalizes while
+//! it reads. A node of the autodiff graph is then [norm, ReLU →] convolution: the inner maps of a
 //! residual block are written once, and never in normalized form. The last norm of a block, with
 //! the skip, is a node of its own ([`norm_act`]). The backward pass of a convolution includes the
 //! norm of its input: it gathers the norm's sums while it writes dx.
@@ -46,7 +46,7 @@ pub struct Norm {
 
 /// Output of a convolution, `[N, H, W, C]`, whose norm is left to the layer that reads it.
 #[derive(Debug, Clone)]
-pub struct DeferredNorm {
+pub struct UnnormalizedMap {
     y: Tensor<4>,
     norm: Norm,
     /// Mean of the batch, `[C]`.
@@ -56,10 +56,10 @@ pub struct DeferredNorm {
     ranks: Ranks,
 }
 
-impl DeferredNorm {
+impl UnnormalizedMap {
     /// Merges four maps beside each other, `[N, H, W, 4 C]`, into one of `C` channels by `merge`. γ
     /// and β are those of the merged map, and the moments those of all four.
-    pub(crate) fn merge_four_maps(self, merge: impl Fn(Tensor<4>) -> Tensor<4>) -> DeferredNorm {
+    pub(crate) fn merge_four_maps(self, merge: impl Fn(Tensor<4>) -> Tensor<4>) -> UnnormalizedMap {
         let by_map = |t: Tensor<1>| {
             let [c] = t.dims();
             t.reshape([4, c / 4])
@@ -68,7 +68,7 @@ impl DeferredNorm {
         let mean = means.clone().mean_dim(0);
         let between = (means - mean.clone()).square().mean_dim(0);
         let variance = (variances.mean_dim(0) + between).squeeze_dim(0);
-        DeferredNorm { y: merge(self.y), mean: mean.squeeze_dim(0), variance, ..self }
+        UnnormalizedMap { y: merge(self.y), mean: mean.squeeze_dim(0), variance, ..self }
     }
 
     fn into_dispatch(self) -> (FloatTensor<Dispatch>, NormParams<Dispatch>) {
@@ -88,7 +88,7 @@ pub struct FeatureMap(Repr);
 enum Repr {
     Complete(Tensor<4>),
     /// relu(norm(y)).
-    Deferred(DeferredNorm),
+    Deferred(UnnormalizedMap),
 }
 
 impl From<Tensor<4>> for FeatureMap {
@@ -97,8 +97,8 @@ impl From<Tensor<4>> for FeatureMap {
     }
 }
 
-impl From<DeferredNorm> for FeatureMap {
-    fn from(y: DeferredNorm) -> Self {
+impl From<UnnormalizedMap> for FeatureMap {
+    fn from(y: UnnormalizedMap) -> Self {
         FeatureMap(Repr::Deferred(y))
     }
 }
@@ -149,12 +149,12 @@ impl Epilogue {
 ///
 /// # Shapes
 /// `x`: `[N, H, W, C_in]`; `w`: `[C_out, C_in, K, K]`; `norm`: `[C_out]`.
-pub(crate) fn conv_norm(x: FeatureMap, w: Tensor<4>, norm: Norm, options: ConvOptions) -> DeferredNorm {
+pub(crate) fn conv_norm(x: FeatureMap, w: Tensor<4>, norm: Norm, options: ConvOptions) -> UnnormalizedMap {
     let options = ConvOptions { moments: true, ..options };
     let (y, moments) = Dispatch::conv(x.into_dispatch(), w.into_dispatch(), options);
     let (mean, variance) = moments.expect("requested by the options");
     let [mean, variance] = [mean, variance].map(Tensor::from_dispatch);
-    DeferredNorm { y: Tensor::from_dispatch(y), norm, mean, variance, ranks: options.ranks }
+    UnnormalizedMap { y: Tensor::from_dispatch(y), norm, mean, variance, ranks: options.ranks }
 }
 
 /// Convolution alone. Shapes as for [`conv_norm`].
@@ -164,7 +164,7 @@ pub fn conv(x: FeatureMap, w: Tensor<4>, options: ConvOptions) -> Tensor<4> {
 }
 
 /// epilogue(norm(y)), `[N, H, W, C]`.
-pub(crate) fn norm_act(y: DeferredNorm, epilogue: Epilogue) -> Tensor<4> {
+pub(crate) fn norm_act(y: UnnormalizedMap, epilogue: Epilogue) -> Tensor<4> {
     let (y, norm) = y.into_dispatch();
     Tensor::from_dispatch(Dispatch::norm_act(y, norm, epilogue.into_dispatch()))
 }

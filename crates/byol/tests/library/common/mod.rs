@@ -43,7 +43,8 @@ pub struct Case {
     tensors: HashMap<String, (Vec<usize>, Vec<f64>)>,
 }
 
-/// All cases whose names begin with `prefix`, in the index's order. At least one, or the fixture is missing.
+/// All cases whose names begin with `prefix`, in the index's order. At least one, or the fixture is
+/// missing.
 pub fn cases(prefix: &str) -> Vec<Case> {
     let all = index()["cases"].as_array().expect("a list of cases");
     let cases: Vec<Case> =

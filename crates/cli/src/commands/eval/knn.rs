@@ -18,7 +18,7 @@ pub struct Args {
     #[command(flatten)]
     baseline: BaselineArgs,
     /// Numbers of neighbors that vote
-    #[arg(long, value_name = "K,…", value_delimiter = ',', default_value = "20")]
+    #[arg(short, long, value_name = "K,…", value_delimiter = ',', default_value = "20")]
     k: Vec<usize>,
     /// Temperature of the votes
     #[arg(long, value_name = "T", default_value_t = 0.07)]
@@ -41,7 +41,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         terminal::warning(format!("k = {k} exceeds the {images}: all of them vote"));
     }
     let (bank_labels, query_labels) = (labels(&data.train), labels(&data.test));
-    let mut rows = Vec::new();
+    let (mut rows, mut confusion) = (Vec::new(), None);
     for (encoder, suffix) in &encoders {
         let bank = features(encoder, &data.train, "embedding training images")?;
         let queries = features(encoder, &data.test, "embedding test images")?;
@@ -55,6 +55,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             bank.dim,
             start.elapsed().as_secs_f64()
         ));
+        confusion = confusion.or_else(|| super::confusion(&predictions[0].predicted, &data));
         for (k, predictions) in args.k.iter().zip(predictions) {
             let name = format!("kNN accuracy, k = {k}{suffix}");
             rows.push(ResultRow::accuracy(name, seed, &predictions.predicted, query_labels));
@@ -64,5 +65,5 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         "k": args.k, "temperature": args.temperature, "with_random": args.baseline.with_random,
         "train_images": data.train.len(), "test_images": data.test.len(), "classes": classes,
     });
-    common.finish("knn", settings, serde_json::Value::Null, rows)
+    common.finish("knn", settings, serde_json::json!({ "confusion": confusion }), rows)
 }

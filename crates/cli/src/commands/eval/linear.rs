@@ -6,6 +6,7 @@ use byol::{
     eval::{
         linear::{self, Protocol},
         logistic,
+        metrics::argmax,
     },
     nn::Encoder,
 };
@@ -47,7 +48,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let encoders = common.encoders(&args.baseline)?;
     let data = args.labeled.open(&encoders[0].0)?;
     let mut rows = Vec::new();
-    let mut chosen = Vec::new();
+    let (mut chosen, mut confusion) = (Vec::new(), None);
     for (encoder, suffix) in &encoders {
         let (classifier, setting) = match args.fast {
             true => fit_to_features(args, encoder, &data)?,
@@ -56,6 +57,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         chosen.push(setting);
         let test = features(encoder, &data.test, "embedding test images")?;
         let scores = classifier.scores(&test);
+        confusion = confusion.or_else(|| super::confusion(&argmax(&scores, data.classes.len()), &data));
         rows.extend(top_k_rows(&scores, &data, common.flags.seed, |top| format!("linear {top}{suffix}")));
     }
     let settings = serde_json::json!({
@@ -63,7 +65,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         "with_random": args.baseline.with_random, "train_images": data.train.len(),
         "test_images": data.test.len(), "classes": data.classes.len(),
     });
-    let details = serde_json::json!({ "chosen": chosen });
+    let details = serde_json::json!({ "chosen": chosen, "confusion": confusion });
     common.finish(if args.fast { "linear-fast" } else { "linear" }, settings, details, rows)
 }
 

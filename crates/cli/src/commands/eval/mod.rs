@@ -307,8 +307,8 @@ fn split(dataset: Dataset, limit: usize) -> Result<Labeled> {
     Ok(Labeled { train: dataset.train, test, classes: dataset.classes })
 }
 
-/// Keeps labeled images, and prints the number of unlabeled ones. Test labels are often hidden: if the
-/// test split has none, the validation split takes its role.
+/// Keeps labeled images, and prints the number of unlabeled ones. Test labels are often hidden: if
+/// the test split has none, the validation split takes its role.
 fn labeled_images(dataset: Dataset) -> Result<Dataset> {
     let labeled = dataset.clone().labeled();
     if dataset.train.labeled().is_none() {
@@ -408,18 +408,60 @@ pub fn labels(images: &Images) -> &[usize] {
     images.labels().expect("the images are labeled")
 }
 
-/// Prints a table of names, values and intervals.
+/// Prints a table of names, values and intervals; results of the random initialization have a
+/// column of their own.
 pub fn print(rows: &[ResultRow]) {
-    let width =
-        |text: fn(&ResultRow) -> String| rows.iter().map(|row| measure_text_width(&text(row))).max().unwrap_or(0);
-    let (name_width, value_width) = (width(|row| row.name.clone()), width(ResultRow::formatted_value));
-    for row in rows {
-        let name = pad_str(&row.name, name_width, Alignment::Left, None);
-        let value = row.formatted_value();
-        let value = pad_str(&value, value_width, Alignment::Right, None);
-        match row.formatted_interval() {
-            none if none.is_empty() => out!("{name}  {value}"),
-            interval => out!("{name}  {value}  ({interval})"),
+    let cell = |row: Option<&ResultRow>| {
+        let Some(row) = row else { return String::new() };
+        match (row.formatted_value(), row.formatted_interval()) {
+            (value, interval) if interval.is_empty() => value,
+            (value, interval) => format!("{value}  ({interval})"),
         }
+    };
+    let mut table: Vec<[String; 3]> = Vec::new();
+    let has_baseline = rows.iter().any(|row| row.name.ends_with(RANDOM));
+    if has_baseline {
+        table.push([String::new(), "this encoder".into(), "random initialization".into()]);
     }
+    for (name, own, random) in side_by_side(rows, |row| &row.name) {
+        table.push([name.into(), cell(own), cell(random)]);
+    }
+    let width = |column: usize| table.iter().map(|row| measure_text_width(&row[column])).max().unwrap_or(0);
+    let widths = [width(0), width(1)];
+    for [name, own, random] in &table {
+        let pad = |text: &str, column: usize| pad_str(text, widths[column], Alignment::Left, None).into_owned();
+        let line = format!("{}  {}  {random}", pad(name, 0), pad(own, 1));
+        out!("{}", line.trim_end());
+    }
+}
+
+/// Name of a result, with the rows of the encoder and of its random initialization.
+type Pairing<'a, T> = (&'a str, Option<&'a T>, Option<&'a T>);
+
+/// Pairs the results of an encoder and of its random initialization by their names.
+pub fn side_by_side<'a, T>(rows: &'a [T], name: impl Fn(&'a T) -> &'a str) -> Vec<Pairing<'a, T>> {
+    let mut paired: Vec<Pairing<'a, T>> = Vec::new();
+    for row in rows {
+        let own = name(row).strip_suffix(RANDOM);
+        let key = own.unwrap_or(name(row));
+        let at = paired.iter().position(|(other, ..)| *other == key).unwrap_or_else(|| {
+            paired.push((key, None, None));
+            paired.len() - 1
+        });
+        *if own.is_some() { &mut paired[at].2 } else { &mut paired[at].1 } = Some(row);
+    }
+    paired
+}
+
+/// Number of test images by true and by predicted class, for the record. `None` for many classes,
+/// where the table would be larger than all other results.
+fn confusion(predicted: &[usize], data: &Labeled) -> Option<Value> {
+    const MAX_CLASSES: usize = 100;
+    let n = data.classes.len();
+    if n > MAX_CLASSES {
+        return None;
+    }
+    let mut counts = vec![vec![0usize; n]; n];
+    predicted.iter().zip(labels(&data.test)).for_each(|(predicted, label)| counts[*label][*predicted] += 1);
+    Some(serde_json::json!({ "classes": data.classes, "counts": counts }))
 }

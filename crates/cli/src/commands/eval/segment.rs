@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, process::ExitCode};
 
 use byol::{
-    data::dense_labels::{self, Mask, NO_CLASS, Pair, Segmentation},
+    data::dense_labels::{self, Mask, MaskPair, NO_CLASS, Segmentation},
     eval::{metrics::ConfusionMatrix, results::ResultRow, segment::Segmenter},
     image::Image,
     nn::Encoder,
@@ -40,7 +40,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let train = |encoder: &Encoder, on_step: &mut dyn FnMut(f64)| {
         Segmenter::train(encoder, &data.train, classes, &protocol, on_step)
     };
-    let predict = |net: &Segmenter, pair: &Pair| {
+    let predict = |net: &Segmenter, pair: &MaskPair| {
         let mask = net.predict(&pair.image);
         (ConfusionMatrix::from_image(&mask.classes, &pair.mask.classes, classes), mask)
     };
@@ -60,7 +60,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 
 /// Refuses masks without classes, or with test classes that no training mask has.
 fn must_be_learnable(args: &DenseArgs, data: &Segmentation) -> Result<()> {
-    let classes = |pairs: &[Pair]| -> BTreeSet<usize> {
+    let classes = |pairs: &[MaskPair]| -> BTreeSet<usize> {
         let labeled = pairs.iter().flat_map(|pair| &pair.mask.classes).filter(|class| **class != NO_CLASS);
         labeled.map(|class| usize::from(*class)).collect()
     };

@@ -89,7 +89,16 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let index = Index::new(features);
     let method = if args.map == "pca" { Method::Pca } else { Method::Tsne };
     let coordinates = cached_map(&file, &index, method)?;
-    let state = server::AppState::new(server::Collection { index, images, labels, coordinates, method, run });
+    let hand_labels = match &run {
+        Some(run) => run.join("labels.csv"),
+        None => {
+            let mut name = file.into_os_string();
+            name.push(".labels.csv");
+            name.into()
+        }
+    };
+    let collection = server::Collection { index, images, labels, coordinates, method, run, hand_labels };
+    let state = server::AppState::new(collection);
     let address = listener.local_addr()?;
     if let Some(missing) = state.first_missing_image() {
         terminal::warning(format!(

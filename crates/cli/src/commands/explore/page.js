@@ -70,6 +70,8 @@ const classNames = [];           // classes added by the user
 let activeClass = -1;            // class that a click assigns; -1: none
 let selected = new Set();        // rows inside the last lasso
 let shownRow = -1;               // row in the details panel; -1: none
+const hiddenClasses = new Set(); // entries of the legend that are switched off
+const undoSteps = [];            // functions that take back the latest changes of labels
 
 const summary = [plural(count, "image")];
 if (info.classes.length) summary.push(plural(info.classes.length, "class", "classes"));
@@ -172,11 +174,7 @@ function recolor() {
   updateLegend(mode);
   if (!gl) return;
   const palette = COLORS.map(rgb), gray = rgb(GRAY), faded = darkMode.matches ? 60 : 200;
-  const classOf = {
-    label: (row) => labels[row],
-    cluster: (row) => clusters?.[row] ?? NO_CLASS,
-    prediction: (row) => manualLabels.get(row) ?? predictions?.[row] ?? NO_CLASS,
-  }[mode];
+  const classOf = classesOf(mode);
   const colors = new Uint8Array(3 * count);
   for (let row = 0; row < count; row++) {
     let color = gray;
@@ -186,13 +184,20 @@ function recolor() {
       const index = classOf(row);
       if (index !== NO_CLASS && index >= 0) color = palette[index % palette.length];
     }
-    if (selected.size && !selected.has(row)) color = color.map((v) => faded + (v - faded) * 0.15);
+    const off = mode !== "outlier" && hiddenClasses.has(classOf(row));
+    if (off || selected.size && !selected.has(row)) color = color.map((v) => faded + (v - faded) * 0.15);
     colors.set(color, 3 * row);
   }
   gl.bindBuffer(gl.ARRAY_BUFFER, colorBuffer.buffer);
   gl.bufferData(gl.ARRAY_BUFFER, colors, gl.DYNAMIC_DRAW);
   draw();
 }
+// Class of a row in a color mode.
+const classesOf = (mode) => ({
+  label: (row) => labels[row],
+  cluster: (row) => clusters?.[row] ?? NO_CLASS,
+  prediction: (row) => manualLabels.get(row) ?? predictions?.[row] ?? NO_CLASS,
+}[mode]);
 // Blue for typical images (rank 0) to orange for atypical ones (rank 1).
 const outlierColor = (rank) => [60 + 180 * rank, 90 + 40 * (1 - rank), 200 * (1 - rank) + 30];
 
@@ -212,7 +217,7 @@ function legendNames(mode) {
 function updateLegend(mode) {
   const MAX_NAMES = 24;
   const names = legendNames(mode);
-  const items = names.slice(0, MAX_NAMES).map((name, index) => legendItem(colorOf(index), name));
+  const items = names.slice(0, MAX_NAMES).map((name, index) => legendSwitch(index, name));
   if (names.length > MAX_NAMES) items.push(newElement("li", `and ${names.length - MAX_NAMES} more`));
   if (mode === "outlier" && outlierRanks) {
     items.push(legendItem("#3c7ae6", "typical"), legendItem("#f05a1e", "atypical"));
@@ -221,6 +226,20 @@ function updateLegend(mode) {
     items.push(newElement("li", "computing …"));
   }
   byId("legend").replaceChildren(...items);
+}
+// Entry of the legend that dims the images of its class, or shows them again.
+function legendSwitch(index, name) {
+  const item = newElement("li"), button = newElement("button");
+  button.append(colorDot(colorOf(index)), name);
+  button.setAttribute("aria-pressed", String(!hiddenClasses.has(index)));
+  button.title = hiddenClasses.has(index) ? `Show ${name}` : `Dim ${name}`;
+  button.addEventListener("click", () => {
+    if (!hiddenClasses.delete(index)) hiddenClasses.add(index);
+    recolor();
+    byId("legend").children[index].firstChild.focus();
+  });
+  item.append(button);
+  return item;
 }
 function legendItem(color, name) {
   const item = newElement("li");
@@ -297,6 +316,7 @@ function drawOverlay(ratio) {
     context.arc(screenX, screenY, radius, 0, 2 * Math.PI);
     context.stroke();
   };
+  drawThumbnails(context);
   context.lineWidth = 2;
   if (shownRow >= 0) ring(shownRow, 9);
   context.lineWidth = 1;
@@ -308,6 +328,38 @@ function drawOverlay(ratio) {
     context.closePath();
     context.stroke();
     context.setLineDash([]);
+  }
+}
+
+// Thumbnails in place of the points where few images are in sight.
+const MAX_THUMBNAILS = 60, THUMBNAIL = 48;
+const thumbnails = new Map(); // row -> picture
+function drawThumbnails(context) {
+  if (view.zoom < 2) return;
+  const [left, bottom] = toMap(0, canvas.clientHeight), [right, top] = toMap(canvas.clientWidth, 0);
+  const rows = [];
+  for (let gridY = gridIndex(bottom); gridY <= gridIndex(top); gridY++) {
+    for (let gridX = gridIndex(left); gridX <= gridIndex(right); gridX++) {
+      for (const row of grid.get(gridY * GRID_SIDE + gridX) ?? []) {
+        if (xs[row] < left || xs[row] > right || ys[row] < bottom || ys[row] > top) continue;
+        if (rows.push(row) > MAX_THUMBNAILS) return;
+      }
+    }
+  }
+  for (const row of rows) {
+    let picture = thumbnails.get(row);
+    if (!picture) {
+      if (thumbnails.size > 1000) thumbnails.clear();
+      picture = newElement("img");
+      picture.addEventListener("load", draw);
+      picture.src = thumbnailUrl(row, 96);
+      thumbnails.set(row, picture);
+    }
+    if (!picture.complete || !picture.naturalWidth) continue;
+    const size = THUMBNAIL / Math.max(picture.naturalWidth, picture.naturalHeight);
+    const [width, height] = [picture.naturalWidth * size, picture.naturalHeight * size];
+    const [screenX, screenY] = toScreen(xs[row], ys[row]);
+    context.drawImage(picture, screenX - width / 2, screenY - height / 2, width, height);
   }
 }
 
@@ -452,8 +504,18 @@ function rowsInside(polygon) {
 function select(rows) {
   selected = rows;
   byId("selection").textContent = rows.size ? `${rows.size.toLocaleString()} selected` : "";
-  byId("save-selection").hidden = byId("clear-selection").hidden = !rows.size;
+  for (const id of ["save-selection", "label-selection", "clear-selection"]) byId(id).hidden = !rows.size;
+  listSelection();
   recolor();
+}
+// The selected images as a grid, a page at a time.
+const GRID_PAGE = 60;
+function listSelection(pages = 1) {
+  const rows = [...selected], shown = rows.slice(0, pages * GRID_PAGE);
+  byId("selection-grid").hidden = !rows.length;
+  byId("selection-images").replaceChildren(...shown.map((row) => imageButton(row, 96, `image ${row}`)));
+  byId("more-selected").hidden = shown.length === rows.length;
+  byId("more-selected").onclick = () => listSelection(pages + 1);
 }
 
 function pan(stepsX, stepsY) {
@@ -471,10 +533,14 @@ const shortcuts = {
   ArrowLeft: () => pan(-1, 0), ArrowRight: () => pan(1, 0), ArrowUp: () => pan(0, 1), ArrowDown: () => pan(0, -1),
   "+": () => zoom(1.3), "=": () => zoom(1.3), "-": () => zoom(1 / 1.3), 0: showAll,
   n: () => step(1), p: () => step(-1), Enter: () => shownRow >= 0 && clickImage(shownRow),
-  l: () => byId("lasso").click(), Escape: () => select(new Set()),
+  l: () => byId("lasso").click(), Escape: () => select(new Set()), u: () => undo(), "/": () => byId("search").focus(),
 };
-canvas.addEventListener("keydown", (event) => {
+document.addEventListener("keydown", (event) => {
   const action = shortcuts[event.key.length === 1 ? event.key.toLowerCase() : event.key];
+  const target = event.target, typing = target.matches?.("input, select, textarea");
+  // Buttons and tabs keep the keys that they use themselves.
+  const taken = target.matches?.("button, summary, a") && (event.key === "Enter" || event.key.startsWith("Arrow"));
+  if (byId("map").hidden || typing || taken) return;
   if (action && !event.ctrlKey && !event.metaKey && !event.altKey) {
     event.preventDefault();
     action();
@@ -491,15 +557,16 @@ function imageButton(row, px, description) {
   button.title = description;
   button.append(picture);
   button.addEventListener("click", () => {
-    openTab("map");
+    openTab("map", false);
     // The button is about to be replaced: the map takes the focus, so that shortcuts work.
     canvas.focus({ preventScroll: true });
     showImage(row);
   });
   return button;
 }
-async function showImage(row) {
+async function showImage(row, remember = true) {
   shownRow = row;
+  if (remember) setAddress(`map/${row}`);
   const [screenX, screenY] = toScreen(xs[row], ys[row]);
   const visible = screenX >= 0 && screenY >= 0 && screenX <= canvas.clientWidth && screenY <= canvas.clientHeight;
   if (!visible) [view.x, view.y] = [xs[row], ys[row]];
@@ -508,13 +575,15 @@ async function showImage(row) {
     getJson(`/api/row/${row}`), getJson(`/api/neighbors/${row}?n=24`),
   ]);
   if (shownRow !== row) return; // another image was chosen meanwhile
-  const large = newElement("img", "", "large");
-  large.src = thumbnailUrl(row, 256);
-  large.alt = shortName(image);
+  const large = newElement("a"), picture = newElement("img", "", "large");
+  picture.src = thumbnailUrl(row, 512);
+  picture.alt = shortName(image);
+  Object.assign(large, { href: `/image/${row}?stamp=${stamp}`, target: "_blank", title: "Open in full size" });
+  large.append(picture);
   const buttons = newElement("div", "", "grid");
   for (const { cosine, image: neighbor } of neighbors) {
     const button = imageButton(neighbor.row, 96, `${shortName(neighbor)}, cosine ${cosine.toFixed(3)}`);
-    button.append(cosine.toFixed(2));
+    button.append(cosine.toFixed(3));
     buttons.append(button);
   }
   byId("image-path").textContent = withLabel(image.path, image.label);
@@ -524,11 +593,65 @@ async function showImage(row) {
 // ------------------------------------------------------------------ labeling
 
 function clickImage(row) {
-  if (activeClass >= 0) {
-    manualLabels.get(row) === activeClass ? manualLabels.delete(row) : manualLabels.set(row, activeClass);
-    updatePredictions();
-  }
+  if (activeClass >= 0) setLabels([row], manualLabels.get(row) === activeClass ? -1 : activeClass);
   showImage(row);
+}
+// Gives all rows a class, or none for -1. Can be undone.
+function setLabels(rows, index) {
+  const before = rows.map((row) => [row, manualLabels.get(row)]);
+  const set = (row, value) => (value >= 0 ? manualLabels.set(row, value) : manualLabels.delete(row));
+  rows.forEach((row) => set(row, index));
+  undoSteps.push(() => before.forEach(([row, value]) => set(row, value ?? -1)));
+  labelsChanged();
+}
+function deleteClass(index) {
+  const classes = [...classNames], before = new Map(manualLabels);
+  classNames.splice(index, 1);
+  for (const [row, value] of before) {
+    if (value === index) manualLabels.delete(row);
+    else if (value > index) manualLabels.set(row, value - 1);
+  }
+  if (activeClass === index) activeClass = -1;
+  else if (activeClass > index) activeClass -= 1;
+  undoSteps.push(() => {
+    classNames.splice(0, classNames.length, ...classes);
+    manualLabels.clear();
+    before.forEach((value, row) => manualLabels.set(row, value));
+    activeClass = -1;
+  });
+  labelsChanged();
+}
+function undo() {
+  undoSteps.pop()?.();
+  labelsChanged();
+}
+byId("undo").addEventListener("click", undo);
+
+// Labels are saved on the server a moment after the last change.
+let saveTimer = 0, unsaved = false;
+function labelsChanged() {
+  unsaved = true;
+  clearTimeout(saveTimer);
+  saveTimer = setTimeout(saveLabels, 300);
+  updatePredictions();
+}
+async function saveLabels() {
+  const response = await fetch("/api/labels", {
+    method: "POST",
+    headers: { "content-type": "application/json" },
+    body: JSON.stringify({ classes: classNames, rows: [...manualLabels] }),
+  }).catch(() => null);
+  unsaved = !response?.ok;
+  const reason = response ? await response.text() : "no answer from byol explore";
+  byId("label-status").textContent = unsaved ? `Labels are not saved: ${reason}` : "";
+}
+addEventListener("beforeunload", (event) => { if (unsaved) event.preventDefault(); });
+async function loadLabels() {
+  const saved = await getJson("/api/labels");
+  if (!saved.rows.length) return;
+  classNames.push(...saved.classes);
+  for (const [row, index] of saved.rows) manualLabels.set(row, index);
+  updatePredictions();
 }
 byId("new-class").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -551,19 +674,25 @@ function listClasses() {
       listClasses();
       byId("classes").children[index].firstChild.focus();
     });
-    item.append(button);
+    const remove = newElement("button", "×", "delete");
+    remove.title = `Delete the class ${name} and its labels`;
+    remove.setAttribute("aria-label", remove.title);
+    remove.addEventListener("click", () => deleteClass(index));
+    item.append(button, remove);
     return item;
   }));
+  byId("undo").hidden = !undoSteps.length;
 }
 
 let latestRequest = 0;
 async function updatePredictions() {
   const request = ++latestRequest, status = byId("probe-status");
   listClasses();
-  byId("save-labels").hidden = !manualLabels.size;
+  byId("save-labels").hidden = byId("save-predictions").hidden = !manualLabels.size;
   if (!manualLabels.size) {
     predictions = null;
     status.textContent = "";
+    updateColorModes();
     return recolor();
   }
   const response = await fetch("/api/probe", {
@@ -582,8 +711,15 @@ async function updatePredictions() {
   const totals = classNames.map((name, index) =>
     `${name} ${predictions.filter((v) => v === index).length.toLocaleString()}`);
   status.textContent = `Predicted: ${totals.join(", ")}.${accuracy()}`;
+  updateColorModes();
   byId("color").value = "prediction";
   recolor();
+}
+// Modes without data are not offered.
+function updateColorModes() {
+  const [select, available] = [byId("color"), { label: info.classes.length, prediction: predictions }];
+  for (const [mode, data] of Object.entries(available)) select.querySelector(`[value=${mode}]`).disabled = !data;
+  if (select.selectedOptions[0].disabled) select.value = info.classes.length ? "label" : "outlier";
 }
 // Accuracy on images with a label in the data and none by hand, over the classes that have the same
 // name in both. Empty if there are no such images.
@@ -614,16 +750,32 @@ const csvQuoted = (value) => `"${String(value).replaceAll('"', '""')}"`;
 byId("save-selection").addEventListener("click", async () => {
   download("selection.txt", `${(await pathsOf([...selected])).join("\n")}\n`);
 });
-byId("save-labels").addEventListener("click", async () => {
-  // Copies: the labels may change while the paths are fetched.
-  const manual = new Map(manualLabels), predicted = predictions, rows = [...Array(count).keys()];
-  if (!predicted) return;
+byId("label-selection").addEventListener("click", () => {
+  if (activeClass >= 0) setLabels([...selected], activeClass);
+  else byId("label-status").textContent = "Add or choose a class first.";
+});
+// One file of the labels given by hand, another of the predictions for all other images.
+async function saveTable(file, column, classOf) {
+  const rows = [...Array(count).keys()].filter((row) => classOf.has(row));
+  const names = rows.map((row) => classNames[classOf.get(row)]); // before the paths are fetched
   const paths = await pathsOf(rows);
-  const lines = rows.map((row) => {
-    const name = classNames[manual.get(row) ?? predicted[row]];
-    return [csvQuoted(paths[row]), csvQuoted(name), manual.has(row) ? "given" : "predicted"].join(",");
-  });
-  download("labels.csv", `${["path,label,by", ...lines].join("\n")}\n`);
+  const lines = paths.map((path, i) => `${csvQuoted(path)},${csvQuoted(names[i])}`);
+  download(file, `${[`path,${column}`, ...lines].join("\n")}\n`);
+}
+byId("save-labels").addEventListener("click", () => saveTable("labels.csv", "label", manualLabels));
+byId("save-predictions").addEventListener("click", () => {
+  if (!predictions) return;
+  const others = [...predictions.entries()].filter(([row]) => !manualLabels.has(row));
+  saveTable("predictions.csv", "predicted", new Map(others));
+});
+byId("find").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const text = byId("search").value.trim().toLowerCase();
+  if (!text) return select(new Set());
+  await pathsOf([]);
+  const found = allPaths.flatMap((path, row) => (path.toLowerCase().includes(text) ? [row] : []));
+  select(new Set(found));
+  if (!found.length) byId("selection").textContent = "no image with this name";
 });
 byId("clear-selection").addEventListener("click", () => select(new Set()));
 byId("lasso").addEventListener("click", () => {
@@ -633,6 +785,7 @@ byId("zoom-in").addEventListener("click", () => zoom(1.3));
 byId("zoom-out").addEventListener("click", () => zoom(1 / 1.3));
 byId("show-all").addEventListener("click", showAll);
 byId("color").addEventListener("change", async () => {
+  hiddenClasses.clear();
   recolor();
   if (byId("color").value === "cluster" && !clusters) {
     clusters = (await getJson("/api/clusters")).clusters;
@@ -671,6 +824,12 @@ async function showDuplicates() {
   const unverified = found.unverified ? `; ${plural(found.unverified, "pair")} found by embeddings alone` : "";
   const missing = unreadable ? `; ${plural(unreadable, "image")} cannot be read` : "";
   status.textContent = (total ? `${plural(total, "group")}${shown}` : "No duplicates") + unverified + missing;
+  const copies = groups.flatMap((images) => images.slice(1).map((image) => image.row));
+  byId("select-copies").hidden = !copies.length;
+  byId("select-copies").onclick = () => {
+    openTab("map");
+    select(new Set(copies));
+  };
   byId("groups").replaceChildren(...groups.map((images) => {
     const group = newElement("div", "", "group");
     group.append(...images.map((image) => {
@@ -683,6 +842,10 @@ async function showDuplicates() {
 }
 async function showOutliers() {
   const outliers = await getJson("/api/outliers?n=120");
+  byId("select-outliers").onclick = () => {
+    openTab("map");
+    select(new Set(outliers.map(({ image }) => image.row)));
+  };
   byId("outlier-grid").replaceChildren(...outliers.map(({ score, image }) => {
     const button = imageButton(image.row, 96, shortName(image));
     button.append(score.toFixed(2));
@@ -753,7 +916,8 @@ async function showTraining() {
 
 const onOpen = { map: draw, duplicates: showDuplicates, outliers: showOutliers, training: showTraining };
 const tabs = Object.keys(onOpen);
-function openTab(name) {
+function openTab(name, remember = true) {
+  if (remember) setAddress(name);
   for (const tab of tabs) {
     byId(tab).hidden = tab !== name;
     byId(`tab-${tab}`).setAttribute("aria-selected", String(tab === name));
@@ -773,9 +937,22 @@ tabs.forEach((tab, position) => {
 });
 setInterval(() => { if (!byId("training").hidden) showTraining(); }, 5000);
 
+// ------------------------------------------------------------------ addresses
+
+// `#duplicates`, or `#map/12` for the image in row 12, so that Back and links work.
+function setAddress(address) {
+  if (location.hash !== `#${address}`) history.pushState(null, "", `#${address}`);
+}
+function openAddress() {
+  const [tab, row] = location.hash.slice(1).split("/");
+  openTab(tabs.includes(tab) ? tab : "map", false);
+  if (/^\d+$/.test(row ?? "") && Number(row) < count) showImage(Number(row), false);
+}
+addEventListener("popstate", openAddress);
+
 // ------------------------------------------------------------------ start
 
-if (!info.classes.length) byId("color").value = "outlier";
+updateColorModes();
 if (gl) setUpWebGl();
 else byId("neighbors").replaceChildren(newElement("p", "The map needs WebGL, which this browser does not offer."));
 recolor();
@@ -783,3 +960,5 @@ getBytes("/api/scores").then((bytes) => {
   outlierRanks = ranksOf(new Float32Array(bytes));
   if (byId("color").value === "outlier") recolor();
 });
+orShowError(loadLabels());
+if (location.hash) openAddress();

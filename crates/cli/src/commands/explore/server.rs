@@ -23,6 +23,7 @@ use axum::{
 use byol::{
     apply::{
         duplicates::{self, Pair},
+        hand_labels,
         map::Method,
         row_images::RowImages,
         search::Index,
@@ -47,6 +48,8 @@ pub struct Collection {
     pub method: Method,
     /// Folder of the run whose training curves are shown.
     pub run: Option<PathBuf>,
+    /// File of the labels given in the browser.
+    pub hand_labels: PathBuf,
 }
 
 /// State shared by all requests.
@@ -59,6 +62,8 @@ pub struct AppState {
     outlier_scores: OnceLock<Vec<f32>>,
     clusters: OnceLock<Vec<usize>>,
     duplicate_search: Mutex<DuplicateSearch>,
+    /// Held while the labels are written.
+    hand_labels: Mutex<()>,
     address: OnceLock<SocketAddr>,
 }
 
@@ -103,6 +108,7 @@ impl AppState {
             outlier_scores: OnceLock::new(),
             clusters: OnceLock::new(),
             duplicate_search: Mutex::default(),
+            hand_labels: Mutex::default(),
             address: OnceLock::new(),
         }
     }
@@ -176,36 +182,44 @@ fn router(state: Arc<AppState>) -> Router {
         .route("/api/duplicates", get(duplicate_groups))
         .route("/api/clusters", get(clusters))
         .route("/api/probe", post(probe))
+        .route("/api/labels", get(load_labels).post(save_labels))
         .route("/api/curves", get(curves))
         .route("/thumb/{row}", get(thumbnail))
+        .route("/image/{row}", get(full_image))
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
         .layer(from_fn_with_state(state.clone(), only_from_own_page))
         .with_state(state)
 }
 
-/// Returns whether a request addresses this machine and port, and comes from this page if the
-/// browser names its origin.
-fn is_from_own_page(headers: &HeaderMap, port: u16) -> bool {
-    let is_own_host = |host: &str| {
-        // Browsers omit the default port.
-        ["127.0.0.1", "localhost", "[::1]"]
-            .iter()
-            .any(|name| host == format!("{name}:{port}") || port == 80 && host == *name)
+/// Returns whether a request addresses this machine by a loopback name, and comes from this page if
+/// the browser names its origin. The port may differ from ours: `ssh -L` forwards another one.
+fn is_from_own_page(headers: &HeaderMap) -> bool {
+    let is_loopback = |host: &str| {
+        ["127.0.0.1", "localhost", "[::1]"].iter().any(|name| {
+            // Browsers omit the default port.
+            host.strip_prefix(name).is_some_and(|rest| match rest.strip_prefix(':') {
+                Some(port) => port.parse::<u16>().is_ok(),
+                None => rest.is_empty(),
+            })
+        })
     };
     let value = |name: &str| headers.get(name).map(|v| v.to_str().unwrap_or("?"));
+    let host = value("host").filter(|host| headers.get_all("host").iter().count() == 1 && is_loopback(host));
     // Browsers send `Origin` with cross-site posts, and `Sec-Fetch-Site` with images and the like.
-    let own_origin = value("origin").is_none_or(|o| o.strip_prefix("http://").is_some_and(is_own_host));
+    let own_origin = value("origin").is_none_or(|origin| origin.strip_prefix("http://") == host);
     let own_site = value("sec-fetch-site").is_none_or(|site| ["same-origin", "none"].contains(&site));
-    let one_host = headers.get_all("host").iter().count() == 1;
-    one_host && value("host").is_some_and(is_own_host) && own_origin && own_site
+    host.is_some() && own_origin && own_site
 }
 
 /// Rejects requests from elsewhere and adds the security headers to every response.
 async fn only_from_own_page(State(state): SharedState, request: Request<Body>, next: Next) -> Response {
     let port = state.address.get().map_or(0, SocketAddr::port);
     // A request in proxy form carries a host of its own in the URI.
-    if !is_from_own_page(request.headers(), port) || request.uri().host().is_some() {
-        let message = format!("forbidden: this page is only available at http://127.0.0.1:{port} on this machine");
+    if !is_from_own_page(request.headers()) || request.uri().host().is_some() {
+        let message = format!(
+            "forbidden: this page is only available at http://127.0.0.1:{port} on this machine\n\
+             hint: from another machine, run `ssh -L {port}:localhost:{port} HOST` and open http://localhost:{port}"
+        );
         return (StatusCode::FORBIDDEN, message).into_response();
     }
     let mut response = next.run(request).await;
@@ -445,6 +459,51 @@ struct ThumbnailQuery {
 }
 
 /// The image of a row as PNG, fitted into a square.
+/// Labels given in the browser: class names, and (row, class) pairs.
+#[derive(serde::Serialize, Deserialize)]
+struct HandLabels {
+    classes: Vec<String>,
+    rows: Vec<(usize, usize)>,
+}
+
+fn unreadable_labels(state: &AppState, error: &std::io::Error) -> (StatusCode, String) {
+    let file = state.collection.hand_labels.display();
+    (StatusCode::INTERNAL_SERVER_ERROR, format!("{file}: {error}"))
+}
+
+async fn load_labels(State(state): SharedState) -> Result<Json<HandLabels>, (StatusCode, String)> {
+    let labels = hand_labels::load(&state.collection.hand_labels, state.paths());
+    let labels = labels.map_err(|error| unreadable_labels(&state, &error))?;
+    let mut classes: Vec<String> = labels.iter().map(|(_, label)| label.clone()).collect();
+    classes.sort();
+    classes.dedup();
+    let class = |label: &String| classes.binary_search(label).expect("all labels were collected");
+    let rows = labels.iter().map(|(row, label)| (*row, class(label))).collect();
+    Ok(Json(HandLabels { classes, rows }))
+}
+
+async fn save_labels(
+    State(state): SharedState,
+    Json(HandLabels { classes, rows }): Json<HandLabels>,
+) -> Result<StatusCode, (StatusCode, String)> {
+    let named: Option<Vec<(usize, &str)>> =
+        rows.iter().map(|(row, class)| Some((*row, classes.get(*class)?.as_str()))).collect();
+    let named = named.filter(|labels| labels.iter().all(|(row, _)| *row < state.paths().len()));
+    let named = named.ok_or((StatusCode::BAD_REQUEST, "unknown row or class".into()))?;
+    let _guard = state.hand_labels.lock().unwrap_or_else(PoisonError::into_inner);
+    hand_labels::save(&state.collection.hand_labels, state.paths(), &named)
+        .map_err(|error| unreadable_labels(&state, &error))?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// The image in its full size.
+async fn full_image(State(state): SharedState, UrlPath(row): UrlPath<usize>) -> Result<Response, StatusCode> {
+    state.check_row(row)?;
+    let encode = |image: Arc<Image>| thumbnail_png(&image, image.height.max(image.width) as u32);
+    let png = run_blocking(move || state.image(row).and_then(encode)).await?.ok_or(StatusCode::NOT_FOUND)?;
+    Ok(([(header::CONTENT_TYPE, HeaderValue::from_static("image/png"))], png).into_response())
+}
+
 async fn thumbnail(
     State(state): SharedState,
     UrlPath(row): UrlPath<usize>,
