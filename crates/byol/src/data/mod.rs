@@ -488,7 +488,7 @@ impl Images {
         }
     }
 
-    /// Images skipped by [`Images::get_or_next`] so far.
+    /// Images skipped while reading in order, so far.
     pub fn skipped(&self) -> Vec<Skipped> {
         match &self.source {
             Source::Shards(shards) => shards.skipped(),

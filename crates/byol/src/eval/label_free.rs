@@ -23,8 +23,7 @@ use crate::{
 pub struct LabelFreeMetrics {
     /// RankMe of the representations, from 1 to min(N, F): effective number of dimensions.
     pub rankme: f64,
-    /// [`effective_rank::rankme_normalized`] of the representations; NaN in files written before it
-    /// was recorded.
+    /// RankMe of the L2-normalized representations; NaN in files written before it was recorded.
     #[serde(default = "effective_rank::not_recorded")]
     pub directions: f64,
     /// LiDAR, at least 1: effective number of directions in which images differ more than the views

@@ -104,7 +104,7 @@ pub struct SelectedFit {
     pub held_out_score: f64,
 }
 
-/// [`fit_best_by`] with accuracy as the score.
+/// `fit_best_by` with accuracy as the score.
 pub fn fit_best(x: &Features, labels: &[usize], classes: usize, strengths: &[f64], held_out: &[bool]) -> SelectedFit {
     let accuracy = |scores: &[f64], labels: &[usize]| metrics::accuracy(&metrics::argmax(scores, classes), labels);
     fit_best_by(x, labels, classes, strengths, held_out, accuracy)

@@ -12,10 +12,7 @@ use crate::{
     data::Levels,
     device::Precision,
     image::Image,
-    views::{
-        View, Window,
-        resize::{crop_resize, crop_resize_antialiased},
-    },
+    views::{View, evaluation_view, resize::center_antialiased},
 };
 
 /// Per-channel mean and standard deviation that normalize the input of an encoder.
@@ -60,7 +57,8 @@ pub struct EncoderSpec {
     /// Side of the center crop for evaluation, as a fraction of an image's shorter side, in (0, 1].
     #[serde(default = "reference_center")]
     pub center: f64,
-    /// Evaluation views are resized with antialiasing, as PIL and torchvision do.
+    /// Evaluation views are those of torchvision's `Resize` and `CenterCrop` of a PIL image, which
+    /// antialias.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub antialias: bool,
     /// Channels of the images.
@@ -93,10 +91,9 @@ impl EncoderSpec {
 
     /// The evaluation view of an image: the center square, resized to the input size.
     pub fn evaluation_view(&self, image: &Image) -> View {
-        let window = Window::center(image.height, image.width, self.center);
         match self.antialias {
-            true => crop_resize_antialiased(image, window, self.size, self.size),
-            false => crop_resize(image, window, self.size, self.size),
+            true => center_antialiased(image, self.size, self.center),
+            false => evaluation_view(image, self.size, self.center),
         }
     }
 

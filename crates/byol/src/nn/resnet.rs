@@ -214,7 +214,7 @@ impl ResNet {
     }
 
     /// Each convolution with the side of its input map, for images of side `size`, in the order of
-    /// [`ResNet::convs`].
+    /// `ResNet::convs`.
     pub fn input_sides(&self, size: usize) -> Vec<(&ConvNorm, usize)> {
         let down = |side: usize, stride: usize| (side - 1) / stride + 1;
         let (stem, kind) = &self.stem;

@@ -30,7 +30,7 @@ impl Optimizer {
     }
 
     /// Returns θ after one update with learning rate `eta`. Weight decay and layer-wise adaptation
-    /// skip [excluded](exclusion::is_excluded) tensors.
+    /// skip [excluded](exclusion) tensors.
     ///
     /// # Panics
     /// If a parameter has no gradient or no state.

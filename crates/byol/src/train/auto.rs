@@ -215,7 +215,8 @@ fn epochs(inputs: &AutoInputs, overrides: &RecipeOverrides, r: &mut Recipe) -> O
         ..1.5 => ", about an hour".into(),
         hours => format!(", about {hours:.0} hours"),
     };
-    Some(format!("{} epochs ({} warm-up): {images} images{time}", r.train.epochs, r.train.warmup_epochs))
+    let (epochs, s) = (r.train.epochs, if r.train.epochs == 1 { "" } else { "s" });
+    Some(format!("{epochs} epoch{s} ({} warm-up): {images} images{time}", r.train.warmup_epochs))
 }
 
 /// The reference uses 0.996 for 313 thousand steps, 0.99 for 31 to 94 thousand. Lower values

@@ -60,7 +60,7 @@ pub struct Health {
     pub projection_cosine: f64,
     /// RankMe of the representations, in [1, min(N, F)].
     pub rankme: f64,
-    /// [`effective_rank::rankme_normalized`] of the representations, which unlike RankMe is robust
+    /// RankMe of the L2-normalized representations, which unlike RankMe is robust
     /// to a single representation of large norm. NaN in files of older versions.
     #[serde(default = "effective_rank::not_recorded")]
     pub directions: f64,
@@ -126,7 +126,7 @@ const MIN_STD_RATIO: f64 = 0.25;
 
 /// Threshold of constant collapse in the first steps, as a fraction of the initial std. In healthy
 /// runs the std rises from the first epoch on.
-const EARLY_STD_RATIO: f64 = 0.1;
+const EARLY_STD_RATIO: f64 = 0.25;
 
 /// Threshold of constant collapse, as mean cosine similarity of the projections of different
 /// images. Healthy runs have 0.5 or less.
@@ -242,14 +242,15 @@ impl Verdict {
         };
         let variance = |p: f64| p * (1.0 - p) / initial.images.max(1) as f64;
         let noise = 2.0 * (variance(before) + variance(after)).sqrt();
-        let (comparison, than) = match after - before {
+        let (comparison, result) = match after - before {
             gain if gain > noise => (Comparison::Better, "better than"),
             gain if gain < -noise => (Comparison::Worse, "worse than"),
-            _ => (Comparison::Same, "no better than"),
+            _ => (Comparison::Same, "within the sampling error of"),
         };
         let (images, before, after) = (initial.images, 100.0 * before, 100.0 * after);
-        let text =
-            format!("{than} {baseline}: kNN accuracy {after:.1} % against {before:.1} % on {images} monitoring images");
+        let text = format!(
+            "{result} {baseline}: kNN accuracy {after:.1} % against {before:.1} % on {images} monitoring images"
+        );
         Some(Verdict { comparison, text })
     }
 }

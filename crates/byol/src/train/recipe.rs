@@ -296,8 +296,8 @@ pub struct ViewsConfig {
     /// Fraction of the shorter side that the center crop of evaluation keeps, in (0, 1]. Default:
     /// 0.875, as in the reference; 1 for images whose border matters.
     pub center: f64,
-    /// Resize evaluation views with antialiasing, as PIL and torchvision do. Default: false, as in
-    /// the reference.
+    /// Evaluation views as by torchvision's `Resize` and `CenterCrop` of a PIL image, which
+    /// antialias. Default: false, as in the reference.
     #[serde(default)]
     pub antialias: bool,
     /// Device of the augmentations after the crop (flip, color, gray, blur, solarize): cpu; device,

@@ -2,7 +2,7 @@
 //! when shrinking. Taps outside the crop are dropped and the others renormalized, so only pixels of
 //! the crop count.
 //!
-//! [`crop_resize_antialiased`] widens the kernel when it shrinks, as PIL and torchvision do.
+//! [`center_antialiased`] widens the kernel when it shrinks, as Pillow and torchvision do.
 
 use multiversion::multiversion;
 
@@ -32,7 +32,7 @@ pub(crate) fn crop_resize_into(image: &Image, window: Window, view: &mut View, r
     to_unit_range(&mut view.pixels);
 }
 
-/// [`crop_resize_into`] without the scaling and clamping: values on the scale 0..255, with
+/// `crop_resize` without the scaling and clamping: values on the scale 0..255, with
 /// overshoots.
 ///
 /// # Panics
@@ -100,13 +100,28 @@ fn to_unit_range(values: &mut [f32]) {
     }
 }
 
-/// Resizes the crop `window` of `image` to a view of this size, with antialiasing: when shrinking,
-/// the kernel is as many times wider as pixels get fewer, and reaches beyond the crop. This is
-/// Pillow's bicubic resize of a box, without its rounding to 8 bits.
-pub fn crop_resize_antialiased(image: &Image, window: Window, height: usize, width: usize) -> View {
-    let c = image.channels;
-    let rows = antialiased_taps(window.top, window.height, height, image.height);
-    let columns = antialiased_taps(window.left, window.width, width, image.width);
+/// The center of an image as torchvision's `Resize(round(size / fraction), BICUBIC)` and
+/// `CenterCrop(size)` make it from a PIL image, without their rounding to 8 bits. `fraction` is in
+/// (0, 1].
+pub fn center_antialiased(image: &Image, size: usize, fraction: f64) -> View {
+    let shorter = image.height.min(image.width);
+    let resized = (size as f64 / fraction).round_ties_even().max(size as f64) as usize;
+    // Origin and scale of the crop in the image, in pixels.
+    let axis = |n: usize| {
+        let n_resized = if n == shorter { resized } else { resized * n / shorter };
+        let scale = n as f64 / n_resized as f64;
+        (((n_resized - size) as f64 / 2.0).round_ties_even() * scale, scale)
+    };
+    resize_antialiased(image, [axis(image.height), axis(image.width)], size)
+}
+
+/// Resizes a part of an image to a square view, with antialiasing: when shrinking, the kernel is as
+/// many times wider as pixels get fewer. Each axis has its origin in the image, and the distance
+/// between pixels of the view, in pixels of the image.
+fn resize_antialiased(image: &Image, [vertical, horizontal]: [(f64, f64); 2], size: usize) -> View {
+    let (c, height, width) = (image.channels, size, size);
+    let rows = antialiased_taps(vertical, size, image.height);
+    let columns = antialiased_taps(horizontal, size, image.width);
     // Horizontal pass over the rows that are read, `[rows, width, c]`.
     let first_row = rows.iter().map(|(first, _)| *first).min().unwrap_or(0);
     let last_row = rows.iter().map(|(first, weights)| first + weights.len()).max().unwrap_or(0);
@@ -136,19 +151,17 @@ pub fn crop_resize_antialiased(image: &Image, window: Window, height: usize, wid
     view
 }
 
-/// First source pixel and weights of each of `n_out` positions over the `n_in` pixels from `start`,
-/// with antialiasing. The image has `limit` pixels.
-fn antialiased_taps(start: usize, n_in: usize, n_out: usize, limit: usize) -> Vec<(usize, Vec<f32>)> {
-    let scale = n_in as f64 / n_out as f64;
+/// First source pixel and weights of each of `size` positions, in an image of `limit` pixels.
+fn antialiased_taps((origin, scale): (f64, f64), size: usize, limit: usize) -> Vec<(usize, Vec<f32>)> {
     let stretch = scale.max(1.0);
     let taps = |o: usize| {
-        let center = start as f64 + (o as f64 + 0.5) * scale;
+        let center = origin + (o as f64 + 0.5) * scale;
         let [low, high] = [-2.0 * stretch, 2.0 * stretch].map(|reach| (center + reach + 0.5).max(0.0) as usize);
         let raw: Vec<f64> = (low..high.min(limit)).map(|i| keys((i as f64 + 0.5 - center) / stretch)).collect();
         let sum: f64 = raw.iter().sum();
         (low, raw.into_iter().map(|w| (w / sum) as f32).collect())
     };
-    (0..n_out).map(taps).collect()
+    (0..size).map(taps).collect()
 }
 
 /// Taps of output position `o` when resizing `n_in` pixels to `n_out`.
@@ -183,20 +196,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn antialiased_resize_is_that_of_pil() {
-        // Pillow 13.0, an image of mode F: resize((3, 2), Image.BICUBIC, box=(1, 1, 8, 6)).
+    fn antialiased_views_are_those_of_torchvision() {
+        // Pillow 13.0, an image of mode F: resize((6, 5), Image.BICUBIC).crop((2, 1, 5, 4)).
         let pixels: Vec<u8> = (0..7 * 9).map(|i| (i * i * 7 % 251) as u8).collect();
         let image = Image { height: 7, width: 9, channels: 1, pixels };
-        let window = Window { top: 1, left: 1, height: 5, width: 7 };
-        let view = crop_resize_antialiased(&image, window, 2, 3);
-        let expected = [73.2822, 119.2488, 83.7952, 84.9507, 156.9552, 121.3351];
+        let view = center_antialiased(&image, 3, 0.6);
+        let expected = [77.4427, 151.6747, 55.3795, 91.5334, 168.8552, 76.6342, 125.4063, 203.0466, 103.6032];
+        assert_eq!(view.pixels.len(), expected.len());
         for (value, expected) in view.pixels.iter().zip(expected) {
             assert!((255.0 * value - expected).abs() < 1e-3, "{} instead of {expected}", 255.0 * value);
         }
         // Enlarging has nothing to smooth.
-        let all = Window { top: 0, left: 0, height: 7, width: 9 };
-        let plain = crop_resize(&image, all, 11, 13);
-        let other = crop_resize_antialiased(&image, all, 11, 13);
+        let square = Image { height: 7, width: 7, channels: 1, pixels: image.pixels[..49].to_vec() };
+        let all = Window { top: 0, left: 0, height: 7, width: 7 };
+        let (plain, other) = (crop_resize(&square, all, 11, 11), center_antialiased(&square, 11, 1.0));
         assert!(plain.pixels.iter().zip(&other.pixels).all(|(a, b)| (a - b).abs() < 1e-6));
     }
 

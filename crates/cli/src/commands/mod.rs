@@ -406,14 +406,14 @@ fn train(mut run: Run, json: bool, stop: &AtomicBool, job: &mpi_job::MpiJob) -> 
     Ok(if finished { ExitCode::SUCCESS } else { ExitCode::from(INTERRUPTED) })
 }
 
-/// Prints what a finished run has learned, as a warning if that is nothing. Returns the text.
+/// Prints what a finished run has learned, as a warning if it is worse. Returns the text.
 fn print_verdict(run: &Path, plan: &Plan) -> Option<String> {
     let health = metrics::read_health(&run.join("metrics.jsonl"));
     let [initial, .., last] = health.as_slice() else { return None };
     let Verdict { comparison, text } = Verdict::new(initial, last, baseline_name(plan))?;
     match comparison {
-        Comparison::Better | Comparison::Mixed => terminal::note(&text),
-        Comparison::Same | Comparison::Worse | Comparison::Collapsed => terminal::warning(format!(
+        Comparison::Better | Comparison::Same | Comparison::Mixed => terminal::note(&text),
+        Comparison::Worse | Comparison::Collapsed => terminal::warning(format!(
             "{text}\nhint: train for more epochs or on more images, or start from pretrained weights with `--init`"
         )),
     }

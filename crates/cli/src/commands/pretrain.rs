@@ -258,6 +258,9 @@ fn must_be_same_data(ranks: Ranks, data: &TrainingData) -> Result<()> {
     }
 }
 
+/// Steps below which runs on CIFAR-10 ended below random initialization (docs/log/cifar10.md).
+const FEW_STEPS: u64 = 1000;
+
 /// Prints a summary of the plan.
 pub fn describe(plan: &Plan, device: &str, threads: usize, out: &Path) {
     let (recipe, encoder, schedule) = (&plan.recipe, &plan.encoder, &plan.schedule);
@@ -293,6 +296,13 @@ pub fn describe(plan: &Plan, device: &str, threads: usize, out: &Path) {
         plural(threads, "thread"),
         out.display(),
     ));
+    if plan.recipe_name == "auto" && schedule.total < FEW_STEPS {
+        terminal::warning(format!(
+            "{} are few: runs of fewer than about {FEW_STEPS} often end no better than random initialization\n\
+             hint: increase `--epochs`",
+            plural(schedule.total as usize, "step")
+        ));
+    }
     if (1..MIN_IMAGES).contains(&plan.held_out) && recipe.health.on_collapse != OnCollapse::Continue {
         let remedy = match recipe.health.images < MIN_IMAGES {
             true => format!("set `health.images` to at least {MIN_IMAGES}"),

@@ -46,10 +46,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// First sentence of the comment at the head of a recipe.
+/// Start of the comment at the head of a recipe.
 fn summary(name: &str) -> String {
     let Some(text) = built_in(name) else { return "chosen for the data and the machine".into() };
     let comment: Vec<&str> = text.lines().map_while(|line| line.strip_prefix('#')).map(str::trim).collect();
     let comment = comment.join(" ");
-    comment.split_once(". ").map_or(comment.as_str(), |(first, _)| first).trim_end_matches('.').to_owned()
+    comment.split_once(": ").map_or(comment.as_str(), |(first, _)| first).to_owned()
 }

@@ -70,17 +70,18 @@ fn summarize(run: &Path) -> Result<RunSummary> {
     let epochs = metrics::read_curves(&run.join("metrics.jsonl")).epochs;
     let values = |key: &str| epochs.iter().filter_map(|e| e[key].as_f64()).collect::<Vec<f64>>();
     let (knn, rankme) = (values("knn"), values("rankme"));
+    let done = epochs.last().and_then(|e| e["epoch"].as_u64()).unwrap_or(0);
     let has_failed = epochs.last().is_some_and(|e| !matches!(e["collapse"], Value::Null));
     let is_locked = File::open(run.join("lock")).is_ok_and(|lock| lock.try_lock_shared().is_err());
     Ok(RunSummary {
         run: display_path(run),
         state: match () {
             () if is_locked => "running",
-            () if run.join("encoder.safetensors").exists() => "finished",
+            () if done >= plan.recipe.train.epochs => "finished",
             () if has_failed => "failed",
             () => "stopped",
         },
-        epochs: [epochs.last().and_then(|e| e["epoch"].as_u64()).unwrap_or(0), plan.recipe.train.epochs],
+        epochs: [done, plan.recipe.train.epochs],
         images: plan.images,
         encoder: format!("{} ×{}", plan.encoder.architecture.name(), plan.encoder.width),
         knn: [knn.first().copied(), knn.last().copied()],
