@@ -124,8 +124,8 @@ const PREDICTOR_STEPS: u64 = 500;
 /// The healthy runs of the tests have 0.6 or more.
 const MIN_STD_RATIO: f64 = 0.25;
 
-/// Threshold of constant collapse in the first steps, as a fraction of the initial std. Healthy runs
-/// rise above it, but tiny ones have been at 0.19 of it for an epoch.
+/// Threshold of constant collapse in the first steps, as a fraction of the initial std. Healthy
+/// runs rise above it, but tiny ones have been at 0.19 of it for an epoch.
 const EARLY_STD_RATIO: f64 = 0.1;
 
 /// Threshold of constant collapse, as mean cosine similarity of the projections of different
