@@ -124,9 +124,10 @@ const PREDICTOR_STEPS: u64 = 500;
 /// The healthy runs of the tests have 0.6 or more.
 const MIN_STD_RATIO: f64 = 0.25;
 
-/// Threshold of constant collapse in the first steps, as a fraction of the initial std. Healthy
-/// runs rise above it, but tiny ones have been at 0.19 of it for an epoch.
+/// Thresholds of constant collapse in the first steps: std as a fraction of the initial one, and
+/// dimensions of the representations.
 const EARLY_STD_RATIO: f64 = 0.1;
+const EARLY_DIRECTIONS: f64 = 1.2;
 
 /// Threshold of constant collapse, as mean cosine similarity of the projections of different
 /// images. Healthy runs have 0.5 or less.
@@ -178,20 +179,15 @@ impl Health {
         None
     }
 
-    /// Collapse within the first steps. The initial projections are nearly constant too, so only a
-    /// large decrease counts.
+    /// Collapse within the first steps. The initial projections are nearly constant too, and those
+    /// of tiny runs pass through small spreads, so the representations must agree.
     fn early_collapse(&self, initial: &Health) -> Option<Failure> {
         let (std, before) = (self.projection_std, initial.projection_std);
-        if std < EARLY_STD_RATIO * before {
-            let why = format!("all images have nearly the same projection (std {std:.1e}, {before:.1e} at the start)");
-            return Some(Failure { kind: FailureKind::Constant, why });
-        }
-        if self.directions < 1.5 && self.directions < initial.directions / 4.0 {
-            let (now, before) = (self.directions, initial.directions);
-            let why = format!("the representations span {now:.1} dimensions, {before:.1} at the start");
-            return Some(Failure { kind: FailureKind::Dimensional, why });
-        }
-        None
+        let one_dimension = self.directions < EARLY_DIRECTIONS && self.directions < initial.directions / 4.0;
+        (std < EARLY_STD_RATIO * before && one_dimension).then(|| Failure {
+            kind: FailureKind::Constant,
+            why: format!("all images have nearly the same projection (std {std:.1e}, {before:.1e} at the start)"),
+        })
     }
 
     /// Constant collapse of the projections, or dimensional collapse of the representations.
@@ -389,7 +385,7 @@ mod tests {
         assert!((bad.projection_cosine - 1.0).abs() < 1e-9 && bad.projection_std < 1e-9);
         assert_eq!(bad.failure(None, None, 1000).map(|f| f.kind), Some(FailureKind::Constant));
         assert_eq!(bad.failure(None, None, 10), None, "random initialization looks the same");
-        let early = bad.failure(Some(&summarize(&spread, &spread, None)), None, 10);
+        let early = bad.failure(Some(&Health { directions: 8.0, ..summarize(&spread, &spread, None) }), None, 10);
         assert_eq!(early.map(|f| f.kind), Some(FailureKind::Constant), "much less than at the start");
         let few = Health { images: MIN_IMAGES - 1, ..bad.clone() };
         assert_eq!(few.failure(None, Some(1.0), 1000), None, "too few images to judge");
