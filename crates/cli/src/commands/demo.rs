@@ -120,7 +120,7 @@ fn draw_neighbors(train: &Images, test: &Images, before: &Evaluation, after: &Ev
     for query in queries {
         let mut row = vec![Tile::image(&*test.get(query)?, SIDE).framed([60, 90, 220])];
         for side in &nearest {
-            row.push(Tile::blank(SIDE / 3));
+            row.push(Tile::blank(SIDE));
             for (i, _) in &side[query] {
                 let color = if label(train, *i) == label(test, query) { [40, 170, 70] } else { [210, 60, 50] };
                 row.push(Tile::image(&*train.get(*i)?, SIDE).framed(color));

@@ -298,7 +298,7 @@ pub fn describe(plan: &Plan, device: &str, threads: usize, out: &Path) {
     ));
     if plan.recipe_name == "auto" && schedule.total < FEW_STEPS {
         terminal::warning(format!(
-            "{} are few: runs of fewer than about {FEW_STEPS} often end no better than random initialization\n\
+            "only {}: runs of fewer than {FEW_STEPS} often end no better than random initialization\n\
              hint: increase `--epochs`",
             plural(schedule.total as usize, "step")
         ));

@@ -34,7 +34,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
                 out!("{name:<15}{}", summary(name));
             }
         }
-        Action::Show { recipe, all: false } if recipe == "auto" => {
+        Action::Show { recipe, .. } if recipe == "auto" => {
             let hint = "print the plan for your data with `byol pretrain DATA --dry-run`";
             return Err(format!("the recipe auto depends on the data and the machine\nhint: {hint}").into());
         }

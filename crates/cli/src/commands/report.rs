@@ -35,7 +35,10 @@ use rayon::prelude::*;
 use serde_json::{Value, json};
 
 use super::{
-    ComputeArgs, baseline_name, data_args, duplicates::how_verified, embeddings_args::with_share, eval::side_by_side,
+    ComputeArgs, baseline_name, data_args,
+    duplicates::how_verified,
+    embeddings_args::with_share,
+    eval::{PICTURE_COLUMNS, side_by_side},
     must_be_new,
 };
 use crate::terminal::{self, Result, display_path, duration, out, percent, plural};
@@ -321,7 +324,7 @@ fn evaluations(run: &Path) -> String {
         html += &result_rows(results["rows"].as_array().map_or(&[], Vec::as_slice));
         html += &classes(&results["found"]["confusion"]);
         if let Ok(png) = fs::read(file.with_extension("png")) {
-            html += "<p>Each row: image, ground truth, prediction, prediction of the random initialization.</p>\n";
+            html += &format!("<p>Each row: {PICTURE_COLUMNS}.</p>\n");
             html += &picture("predictions on test images", &png);
         }
     }

@@ -115,6 +115,9 @@ pub struct Labeled {
 /// An encoder with the suffix of its results' names.
 type NamedEncoder = (Encoder, &'static str);
 
+/// Columns of the picture of a dense evaluation.
+pub const PICTURE_COLUMNS: &str = "image, ground truth, prediction, prediction of the random initialization";
+
 /// Suffix of the results of the untrained baseline.
 const RANDOM: &str = ", random initialization";
 
@@ -172,10 +175,7 @@ impl CommonArgs {
                 .map_err(|e| format!("cannot create {}: {e}\nhint: choose another `--picture`", folder.display()))?;
         }
         super::write_file(&path, png)?;
-        terminal::note(format!(
-            "wrote {}: image, ground truth, prediction, prediction of the random initialization",
-            path.display()
-        ));
+        terminal::note(format!("wrote {}: {PICTURE_COLUMNS}", path.display()));
         Ok(ExitCode::SUCCESS)
     }
 
@@ -411,11 +411,14 @@ pub fn labels(images: &Images) -> &[usize] {
 /// Prints a table of names, values and intervals; results of the random initialization have a
 /// column of their own.
 pub fn print(rows: &[ResultRow]) {
+    let value_width = rows.iter().map(|row| measure_text_width(&row.formatted_value())).max().unwrap_or(0);
     let cell = |row: Option<&ResultRow>| {
         let Some(row) = row else { return String::new() };
-        match (row.formatted_value(), row.formatted_interval()) {
-            (value, interval) if interval.is_empty() => value,
-            (value, interval) => format!("{value}  ({interval})"),
+        let value = row.formatted_value();
+        let value = pad_str(&value, value_width, Alignment::Right, None);
+        match row.formatted_interval() {
+            none if none.is_empty() => value.into_owned(),
+            interval => format!("{value}  ({interval})"),
         }
     };
     let mut table: Vec<[String; 3]> = Vec::new();
