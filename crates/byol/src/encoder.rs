@@ -64,6 +64,11 @@ impl Encoder {
         Ok(self.embed_pixels(&decode::file(path.as_ref(), &self.spec.levels)?))
     }
 
+    /// The encoder as a safetensors file, with torchvision's parameter names.
+    pub fn to_safetensors(&self) -> Vec<u8> {
+        weights::to_file(&self.spec, &self.weights, None)
+    }
+
     /// Representation of a decoded image of any size, `[F]`.
     ///
     /// # Examples

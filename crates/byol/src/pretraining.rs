@@ -126,6 +126,7 @@ impl<'a> Pretraining<'a> {
     /// # Errors
     /// [`Error`].
     pub fn run(mut self, out: impl AsRef<Path>) -> Result<Encoder, Error> {
+        self.recipe.adopt_pretrained_architecture()?;
         let opened = device::open(self.device)?;
         let data = prepare(self.dataset.clone(), &self.recipe.check()?)?;
         let (mut recipe, _) = auto::resolve(&self.recipe, &data.train, &opened)?;

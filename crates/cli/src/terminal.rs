@@ -52,16 +52,34 @@ pub fn set_ranks(ranks: Ranks) {
     RANKS.get_or_init(|| ranks);
 }
 
-static QUIET: OnceLock<()> = OnceLock::new();
-
-/// Suppresses notes and progress from now on.
-pub fn set_quiet() {
-    QUIET.get_or_init(|| ());
+/// Amount of output besides results, warnings and errors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Verbosity {
+    /// None.
+    Quiet,
+    /// Notes and progress.
+    Normal,
+    /// Details as well: machine, memory, data cache, checkpoints, time by phase.
+    Verbose,
 }
 
-/// Notes and progress are shown.
-fn is_verbose() -> bool {
-    is_root() && QUIET.get().is_none()
+static VERBOSITY: OnceLock<Verbosity> = OnceLock::new();
+
+/// Sets the verbosity, once.
+pub fn set_verbosity(verbosity: Verbosity) {
+    VERBOSITY.get_or_init(|| verbosity);
+}
+
+/// Whether output of this verbosity is shown.
+fn shows(verbosity: Verbosity) -> bool {
+    is_root() && verbosity <= *VERBOSITY.get().unwrap_or(&Verbosity::Normal)
+}
+
+/// Prints a detail, with `--verbose` only.
+pub fn detail(text: impl Display) {
+    if shows(Verbosity::Verbose) {
+        print(format!("{} {text}", style("detail:").dim().for_stderr()));
+    }
 }
 
 fn is_root() -> bool {
@@ -119,7 +137,7 @@ pub fn warning(text: impl Display) {
 
 /// Prints a note: progress, or a result of no machine-readable form.
 pub fn note(text: impl Display) {
-    if is_verbose() {
+    if shows(Verbosity::Normal) {
         print(text.to_string());
     }
 }
@@ -162,7 +180,7 @@ pub fn progress_bar(label: &str, n: u64) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(Some(n), target());
     let template = format!("{label} {{wide_bar:.cyan/dim}} {{pos}}/{{len}}  {{per_sec}}  {{eta}} left");
     bar.set_style(ProgressStyle::with_template(&template).expect("the template is fixed").progress_chars("━━─"));
-    if bar.is_hidden() && is_verbose() {
+    if bar.is_hidden() && shows(Verbosity::Normal) {
         print_lines(label.to_owned(), bar.downgrade());
     }
     bar
@@ -196,7 +214,11 @@ pub fn with_progress<T>(label: &str, work: impl FnOnce(&mut dyn FnMut(u64, u64))
 }
 
 fn target() -> ProgressDrawTarget {
-    if io::stderr().is_terminal() && is_verbose() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() }
+    if io::stderr().is_terminal() && shows(Verbosity::Normal) {
+        ProgressDrawTarget::stderr()
+    } else {
+        ProgressDrawTarget::hidden()
+    }
 }
 
 /// Progress of a training run.
@@ -280,7 +302,10 @@ impl Progress {
                 plural(*n, "unreadable image"),
                 first = split_hint(first).0
             ))),
-            Event::Checkpoint(_) => {}
+            Event::Checkpoint(path) => {
+                let phases = shares(&self.phases);
+                self.detail(format!("checkpoint {}; {phases}", path.display()));
+            }
         }
     }
 
@@ -332,6 +357,10 @@ impl Progress {
             note(format!("step {step}/{}  {message}", self.total_steps));
         }
         self.bar.set_message(message);
+    }
+
+    fn detail(&self, text: String) {
+        self.bar.suspend(|| detail(text));
     }
 
     fn line(&self, text: String) {

@@ -33,6 +33,9 @@ pub enum Error {
         /// I/O error.
         source: std::io::Error,
     },
+    /// The network exists in byol only.
+    #[error("cannot export to the format of the Hugging Face hub: {0}\nhint: export to NAME.safetensors or NAME.onnx")]
+    Hub(String),
     /// The exported model does not compute the same features as the encoder.
     #[error(
         "{} was not written: the exported model {reason}\n\
@@ -69,12 +72,7 @@ const MAX_RELATIVE_DIFFERENCE: f64 = 1e-3;
 pub fn write(encoder: &Encoder, path: &Path, normalize: bool, images: &Images) -> Result<Check, Error> {
     let extension = path.extension().and_then(|e| e.to_str()).map(str::to_ascii_lowercase);
     let spec = &encoder.spec;
-    let views: Vec<f32> = (0..images.len())
-        .map(|i| Ok(spec.evaluation_view(&*images.get(i)?).interleaved()))
-        .collect::<Result<Vec<_>, data::Error>>()?
-        .concat();
-    let shape = [images.len(), spec.size, spec.size, CHANNELS];
-    let x = Tensor::<4>::from_data(TensorData::new(views, shape), &encoder.device());
+    let x = views(encoder, images)?;
     let expected = host(encoder.embed(x.clone()));
     let differs = |reason: String| Error::Differs { path: path.to_owned(), reason };
     let write_error = |source| Error::Write { path: path.to_owned(), source };
@@ -104,6 +102,22 @@ pub fn write(encoder: &Encoder, path: &Path, normalize: bool, images: &Images) -
         }
         _ => Err(Error::Name(path.to_owned())),
     }
+}
+
+/// Evaluation views of all images: `[N, S, S, C]`.
+fn views(encoder: &Encoder, images: &Images) -> Result<Tensor<4>, data::Error> {
+    let spec = &encoder.spec;
+    let view = |i: usize| Ok(spec.evaluation_view(&*images.get(i)?).interleaved());
+    let views = (0..images.len()).map(view).collect::<Result<Vec<_>, data::Error>>()?.concat();
+    let shape = [images.len(), spec.size, spec.size, CHANNELS];
+    Ok(Tensor::from_data(TensorData::new(views, shape), &encoder.device()))
+}
+
+/// Compares an exported encoder with the encoder on images. `path` is for messages.
+pub(super) fn compare_on(images: &Images, encoder: &Encoder, exported: &Encoder, path: &Path) -> Result<Check, Error> {
+    let x = views(encoder, images)?;
+    let [expected, actual] = [encoder, exported].map(|encoder| host(encoder.embed(x.clone())));
+    compare(&expected, &actual, images.len()).map_err(|reason| Error::Differs { path: path.to_owned(), reason })
 }
 
 /// Metadata key of the comparison.

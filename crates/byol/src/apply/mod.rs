@@ -8,6 +8,7 @@ pub mod embeddings;
 pub mod export;
 #[doc(hidden)]
 pub mod hand_labels;
+pub mod hub;
 pub mod map;
 #[doc(hidden)]
 pub mod neighbors;

@@ -65,11 +65,16 @@ fn rgb(width: usize, height: usize, channels: usize, value: impl Fn(usize) -> u8
     })
 }
 
+/// Width and height of a picture of `rows` in pixels.
+pub fn size(rows: &[Vec<Tile>], side: u32) -> [u32; 2] {
+    [rows.iter().map(Vec::len).max().unwrap_or(0), rows.len()].map(|n| n as u32 * (side + GAP) + GAP)
+}
+
 /// Encodes rows of tiles, each of `side` × `side` pixels, as a PNG.
 pub fn png(rows: &[Vec<Tile>], side: u32) -> Vec<u8> {
-    let columns = rows.iter().map(Vec::len).max().unwrap_or(0) as u32;
     let offset = |n: u32| n * (side + GAP) + GAP;
-    let mut sheet = RgbImage::from_pixel(offset(columns), offset(rows.len() as u32), Rgb([255; 3]));
+    let [width, height] = size(rows, side);
+    let mut sheet = RgbImage::from_pixel(width, height, Rgb([255; 3]));
     for (y, row) in rows.iter().enumerate() {
         for (x, tile) in row.iter().enumerate() {
             let (left, top) = (offset(x as u32), offset(y as u32));
@@ -94,7 +99,9 @@ mod tests {
     fn sheet_size_follows_from_its_tiles() {
         let image = Image { height: 1, width: 5, channels: 3, pixels: vec![9; 15] };
         let row = vec![Tile::image(&image, 16), Tile::image(&image, 16).framed([0, 200, 0])];
-        let sheet = image::load_from_memory(&png(&[row.clone(), row, vec![]], 16)).unwrap();
-        assert_eq!((sheet.width(), sheet.height()), (2 * 24 + 8, 3 * 24 + 8));
+        let rows = [row.clone(), row, vec![]];
+        let sheet = image::load_from_memory(&png(&rows, 16)).unwrap();
+        assert_eq!([sheet.width(), sheet.height()], [2 * 24 + 8, 3 * 24 + 8]);
+        assert_eq!(size(&rows, 16), [2 * 24 + 8, 3 * 24 + 8]);
     }
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{atomic_write, random};
 
@@ -11,7 +11,7 @@ use crate::{atomic_write, random};
 const BOOTSTRAP_SAMPLES: usize = 1000;
 
 /// Metric with its confidence interval.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ResultRow {
     /// Metric name, e.g. `kNN accuracy, k = 20`.
     pub name: String,
@@ -19,7 +19,7 @@ pub struct ResultRow {
     pub value: f64,
     /// 95 % bootstrap interval over the test images; `None` for a metric that is not an average
     /// over them.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub interval: Option<[f64; 2]>,
     /// True for a fraction, which is shown in percent.
     #[serde(rename = "share")]
@@ -128,7 +128,7 @@ fn bootstrap_all(n: usize, seed: u64, count: usize, statistics: impl Fn(&[usize]
 }
 
 /// Results of an evaluation, with everything needed to reproduce it.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ResultTable {
     /// Evaluation name: `knn`, `linear`, …
     pub evaluation: String,
@@ -142,10 +142,19 @@ pub struct ResultTable {
     /// newer table with the same identity replaces the older one.
     pub settings: serde_json::Value,
     /// Findings besides the metrics: selected hyperparameters, verdicts.
-    #[serde(rename = "found", skip_serializing_if = "serde_json::Value::is_null")]
+    #[serde(default, rename = "found", skip_serializing_if = "serde_json::Value::is_null")]
     pub details: serde_json::Value,
     /// Metrics.
     pub rows: Vec<ResultRow>,
+}
+
+/// Results stored in the folder of a run, by file name. Unreadable files are left out.
+pub fn stored(run: &Path) -> Vec<ResultTable> {
+    let Ok(folder) = std::fs::read_dir(run.join("eval")) else { return Vec::new() };
+    let mut files: Vec<PathBuf> = folder.flatten().map(|entry| entry.path()).collect();
+    files.sort();
+    let tables = files.iter().filter(|file| file.extension().is_some_and(|e| e == "json"));
+    tables.filter_map(|file| serde_json::from_slice(&std::fs::read(file).ok()?).ok()).collect()
 }
 
 impl ResultTable {
@@ -222,7 +231,8 @@ mod tests {
             path.file_name().unwrap().to_str().unwrap().to_owned()
         };
         assert_eq!([save("a", 1.0), save("b", 2.0), save("a", 3.0)], ["knn.json", "knn-2.json", "knn.json"]);
-        assert!(std::fs::read_to_string(run.path().join("eval/knn.json")).unwrap().contains("3.0"));
+        let values: Vec<f64> = stored(run.path()).iter().map(|table| table.value("x").unwrap()).collect();
+        assert_eq!(values, [2.0, 3.0], "knn-2.json, knn.json");
     }
 
     #[test]

@@ -12,6 +12,7 @@ use burn::tensor::Device;
 use half::{bf16, f16};
 use pytorch_reader::{DType, PytorchReader};
 use safetensors::{Dtype, SafeTensors};
+use serde_json::Value;
 
 use super::{
     encoder::{Encoder, EncoderSpec, Normalization, Weights, reference_center, reference_eps},
@@ -28,6 +29,25 @@ pub struct Preparation {
     pub size: Option<usize>,
     /// Input normalization.
     pub normalization: Normalization,
+}
+
+impl Preparation {
+    /// Adds size and normalization of the `config.json` beside a checkpoint, in timm's format,
+    /// where `size`, `mean` and `std` are `None`.
+    pub fn with_config(checkpoint: &Path, size: Option<usize>, mean: Option<Vec<f32>>, std: Option<Vec<f32>>) -> Self {
+        let config = checkpoint.parent().and_then(|folder| fs::read(folder.join("config.json")).ok());
+        let config: Value = config.and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default();
+        let config = &config["pretrained_cfg"];
+        let values = |key: &str| serde_json::from_value::<Vec<f32>>(config[key].clone()).ok();
+        let default = Normalization::default();
+        Preparation {
+            size: size.or_else(|| config["input_size"][1].as_u64().map(|size| size as usize)),
+            normalization: Normalization {
+                mean: mean.or_else(|| values("mean")).unwrap_or(default.mean),
+                std: std.or_else(|| values("std")).unwrap_or(default.std),
+            },
+        }
+    }
 }
 
 /// Reads the values of a tensor.
@@ -306,6 +326,27 @@ mod tests {
 
     fn preparation() -> Preparation {
         Preparation { size: None, normalization: Normalization::default() }
+    }
+
+    #[test]
+    fn input_is_read_from_the_config_beside_a_checkpoint() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("model.safetensors");
+        let read = || Preparation::with_config(&file, None, None, Some(vec![0.2; 3]));
+        let normalization = |mean: [f32; 3]| Normalization { mean: mean.into(), std: vec![0.2; 3] };
+        let default = Preparation { size: None, normalization: normalization([0.485, 0.456, 0.406]) };
+        assert_eq!(read(), default, "no config.json");
+        for (config, expected) in [
+            ("not json", default.clone()),
+            (r#"{"pretrained_cfg": {"mean": "x", "input_size": 3}}"#, default.clone()),
+            (
+                r#"{"pretrained_cfg": {"mean": [0.5, 0.4, 0.3], "std": [1, 1, 1], "input_size": [3, 160, 160]}}"#,
+                Preparation { size: Some(160), normalization: normalization([0.5, 0.4, 0.3]) },
+            ),
+        ] {
+            fs::write(folder.path().join("config.json"), config).unwrap();
+            assert_eq!(read(), expected, "{config}");
+        }
     }
 
     /// Writes a small ResNet-18 with renamed tensors.

@@ -31,8 +31,8 @@ pub mod tree;
 pub mod weights;
 
 pub use crate::device::Precision;
-pub(crate) use encoder::reference_center;
 pub use encoder::{Encoder, EncoderSpec, Normalization, Weights};
+pub(crate) use encoder::{reference_center, reference_eps};
 pub use forward_context::{ForwardContext, Mode, NormConfig, RunningStats, Statistics};
 pub use init::Init;
 pub use mlp::Mlp;

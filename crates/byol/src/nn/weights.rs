@@ -152,9 +152,18 @@ pub(crate) fn serialize(
     safetensors::serialize(views, Some(metadata)).expect("named tensors of known types are serializable")
 }
 
-/// Returns the path of `encoder.safetensors` in a run folder, or the path itself for a file.
+/// Weights in a folder in the format of the Hugging Face hub.
+pub(crate) const HUB_FILE: &str = "model.safetensors";
+
+/// Returns the path of the encoder in a run folder or a folder in the format of the Hugging Face
+/// hub, or the path itself for a file.
 pub fn resolve(path: &Path) -> PathBuf {
-    if path.is_dir() { path.join("encoder.safetensors") } else { path.to_owned() }
+    let (of_run, of_hub) = (path.join("encoder.safetensors"), path.join(HUB_FILE));
+    match path.is_dir() {
+        true if !of_run.exists() && of_hub.exists() => of_hub,
+        true => of_run,
+        false => path.to_owned(),
+    }
 }
 
 /// SHA-256 of an encoder file in hexadecimal, which identifies the encoder.

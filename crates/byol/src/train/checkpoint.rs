@@ -139,6 +139,14 @@ fn step_of(path: &Path) -> Option<u64> {
     path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()
 }
 
+/// Step of the latest checkpoint.
+///
+/// # Errors
+/// [`Error::None`].
+pub(crate) fn newest_step(folder: &Path) -> Result<u64, Error> {
+    list(folder).last().and_then(|path| step_of(path)).ok_or_else(|| Error::None(folder.to_owned()))
+}
+
 /// Latest checkpoint of step `step` or before.
 pub(crate) fn newest_until(folder: &Path, step: u64) -> Option<PathBuf> {
     list(folder).into_iter().rfind(|path| step_of(path).is_some_and(|s| s <= step))
@@ -299,20 +307,21 @@ fn tensors(byol: &Byol) -> NamedTensors {
 }
 
 /// Loads the latest checkpoint into `byol`, as made by
-/// [`Plan::initial_state`](super::Plan::initial_state). `plan` is the hash of the plan.
+/// [`Plan::initial_state`](super::Plan::initial_state). `plans` are the hashes of the plan and, if
+/// the run was extended, of its earlier plans.
 ///
 /// # Errors
 /// All but [`Error::Write`]. The error of a damaged checkpoint names the last intact one.
 pub(crate) fn load_newest(
     folder: &Path,
     byol: &mut Byol,
-    plan: &str,
+    plans: &[String],
     device: &Device,
 ) -> Result<(PathBuf, Counters), Error> {
     let all = list(folder);
     let (newest, older) = all.split_last().ok_or_else(|| Error::None(folder.to_owned()))?;
-    let last_intact = || older.iter().rev().find(|p| read(p, plan, None).is_ok()).cloned();
-    let (state, bytes) = read(newest, plan, Some(&last_intact))?;
+    let last_intact = || older.iter().rev().find(|p| read(p, plans, None).is_ok()).cloned();
+    let (state, bytes) = read(newest, plans, Some(&last_intact))?;
     let damaged = |reason: String| Error::Damaged { path: newest.clone(), reason, previous: last_intact() };
     let counters = restore(byol, state, &bytes, device).map_err(damaged)?;
     Ok((newest.clone(), counters))
@@ -355,9 +364,13 @@ fn restore(byol: &mut Byol, state: State, bytes: &[u8], device: &Device) -> Resu
     Ok(Counters { metrics_bytes, loss_sum, loss_count, halvings, loss_scale })
 }
 
-/// Reads and verifies a checkpoint against its checksum and the plan. `last_intact` finds the one
-/// to suggest instead.
-fn read(path: &Path, plan: &str, last_intact: Option<&dyn Fn() -> Option<PathBuf>>) -> Result<(State, Vec<u8>), Error> {
+/// Reads and verifies a checkpoint against its checksum and the hashes of the plans. `last_intact`
+/// finds the one to suggest instead.
+fn read(
+    path: &Path,
+    plans: &[String],
+    last_intact: Option<&dyn Fn() -> Option<PathBuf>>,
+) -> Result<(State, Vec<u8>), Error> {
     let previous = || last_intact.and_then(|find| find());
     let load = |name: &str| {
         fs::read(path.join(name)).map_err(|source| Error::Read { path: path.join(name), source, previous: previous() })
@@ -368,7 +381,7 @@ fn read(path: &Path, plan: &str, last_intact: Option<&dyn Fn() -> Option<PathBuf
     if state.version != VERSION {
         return Err(foreign(format!("layout version {}, expected {VERSION}", state.version)));
     }
-    if state.plan != plan {
+    if !plans.contains(&state.plan) {
         return Err(foreign("its plan.toml differs".into()));
     }
     let bytes = load("state.safetensors")?;
@@ -413,14 +426,14 @@ mod tests {
         assert_eq!(save(&byol, 1), path);
         assert_eq!(fs::metadata(&tensors).unwrap().modified().unwrap(), written, "the tensors are not rewritten");
         let mut other = new_state();
-        let (_, counters) = load_newest(folder.path(), &mut other, "plan", &Device::flex()).unwrap();
+        let (_, counters) = load_newest(folder.path(), &mut other, &["plan".into()], &Device::flex()).unwrap();
         assert_eq!(counters.halvings, 1);
         byol.k = 1;
         save(&byol, 1);
         let names: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(names.len(), 2, "{names:?}");
         assert!(matches!(
-            load_newest(folder.path(), &mut other, "different plan", &Device::flex()),
+            load_newest(folder.path(), &mut other, &["different plan".into()], &Device::flex()),
             Err(Error::Foreign { .. })
         ));
     }

@@ -122,6 +122,16 @@ pub enum Error {
         /// Difference.
         reason: String,
     },
+    /// A run cannot get fewer epochs than it has completed, or than its warm-up takes.
+    #[error(
+        "{epochs} epochs are too few: the run has completed {done}, warm-up included\nhint: pass a higher `--epochs`"
+    )]
+    Extend {
+        /// Requested number of epochs.
+        epochs: u64,
+        /// Completed epochs, at least those of the warm-up.
+        done: u64,
+    },
     /// The ranks cannot share a batch.
     #[error("cannot train on {ranks} ranks: {reason}")]
     Ranks {

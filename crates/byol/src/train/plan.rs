@@ -52,10 +52,25 @@ pub struct Plan {
     pub held_out_fingerprint: Option<String>,
     /// Schedules of η and τ.
     pub schedule: Schedule,
+    /// Earlier plans of the run, if it was extended.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub extended: Vec<Extension>,
     /// Encoder of the run.
     pub encoder: EncoderSpec,
     /// Settings.
     pub recipe: Recipe,
+}
+
+/// Change of the number of epochs of a run, by [`Plan::extend`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Extension {
+    /// Completed steps at the change.
+    pub step: u64,
+    /// Epochs of the earlier plan.
+    pub epochs: u64,
+    /// Hash of the earlier plan, which the checkpoints up to `step` carry.
+    pub plan: String,
 }
 
 /// Absolute path of the data. Patterns of shards and URLs stay as they are.
@@ -64,6 +79,11 @@ fn absolute(root: &Path) -> PathBuf {
         return root.to_owned();
     }
     std::fs::canonicalize(root).or_else(|_| std::path::absolute(root)).unwrap_or_else(|_| root.to_owned())
+}
+
+/// ⌊epochs · images / batch⌋, as in the reference: a batch may span the end of an epoch.
+fn steps(epochs: u64, images: usize, batch: usize) -> u64 {
+    (u128::from(epochs) * images as u128 / batch as u128) as u64
 }
 
 impl Plan {
@@ -84,8 +104,7 @@ impl Plan {
         if batch > n {
             return Err(Error::BatchTooLarge { batch, images: n, root: root.clone() });
         }
-        // ⌊epochs · images / batch⌋, as in the reference: a batch may span the end of an epoch.
-        let steps = |epochs: u64| (u128::from(epochs) * n as u128 / batch as u128) as u64;
+        let steps = |epochs: u64| steps(epochs, n, batch);
         let size = recipe.views.size;
         Ok(Plan {
             version: env!("CARGO_PKG_VERSION").into(),
@@ -104,6 +123,7 @@ impl Plan {
                 tau_base: recipe.target.tau,
                 constant_tau: recipe.target.schedule == TauSchedule::Constant,
             },
+            extended: Vec::new(),
             encoder: EncoderSpec {
                 architecture: recipe.encoder.architecture,
                 width: recipe.encoder.width,
@@ -152,12 +172,36 @@ impl Plan {
         Ok(())
     }
 
+    /// Steps of a run of `epochs`.
+    fn steps(&self, epochs: u64) -> u64 {
+        steps(epochs, self.images, self.recipe.train.batch)
+    }
+
     /// Completed epochs after `steps` steps.
     pub fn epochs_done(&self, steps: u64) -> u64 {
         if steps >= self.schedule.total {
             return self.recipe.train.epochs;
         }
-        steps * self.recipe.train.batch as u64 / self.images as u64
+        // The last epoch of a finished run ends up to a batch early, also if the run was extended.
+        let is_complete = |e: &&Extension| e.step <= steps && e.step >= self.steps(e.epochs);
+        let recorded = self.extended.iter().filter(is_complete).map(|e| e.epochs).max();
+        (steps * self.recipe.train.batch as u64 / self.images as u64).max(recorded.unwrap_or(0))
+    }
+
+    /// Returns the plan with another number of epochs, from `step` on. η and τ take the values that
+    /// they have at `step` in a run of `epochs`. `hash` is the hash of this plan.
+    ///
+    /// # Errors
+    /// [`Error::Extend`], if `epochs` are complete at `step`.
+    pub(crate) fn extend(&self, epochs: u64, step: u64, hash: String) -> Result<Plan, Error> {
+        let mut plan = self.clone();
+        plan.schedule.total = plan.steps(epochs);
+        if plan.schedule.total <= step.max(plan.schedule.warmup) {
+            return Err(Error::Extend { epochs, done: self.epochs_done(step.max(plan.schedule.warmup)) });
+        }
+        plan.recipe.train.epochs = epochs;
+        plan.extended.push(Extension { step, epochs: self.recipe.train.epochs, plan: hash });
+        Ok(plan)
     }
 
     /// Networks f, g and q.
@@ -280,6 +324,17 @@ mod tests {
     fn plan_round_trips_through_its_file() {
         let p = plan(5, 4);
         assert_eq!(Plan::parse(&p.to_toml(), Path::new("plan.toml")).unwrap(), p);
+    }
+
+    #[test]
+    fn extended_plan_keeps_its_earlier_ones() {
+        let p = plan(5, 4);
+        let longer = p.extend(10, 12, "first".into()).unwrap();
+        assert_eq!((longer.schedule.total, longer.epochs_done(11), longer.epochs_done(12)), (25, 4, 5));
+        assert_eq!(longer.extended, [Extension { step: 12, epochs: 5, plan: "first".into() }]);
+        assert_eq!(longer.schedule.eta(12), plan(10, 4).schedule.eta(12));
+        assert_eq!(Plan::parse(&longer.to_toml(), Path::new("plan.toml")).unwrap(), longer);
+        assert!(matches!(p.extend(5, 12, String::new()), Err(Error::Extend { epochs: 5, done: 5 })));
     }
 
     #[test]

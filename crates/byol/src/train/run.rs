@@ -8,6 +8,7 @@ use std::{
     collections::HashSet,
     fmt,
     fs::{self, File, OpenOptions},
+    io,
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -178,8 +179,9 @@ pub struct Run {
     started: Instant,
     /// `metrics.jsonl` is empty.
     fresh: bool,
-    /// Hash of `plan.toml` on disk; empty unless this is rank 0.
-    plan_hash: String,
+    /// Hash of `plan.toml` on disk, then those of the earlier plans of an extended run; empty
+    /// unless this is rank 0.
+    plan_hashes: Vec<String>,
     /// Keeps other processes from writing into the folder; `None` unless this is rank 0.
     _lock: Option<File>,
 }
@@ -255,6 +257,28 @@ fn read_plan_text(folder: &Path) -> Result<String, Error> {
     fs::read_to_string(&path).map_err(|source| Error::Read { path, source })
 }
 
+/// Changes the number of epochs of a run, finished or not. It then continues from its latest
+/// checkpoint with η and τ as in a run of `epochs` from the start, which jump where the earlier
+/// schedule was different. Returns the new plan.
+///
+/// # Errors
+/// [`Error::Extend`], if `epochs` are complete already; [`Error::Busy`], [`Error::Read`],
+/// [`Error::BadPlan`], [`Error::Checkpoint`], [`Error::Write`].
+pub fn extend(folder: &Path, epochs: u64) -> Result<Plan, Error> {
+    let text = read_plan_text(folder)?;
+    let plan = Plan::parse(&text, &plan_file(folder))?;
+    if epochs == plan.recipe.train.epochs {
+        return Ok(plan);
+    }
+    let _lock = lock(folder)?;
+    let step = checkpoint::newest_step(&checkpoints(folder))?;
+    let plan = plan.extend(epochs, step, checkpoint::plan_hash(&text))?;
+    // Checkpoints of the earlier plan stay valid, so that this write is all that happens.
+    let path = plan_file(folder);
+    atomic_write::write_whole(&path, plan.to_toml().as_bytes()).map_err(|source| Error::Write { path, source })?;
+    Ok(plan)
+}
+
 /// Locks the folder for this process. The OS releases the lock on exit, even after a crash. Some
 /// network drives do not support locks; there the folder is unprotected.
 fn lock(folder: &Path) -> Result<File, Error> {
@@ -323,8 +347,9 @@ impl Run {
         let counters = Counters { loss_scale: plan.stepper().loss_scale, ..Counters::default() };
         let keep = plan.recipe.checkpoint.keep;
         checkpoint::save(&checkpoints(folder), &byol, counters, &plan_hash, keep, [0; 2])?;
-        let run = Run::assemble(folder, plan, byol, data, context, counters, tensorboard)?;
-        Ok(Run { timing, plan_hash, _lock: Some(lock), ..run })
+        let mut run = Run::assemble(folder, plan, byol, data, context, counters, tensorboard)?;
+        run.log(|events, step| events.text(step, "plan", &format!("```toml\n{text}```\n")))?;
+        Ok(Run { timing, plan_hashes: vec![plan_hash], _lock: Some(lock), ..run })
     }
 
     /// Opens a run at its latest checkpoint. The number of ranks may differ from before.
@@ -341,11 +366,13 @@ impl Run {
             return Run::assemble(folder, plan, byol, data, context, Counters::default(), false);
         }
         let lock = lock(folder)?;
-        let plan_hash = checkpoint::plan_hash(&read_plan_text(folder)?);
-        let (_, counters) = checkpoint::load_newest(&checkpoints(folder), &mut byol, &plan_hash, &context.device)?;
+        let earlier = plan.extended.iter().rev().map(|extension| extension.plan.clone());
+        let plan_hashes: Vec<String> =
+            std::iter::once(checkpoint::plan_hash(&read_plan_text(folder)?)).chain(earlier).collect();
+        let (_, counters) = checkpoint::load_newest(&checkpoints(folder), &mut byol, &plan_hashes, &context.device)?;
         let tensorboard = folder.join("tensorboard").is_dir();
         let run = Run::assemble(folder, plan, byol, data, context, counters, tensorboard)?;
-        Ok(Run { plan_hash, _lock: Some(lock), ..run })
+        Ok(Run { plan_hashes, _lock: Some(lock), ..run })
     }
 
     fn assemble(
@@ -389,7 +416,7 @@ impl Run {
             metrics,
             events,
             timing: None,
-            plan_hash: String::new(),
+            plan_hashes: Vec::new(),
             _lock: None,
         })
     }
@@ -607,9 +634,10 @@ impl Run {
         if ranks.is_root() {
             // Checkpoints between two epochs may already be of a failing network.
             checkpoint::remove_after(&folder, self.history.healthy[0])?;
-            (_, counters) = checkpoint::load_newest(&folder, &mut self.byol, &self.plan_hash, &device)?;
+            (_, counters) = checkpoint::load_newest(&folder, &mut self.byol, &self.plan_hashes, &device)?;
         }
-        let counters = checkpoint::share(ranks, &mut self.byol, counters, &self.plan_hash, &device);
+        let hash = self.plan_hash().to_owned();
+        let counters = checkpoint::share(ranks, &mut self.byol, counters, &hash, &device);
         (self.loss_sum, self.loss_count) = (counters.loss_sum, counters.loss_count);
         self.stepper.loss_scale = counters.loss_scale;
         self.halvings += 1;
@@ -658,7 +686,7 @@ impl Run {
         };
         let keep = self.plan.recipe.checkpoint.keep;
         let folder = checkpoints(&self.folder);
-        let path = checkpoint::save(&folder, &self.byol, counters, &self.plan_hash, keep, self.history.healthy)?;
+        let path = checkpoint::save(&folder, &self.byol, counters, self.plan_hash(), keep, self.history.healthy)?;
         self.save_encoder("encoder.safetensors")?;
         Ok(path)
     }
@@ -677,11 +705,25 @@ impl Run {
     }
 
     fn log_scalars(&mut self, values: &[(&str, f64)]) -> Result<(), Error> {
+        self.log(|events, step| events.scalars(step, values))
+    }
+
+    /// Writes into the TensorBoard event file, if there is one. `write` receives it with the step.
+    ///
+    /// # Errors
+    /// [`Error::Write`].
+    #[doc(hidden)]
+    pub fn log(&mut self, write: impl FnOnce(&mut EventFile, u64) -> io::Result<()>) -> Result<(), Error> {
         let path = self.folder.join("tensorboard");
         match &mut self.events {
-            Some(events) => events.scalars(self.byol.k, values).map_err(|source| Error::Write { path, source }),
+            Some(events) => write(events, self.byol.k).map_err(|source| Error::Write { path, source }),
             None => Ok(()),
         }
+    }
+
+    /// Hash of the current plan.
+    fn plan_hash(&self) -> &str {
+        self.plan_hashes.first().map_or("", String::as_str)
     }
 
     fn diverged(&self, what: &'static str, value: f64) -> Error {

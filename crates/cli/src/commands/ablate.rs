@@ -35,11 +35,16 @@ use super::{
 };
 use crate::terminal::{self, Progress, Result, out};
 
+const EXAMPLES: &str = "\
+Examples:
+  byol ablate cifar10 --study views --epochs 10  Compare sets of augmentations";
+
 /// Repeat an ablation study of the paper on your own images
 ///
 /// A study consists of runs that differ in a few recipe keys, each in a run folder of its own.
 /// Repeat the same command to continue a stopped study. The recipe flags apply to all runs.
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
 pub struct Args {
     /// Labeled images: class subfolders, CIFAR or IDX files
     data: PathBuf,

@@ -7,10 +7,16 @@ use clap_complete::Shell;
 
 use crate::terminal::{Result, out};
 
+const EXAMPLES: &str = "\
+Examples:
+  byol completions bash > ~/.local/share/bash-completion/completions/byol  For bash
+  byol completions zsh > ~/.zfunc/_byol                                    For zsh";
+
 /// Print a shell completion script
 ///
 /// For example: `byol completions bash > ~/.local/share/bash-completion/completions/byol`.
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
 pub struct Args {
     /// Shell of the script
     shell: Shell,

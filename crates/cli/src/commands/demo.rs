@@ -16,11 +16,16 @@ use byol::{
 use super::{INTERRUPTED, set_threads, stop_flag};
 use crate::terminal::{self, Progress, Result, display_path, out, percent};
 
+const EXAMPLES: &str = "\
+Examples:
+  byol demo  Train on synthetic images in about two minutes";
+
 /// Pretrain on synthetic images and show the result, in a few minutes
 ///
 /// The images are procedural: ink patterns on paper with random lightness, scale and rotation.
 /// Their six classes are used only for evaluation.
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
 pub struct Args {
     /// Folder for the run [default: byol-runs/demo]
     #[arg(long)]

@@ -6,8 +6,13 @@ use byol::device::{self, DeviceChoice, Kind};
 
 use crate::terminal::{Result, out, plural};
 
+const EXAMPLES: &str = "\
+Examples:
+  byol devices  List the devices of this machine and build";
+
 /// List the compute devices of this machine
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
 pub struct Args {
     /// Print the results as one JSON object
     #[arg(long)]

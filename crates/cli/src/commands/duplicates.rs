@@ -8,7 +8,7 @@ use std::{
 use byol::apply::{
     duplicates::{self, Pair},
     embeddings::Embeddings,
-    row_images::Access,
+    row_images::{Access, RowImages},
     search::Index,
 };
 use serde_json::json;
@@ -16,8 +16,15 @@ use serde_json::json;
 use super::{
     CpuArgs,
     embeddings_args::{EmbeddingsArgs, note_if_approximate, pair_json, read_signatures, row_images, with_share},
+    gallery::{GalleryArgs, Group},
 };
 use crate::terminal::{self, Result, escape_control, out, plural};
+
+const EXAMPLES: &str = "\
+Examples:
+  byol duplicates photos.parquet                    Find near-duplicates in one set
+  byol duplicates train.parquet test.parquet        Find test images that are in the training set
+  byol duplicates photos.parquet --html pairs.html  Also write them as pictures";
 
 /// Find near-duplicate images
 ///
@@ -29,6 +36,7 @@ use crate::terminal::{self, Result, escape_control, out, plural};
 /// pixels. Pairs of images that cannot be read are found by their embeddings alone and marked as
 /// unverified.
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
 pub struct Args {
     #[command(flatten)]
     embeddings: EmbeddingsArgs,
@@ -46,6 +54,8 @@ pub struct Args {
     #[arg(long, value_name = "DATA", requires = "other")]
     other_data: Option<PathBuf>,
     #[command(flatten)]
+    gallery: GalleryArgs,
+    #[command(flatten)]
     cpu: CpuArgs,
 }
 
@@ -60,6 +70,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         )
         .into());
     }
+    args.gallery.check()?;
     let embeddings = args.embeddings.read(args.cpu.threads)?;
     match &args.other {
         None => within(args, embeddings),
@@ -101,6 +112,16 @@ fn within(args: &Args, embeddings: Embeddings) -> Result<()> {
     let pairs = with_share("comparing", |done| duplicates::within(&index, &signatures, args.threshold, done));
     let groups = duplicates::groups(paths.len(), &pairs);
     warn_if_few(paths.len(), &pairs);
+    let redundant: usize = groups.iter().map(|group| group.len() - 1).sum();
+    let summary = format!(
+        "{}, {} of {}{}",
+        plural(groups.len(), "group"),
+        plural(redundant, "redundant image"),
+        paths.len(),
+        how_verified(&pairs)
+    );
+    let gallery: Vec<Group> = groups.iter().map(|group| group_of(&images, group, &pairs)).collect();
+    args.gallery.write("Near-duplicates", &summary, &gallery)?;
     if args.cpu.json {
         let groups: Vec<Vec<&String>> = groups.iter().map(|group| group.iter().map(|i| &paths[*i]).collect()).collect();
         let evidence: Vec<_> = pairs.iter().map(|p| pair_json(p, &paths[p.a], &paths[p.b])).collect();
@@ -118,15 +139,21 @@ fn within(args: &Args, embeddings: Embeddings) -> Result<()> {
             out!("{}{}", if i == 0 { "" } else { "  = " }, escape_control(&paths[*row]));
         }
     }
-    let redundant: usize = groups.iter().map(|group| group.len() - 1).sum();
-    terminal::note(format!(
-        "{}, {} of {}{}",
-        plural(groups.len(), "group"),
-        plural(redundant, "redundant image"),
-        paths.len(),
-        how_verified(&pairs)
-    ));
+    terminal::note(summary);
     Ok(())
+}
+
+/// A group of one set, with the evidence of its pairs.
+fn group_of<'a>(images: &'a RowImages, group: &[usize], pairs: &[Pair]) -> Group<'a> {
+    let own = pairs.iter().filter(|pair| group.contains(&pair.a) && group.contains(&pair.b));
+    let mut evidence: Vec<String> = own.map(describe_evidence).collect();
+    evidence.dedup();
+    Group { images: group.iter().map(|row| (images, *row)).collect(), caption: evidence.join("; ") }
+}
+
+/// Why two images are near-duplicates.
+fn describe_evidence(pair: &Pair) -> String {
+    pair.evidence.map_or("unverified".into(), |evidence| evidence.describe())
 }
 
 /// Prints the pairs of near-duplicates across two sets.
@@ -145,6 +172,19 @@ fn across(args: &Args, first: Embeddings, other: &Path) -> Result<()> {
         duplicates::across(&index, &rows, [&signatures[0], &signatures[1]], args.threshold, done)
     });
     warn_if_few(paths.len(), &pairs);
+    let mut leaked: Vec<usize> = pairs.iter().map(|pair| pair.b).collect();
+    leaked.sort_unstable();
+    leaked.dedup();
+    let summary = format!(
+        "{} of {} images of the second set are also in the first{}",
+        leaked.len(),
+        second.paths.len(),
+        how_verified(&pairs)
+    );
+    let pictures = |pair: &Pair| vec![(&images[0], pair.a), (&images[1], pair.b)];
+    let gallery: Vec<Group> =
+        pairs.iter().map(|pair| Group { images: pictures(pair), caption: describe_evidence(pair) }).collect();
+    args.gallery.write("Near-duplicates", &summary, &gallery)?;
     if args.cpu.json {
         let described: Vec<_> = pairs.iter().map(|p| pair_json(p, &paths[p.a], &second.paths[p.b])).collect();
         out!(
@@ -158,18 +198,10 @@ fn across(args: &Args, first: Embeddings, other: &Path) -> Result<()> {
     }
     for pair in &pairs {
         let (first, second) = (escape_control(&paths[pair.a]), escape_control(&second.paths[pair.b]));
-        let evidence = pair.evidence.map_or("unverified".into(), |evidence| evidence.describe());
+        let evidence = describe_evidence(pair);
         out!("{:.3}  {first}  =  {second}  ({evidence})", pair.relative_distance);
     }
-    let mut leaked: Vec<usize> = pairs.iter().map(|pair| pair.b).collect();
-    leaked.sort_unstable();
-    leaked.dedup();
-    terminal::note(format!(
-        "{} of {} images of the second set are also in the first{}",
-        leaked.len(),
-        second.paths.len(),
-        how_verified(&pairs)
-    ));
+    terminal::note(summary);
     Ok(())
 }
 

@@ -13,12 +13,18 @@ use byol::{
 use super::{ComputeArgs, INTERRUPTED, data_args::DataFlags, must_be_new, warn_skipped};
 use crate::terminal::{self, Result, display_path, out, plural};
 
+const EXAMPLES: &str = "\
+Examples:
+  byol embed byol-runs/photos photos -o photos.parquet      Embed all images
+  byol embed byol-runs/photos photos -o e.npy --split test  Embed the test split as NumPy array";
+
 /// Compute the embedding of every image
 ///
 /// Each row of the output has the path of the image, its label if there is one, and its embedding
 /// (the encoder output), in the order of the data: training, validation, test images. Finished rows
 /// are kept in FILE.partial-rows: after Ctrl-C or a crash, the same command continues from there.
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
 pub struct Args {
     /// Encoder file (.safetensors) or run folder
     encoder: PathBuf,

@@ -3,9 +3,11 @@
 use std::{path::PathBuf, process::ExitCode};
 
 use byol::{
-    apply::export,
+    apply::{export, hub},
     data::{Dataset, Images, Levels, OpenOptions, synthetic},
     device::{self, DeviceChoice},
+    eval::results,
+    nn::Encoder,
     train::run::read_plan,
 };
 use serde_json::json;
@@ -13,19 +15,31 @@ use serde_json::json;
 use super::must_be_new;
 use crate::terminal::{self, Result, display_path, out};
 
-/// Export an encoder to ONNX, or to safetensors for torchvision and timm
+const EXAMPLES: &str = "\
+Examples:
+  byol export byol-runs/photos -o encoder.onnx         Export for ONNX Runtime
+  byol export byol-runs/photos -o encoder.safetensors  Export for torchvision and timm
+  byol export byol-runs/photos --format hf -o my-model Export for the Hugging Face hub";
+
+/// Export an encoder to ONNX, safetensors or the Hugging Face hub
 ///
 /// NAME.safetensors uses the tensor names of torchvision, which are also timm's, and loads there
 /// with strict=True except for the classifier (with the 3x3 stem for small images, after replacing
-/// conv1 and maxpool). NAME.onnx accepts any batch size. The file is read back and compared with
-/// the encoder on real images before it is saved under its name.
+/// conv1 and maxpool). NAME.onnx accepts any batch size. With `--format hf`, OUT is a folder with
+/// config.json, model.safetensors and a model card, which timm and transformers load (encoders of
+/// width 1 with the 7x7 stem). Each file is read back and compared with the encoder on real images
+/// before it is saved under its name.
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
 pub struct Args {
     /// Encoder file (.safetensors) or run folder
     encoder: PathBuf,
-    /// Output file (.safetensors or .onnx)
-    #[arg(short, long, value_name = "FILE")]
+    /// Output file (.safetensors or .onnx), or folder
+    #[arg(short, long, value_name = "OUT")]
     out: PathBuf,
+    /// Output format: safetensors, onnx or hf (a folder) [default: by the extension of OUT]
+    #[arg(long, value_parser = ["safetensors", "onnx", "hf"], hide_possible_values = true)]
+    format: Option<String>,
     /// Naming scheme of the tensors: torchvision or timm (identical)
     #[arg(
         long,
@@ -41,7 +55,7 @@ pub struct Args {
     /// Images to compare on [default: images of the run, or synthetic ones]
     #[arg(long, value_name = "DATA")]
     images: Option<PathBuf>,
-    /// Overwrite FILE if it exists
+    /// Overwrite OUT if it exists
     #[arg(long)]
     overwrite: bool,
     /// Print the results as one JSON object
@@ -54,10 +68,18 @@ const IMAGES: usize = 8;
 
 pub fn run(args: &Args) -> Result<ExitCode> {
     must_be_new(&args.out, args.overwrite)?;
+    let format = args.format.as_deref().unwrap_or_default();
+    if ["safetensors", "onnx"].contains(&format) && args.out.extension().is_none_or(|e| e != format) {
+        let out = args.out.display();
+        return Err(format!("the extension of {out} is not `.{format}`\nhint: change `--out` or `--format`").into());
+    }
     super::set_threads(0)?;
     let encoder = super::load_encoder(&args.encoder, &device::open(DeviceChoice::Cpu)?.device)?;
     let (images, source) = comparison_images(args, encoder.spec.levels)?;
-    let check = export::write(&encoder, &args.out, !args.normalized_input, &images)?;
+    let check = match format {
+        "hf" => hub::write(&encoder, &args.out, &model_card(args, &encoder), &images)?,
+        _ => export::write(&encoder, &args.out, !args.normalized_input, &images)?,
+    };
     terminal::note(format!(
         "wrote {}; largest difference from the encoder {:.1e}, for features up to {:.2} ({} {source})",
         args.out.display(),
@@ -74,6 +96,58 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         out!("{result}");
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Text of the model card: how to load the model, and what is known of its training and results.
+fn model_card(args: &Args, encoder: &Encoder) -> String {
+    let name = args.out.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned());
+    let (architecture, size) = (encoder.spec.architecture.name(), encoder.spec.size);
+    let mut card = format!(
+        "---\nlibrary_name: timm\npipeline_tag: image-feature-extraction\nlicense: unknown\n\
+         tags:\n- timm\n- transformers\n- byol\n- self-supervised\n---\n\
+         # {name}\n\nA {architecture} without classifier: {size} px RGB images to {} features. Pretrained without \
+         labels by [BYOL](https://arxiv.org/abs/2006.07733) with byol {}.\n\n\
+         ## Use\n\n```python\nimport timm\nmodel = timm.create_model(\"local-dir:{name}\", pretrained=True).eval()   \
+         # after an upload: hf-hub:USER/{name}\n\
+         config = timm.data.resolve_model_data_config(model)\n\
+         transform = timm.data.create_transform(**config, is_training=False)\n\
+         features = model(transform(image)[None])\n```\n",
+        encoder.features(),
+        env!("CARGO_PKG_VERSION"),
+    );
+    if let Ok(plan) = read_plan(&args.encoder) {
+        let recipe = &plan.recipe;
+        card += &format!(
+            "\n## Training\n\n| | |\n| --- | --- |\n| images | {} |\n| epochs | {} |\n| batch size | {} |\n\
+             | views | {} px |\n| optimizer | {}, peak learning rate {}, weight decay {:e} |\n\
+             | target decay | from {} |\n| seed | {} |\n",
+            plan.images,
+            recipe.train.epochs,
+            recipe.train.batch,
+            recipe.views.size,
+            recipe.optimizer.kind.name(),
+            plan.schedule.peak,
+            recipe.optimizer.weight_decay,
+            plan.schedule.tau_base,
+            recipe.seed,
+        );
+    }
+    let tables = results::stored(&args.encoder);
+    if !tables.is_empty() {
+        card += "\n## Evaluation\n\n| evaluation | metric | value | 95 % interval |\n| --- | --- | --- | --- |\n";
+        for table in tables {
+            let evaluation = &table.evaluation;
+            for row in &table.rows {
+                card += &format!(
+                    "| {evaluation} | {} | {} | {} |\n",
+                    row.name,
+                    row.formatted_value(),
+                    row.formatted_interval()
+                );
+            }
+        }
+    }
+    card
 }
 
 /// Images to compare on, with a description of their source.

@@ -1,6 +1,9 @@
 //! `byol import FILE -o ENCODER`
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use burn::tensor::Device;
 use byol::nn::{
@@ -13,14 +16,20 @@ use serde_json::json;
 use super::must_be_new;
 use crate::terminal::{self, Result, display_path, out};
 
+const EXAMPLES: &str = "\
+Examples:
+  byol import resnet50.pth -o resnet50.safetensors  Import torchvision's weights";
+
 /// Import a pretrained ResNet checkpoint
 ///
 /// Reads PyTorch checkpoints and safetensors files with the tensor names of torchvision, timm,
-/// lightly or solo-learn. Pickles are read without executing any code. Checkpoints do not record
-/// their image preprocessing: set it with the flags below.
+/// lightly or solo-learn, and folders in the format of the Hugging Face hub. Pickles are read
+/// without executing any code. Checkpoints do not record their image preprocessing, except in the
+/// `config.json` of such a folder: set it with the flags below.
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
 pub struct Args {
-    /// Checkpoint (.pth or .safetensors)
+    /// Checkpoint (.pth or .safetensors), or a folder with model.safetensors
     file: PathBuf,
     /// Output file (.safetensors)
     #[arg(short, long, value_name = "FILE")]
@@ -48,15 +57,12 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         let out = args.out.display();
         return Err(format!("unsupported output file {out}\nhint: use the extension `.safetensors`").into());
     }
-    if args.size == Some(0) {
-        return Err("`--size` must be at least 1".into());
-    }
     if weights::load(&args.file, &Device::flex()).is_ok() {
         let file = args.file.display();
         return Err(format!("{file} is a byol encoder\nhint: use it as it is, without an import").into());
     }
-    let preparation = Preparation { size: args.size, normalization: normalization(args)? };
-    let encoder = import::import(&args.file, &preparation, &Device::flex())?;
+    let file = weights::resolve(&args.file);
+    let encoder = import::import(&file, &preparation(args, &file)?, &Device::flex())?;
     weights::save(&args.out, &encoder.spec, &encoder.weights)?;
     let spec = &encoder.spec;
     terminal::note(format!(
@@ -74,17 +80,19 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Input normalization from `--mean` and `--std`.
-fn normalization(args: &Args) -> Result<Normalization> {
-    let default = Normalization::default();
-    let mean = args.mean.clone().unwrap_or(default.mean);
-    let std = args.std.clone().unwrap_or(default.std);
+/// Input size and normalization: the flags, else those of the `config.json` beside the file.
+fn preparation(args: &Args, file: &Path) -> Result<Preparation> {
+    let preparation = Preparation::with_config(file, args.size, args.mean.clone(), args.std.clone());
+    let Normalization { mean, std } = &preparation.normalization;
     let is_valid = |values: &[f32], above: f32| values.len() == 3 && values.iter().all(|v| v.is_finite() && *v > above);
-    if !is_valid(&mean, f32::NEG_INFINITY) {
+    if !is_valid(mean, f32::NEG_INFINITY) {
         return Err("invalid `--mean` (expected three numbers, e.g. `0.485,0.456,0.406`)".into());
     }
-    if !is_valid(&std, 0.0) {
+    if !is_valid(std, 0.0) {
         return Err("invalid `--std` (expected three positive numbers, e.g. `0.229,0.224,0.225`)".into());
     }
-    Ok(Normalization { mean, std })
+    if preparation.size == Some(0) {
+        return Err("`--size` must be at least 1".into());
+    }
+    Ok(preparation)
 }

@@ -6,10 +6,15 @@ use clap::CommandFactory;
 
 use crate::terminal::{self, Result};
 
+const EXAMPLES: &str = "\
+Examples:
+  byol man -o ~/.local/share/man/man1  Install the man pages for this user";
+
 /// Write the manual pages, one per command
 ///
 /// For example: `byol man -o ~/.local/share/man/man1`, then `man byol-pretrain`.
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
 pub struct Args {
     /// Folder for the pages
     #[arg(short, long, value_name = "DIR", default_value = "man")]

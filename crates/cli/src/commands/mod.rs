@@ -13,6 +13,7 @@ mod embeddings_args;
 mod eval;
 mod explore;
 mod export;
+mod gallery;
 mod import;
 mod man;
 mod mpi_job;
@@ -54,7 +55,7 @@ use byol::{
 use clap::{Parser, Subcommand};
 use rayon::ThreadPoolBuilder;
 
-use crate::terminal::{self, Progress, Result, out};
+use crate::terminal::{self, Progress, Result, Verbosity, out};
 
 /// Pretrain image encoders without labels, with Bootstrap Your Own Latent
 #[derive(Debug, Parser)]
@@ -68,8 +69,11 @@ use crate::terminal::{self, Progress, Result, out};
 )]
 pub struct Cli {
     /// Print no notes and no progress, only results, warnings and errors
-    #[arg(short, long, global = true)]
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
     quiet: bool,
+    /// Also print details: machine, memory, data cache, checkpoints, time by phase
+    #[arg(short, long, global = true)]
+    verbose: bool,
     #[command(subcommand)]
     command: Command,
 }
@@ -117,14 +121,26 @@ enum Command {
 impl Cli {
     /// Runs the command.
     pub fn run(self) -> Result<ExitCode> {
-        if self.quiet {
-            terminal::set_quiet();
+        terminal::set_verbosity(match (self.quiet, self.verbose) {
+            (true, _) => Verbosity::Quiet,
+            (false, false) => Verbosity::Normal,
+            (false, true) => Verbosity::Verbose,
+        });
+        let start = Instant::now();
+        if self.verbose {
+            let machine = device::machine();
+            let (cores, free) = (terminal::plural(machine.cores, "core"), machine.free_mb);
+            let version = env!("CARGO_PKG_VERSION");
+            terminal::detail(format!("byol {version}, {}, {cores}, {}, {free} MiB free", machine.cpu, machine.isa));
         }
-        match self.command {
+        let result = match self.command {
             Command::Pretrain(args) => mpi_job::run(|job| pretrain::run(&args, job)),
             Command::Resume(args) => mpi_job::run(|job| resume::run(&args, job)),
             single => single.run_single(),
-        }
+        };
+        let memory = peak_memory_mb().map_or(String::new(), |mb| format!(", peak memory {mb:.0} MiB"));
+        terminal::detail(format!("took {}{memory}", terminal::duration(start.elapsed().as_secs_f64())));
+        result
     }
 }
 
@@ -250,7 +266,7 @@ fn open_nth_device(choice: DeviceChoice, nth: usize) -> Result<OpenedDevice> {
 /// Loads an encoder of RGB images onto a device.
 fn load_encoder(path: &Path, device: &burn::tensor::Device) -> Result<Encoder> {
     let has = |file: &str| path.join(file).exists();
-    if path.is_dir() && !has("encoder.safetensors") && !has("plan.toml") {
+    if path.is_dir() && !["encoder.safetensors", "model.safetensors", "plan.toml"].into_iter().any(has) {
         let hint = "pass a run or an encoder file; it comes before the images, as in `byol embed RUN DATA`";
         return Err(format!(
             "{} is not the folder of a run: it has no encoder.safetensors\nhint: {hint}",
@@ -283,6 +299,7 @@ fn warn_skipped(skipped: &[String]) {
 fn load_training_data(dataset: Dataset, recipe: &Recipe, processes: usize) -> Result<TrainingData> {
     let bar = terminal::progress_bar("checking images", 0);
     let cache_bytes = cache_bytes(device::machine().free_mb / processes as u64);
+    terminal::detail(format!("cache of decoded images: at most {} MiB", cache_bytes >> 20));
     let options = PrepareOptions { cache_bytes, ..PrepareOptions::from(recipe) };
     let data = TrainingData::prepare(dataset, options, &|total| {
         bar.set_length(total as u64);
@@ -425,6 +442,13 @@ fn baseline_name(plan: &Plan) -> &'static str {
     if plan.recipe.encoder.from.is_empty() { "random initialization" } else { "the initial weights" }
 }
 
+/// Peak memory of this process in MiB; `None` where the system does not report it.
+fn peak_memory_mb() -> Option<f64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<f64>().ok()? / 1024.0)
+}
+
 /// The first of `NAME`, `NAME-2`, `NAME-3`, … that does not exist.
 fn free_folder(name: &str) -> PathBuf {
     let free = |path: &PathBuf| !path.exists();
@@ -436,4 +460,38 @@ fn free_folder(name: &str) -> PathBuf {
 fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
     byol::atomic_write::write_whole(path, bytes)
         .map_err(|e| format!("cannot write {}: {e}\nhint: {}", path.display(), byol::atomic_write::remedy(&e)).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    /// Checks the examples of a command and of its subcommands. Returns the number of examples.
+    fn check_examples(command: &clap::Command) -> usize {
+        let help = command.get_after_long_help().or(command.get_after_help());
+        let text = help.map(ToString::to_string).unwrap_or_default();
+        let examples = text.lines().filter_map(|line| line.strip_prefix("  byol "));
+        let mut n = 0;
+        for example in examples {
+            let typed = example.split("  ").next().unwrap_or_default();
+            let words = typed.split_whitespace().take_while(|word| *word != ">");
+            if let Err(error) = Cli::try_parse_from(["byol"].into_iter().chain(words)) {
+                panic!("`byol {typed}`: {error}");
+            }
+            n += 1;
+        }
+        n + command.get_subcommands().map(check_examples).sum::<usize>()
+    }
+
+    #[test]
+    fn examples_of_every_command_parse() {
+        let cli = Cli::command();
+        for command in cli.get_subcommands() {
+            let name = command.get_name();
+            assert!(check_examples(command) > 0 || name == "help", "`byol {name} --help` has no example");
+        }
+        assert!(check_examples(&cli) > 30);
+    }
 }

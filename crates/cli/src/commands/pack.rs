@@ -10,6 +10,10 @@ use byol::data::{
 use super::{CpuArgs, INTERRUPTED, data_args::DataFlags, set_threads, warn_skipped};
 use crate::terminal::{self, Result, display_path, out, plural};
 
+const EXAMPLES: &str = "\
+Examples:
+  byol pack photos -o shards --size 256  Pack images, shrunk to 256 px, into shards";
+
 /// Pack a data set into tar shards for sequential reading or streaming
 ///
 /// The shards are in WebDataset format: NAME.jpg, and NAME.cls with the class index. Training
@@ -17,6 +21,7 @@ use crate::terminal::{self, Result, display_path, out, plural};
 /// the checksums of all shards. After Ctrl-C or a crash, the same command continues after the last
 /// complete shard.
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
 pub struct Args {
     /// Images: a folder, CIFAR or IDX files, or shards
     data: PathBuf,

@@ -20,6 +20,11 @@ use serde_json::{Value, json};
 use super::{ComputeArgs, data_args::DataFlags, open_device};
 use crate::terminal::{self, Result, duration, out, plural};
 
+const EXAMPLES: &str = "\
+Examples:
+  byol plan photos --budget 8h                        Epochs per encoder in a night
+  byol plan photos --encoders resnet50 --ranks 1,4,8  Estimate training on several machines";
+
 /// Estimate the time and memory of a pretraining run
 ///
 /// Counts the images, runs training steps of two small batches for each encoder, each in a process
@@ -28,6 +33,7 @@ use crate::terminal::{self, Result, duration, out, plural};
 /// is not included. Multi-rank times (machines or GPUs like this one, over MPI) are estimated, not
 /// measured.
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
 pub struct Args {
     /// Images: a folder, CIFAR or IDX files, or shards
     data: PathBuf,

@@ -6,12 +6,9 @@ use std::{
 };
 
 use byol::{
-    data::Levels,
+    apply::sheet,
+    data::{Images, Levels},
     device::{self, Precision},
-    nn::{
-        Normalization, Stem,
-        import::{self, Preparation},
-    },
     ranks::Ranks,
     train::{
         self, Plan, RecipeOverrides, Run, RunContext, TrainingData,
@@ -32,9 +29,16 @@ use super::{
     mpi_job::MpiJob,
     open_nth_device,
     recipe_args::{LengthArgs, RecipeArgs},
-    set_threads, stop_flag,
+    set_threads, stop_flag, views,
 };
 use crate::terminal::{self, Result, out, plural};
+
+const EXAMPLES: &str = "\
+Examples:
+  byol pretrain photos                                  Let `auto` choose all settings
+  byol pretrain photos --dry-run                        Show the plan without training
+  byol pretrain photos --recipe imagenette --epochs 50  Use a recipe, with fewer epochs
+  byol pretrain photos --init resnet18.pth              Start from torchvision's weights";
 
 /// Pretrain an encoder on a folder of images
 ///
@@ -42,6 +46,7 @@ use crate::terminal::{self, Result, out, plural};
 /// files, of IDX files, or of shards. Subfolders `train/` and `val/` or `test/` are splits. Class
 /// subfolders are labels, used only to report kNN accuracy.
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
 pub struct Args {
     /// Folder of images
     data: PathBuf,
@@ -113,7 +118,7 @@ pub struct Args {
     /// the learning rate) or continue
     #[arg(long, value_name = "ACTION", value_parser = on_collapse_values(), hide_possible_values = true)]
     on_collapse: Option<String>,
-    /// Also write TensorBoard event files
+    /// Also write TensorBoard event files: metrics, plan and augmented views
     #[arg(long)]
     tensorboard: bool,
     /// Print the plan, with all settings of the recipe, and exit
@@ -168,7 +173,7 @@ impl Args {
         }
         self.sync_bn.map(|v| overrides.insert("train.sync_bn", v, "--sync-bn")).transpose()?;
         self.recipe.apply_set(&mut overrides)?;
-        adopt_pretrained_architecture(&mut overrides)?;
+        overrides.adopt_pretrained_architecture()?;
         Ok(overrides)
     }
 
@@ -179,27 +184,6 @@ impl Args {
             super::free_folder(&format!("byol-runs/{name}"))
         })
     }
-}
-
-/// With initial weights and the `auto` recipe, the architecture is that of the weights.
-fn adopt_pretrained_architecture(overrides: &mut RecipeOverrides) -> Result<()> {
-    let Some(from) = overrides.get("encoder.from").filter(|_| overrides.name == "auto") else { return Ok(()) };
-    let path = Path::new(from.as_str().unwrap_or_default());
-    if path.as_os_str().is_empty() {
-        return Ok(());
-    }
-    let preparation = Preparation { size: None, normalization: Normalization::default() };
-    let spec = import::load(path, &preparation, &burn::tensor::Device::flex()).map_err(train::Error::from)?.spec;
-    let stem = if spec.stem == Stem::Cifar { "cifar" } else { "imagenet" };
-    for (key, name) in [("encoder.architecture", spec.architecture.name()), ("encoder.stem", stem)] {
-        if !overrides.contains(key) {
-            overrides.insert(key, name, "--init")?;
-        }
-    }
-    if !overrides.contains("encoder.width") {
-        overrides.insert("encoder.width", spec.width, "--init")?;
-    }
-    Ok(())
 }
 
 pub fn run(args: &Args, job: &MpiJob) -> Result<ExitCode> {
@@ -237,11 +221,26 @@ pub fn run(args: &Args, job: &MpiJob) -> Result<ExitCode> {
     if plan.recipe.views.placement == Placement::Auto {
         terminal::note("      calibrating: augmentation on the CPU or on the device");
     }
-    let run = Run::create(&out, plan, &data, context, args.tensorboard)?;
+    let mut run = Run::create(&out, plan, &data, context, args.tensorboard)?;
+    if args.tensorboard && job.ranks.is_root() {
+        log_views(&mut run, &data.train)?;
+    }
     if let Some(timing) = run.timing {
         describe_placement(run.plan.recipe.views.placement, timing);
     }
     super::train(run, args.compute.json, &stop, job)
+}
+
+/// Images whose views are shown in TensorBoard, and the size of their pictures in pixels.
+const LOGGED_IMAGES: usize = 8;
+const LOGGED_SIDE: u32 = 96;
+
+/// Writes the picture of some images and their augmented views to TensorBoard.
+fn log_views(run: &mut Run, images: &Images) -> Result<()> {
+    let recipe = &run.plan.recipe;
+    let rows = views::rows(&recipe.views, &images.sample_random(LOGGED_IMAGES), recipe.seed, LOGGED_SIDE)?;
+    let (size, png) = (sheet::size(&rows, LOGGED_SIDE), sheet::png(&rows, LOGGED_SIDE));
+    Ok(run.log(|events, step| events.image(step, "views", size, &png))?)
 }
 
 /// Refuses data that differ between ranks.

@@ -6,8 +6,14 @@ use byol::train::recipe::{NAMES, RecipeOverrides, built_in};
 
 use crate::terminal::{Result, out};
 
+const EXAMPLES: &str = "\
+Examples:
+  byol recipe list                      List the built-in recipes
+  byol recipe show cifar10 > mine.toml  Start a recipe file of your own";
+
 /// List and print recipes
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
 pub struct Args {
     #[command(subcommand)]
     action: Action,

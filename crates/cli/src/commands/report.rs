@@ -29,7 +29,6 @@ use byol::{
         metrics::{self, Curves},
         run::read_plan,
     },
-    views,
 };
 use rayon::prelude::*;
 use serde_json::{Value, json};
@@ -39,9 +38,13 @@ use super::{
     duplicates::how_verified,
     embeddings_args::with_share,
     eval::{PICTURE_COLUMNS, side_by_side},
-    must_be_new,
+    must_be_new, views,
 };
 use crate::terminal::{self, Result, display_path, duration, out, percent, plural};
+
+const EXAMPLES: &str = "\
+Examples:
+  byol report byol-runs/photos -o photos.html  Write a report of a run";
 
 /// Write an HTML report of a run
 ///
@@ -49,6 +52,7 @@ use crate::terminal::{self, Result, display_path, duration, out, percent, plural
 /// images, near-duplicates, a map, the evaluations stored in the run folder, and the plan. One
 /// self-contained file.
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
 pub struct Args {
     /// Run folder
     run: PathBuf,
@@ -171,7 +175,8 @@ fn head(run: &Path, plan: &Plan, encoder: &Encoder, epochs_done: u64, seconds: f
     )
 }
 
-fn picture(alt: &str, png: &[u8]) -> String {
+/// An image element that contains its PNG.
+pub fn picture(alt: &str, png: &[u8]) -> String {
     format!("<img alt=\"{}\" src=\"data:image/png;base64,{}\">\n", escape_html(alt), STANDARD.encode(png))
 }
 
@@ -229,20 +234,7 @@ fn curves(loss: Vec<[f64; 2]>, epochs: &[Value]) -> String {
 
 /// A row per image: the image and the views of its first two epochs.
 fn views_sheet(plan: &Plan, images: &Images) -> Result<Vec<u8>> {
-    let config = &plan.recipe.views;
-    let mut rows = Vec::new();
-    let shown = images.sample_random(4);
-    for i in 0..shown.len() {
-        let image = shown.get(i)?;
-        let mut row = vec![Tile::image(&image, TILE_SIDE)];
-        for epoch in 0..2 {
-            for (k, policy) in [&config.first, &config.second].into_iter().enumerate() {
-                let key = [plan.recipe.seed, epoch, i as u64, k as u64];
-                row.push(Tile::view(&views::view(policy, &image, config.size, key), TILE_SIDE));
-            }
-        }
-        rows.push(row);
-    }
+    let rows = views::rows(&plan.recipe.views, &images.sample_random(4), plan.recipe.seed, TILE_SIDE)?;
     Ok(sheet::png(&rows, TILE_SIDE))
 }
 

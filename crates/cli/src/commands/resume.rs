@@ -4,29 +4,44 @@ use std::{path::PathBuf, process::ExitCode};
 
 use byol::{
     device::DeviceChoice,
-    train::{Run, RunContext, run::read_plan},
+    train::{
+        Run, RunContext,
+        run::{extend, read_plan},
+    },
 };
 
 use super::{CpuArgs, data_args, demo, load_training_data, mpi_job::MpiJob, open_nth_device, set_threads, stop_flag};
-use crate::terminal::{self, Result};
+use crate::terminal::{self, Result, plural};
+
+const EXAMPLES: &str = "\
+Examples:
+  byol resume byol-runs/photos               Continue a stopped run
+  byol resume byol-runs/photos --epochs 200  Extend a finished run to 200 epochs";
 
 /// Resume a run from its latest checkpoint
 ///
-/// No flag changes the run: the result is bit-identical to that of an uninterrupted run.
+/// The result is bit-identical to that of an uninterrupted run. With `--epochs`, a run gets a new
+/// schedule, even after it has finished: learning rate and tau continue with the values that they
+/// have at this step of a run of N epochs.
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
 pub struct Args {
     /// Run folder
     run: PathBuf,
     /// Folder of the images, if they were moved since the run started
     #[arg(long, value_name = "DATA")]
     data: Option<PathBuf>,
+    /// New number of epochs, in total
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    epochs: Option<u64>,
     #[command(flatten)]
     cpu: CpuArgs,
 }
 
 pub fn run(args: &Args, job: &MpiJob) -> Result<ExitCode> {
     // Only rank 0 needs the folder.
-    let plan = job.ranks.is_root().then(|| read_plan(&args.run)).transpose()?;
+    let read = || args.epochs.map_or_else(|| read_plan(&args.run), |epochs| extend(&args.run, epochs));
+    let plan = job.ranks.is_root().then(read).transpose()?;
     let plan = job.ranks.broadcast_value(plan).expect("rank 0 has read it");
     let threads = set_threads(job.threads(args.cpu.threads))?;
     let device: DeviceChoice = plan.device.parse()?;
@@ -40,7 +55,19 @@ pub fn run(args: &Args, job: &MpiJob) -> Result<ExitCode> {
     let stop = stop_flag();
     let context = RunContext { ranks: job.ranks, ..RunContext::single_process(opened.device, threads) };
     let run = Run::resume(&args.run, plan, &data, context)?;
-    terminal::note(format!("resuming at step {} of {}", run.byol.k, run.plan.schedule.total));
+    let total = run.plan.schedule.total;
+    terminal::note(format!("resuming at step {} of {total}", run.byol.k));
+    if let Some(last) = run.plan.extended.last().filter(|last| last.step == run.byol.k) {
+        terminal::note(format!(
+            "new schedule: {} instead of {}; learning rate {:.4}, tau {:.4} from here",
+            plural(run.plan.recipe.train.epochs as usize, "epoch"),
+            last.epochs,
+            run.byol.schedule.eta(run.byol.k),
+            run.byol.schedule.tau(run.byol.k)
+        ));
+    } else if run.byol.k == total {
+        terminal::note("the run is complete; `--epochs` extends it");
+    }
     super::pretrain::describe(&run.plan, &opened.info.name, threads, &args.run);
     super::train(run, args.cpu.json, &stop, job)
 }

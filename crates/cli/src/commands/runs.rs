@@ -12,8 +12,14 @@ use serde_json::Value;
 
 use crate::terminal::{Result, display_path, out, percent};
 
+const EXAMPLES: &str = "\
+Examples:
+  byol runs         List the runs in byol-runs
+  byol runs --json  List them for a script";
+
 /// List runs, with their state and results
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
 pub struct Args {
     /// Folder that contains runs
     #[arg(default_value = "byol-runs")]

@@ -17,11 +17,16 @@ use serde_json::json;
 use super::{ComputeArgs, embeddings_args::EmbeddingsArgs, load_encoder, open_device};
 use crate::terminal::{self, Result, display_path, out};
 
+const EXAMPLES: &str = "\
+Examples:
+  byol search photos.parquet --image query.jpg -k 5  Find the 5 most similar images";
+
 /// Find the images most similar to a query image
 ///
 /// Similarity is the cosine of the mean-centered embeddings: 1 for identical images, about 0 for
 /// unrelated ones.
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
 pub struct Args {
     #[command(flatten)]
     embeddings: EmbeddingsArgs,

@@ -16,14 +16,20 @@ use serde_json::json;
 use super::{
     CpuArgs,
     embeddings_args::{EmbeddingsArgs, row_images},
+    gallery::{GalleryArgs, Group},
 };
 use crate::terminal::{self, Result, escape_control, out, plural};
+
+const EXAMPLES: &str = "\
+Examples:
+  byol select photos.parquet -n 100 > to-label.txt  Choose 100 images to label";
 
 /// Select a diverse subset, for example for labeling
 ///
 /// Each image is the one farthest from all images selected before it (k-center greedy).
 /// Near-duplicates of selected images are left out; they are confirmed by comparing pixels.
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
 pub struct Args {
     #[command(flatten)]
     embeddings: EmbeddingsArgs,
@@ -34,10 +40,13 @@ pub struct Args {
     #[arg(long, value_name = "DATA")]
     data: Option<PathBuf>,
     #[command(flatten)]
+    gallery: GalleryArgs,
+    #[command(flatten)]
     cpu: CpuArgs,
 }
 
 pub fn run(args: &Args) -> Result<ExitCode> {
+    args.gallery.check()?;
     let embeddings = args.embeddings.read(args.cpu.threads)?;
     let images = embeddings.paths.len();
     if args.n == 0 || args.n > images {
@@ -72,6 +81,13 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             plural(selected.len(), "image")
         ));
     }
+    let groups: Vec<Group> = selected
+        .iter()
+        .enumerate()
+        .map(|(n, (row, _))| Group::single(&row_images, *row, (n + 1).to_string()))
+        .collect();
+    let summary = format!("{} of {images}, in order of selection", plural(selected.len(), "image"));
+    args.gallery.write("Selection", &summary, &groups)?;
     if args.cpu.json {
         let selected: Vec<_> = selected
             .iter()

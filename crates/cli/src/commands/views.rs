@@ -4,19 +4,25 @@ use std::{path::PathBuf, process::ExitCode};
 
 use byol::{
     apply::sheet::{self, Tile},
-    data::{Dataset, Levels},
+    data::{Dataset, Images, Levels},
     device::{self, DeviceChoice},
-    train::{RecipeOverrides, auto},
+    train::{RecipeOverrides, auto, recipe::ViewsConfig},
     views,
 };
 
 use super::{data_args::DataFlags, must_be_new, recipe_args::RecipeArgs};
 use crate::terminal::{self, Result, plural};
 
+const EXAMPLES: &str = "\
+Examples:
+  byol views photos -o views.png                           Show the augmented views of 8 images
+  byol views photos -o views.png --set views.first.blur=0  Try another setting";
+
 /// Draw images next to their augmented views
 ///
 /// Each row shows an image, then two pairs of its views T and T′.
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
 pub struct Args {
     /// Folder of images
     data: PathBuf,
@@ -59,25 +65,29 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         terminal::warning(format!("skipped {}: {}", image.name, image.reason));
     }
     let (recipe, _) = auto::resolve(&overrides, &dataset.train, &device::open(DeviceChoice::Cpu)?)?;
-    let config = &recipe.views;
-    let mut rows = Vec::new();
-    for i in 0..dataset.train.len() {
-        let image = dataset.train.get(i)?;
-        let mut row = vec![Tile::image(&image, SIDE)];
-        for epoch in 0..2 {
-            for (side, policy) in [&config.first, &config.second].into_iter().enumerate() {
-                let stream = [args.seed, epoch, i as u64, side as u64];
-                row.push(Tile::view(&views::view(policy, &image, config.size, stream), SIDE));
-            }
-        }
-        rows.push(row);
-    }
+    let rows = rows(&recipe.views, &dataset.train, args.seed, SIDE)?;
     super::write_file(&args.out, &sheet::png(&rows, SIDE))?;
     terminal::note(format!(
         "wrote {}: {}, each with two pairs of {} px views",
         args.out.display(),
         plural(rows.len(), "image"),
-        config.size
+        recipe.views.size
     ));
     Ok(ExitCode::SUCCESS)
+}
+
+/// A row of tiles per image: the image and two pairs of its views.
+pub fn rows(config: &ViewsConfig, images: &Images, seed: u64, side: u32) -> Result<Vec<Vec<Tile>>> {
+    let row = |i: usize| {
+        let image = images.get(i)?;
+        let mut row = vec![Tile::image(&image, side)];
+        for epoch in 0..2 {
+            for (k, policy) in [&config.first, &config.second].into_iter().enumerate() {
+                let stream = [seed, epoch, i as u64, k as u64];
+                row.push(Tile::view(&views::view(policy, &image, config.size, stream), side));
+            }
+        }
+        Ok(row)
+    };
+    (0..images.len()).map(row).collect()
 }

@@ -9,4 +9,5 @@ mod page;
 mod runs;
 mod shards;
 mod style;
+mod tutorial;
 mod using;

@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, fs, path::Path, thread, time::Duration};
 use crate::common::{
     Server, byol, bytes, embed, json, masked, newest_state, ok, pictures, pretrain, refused, stderr, text,
 };
+use crate::tutorial::assert_output_is_documented;
 
 /// Lines of `metrics.jsonl`.
 fn metrics(run: &Path) -> Vec<serde_json::Value> {
@@ -188,6 +189,39 @@ fn resume_after_kill_is_bit_identical() {
     assert_eq!(steps(&whole), steps(&broken), "every step and epoch is logged once");
 }
 
+#[test]
+fn finished_run_can_be_extended() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, out) = (folder.path().join("data"), folder.path().join("run"));
+    pictures(&data, 60);
+    ok(&pretrain(&data, &out, &[]));
+    let (short, text_of_plan) = (bytes(&out), || fs::read_to_string(out.join("plan.toml")).unwrap());
+    let plan = text_of_plan();
+
+    let complete = ok(&["resume", text(&out)]);
+    assert!(stderr(&complete).contains("`--epochs` extends it"), "{}", stderr(&complete));
+    refused(&["resume", text(&out), "--epochs", "2"], &["too few", "completed 3", "higher `--epochs`"]);
+    assert_eq!(text_of_plan(), plan);
+
+    let longer = ok(&["resume", text(&out), "--epochs", "5", "--verbose"]);
+    for words in ["new schedule: 5 epochs instead of 3; learning rate", "detail: checkpoint", "peak memory"] {
+        assert!(stderr(&longer).contains(words), "{words}: {}", stderr(&longer));
+    }
+    assert!(bytes(&out) != short);
+    let epochs: Vec<u64> =
+        metrics(&out).iter().filter(|l| l["kind"] == "epoch").map(|l| l["epoch"].as_u64().unwrap()).collect();
+    assert_eq!(epochs, [0, 1, 2, 3, 4, 5]);
+    assert_eq!(toml(&text_of_plan())["recipe"]["train"]["epochs"], 5);
+    assert!(text_of_plan().contains("[[extended]]\nstep = "), "{}", text_of_plan());
+    // The extended run resumes, reports and serves as a recipe like any other.
+    ok(&["resume", text(&out)]);
+    let state = json(&ok(&["runs", text(folder.path()), "--json"]));
+    assert_eq!(
+        (&state["runs"][0]["state"], &state["runs"][0]["epochs"]),
+        (&"finished".into(), &serde_json::json!([5, 5]))
+    );
+}
+
 #[cfg(unix)]
 #[test]
 fn ctrl_c_saves_a_checkpoint_and_exits_with_130() {
@@ -304,10 +338,16 @@ fn divergence_stops_the_run_and_names_step_and_checkpoint() {
 #[test]
 fn demo_gains_ten_points_and_draws_neighbors() {
     let folder = tempfile::tempdir().unwrap();
-    let out = folder.path().join("demo");
-    let result = json(&ok(&["demo", "--out", text(&out), "--json"]));
-    let (before, after) = (result["knn_before"].as_f64().unwrap(), result["knn_after"].as_f64().unwrap());
-    assert!((0.0..=1.0).contains(&after) && after >= before + 0.1, "kNN from {before} to {after}");
+    let output = byol(&["demo"]).current_dir(folder.path()).output().unwrap();
+    let out = folder.path().join("byol-runs/demo");
+    let printed = format!("{}{}", stderr(&output), String::from_utf8_lossy(&output.stdout));
+    let percent = |label: &str| -> f64 {
+        let line = printed.lines().find_map(|line| line.trim().strip_prefix(label)).expect(label);
+        line.trim().trim_end_matches(" %").parse().unwrap()
+    };
+    let (before, after) = (percent("random initialization"), percent("after pretraining"));
+    assert!((0.0..=100.0).contains(&after) && after >= before + 10.0, "kNN from {before} % to {after} %");
+    assert_output_is_documented("demo", &printed);
     let picture = image::open(out.join("neighbors.png")).unwrap();
     assert!(picture.width() > picture.height(), "six rows of a query, five neighbors before and five after");
 }
@@ -356,6 +396,8 @@ fn plan_estimates_time_and_reports_what_does_not_fit() {
     assert!(uneven["why"].as_str().unwrap().contains("3 ranks"));
     let output = ok(&with(&["--batches", "4000000000"]));
     assert!(String::from_utf8_lossy(&output.stdout).contains("does not fit: the data set has 20 images"));
+    let output = ok(&["plan", text(&data), "--encoders", "resnet18x0.0625", "--batches", "4"]);
+    assert_output_is_documented("plan", &String::from_utf8_lossy(&output.stdout));
     refused(&with(&["--gbit", "0"]), &["`--gbit` must be above 0"]);
     refused(&with(&["--budget", "soon"]), &["invalid duration `soon`", "`90m`, `8h`, `3d`"]);
     refused(&["plan", text(&data), "--encoders", "vgg16"], &["invalid encoder `vgg16`", "`resnet50`, `resnet18x0.25`"]);

@@ -184,6 +184,23 @@ fn search_duplicates_outliers_and_select_agree_on_a_copy() {
     let chosen = String::from_utf8(ok(&["select", text(&e), "-n", "7"]).stdout).unwrap();
     let chosen: std::collections::HashSet<&str> = chosen.lines().collect();
     assert_eq!(chosen.len(), 7);
+
+    // The same results as pictures.
+    for (args, pictures, words) in [
+        (&["outliers", text(&e), "-n", "5"][..], 5, "score "),
+        (&["select", text(&e), "-n", "7"], 7, "in order of selection"),
+        (&["duplicates", text(&e)], 2, "copy.png"),
+        (&["duplicates", text(&e), text(&o)], 2, "leaked.png"),
+    ] {
+        let page = folder.path().join("page.html");
+        let args = [args, &["--html", text(&page)]].concat();
+        ok(&args);
+        let html = fs::read_to_string(&page).unwrap();
+        assert!(html.matches("data:image/png;base64,").count() >= pictures && html.contains(words), "{args:?}");
+        refused(&args, &["exists", "--overwrite"]);
+        fs::remove_file(&page).unwrap();
+    }
+    refused(&["outliers", text(&e), "--html", "page.txt"], &["`.html`"]);
 }
 
 /// Image `i` of random blocks, 60 × 48 pixels.
@@ -280,6 +297,31 @@ fn duplicates_are_confirmed_by_pixels() {
     assert_eq!((&found["pairs"], &found["unverified"]), (&2.into(), &0.into()));
     let leaked = json(&ok(&["duplicates", text(&e), text(&o), "--json", "--data", text(&moved)]));
     assert_eq!((leaked["pairs"].as_array().unwrap().len(), &leaked["unverified"]), (2, &0.into()));
+}
+
+#[test]
+fn hub_folder_is_an_encoder_with_a_model_card() {
+    let (_, data, small) = trained();
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let (run, hub) = (at("run"), at("my-model"));
+    let flags = ["--width", "1", "--size", "32", "--set", "encoder.stem=imagenet", "--epochs", "1"];
+    ok(&pretrain(data, &run, &[&flags[..], &["--warmup-epochs", "0"]].concat()));
+    ok(&["eval", "knn", text(&run), text(data), "--device", "cpu"]);
+    let export = ["export", text(&run), "--format", "hf", "-o", text(&hub)];
+    ok(&export);
+    refused(&export, &["exists", "--overwrite"]);
+    let card = fs::read_to_string(hub.join("README.md")).unwrap();
+    for words in ["library_name: timm", "local-dir:my-model", "| epochs | 1 |", "| knn | kNN accuracy, k = 20 |"] {
+        assert!(card.contains(words), "{words}: {card}");
+    }
+    let [own, exported] = [(&run, "own.npy"), (&hub, "hub.npy")].map(|(encoder, out)| {
+        ok(&embed(encoder, data, &at(out), &[]));
+        fs::read(at(out)).unwrap()
+    });
+    assert!(own == exported);
+    refused(&["export", text(small), "--format", "hf", "-o", text(&at("x"))], &["width 0.0625", "NAME.safetensors"]);
+    refused(&["export", text(small), "--format", "onnx", "-o", "x.bin"], &["`.onnx`"]);
 }
 
 #[test]

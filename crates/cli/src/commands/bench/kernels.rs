@@ -16,10 +16,15 @@ use crate::{
     terminal::{Result, out},
 };
 
+const EXAMPLES: &str = "\
+Examples:
+  byol bench kernels  Time each convolution of the encoder";
+
 /// Benchmark the convolution kernels
 ///
 /// Measures each convolution shape of the encoder in each direction.
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
 pub struct Args {
     /// Batch size
     #[arg(long, value_name = "N", default_value_t = 16)]

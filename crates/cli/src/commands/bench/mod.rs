@@ -11,11 +11,17 @@ use clap::Subcommand;
 
 use crate::terminal::Result;
 
+const EXAMPLES: &str = "\
+Examples:
+  byol bench --encoder resnet50 --size 224 --batch 16  Time training steps
+  byol bench views photos                              Time decoding and augmentation";
+
 /// Benchmark training on this machine
 ///
 /// Without a subcommand: complete training steps on random images, without data loading. Close
 /// other programs first, as they affect the measurements.
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
 #[command(args_conflicts_with_subcommands = true)]
 pub struct Args {
     #[command(subcommand)]

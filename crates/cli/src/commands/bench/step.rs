@@ -22,7 +22,7 @@ use serde_json::{Map, Value, json};
 
 use super::{NetworkArgs, median};
 use crate::{
-    commands::{open_device, set_threads},
+    commands::{open_device, peak_memory_mb, set_threads},
     terminal::{Result, out, percent},
 };
 
@@ -288,7 +288,7 @@ impl StepBenchmark<'_> {
             "peak_gflop_per_second": self.roofline.map(|roofline| roofline.gflops),
             "share_of_peak": self.share_of_peak(),
             "bandwidth_gb_per_second": self.roofline.map(|roofline| roofline.gb_per_second),
-            "peak_mb": peak_mb(), "fresh_blocks": self.times.allocations,
+            "peak_mb": peak_memory_mb(), "fresh_blocks": self.times.allocations,
         });
         if !args.forward_only {
             let phases = self.phases();
@@ -336,15 +336,8 @@ impl StepBenchmark<'_> {
                 out!("  {:<9} {:8.1} ms  {share:>6}  {speed}", phase.name, phase.seconds * 1e3);
             }
         }
-        if let Some(mb) = peak_mb() {
+        if let Some(mb) = peak_memory_mb() {
             out!("peak memory {mb:.0} MiB; {} large allocations in the measured steps", self.times.allocations);
         }
     }
-}
-
-/// Peak memory of this process in MiB; `None` where the system does not report it.
-fn peak_mb() -> Option<f64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    Some(line.trim().strip_suffix("kB")?.trim().parse::<f64>().ok()? / 1024.0)
 }

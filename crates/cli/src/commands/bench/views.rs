@@ -14,10 +14,15 @@ use crate::{
     terminal::{self, Result, out, plural},
 };
 
+const EXAMPLES: &str = "\
+Examples:
+  byol bench views photos  Time decoding and augmentation";
+
 /// Benchmark decoding and augmentation
 ///
 /// Decodes the images and makes their two views.
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
 pub struct Args {
     /// Folder of images
     data: PathBuf,

@@ -12,6 +12,10 @@ use byol::{
 use super::heads::{self, DenseArgs, Predictions};
 use crate::terminal::{self, Result};
 
+const EXAMPLES: &str = "\
+Examples:
+  byol eval depth byol-runs/photos nyuv2 --picture depth.png  Train a head on images and depth";
+
 /// Train a depth head on the encoder
 ///
 /// DATA has folders `images` and `depth` with the same file names (16-bit grayscale in millimeters,
@@ -20,6 +24,7 @@ use crate::terminal::{self, Result};
 /// with the head, or kept fixed with --frozen; its file stays unchanged. The results include the
 /// same head on the random initialization.
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
 #[command(mut_arg("data", |data| data.help("Folder with `images/` and `depth/`, or a folder of NYUv2")))]
 pub struct Args {
     #[command(flatten)]

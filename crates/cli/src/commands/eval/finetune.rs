@@ -15,6 +15,11 @@ use serde_json::{Value, json};
 use super::{Labeled, LabeledArgs, features, labels, top_k_rows};
 use crate::terminal::{self, Result, plural};
 
+const EXAMPLES: &str = "\
+Examples:
+  byol eval finetune byol-runs/photos labeled --labels 10%    Fine-tune with a tenth of the labels
+  byol eval finetune byol-runs/photos labeled --from-scratch  Compare with random weights";
+
 /// Fine-tune the encoder with a classifier on a fraction of the labels
 ///
 /// Follows the paper's semi-supervised evaluation: the same number of labeled images per class,
@@ -22,6 +27,7 @@ use crate::terminal::{self, Result, plural};
 /// rate and epochs are selected on a held-out fifth of these images. The encoder file stays
 /// unchanged.
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
 pub struct Args {
     #[command(flatten)]
     labeled: LabeledArgs,

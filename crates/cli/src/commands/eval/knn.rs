@@ -7,11 +7,17 @@ use byol::eval::{knn, results::ResultRow};
 use super::{BaselineArgs, LabeledArgs, features, labels};
 use crate::terminal::{self, Result, plural};
 
+const EXAMPLES: &str = "\
+Examples:
+  byol eval knn byol-runs/photos labeled --with-random  Compare with random weights
+  byol eval knn resnet18.safetensors labeled -k 1,5,20  Try three numbers of neighbors";
+
 /// Classify test images by their nearest training images (kNN)
 ///
 /// The nearest training images by cosine similarity vote. Without a `val` or `test` split, one
 /// image in five is a query and the others vote.
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
 pub struct Args {
     #[command(flatten)]
     labeled: LabeledArgs,

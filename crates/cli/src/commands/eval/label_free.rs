@@ -22,12 +22,17 @@ use crate::{
     terminal::{self, Result, display_path, out, plural},
 };
 
+const EXAMPLES: &str = "\
+Examples:
+  byol eval label-free byol-runs/photos photos  Evaluate without labels";
+
 /// Evaluate representation quality without labels
 ///
 /// Compares every metric with that of the randomly initialized network, and of --baseline. The
 /// images need no labels. Views are those of the run's recipe, or the paper's for an encoder
 /// without a run.
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
 #[command(mut_arg("data", |data| data.help("Images, labeled or not: a folder, CIFAR or IDX files, or shards")))]
 pub struct Args {
     #[command(flatten)]

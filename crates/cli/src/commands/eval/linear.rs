@@ -14,6 +14,11 @@ use byol::{
 use super::{BaselineArgs, Labeled, LabeledArgs, features, labels, top_k_rows};
 use crate::terminal::{self, Result};
 
+const EXAMPLES: &str = "\
+Examples:
+  byol eval linear byol-runs/photos labeled         The protocol of the paper
+  byol eval linear byol-runs/photos labeled --fast  Logistic regression on stored features";
+
 /// Train a linear classifier on the frozen encoder
 ///
 /// Follows the paper: random crop and flip, SGD with Nesterov momentum, cosine schedule. The
@@ -21,6 +26,7 @@ use crate::terminal::{self, Result};
 /// the features are computed once and a logistic regression is fitted to them; its regularization
 /// is selected in the same way.
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
 pub struct Args {
     #[command(flatten)]
     labeled: LabeledArgs,

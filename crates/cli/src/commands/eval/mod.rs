@@ -36,11 +36,18 @@ use serde_json::Value;
 use super::{EvalFlags, data_args::DataFlags};
 use crate::terminal::{self, Result, out, plural};
 
+const EXAMPLES: &str = "\
+Examples:
+  byol eval label-free byol-runs/photos photos          Without labels
+  byol eval knn byol-runs/photos labeled --with-random  Nearest neighbors, also of random weights
+  byol eval linear byol-runs/photos labeled --fast      Logistic regression";
+
 /// Evaluate an encoder
 ///
 /// Evaluations never change the encoder. They print metrics with 95 % confidence intervals
 /// (bootstrap over the test images) and save them in RUN/eval/ if the encoder belongs to a run.
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
 pub struct Args {
     #[command(subcommand)]
     evaluation: Evaluation,

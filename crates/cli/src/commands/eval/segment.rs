@@ -12,6 +12,10 @@ use byol::{
 use super::heads::{self, DenseArgs, Predictions};
 use crate::terminal::{self, Result};
 
+const EXAMPLES: &str = "\
+Examples:
+  byol eval segment byol-runs/photos camvid --picture masks.png  Train a head on images and masks";
+
 /// Train a segmentation head on the encoder
 ///
 /// DATA has folders `images` and `masks` with the same file names and the same splits. The head is
@@ -19,6 +23,7 @@ use crate::terminal::{self, Result};
 /// fine-tuned with the head, or kept fixed with --frozen; its file stays unchanged. The results
 /// include the same head on the random initialization.
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
 #[command(mut_arg("data", |data| data.help("Folder with `images/` and `masks/`")))]
 pub struct Args {
     #[command(flatten)]

@@ -21,6 +21,10 @@ use super::{BaselineArgs, CommonArgs, EvalFlags, Labeled, NamedEncoder, absolute
 use crate::commands::data_args::DataFlags;
 use crate::terminal::{self, Result, display_path};
 
+const EXAMPLES: &str = "\
+Examples:
+  byol eval transfer byol-runs/photos flowers pets  Logistic regression on two data sets";
+
 /// Evaluate the encoder on several labeled data sets
 ///
 /// Follows table 3 of the paper: logistic regression by L-BFGS on frozen features and, with
@@ -28,6 +32,7 @@ use crate::terminal::{self, Result, display_path};
 /// Caltech and Flowers, recognized by their folder name, by mean accuracy per class; images with
 /// several classes (labels.csv) by 11-point mean average precision.
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
 pub struct Args {
     /// Encoder file (.safetensors) or run folder
     encoder: PathBuf,

@@ -29,12 +29,18 @@ use byol::{
 use super::{INTERRUPTED, data_args, embeddings_args};
 use crate::terminal::{self, Result};
 
+const EXAMPLES: &str = "\
+Examples:
+  byol explore byol-runs/photos            Explore a run, also while it trains
+  byol explore photos.parquet --port 8080  Explore embeddings on another port";
+
 /// Explore images as an interactive map in the browser
 ///
 /// Serves a page to this machine only: a map on which similar images lie close together, nearest
 /// neighbors, near-duplicates, outliers, labeling by clicks, and the training curves of the run.
 /// The page is part of this program: nothing is fetched from a network.
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = EXAMPLES)]
 pub struct Args {
     /// Run folder, or embeddings file written by `byol embed`
     #[arg(value_name = "RUN|EMBEDDINGS")]
