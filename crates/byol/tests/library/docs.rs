@@ -122,3 +122,16 @@ fn markdown_links_resolve() {
     assert!(checked > 50, "{checked} links");
     assert!(broken.is_empty(), "{broken:#?}");
 }
+
+/// The release workflow compares the tag with the first of these.
+#[test]
+fn version_is_the_same_everywhere() {
+    let version = env!("CARGO_PKG_VERSION");
+    let read = |name: &str| fs::read_to_string(root().join(name)).unwrap();
+    assert!(read("Cargo.toml").contains(&format!("\nversion = \"{version}\"\n")));
+    assert!(read("CITATION.cff").contains(&format!("\nversion: {version}\n")));
+    let changelog = read("CHANGELOG.md");
+    let section = changelog.lines().find_map(|line| line.strip_prefix("## ")).unwrap();
+    assert!(section.starts_with(version), "the changelog begins with {section}");
+    assert!(read("README.md").contains(&format!("version-{version}-")));
+}

@@ -1,0 +1,32 @@
+"""Pretrain image encoders without labels (Bootstrap Your Own Latent, Grill et al. 2020).
+
+>>> import byol
+>>> run = byol.pretrain("photos", epochs=50)          # a folder of images
+>>> encoder = run.encoder                             # or: byol.Encoder.open("byol-runs/photos")
+>>> features = encoder.embed(["a.jpg", "b.jpg"])      # float32 [2, D]
+>>> byol.evaluate.knn(encoder, "labeled").accuracy
+
+The command ``byol`` is part of the package. Everything runs in native code; PyTorch is needed only
+by ``Encoder.to_torchvision`` and ``Encoder.to_timm``.
+"""
+
+from byol import evaluate
+from byol._byol import ByolError, DataError, EncoderError, RecipeError, RunError, __version__
+from byol._data import Dataset
+from byol._encoder import Encoder
+from byol._train import Run, pretrain, resume
+
+__all__ = [
+    "ByolError",
+    "DataError",
+    "Dataset",
+    "Encoder",
+    "EncoderError",
+    "RecipeError",
+    "Run",
+    "RunError",
+    "__version__",
+    "evaluate",
+    "pretrain",
+    "resume",
+]

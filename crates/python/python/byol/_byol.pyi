@@ -1,0 +1,89 @@
+"""Native half of the package."""
+
+from collections.abc import Callable, Sequence
+from os import PathLike
+
+import numpy as np
+from numpy.typing import NDArray
+
+__version__: str
+
+class ByolError(Exception):
+    """Base class of all errors of byol."""
+
+class DataError(ByolError):
+    """Images that cannot be read or used."""
+
+class EncoderError(ByolError):
+    """A file that is not a usable encoder."""
+
+class RecipeError(ByolError):
+    """An invalid recipe or setting."""
+
+class RunError(ByolError):
+    """A run that cannot be started, resumed or finished."""
+
+_Path = str | PathLike[str]
+_Item = _Path | NDArray[np.uint8]
+_Estimate = tuple[float, float, float]
+_Classified = tuple[_Estimate, list[int], list[int]]
+
+class Dataset:
+    @staticmethod
+    def open(path: _Path) -> Dataset: ...
+    @staticmethod
+    def from_arrays(images: Sequence[NDArray[np.uint8]], labels: Sequence[int] | None) -> Dataset: ...
+    @staticmethod
+    def synthetic(n: int, n_test: int, seed: int) -> Dataset: ...
+    @property
+    def classes(self) -> list[str]: ...
+    def size(self, split: str) -> int | None: ...
+    def labels(self, split: str) -> NDArray[np.int64] | None: ...
+    def names(self, split: str) -> list[str]: ...
+    def image(self, split: str, i: int) -> NDArray[np.uint8]: ...
+
+class Encoder:
+    @staticmethod
+    def open(path: _Path, device: str) -> Encoder: ...
+    def random(self, seed: int) -> Encoder: ...
+    @property
+    def features(self) -> int: ...
+    @property
+    def spec(self) -> str: ...
+    def embed(
+        self, items: Sequence[_Item], batch_size: int, progress: Callable[[int], object] | None
+    ) -> NDArray[np.float32]: ...
+    def embed_split(
+        self, dataset: Dataset, split: str, progress: Callable[[int], object] | None
+    ) -> NDArray[np.float32]: ...
+    def view(self, item: _Item) -> NDArray[np.float32]: ...
+    def to_bytes(self) -> bytes: ...
+    def export(self, path: _Path, normalized_input: bool) -> float: ...
+
+def main(args: Sequence[str]) -> int: ...
+def pretrain(
+    dataset: Dataset,
+    out: _Path,
+    recipe: str,
+    epochs: int | None,
+    settings: Sequence[str],
+    device: str,
+    threads: int,
+    tensorboard: bool,
+    callback: Callable[[str], object] | None,
+) -> None: ...
+def resume(
+    out: _Path,
+    dataset: Dataset | None,
+    epochs: int | None,
+    threads: int,
+    callback: Callable[[str], object] | None,
+) -> None: ...
+def plan(folder: _Path) -> str: ...
+def knn(
+    encoder: Encoder, dataset: Dataset, k: int, temperature: float, limit: int, seed: int
+) -> _Classified: ...
+def linear(encoder: Encoder, dataset: Dataset, limit: int, seed: int) -> _Classified: ...
+def label_free(
+    encoder: Encoder, dataset: Dataset, split: str, limit: int, seed: int
+) -> list[tuple[str, float]]: ...

@@ -1,0 +1,208 @@
+"""Frozen encoders."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Literal, Union
+
+import numpy as np
+from numpy.typing import NDArray
+
+from byol import _byol
+from byol._data import Dataset, ImageLike, PathLike, Split, as_item
+
+if TYPE_CHECKING:
+    import torch
+
+Images = Union[Dataset, ImageLike, Iterable[ImageLike]]
+Device = Literal["auto", "cpu", "vulkan", "metal", "wgpu", "cuda", "rocm"]
+
+
+class Encoder:
+    """A trained ResNet that maps images to vectors.
+
+    Examples
+    --------
+    >>> encoder = byol.Encoder.open("byol-runs/photos")
+    >>> encoder.embed("cat.jpg").shape
+    (1, 512)
+    >>> model = encoder.to_torchvision()
+    """
+
+    def __init__(self, native: _byol.Encoder) -> None:
+        self._native = native
+
+    @classmethod
+    def open(cls, path: PathLike, device: Device = "auto") -> Encoder:
+        """Open the encoder of a run folder, or an encoder file (``.safetensors``).
+
+        Raises
+        ------
+        EncoderError
+            If the file is missing, damaged, or not an encoder.
+        """
+        return cls(_byol.Encoder.open(os.fspath(path), device))
+
+    def random(self, seed: int = 0) -> Encoder:
+        """Return the same network with random initialization, the baseline of evaluations."""
+        return Encoder(self._native.random(seed))
+
+    @property
+    def features(self) -> int:
+        """Dimension D of the embeddings."""
+        return self._native.features
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """Architecture, width, stem, input size, center crop, normalization and batch-norm epsilon."""
+        spec: dict[str, Any] = json.loads(self._native.spec)
+        return spec
+
+    def embed(
+        self,
+        images: Images,
+        batch_size: int = 64,
+        progress: bool = False,
+        split: Split = "train",
+    ) -> NDArray[np.float32]:
+        """Compute embeddings.
+
+        Parameters
+        ----------
+        images
+            A path, a PIL image, an array ``uint8 [H, W, 3]``, an iterable of these, an array
+            ``uint8 [N, H, W, 3]``, a folder, or a `Dataset`.
+        batch_size
+            Images that are decoded and computed at once.
+        progress
+            Show the number of images done on standard error.
+        split
+            Split of a folder or `Dataset`.
+
+        Returns
+        -------
+        ``float32 [N, D]``, one row per image.
+
+        Raises
+        ------
+        DataError
+            If an image cannot be read.
+        """
+        if isinstance(images, (str, os.PathLike)) and os.path.isdir(images):
+            images = Dataset.open(images)
+        if isinstance(images, Dataset):
+            total = images.splits.get(split, 0)
+            return self._native.embed_split(images._native, split, _progress(progress, total))
+        items = [as_item(image) for image in _as_list(images)]
+        return self._native.embed(items, batch_size, _progress(progress, len(items)))
+
+    def preprocess(self, image: ImageLike, normalize: bool = True) -> NDArray[np.float32]:
+        """Return the evaluation view of an image, exactly as `embed` computes it.
+
+        Parameters
+        ----------
+        image
+            A path, a PIL image, or an array ``uint8 [H, W, 3]``.
+        normalize
+            Subtract the mean and divide by the standard deviation, as the models of
+            `to_torchvision` and `to_timm` expect. Without it values are from 0 to 1, as exported
+            ONNX models expect.
+
+        Returns
+        -------
+        ``float32 [3, S, S]``
+        """
+        view = self._native.view(as_item(image))
+        if not normalize:
+            return view
+        normalization = self.spec["normalization"]
+        mean, std = (
+            np.array(normalization[key], dtype=np.float32)[:, None, None] for key in ("mean", "std")
+        )
+        return np.asarray((view - mean) / std, dtype=np.float32)
+
+    def state_dict(self) -> dict[str, NDArray[Any]]:
+        """Weights and running statistics by torchvision's parameter names."""
+        data = self._native.to_bytes()
+        start = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:start])
+        header.pop("__metadata__", None)
+        types = {"F32": np.float32, "I64": np.int64}
+        tensors = {}
+        for name, entry in header.items():
+            first, last = (start + offset for offset in entry["data_offsets"])
+            values = np.frombuffer(data[first:last], dtype=types[entry["dtype"]])
+            tensors[name] = values.reshape(entry["shape"]).copy()
+        return tensors
+
+    def to_torchvision(self) -> torch.nn.Module:
+        """Return the encoder as a torchvision ResNet in evaluation mode, without its classifier.
+
+        The model expects normalized images: see `preprocess`. Needs torch and torchvision.
+        """
+        from byol._torch import torchvision_model
+
+        return torchvision_model(self.spec, self.state_dict())
+
+    def to_timm(self) -> torch.nn.Module:
+        """Return the encoder as a timm ResNet in evaluation mode, without its classifier.
+
+        The model expects normalized images: see `preprocess`. Needs torch and timm.
+
+        Raises
+        ------
+        EncoderError
+            If the width is not 1, which timm's ResNets do not support.
+        """
+        from byol._torch import timm_model
+
+        return timm_model(self.spec, self.state_dict())
+
+    def export(self, path: PathLike, normalized_input: bool = False) -> float:
+        """Write the encoder as ``.onnx`` or ``.safetensors``, replacing an existing file.
+
+        The file is read back and compared with this encoder on eight images before it gets its
+        name.
+
+        Parameters
+        ----------
+        path
+            Output file. The extension selects the format.
+        normalized_input
+            ONNX: expect normalized images instead of values from 0 to 1.
+
+        Returns
+        -------
+        Largest absolute difference of a feature.
+        """
+        return self._native.export(os.fspath(path), normalized_input)
+
+    def __repr__(self) -> str:
+        spec = self.spec
+        return (
+            f"byol.Encoder({spec['architecture']}, width {spec['width']:g}, {spec['size']} px, "
+            f"{self.features} features)"
+        )
+
+
+def _as_list(images: ImageLike | Iterable[ImageLike]) -> list[ImageLike]:
+    """Return the images of any input as a list."""
+    is_one = isinstance(images, (str, os.PathLike)) or hasattr(images, "convert")
+    if is_one or (isinstance(images, np.ndarray) and images.ndim <= 3):
+        return [images]  # type: ignore[list-item]
+    return list(images)  # type: ignore[arg-type]
+
+
+def _progress(shown: bool, total: int) -> Callable[[int], None] | None:
+    """Return a function that shows the number of images done."""
+    if not shown:
+        return None
+
+    def show(done: int) -> None:
+        end = "\n" if done >= total else ""
+        print(f"\rembedding {done}/{total}", end=end, file=sys.stderr, flush=True)
+
+    return show

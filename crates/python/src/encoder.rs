@@ -1,0 +1,144 @@
+//! Frozen encoders.
+
+use std::path::PathBuf;
+
+use byol::{
+    DeviceChoice, Image,
+    apply::export,
+    data::{Images, synthetic},
+    eval,
+    train::{Plan, run::read_plan},
+};
+use numpy::{PyArray2, PyArray3, PyArrayMethods};
+use pyo3::{prelude::*, types::PyBytes};
+use rayon::prelude::*;
+
+use crate::{
+    data::{Dataset, Item, Source},
+    errors::{self, detached},
+};
+
+/// A frozen encoder.
+#[pyclass(frozen, module = "byol._byol")]
+pub struct Encoder {
+    pub inner: byol::Encoder,
+    /// Plan of the run that it belongs to.
+    pub plan: Option<Plan>,
+}
+
+#[pymethods]
+impl Encoder {
+    /// Opens the encoder of a run, or an encoder file.
+    #[staticmethod]
+    fn open(py: Python, path: PathBuf, device: &str) -> PyResult<Encoder> {
+        let device: DeviceChoice = device.parse().map_err(errors::byol)?;
+        let open = || byol::Encoder::open_on(&path, device).map_err(errors::encoder);
+        Ok(Encoder { inner: detached(py, open)?, plan: read_plan(&path).ok() })
+    }
+
+    /// The same network with random initialization.
+    fn random(&self, py: Python, seed: u64) -> PyResult<Encoder> {
+        let create = || Ok(byol::Encoder::random(self.inner.spec.clone(), seed, &self.inner.device()));
+        Ok(Encoder { inner: detached(py, create)?, plan: self.plan.clone() })
+    }
+
+    /// Dimension of the representation.
+    #[getter]
+    fn features(&self) -> usize {
+        self.inner.features()
+    }
+
+    /// Description of the encoder as JSON.
+    #[getter]
+    fn spec(&self) -> String {
+        serde_json::to_string(&self.inner.spec).expect("a description is plain data")
+    }
+
+    /// Representations of images: `float32 [N, D]`. `progress` is called with the number of images
+    /// done.
+    fn embed<'py>(
+        &self,
+        py: Python<'py>,
+        items: Vec<Item>,
+        batch_size: usize,
+        progress: Option<&Bound<PyAny>>,
+    ) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        let sources: Vec<Source> = items.iter().map(Item::to_source).collect::<PyResult<_>>()?;
+        let (n, mut sources) = (sources.len(), sources.into_iter());
+        let mut values = Vec::with_capacity(n * self.inner.features());
+        while sources.len() > 0 {
+            let batch: Vec<Source> = sources.by_ref().take(batch_size.max(1)).collect();
+            values.extend(detached(py, || self.embed_batch(batch))?);
+            if let Some(progress) = progress {
+                progress.call1((n - sources.len(),))?;
+            }
+            py.check_signals()?;
+        }
+        numpy::PyArray1::from_vec(py, values).reshape([n, self.inner.features()])
+    }
+
+    /// Representations of a split of a data set: `float32 [N, D]`.
+    fn embed_split<'py>(
+        &self,
+        py: Python<'py>,
+        dataset: &Dataset,
+        split: &str,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        let images = dataset.split(split)?;
+        let features = detached(py, || embed_images(&self.inner, images, progress.as_ref()))?;
+        numpy::PyArray1::from_vec(py, features.values).reshape([features.n, features.dim])
+    }
+
+    /// Evaluation view of an image: `float32 [3, S, S]`, values from 0 to 1.
+    fn view<'py>(&self, py: Python<'py>, item: Item) -> PyResult<Bound<'py, PyArray3<f32>>> {
+        let source = item.to_source()?;
+        let spec = &self.inner.spec;
+        let view = detached(py, || Ok(spec.evaluation_view(&source.decode(&spec.levels)?)))?;
+        let (values, [h, w, c]) = (view.interleaved(), [view.height, view.width, view.channels]);
+        let value = |(channel, y, x)| values[(y * w + x) * c + channel];
+        Ok(PyArray3::from_owned_array(py, numpy::ndarray::Array3::from_shape_fn([c, h, w], value)))
+    }
+
+    /// The encoder as a safetensors file.
+    fn to_bytes<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.inner.to_safetensors())
+    }
+
+    /// Writes the encoder as ONNX or safetensors. Returns the largest difference of a feature from
+    /// this encoder's.
+    fn export(&self, py: Python, path: PathBuf, normalized_input: bool) -> PyResult<f64> {
+        let images = synthetic::dataset(0, 8, 0).train;
+        let write = || export::write(&self.inner, &path, !normalized_input, &images).map_err(errors::byol);
+        Ok(detached(py, write)?.difference)
+    }
+}
+
+impl Encoder {
+    fn embed_batch(&self, batch: Vec<Source>) -> PyResult<Vec<f32>> {
+        let levels = &self.inner.spec.levels;
+        let decode = |source: Source| source.decode(levels);
+        let images: Vec<Image> = batch.into_par_iter().map(decode).collect::<PyResult<_>>()?;
+        Ok(eval::embed(&self.inner, &Images::memory(images, None), |_| ()).map_err(errors::data)?.values)
+    }
+}
+
+/// Representations of images. `progress` is called with the number of images done; Ctrl-C stops.
+pub fn embed_images(
+    encoder: &byol::Encoder,
+    images: &Images,
+    progress: Option<&Py<PyAny>>,
+) -> PyResult<eval::Features> {
+    let (mut done, mut interrupted) = (0, Ok(()));
+    let features = eval::embed(encoder, images, |n| {
+        done += n;
+        if interrupted.is_ok() {
+            interrupted = Python::attach(|py| {
+                py.check_signals()?;
+                progress.map_or(Ok(()), |progress| progress.call1(py, (done,)).map(|_| ()))
+            });
+        }
+    });
+    interrupted?;
+    features.map_err(errors::data)
+}

@@ -1,0 +1,124 @@
+//! Evaluations of frozen encoders.
+
+use byol::{
+    data::{Dataset as ByolDataset, Images},
+    eval::{
+        self, Features, knn as nearest_neighbors, label_free as without_labels, linear as probe, logistic, results,
+    },
+    views::Policy,
+};
+use pyo3::prelude::*;
+
+use crate::{
+    data::Dataset,
+    encoder::{Encoder, embed_images},
+    errors::{self, detached},
+};
+
+/// Value and 95 % interval.
+type Estimate = (f64, f64, f64);
+
+/// Accuracy with its interval, the predicted classes, and the true ones.
+type Classified = (Estimate, Vec<usize>, Vec<usize>);
+
+/// Training and test images with labels. Without a test split, the validation split or one image in
+/// five is for testing.
+fn labeled(dataset: &ByolDataset, limit: usize) -> PyResult<(Images, Images, usize)> {
+    let labeled = dataset.clone().labeled();
+    let unlabeled =
+        || errors::data("the images have no labels\nhint: put each class into a folder of its own, or pass labels");
+    let train = labeled.train.labeled().ok_or_else(unlabeled)?;
+    let (train, test) = match labeled.test.or(labeled.held_out) {
+        Some(test) => (train, test),
+        None => train.split_off_test(5),
+    };
+    if train.labels().is_none() || test.labels().is_none() {
+        return Err(errors::data("the images have several classes each"));
+    }
+    if train.is_empty() || test.is_empty() {
+        return Err(errors::data("too few images for training and testing (at least 2 are needed)"));
+    }
+    Ok((if limit == 0 { train } else { train.sample_random(limit) }, test, labeled.classes.len()))
+}
+
+fn labels(images: &Images) -> &[usize] {
+    images.labels().expect("checked by `labeled`")
+}
+
+fn finite(encoder: &Encoder, images: &Images) -> PyResult<Features> {
+    let features = embed_images(&encoder.inner, images, None)?;
+    match features.is_finite() {
+        true => Ok(features),
+        false => Err(errors::encoder("the encoder outputs NaN or infinity: its training has diverged")),
+    }
+}
+
+fn classified(seed: u64, predicted: Vec<usize>, labels: &[usize]) -> Classified {
+    let row = results::ResultRow::accuracy("accuracy", seed, &predicted, labels);
+    let [low, high] = row.interval.unwrap_or([f64::NAN; 2]);
+    ((row.value, low, high), predicted, labels.to_vec())
+}
+
+/// Weighted nearest-neighbor classification.
+#[pyfunction]
+pub fn knn(
+    py: Python,
+    encoder: &Encoder,
+    dataset: &Dataset,
+    k: usize,
+    temperature: f64,
+    limit: usize,
+    seed: u64,
+) -> PyResult<Classified> {
+    if k == 0 || temperature.is_nan() || temperature < 0.01 {
+        return Err(errors::byol("`k` must be at least 1 and `temperature` at least 0.01"));
+    }
+    detached(py, || {
+        let (train, test, classes) = labeled(&dataset.inner, limit)?;
+        let (bank, queries) = (finite(encoder, &train)?, finite(encoder, &test)?);
+        let result =
+            nearest_neighbors::classify(&bank, labels(&train), &queries, labels(&test), classes, k, temperature);
+        Ok(classified(seed, result.predicted, labels(&test)))
+    })
+}
+
+/// Logistic regression on the features, with the L2 strength selected on held-out images.
+#[pyfunction]
+pub fn linear(py: Python, encoder: &Encoder, dataset: &Dataset, limit: usize, seed: u64) -> PyResult<Classified> {
+    detached(py, || {
+        let (train, test, classes) = labeled(&dataset.inner, limit)?;
+        let (features, queries) = (finite(encoder, &train)?, finite(encoder, &test)?);
+        let held_out = probe::held_out_mask(labels(&train), seed);
+        let fit = logistic::fit_best(&features, labels(&train), classes, &logistic::strengths(), &held_out);
+        if !fit.classifier.is_finite() {
+            return Err(errors::byol("the classifier has diverged: its weights contain NaN or infinity"));
+        }
+        let scores = fit.classifier.scores(&queries);
+        Ok(classified(seed, eval::metrics::argmax(&scores, classes), labels(&test)))
+    })
+}
+
+/// Metrics without labels, as (name, value).
+#[pyfunction]
+pub fn label_free(
+    py: Python,
+    encoder: &Encoder,
+    dataset: &Dataset,
+    split: &str,
+    limit: usize,
+    seed: u64,
+) -> PyResult<Vec<(&'static str, f64)>> {
+    let images = dataset.split(split)?;
+    detached(py, || {
+        let images = if limit == 0 { images.clone() } else { images.sample_random(limit) };
+        let representations = finite(encoder, &images)?;
+        let (policies, size) = match &encoder.plan {
+            Some(plan) => ([plan.recipe.views.first.clone(), plan.recipe.views.second.clone()], plan.recipe.views.size),
+            None => ([Policy::default(), Policy::second()], encoder.inner.spec.size),
+        };
+        let config = without_labels::ViewConfig { policies: [&policies[0], &policies[1]], size, seed };
+        let measured = without_labels::measure_per_image(&encoder.inner, &images, &representations, config);
+        let (metrics, _) = measured.map_err(errors::data)?;
+        Ok(metrics.named_values().into_iter().map(|(name, value, _)| (name, value)).collect())
+    })
+}

@@ -1,0 +1,366 @@
+"""The package from a user's view."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from conftest import SMALL, pictures
+
+import byol
+
+
+def test_data_set_of_arrays_has_their_images_and_labels(data):
+    images, labels = pictures()
+    assert len(data) == 60 and data.splits == {"train": 60} and data.classes == ["0", "1"]
+    assert np.array_equal(data.image(3), images[3])
+    assert data.labels().tolist() == labels
+    assert data.labels().dtype == np.int64
+    with pytest.raises(IndexError, match="image 60"):
+        data.image(60)
+    with pytest.raises(byol.DataError, match="no test split"):
+        data.names("test")
+
+
+def test_sizes_of_images_may_differ_and_generators_work():
+    images = (np.zeros((10 + i, 12, 3), np.uint8) for i in range(3))
+    data = byol.Dataset.from_arrays(images)
+    assert [data.image(i).shape[0] for i in range(3)] == [10, 11, 12]
+    assert data.labels() is None and data.classes == []
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        ([], None, "no images"),
+        (np.zeros((2, 8, 8, 3), np.float32), None, "float32 is not an image"),
+        (np.zeros((2, 8, 8, 4), np.uint8), None, r"\[8, 8, 4\] is not an RGB image"),
+        (np.zeros((2, 8, 8, 3), np.uint8), [0], "1 labels for 2 images"),
+        (np.zeros((2, 8, 8, 3), np.uint8), [0, -1], "negative"),
+        ([np.zeros(5, np.uint8)], None, r"shape \[5\]"),
+    ],
+)
+def test_unusable_images_are_refused(images, labels, message):
+    with pytest.raises(byol.DataError, match=message):
+        byol.Dataset.from_arrays(images, labels)
+
+
+def test_run_has_plan_metrics_and_encoder(run):
+    assert run.finished and run.plan["images"] + run.plan["held_out"] == 60
+    assert [epoch["epoch"] for epoch in run.epochs] == [0, 1, 2, 3]
+    assert len(run.steps) == run.plan["schedule"]["total"]
+    assert all(step["loss"] < 5 for step in run.steps)
+    assert 0 <= run.epochs[-1]["knn"] <= 1
+    assert run.encoder.spec["width"] == 0.0625
+    assert "resnet18" in repr(run.encoder)
+
+
+def test_events_have_the_values_of_the_metrics(data, tmp_path):
+    events = []
+    run = byol.pretrain(data, tmp_path / "run", callback=events.append, **SMALL)
+    losses = [event["loss"] for event in events if event["kind"] == "step"]
+    assert losses == [step["loss"] for step in run.steps]
+    kinds = {event["kind"] for event in events}
+    assert kinds == {"step", "epoch", "checkpoint"}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_stopped_run_resumes_to_the_same_bits(data, run, tmp_path, error):
+    def stop(event):
+        if event["kind"] == "step" and event["step"] == 5:
+            raise error
+
+    with pytest.raises(error):
+        byol.pretrain(data, tmp_path / "run", callback=stop, **SMALL)
+    stopped = byol.Run(tmp_path / "run")
+    assert not stopped.finished
+    with pytest.raises(byol.DataError):  # the arrays have no path
+        byol.resume(stopped)
+    resumed = byol.resume(stopped, data)
+    assert resumed.finished
+    file = "encoder.safetensors"
+    assert (resumed.path / file).read_bytes() == (run.path / file).read_bytes()
+
+
+def test_run_can_be_extended(data, tmp_path):
+    byol.pretrain(data, tmp_path / "run", **SMALL)
+    longer = byol.resume(tmp_path / "run", data, epochs=4)
+    assert longer.finished and longer.epochs[-1]["epoch"] == 4
+    with pytest.raises(byol.RunError, match="4 epochs|completed 4"):
+        byol.resume(longer, data, epochs=2)
+
+
+def test_settings_reach_the_plan(data, tmp_path):
+    settings = {"views.first.area": [0.3, 1.0], "views.first.solarize": 0.5, "norm.eps": 1e-3}
+    run = byol.pretrain(data, tmp_path / "run", settings=settings, **{**SMALL, "epochs": 2})
+    first = run.plan["recipe"]["views"]["first"]
+    assert first["area"] == [0.3, 1.0] and first["solarize"] == 0.5
+    assert run.plan["encoder"]["eps"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"recipe": "imagnet"}, byol.RecipeError, "imagnet"),
+        ({"settings": {"views.siz": 3}}, byol.RecipeError, "views.size"),
+        ({"settings": {"target.tau": 2}}, byol.RecipeError, "target.tau"),
+        ({"batch": 1000}, byol.DataError, "exceeds"),
+        ({"device": "gpu"}, byol.ByolError, "invalid device"),
+        ({"init": "missing.pth", "recipe": "auto"}, byol.EncoderError, "missing.pth"),
+        ({"epoch": 3}, TypeError, "epoch"),
+    ],
+)
+def test_invalid_arguments_are_refused(data, tmp_path, arguments, error, message):
+    with pytest.raises(error, match=message):
+        byol.pretrain(data, tmp_path / "run", **{**SMALL, **arguments})
+    assert not (tmp_path / "run").exists()
+
+
+def test_existing_run_is_not_overwritten(data, run):
+    with pytest.raises(byol.RunError, match="already contains a run"):
+        byol.pretrain(data, run.path, **SMALL)
+
+
+def test_embeddings_do_not_depend_on_the_kind_of_input(encoder, data, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    arrays = [data.image(i) for i in range(6)]
+    paths = []
+    for i, array in enumerate(arrays):
+        paths.append(tmp_path / f"{i}.png")
+        image.fromarray(array).save(paths[-1])
+    expected = encoder.embed(arrays)
+    assert expected.shape == (6, encoder.features) and expected.dtype == np.float32
+    assert np.abs(expected[0] - expected[1]).max() > 0
+    for same in [
+        np.array(arrays),
+        paths,
+        [str(path) for path in paths],
+        [image.open(path) for path in paths],
+        (array for array in arrays),
+        tmp_path,
+        byol.Dataset.open(tmp_path),
+    ]:
+        assert np.array_equal(encoder.embed(same), expected)
+    assert np.array_equal(encoder.embed(arrays, batch_size=4), expected)
+    assert np.array_equal(encoder.embed(str(paths[2])), expected[2:3])
+    assert np.array_equal(encoder.embed(arrays[2]), expected[2:3])
+    assert encoder.embed([]).shape == (0, encoder.features)
+
+
+def test_gray_images_are_rgb_images_of_equal_channels(encoder):
+    gray = pictures()[0][0, :, :, 0]
+    rgb = np.stack([gray] * 3, axis=-1)
+    assert np.array_equal(encoder.embed(gray), encoder.embed(rgb))
+    assert np.array_equal(encoder.embed(gray[:, :, None]), encoder.embed(rgb))
+
+
+def test_unreadable_images_are_named(encoder, tmp_path):
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"not an image")
+    with pytest.raises(byol.DataError, match="broken.jpg"):
+        encoder.embed([broken])
+    with pytest.raises(byol.DataError, match="missing.png"):
+        encoder.embed(tmp_path / "missing.png")
+
+
+def test_progress_is_shown(encoder, data, capfd):
+    encoder.embed(data, progress=True)
+    assert "embedding 60/60" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["missing", "missing.safetensors"])
+def test_missing_encoders_are_refused(path):
+    with pytest.raises(byol.EncoderError, match=path):
+        byol.Encoder.open(path)
+
+
+def test_preprocess_is_the_view_that_embed_uses(encoder, data, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    array = data.image(7)
+    view = encoder.preprocess(array, normalize=False)
+    size = encoder.spec["size"]
+    assert view.shape == (3, size, size) and view.dtype == np.float32
+    assert 0 <= view.min() and view.max() <= 1
+    normalized = encoder.preprocess(array)
+    mean = np.float32(encoder.spec["normalization"]["mean"])
+    std = np.float32(encoder.spec["normalization"]["std"])
+    assert np.allclose(normalized, (view - mean[:, None, None]) / std[:, None, None])
+
+    assert encoder.export(tmp_path / "encoder.onnx") < 1e-4
+    session = onnxruntime.InferenceSession(tmp_path / "encoder.onnx", providers=["CPUExecutionProvider"])
+    features = session.run(None, {"images": view[None]})[0]
+    assert np.allclose(features, encoder.embed(array), atol=1e-4)
+
+
+def test_state_dict_has_the_names_of_torchvision(encoder):
+    state = encoder.state_dict()
+    assert state["conv1.weight"].shape == (4, 3, 3, 3)
+    assert state["layer4.1.bn2.running_var"].shape == (32,)
+    assert state["bn1.num_batches_tracked"].dtype == np.int64
+
+
+def test_torchvision_computes_the_same_features(encoder, data):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("torchvision")
+    expected = encoder.embed(data.image(5))
+    model = encoder.to_torchvision()
+    with torch.no_grad():
+        features = model(torch.from_numpy(encoder.preprocess(data.image(5)))[None])
+    assert np.allclose(features.numpy(), expected, atol=1e-4)
+    with pytest.raises(byol.EncoderError, match="width 0.0625"):
+        encoder.to_timm()
+
+
+def test_timm_computes_the_same_features(data, tmp_path):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("timm")
+    run = byol.pretrain(data, tmp_path / "run", **{**SMALL, "width": 1.0, "epochs": 1, "warmup_epochs": 0})
+    encoder = run.encoder
+    with torch.no_grad():
+        features = encoder.to_timm()(torch.from_numpy(encoder.preprocess(data.image(5)))[None])
+    assert np.allclose(features.numpy(), encoder.embed(data.image(5)), atol=1e-3)
+
+
+def test_timm_and_transformers_load_the_folder_of_an_export(data, tmp_path):
+    torch = pytest.importorskip("torch")
+    timm = pytest.importorskip("timm")
+    settings = {"encoder.stem": "imagenet"}
+    small = {**SMALL, "width": 1.0, "size": 32, "epochs": 1, "warmup_epochs": 0}
+    run = byol.pretrain(data, tmp_path / "run", settings=settings, **small)
+    folder = tmp_path / "model"
+    command_output("export", run.path, "--format", "hf", "-o", folder)
+    view = torch.from_numpy(run.encoder.preprocess(data.image(5)))[None]
+    expected = run.encoder.embed(data.image(5))
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    config = timm.data.resolve_model_data_config(model)
+    assert tuple(config["input_size"]) == (3, 32, 32) and config["crop_pct"] == run.encoder.spec["center"]
+    with torch.no_grad():
+        assert np.allclose(model(view).numpy(), expected, atol=1e-3)
+    assert np.array_equal(byol.Encoder.open(folder).embed(data.image(5)), expected)
+
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        assert np.allclose(model(view).pooler_output.numpy(), expected, atol=1e-3)
+
+
+def test_evaluations_agree_with_the_command(encoder, run, data, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    labels = data.labels()
+    for i in range(len(data)):
+        folder = tmp_path / ("test" if i % 5 == 0 else "train") / str(labels[i])
+        folder.mkdir(parents=True, exist_ok=True)
+        image.fromarray(data.image(i)).save(folder / f"{i}.png")
+    labeled = byol.Dataset.open(tmp_path)
+    assert labeled.splits == {"train": 48, "test": 12}
+    knn = byol.evaluate.knn(encoder, labeled, k=5)
+    linear = byol.evaluate.linear(encoder, labeled)
+    for result, command in [(knn, ["knn", "-k", "5"]), (linear, ["linear", "--fast"])]:
+        assert result.low <= result.accuracy <= result.high
+        assert result.accuracy == np.mean(result.predicted == result.labels)
+        assert result.confusion().sum() == 12
+        assert f"{100 * result.accuracy:.1f} %" in repr(result)
+        printed = command_output("eval", command[0], run.path, tmp_path, *command[1:], "--json", "--device", "cpu")
+        assert json.loads(printed)["rows"][0]["value"] == pytest.approx(result.accuracy)
+
+
+def test_label_free_metrics_need_no_labels(encoder):
+    images, _ = pictures()
+    metrics = byol.evaluate.label_free(encoder, byol.Dataset.from_arrays(images))
+    assert {"RankMe", "LiDAR", "view retrieval"} <= metrics.keys()
+    assert all(np.isfinite(value) for value in metrics.values())
+    baseline = byol.evaluate.label_free(encoder.random(), byol.Dataset.from_arrays(images))
+    assert baseline != metrics
+
+
+def test_evaluations_need_labels(encoder):
+    unlabeled = byol.Dataset.from_arrays(pictures()[0])
+    with pytest.raises(byol.DataError, match="no labels"):
+        byol.evaluate.knn(encoder, unlabeled)
+    with pytest.raises(byol.ByolError, match="at least 1"):
+        byol.evaluate.knn(encoder, unlabeled, k=0)
+
+
+def test_threads_may_share_an_encoder(encoder, data):
+    expected = encoder.embed(data.image(1))
+    results = [None] * 100
+
+    def embed(i):
+        results[i] = encoder.embed(data.image(1))
+
+    threads = [threading.Thread(target=embed, args=(i,)) for i in range(len(results))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert all(np.array_equal(result, expected) for result in results)
+
+
+FORK = """
+import os, sys, numpy, byol
+path, used = sys.argv[1], sys.argv[2] == "used"
+image = numpy.zeros((8, 8, 3), numpy.uint8)
+if used:
+    byol.Encoder.open(path, "cpu").embed(image)
+child = os.fork()
+if child == 0:
+    try:
+        print(byol.Encoder.open(path, "cpu").embed(image).shape, flush=True)
+    except byol.ByolError as error:
+        print(error, flush=True)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.parametrize(("before", "printed"), [("unused", "(1, 32)"), ("used", "`spawn`")])
+def test_forked_processes_do_not_hang(run, before, printed):
+    command = [sys.executable, "-c", FORK, str(run.path), before]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    assert printed in output
+
+
+def test_exceptions_of_the_users_images_arrive_unchanged(encoder):
+    def images():
+        yield np.zeros((8, 8, 3), np.uint8)
+        raise LookupError("my own")
+
+    for use in [encoder.embed, byol.Dataset.from_arrays]:
+        with pytest.raises(LookupError, match="my own"):
+            use(images())
+
+
+def test_synthetic_images_are_those_of_the_demo():
+    data = byol.Dataset.synthetic(12, 6)
+    assert data.splits == {"train": 12, "test": 6} and len(data.classes) == 6
+    assert data.image(0).shape == (32, 32, 3)
+    with pytest.raises(byol.DataError):
+        byol.Dataset.synthetic(0)
+
+
+def command_output(*args):
+    command = [sys.executable, "-m", "byol", *(str(arg) for arg in args)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_package_contains_the_command():
+    assert command_output("--version").strip() == f"byol {byol.__version__}"
+    failed = subprocess.run([sys.executable, "-m", "byol", "embed", "x"], capture_output=True, text=True)
+    assert failed.returncode == 2 and "Usage: byol" in failed.stderr
+    failed = subprocess.run([sys.executable, "-m", "byol", "report", "x"], capture_output=True, text=True)
+    assert failed.returncode == 1 and failed.stderr.startswith("error: ")
+
+
+def test_everything_public_is_documented():
+    for name in byol.__all__:
+        item = getattr(byol, name)
+        if isinstance(item, str):
+            continue
+        assert item.__doc__, name
+        for attribute in vars(item) if isinstance(item, type) else []:
+            if not attribute.startswith("_"):
+                assert getattr(item, attribute).__doc__, f"{name}.{attribute}"
