@@ -13,7 +13,8 @@ use crate::{
     nn::Encoder,
     train::{
         Error, Event, Plan, PrepareOptions, Recipe, RecipeOverrides, Run, RunContext, TrainingData, auto,
-        data::cache_bytes, run::read_plan,
+        data::cache_bytes,
+        run::{extend_plan, read_plan},
     },
     views::{Augmentation, Policy},
 };
@@ -54,6 +55,7 @@ use crate::{
 pub struct Pretraining<'a> {
     dataset: Dataset,
     recipe: RecipeOverrides,
+    epochs: Option<u64>,
     policies: Option<[Policy; 2]>,
     augmentation: Option<Arc<dyn Augmentation>>,
     device: DeviceChoice,
@@ -69,6 +71,7 @@ impl<'a> Pretraining<'a> {
         Pretraining {
             dataset,
             recipe: RecipeOverrides::default(),
+            epochs: None,
             policies: None,
             augmentation: None,
             device: DeviceChoice::Auto,
@@ -82,6 +85,11 @@ impl<'a> Pretraining<'a> {
     /// Sets the recipe, from [`Recipe::named`](crate::Recipe::named). Default: `auto`.
     pub fn recipe(self, recipe: RecipeOverrides) -> Self {
         Pretraining { recipe, ..self }
+    }
+
+    /// Sets the number of epochs: of a new run, or of one that [`Pretraining::resume`] extends.
+    pub fn epochs(self, epochs: u64) -> Self {
+        Pretraining { epochs: Some(epochs), ..self }
     }
 
     /// Replaces the augmentations of the first and the second view.
@@ -126,6 +134,9 @@ impl<'a> Pretraining<'a> {
     /// # Errors
     /// [`Error`].
     pub fn run(mut self, out: impl AsRef<Path>) -> Result<Encoder, Error> {
+        if let Some(epochs) = self.epochs {
+            self.recipe = self.recipe.epochs(epochs);
+        }
         self.recipe.adopt_pretrained_architecture()?;
         let opened = device::open(self.device)?;
         let data = prepare(self.dataset.clone(), &self.recipe.check()?)?;
@@ -154,7 +165,10 @@ impl<'a> Pretraining<'a> {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn resume(mut self, out: impl AsRef<Path>) -> Result<Encoder, Error> {
-        let plan = read_plan(out.as_ref())?;
+        let plan = match self.epochs {
+            Some(epochs) => extend_plan(out.as_ref(), epochs)?,
+            None => read_plan(out.as_ref())?,
+        };
         let device = match self.device {
             DeviceChoice::Auto => {
                 plan.device.parse().map_err(|reason| Error::BadPlan { path: out.as_ref().into(), reason })?

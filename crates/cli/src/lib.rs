@@ -4,7 +4,12 @@
 mod commands;
 mod terminal;
 
-use std::{ffi::OsString, process::ExitCode};
+use std::{
+    ffi::OsString,
+    io,
+    process::{self, ExitCode},
+    sync::OnceLock,
+};
 
 use byol_kernels::memory::Recycler;
 use clap::Parser;
@@ -22,6 +27,25 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         terminal::error(&*error);
         ExitCode::FAILURE
     })
+}
+
+static PROGRAM: OnceLock<Vec<OsString>> = OnceLock::new();
+
+/// Sets the command that starts this program, if that is not the executable of the process.
+pub fn set_program(command: Vec<OsString>) {
+    PROGRAM.get_or_init(|| command);
+}
+
+/// A command that starts this program.
+fn program() -> io::Result<process::Command> {
+    match PROGRAM.get().map(Vec::as_slice) {
+        Some([program, args @ ..]) => {
+            let mut command = process::Command::new(program);
+            command.args(args);
+            Ok(command)
+        }
+        _ => Ok(process::Command::new(std::env::current_exe()?)),
+    }
 }
 
 /// Suppresses the report of panics that `catch_panic` turns into errors.

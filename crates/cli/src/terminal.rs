@@ -59,7 +59,7 @@ pub enum Verbosity {
     Quiet,
     /// Notes and progress.
     Normal,
-    /// Details as well: machine, memory, data cache, checkpoints, time by phase.
+    /// Details as well.
     Verbose,
 }
 
@@ -77,8 +77,13 @@ fn shows(verbosity: Verbosity) -> bool {
 
 /// Prints a detail, with `--verbose` only.
 pub fn detail(text: impl Display) {
+    detail_with(|| text);
+}
+
+/// [`detail`] of a text that takes time to compute.
+pub fn detail_with<T: Display>(text: impl FnOnce() -> T) {
     if shows(Verbosity::Verbose) {
-        print(format!("{} {text}", style("detail:").dim().for_stderr()));
+        print(format!("{} {}", style("detail:").dim().for_stderr(), text()));
     }
 }
 

@@ -5,8 +5,12 @@ use std::path::PathBuf;
 use byol::{Image, data, data::Images};
 use numpy::{PyArray1, PyArray3, PyReadonlyArray3, PyUntypedArrayMethods};
 use pyo3::prelude::*;
+use rayon::prelude::*;
 
-use crate::errors::{self, detached};
+use crate::{
+    encoder::Encoder,
+    errors::{self, detached},
+};
 
 /// An image: a file, or its pixels, `uint8 [H, W, 3]`.
 #[derive(FromPyObject)]
@@ -31,6 +35,19 @@ impl Item<'_> {
     }
 }
 
+/// Largest number of classes.
+const MAX_CLASSES: usize = 1 << 16;
+
+/// Decodes the images of a split.
+fn read(py: Python, items: &[Item], labels: &Option<Vec<usize>>) -> PyResult<Vec<Image>> {
+    if let Some(labels) = labels.as_ref().filter(|labels| labels.len() != items.len()) {
+        return Err(errors::data(format!("{} labels for {} images", labels.len(), items.len())));
+    }
+    let sources: Vec<Source> = items.iter().map(Item::to_source).collect::<PyResult<_>>()?;
+    let decode = |source: Source| source.decode(&data::Levels::default());
+    detached(py, || sources.into_par_iter().map(decode).collect())
+}
+
 fn to_image(array: &PyReadonlyArray3<u8>) -> PyResult<Image> {
     let &[height, width, channels] = array.shape() else { unreachable!("the array has three dimensions") };
     if channels != 3 || height == 0 || width == 0 {
@@ -49,24 +66,41 @@ pub struct Dataset {
 
 #[pymethods]
 impl Dataset {
-    /// Opens a folder of images, CIFAR or IDX files, or shards.
+    /// Opens a folder of images, CIFAR or IDX files, or shards; for an encoder, with the levels
+    /// that it was trained with.
     #[staticmethod]
-    fn open(py: Python, path: PathBuf) -> PyResult<Dataset> {
-        let open = || byol::Dataset::open(path).map_err(errors::data);
+    fn open(py: Python, path: PathBuf, column: Option<String>, encoder: Option<&Encoder>) -> PyResult<Dataset> {
+        let levels = encoder.map_or_else(data::Levels::default, |encoder| encoder.inner.spec.levels);
+        let options = data::OpenOptions { column, levels };
+        let open = || byol::Dataset::open_with(path, &options).map_err(errors::data);
         Ok(Dataset { inner: detached(py, open)? })
     }
 
-    /// Copies images from arrays.
+    /// Reads images into memory: a training split and, unless it is empty, a test split.
     #[staticmethod]
-    fn from_arrays(images: Vec<PyReadonlyArray3<u8>>, labels: Option<Vec<usize>>) -> PyResult<Dataset> {
-        if let Some(labels) = labels.as_ref().filter(|labels| labels.len() != images.len()) {
-            return Err(errors::data(format!("{} labels for {} images", labels.len(), images.len())));
-        }
-        let images: Vec<Image> = images.iter().map(to_image).collect::<PyResult<_>>()?;
-        if images.is_empty() {
+    fn from_items(
+        py: Python,
+        train: Vec<Item>,
+        labels: Option<Vec<usize>>,
+        test: Vec<Item>,
+        test_labels: Option<Vec<usize>>,
+    ) -> PyResult<Dataset> {
+        if train.is_empty() {
             return Err(errors::data("no images"));
         }
-        Ok(Dataset { inner: byol::Dataset::from_images(images, labels) })
+        let [train, test] = [read(py, &train, &labels)?, read(py, &test, &test_labels)?];
+        let classes = labels.iter().chain(&test_labels).flatten().max().map_or(0, |max| max + 1);
+        if classes > MAX_CLASSES {
+            return Err(errors::data(format!(
+                "label {} is out of range\nhint: number the classes from 0, up to {}",
+                classes - 1,
+                MAX_CLASSES - 1
+            )));
+        }
+        let mut inner = byol::Dataset::from_images(train, labels);
+        inner.test = (!test.is_empty()).then(|| Images::memory(test, test_labels));
+        inner.classes = (0..classes).map(|class| class.to_string()).collect();
+        Ok(Dataset { inner })
     }
 
     /// Generated images of six patterns, those of `byol demo`.
@@ -106,7 +140,7 @@ impl Dataset {
                 images.len()
             )));
         }
-        let image = detached(py, || images.get(i).map_err(errors::data))?;
+        let image = py.detach(|| images.get(i).map_err(errors::data))?;
         let [height, width, channels] = [image.height, image.width, image.channels];
         let value = |y: usize, x: usize, c: usize| image.pixels[(y * width + x) * channels + c];
         let array = numpy::ndarray::Array3::from_shape_fn([height, width, channels], |(y, x, c)| value(y, x, c));

@@ -3,10 +3,11 @@
 use std::path::PathBuf;
 
 use byol::{
-    DeviceChoice, Image,
+    DeviceChoice, Image, OpenError,
     apply::export,
     data::{Images, synthetic},
-    eval,
+    device, eval,
+    nn::weights,
     train::{Plan, run::read_plan},
 };
 use numpy::{PyArray2, PyArray3, PyArrayMethods};
@@ -32,8 +33,21 @@ impl Encoder {
     #[staticmethod]
     fn open(py: Python, path: PathBuf, device: &str) -> PyResult<Encoder> {
         let device: DeviceChoice = device.parse().map_err(errors::byol)?;
-        let open = || byol::Encoder::open_on(&path, device).map_err(errors::encoder);
+        let open = || {
+            byol::Encoder::open_on(&path, device).map_err(|error| match error {
+                OpenError::Device(error) => errors::byol(error),
+                OpenError::Weights(error) => errors::encoder(error),
+            })
+        };
         Ok(Encoder { inner: detached(py, open)?, plan: read_plan(&path).ok() })
+    }
+
+    /// An encoder from the bytes of a safetensors file, on the CPU.
+    #[staticmethod]
+    fn from_bytes(py: Python, bytes: Vec<u8>) -> PyResult<Encoder> {
+        let device = device::open(DeviceChoice::Cpu).map_err(errors::byol)?.device;
+        let parse = || weights::parse("bytes".as_ref(), &bytes, &device).map_err(errors::encoder);
+        Ok(Encoder { inner: py.detach(parse)?, plan: None })
     }
 
     /// The same network with random initialization.
@@ -94,7 +108,8 @@ impl Encoder {
     fn view<'py>(&self, py: Python<'py>, item: Item) -> PyResult<Bound<'py, PyArray3<f32>>> {
         let source = item.to_source()?;
         let spec = &self.inner.spec;
-        let view = detached(py, || Ok(spec.evaluation_view(&source.decode(&spec.levels)?)))?;
+        // No threads, so that it works in forked processes, such as those of a DataLoader.
+        let view = py.detach(|| PyResult::Ok(spec.evaluation_view(&source.decode(&spec.levels)?)))?;
         let (values, [h, w, c]) = (view.interleaved(), [view.height, view.width, view.channels]);
         let value = |(channel, y, x)| values[(y * w + x) * c + channel];
         Ok(PyArray3::from_owned_array(py, numpy::ndarray::Array3::from_shape_fn([c, h, w], value)))

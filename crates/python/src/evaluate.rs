@@ -1,10 +1,14 @@
 //! Evaluations of frozen encoders.
 
+use std::collections::BTreeSet;
+
 use byol::{
     data::{Dataset as ByolDataset, Images},
+    device,
     eval::{
         self, Features, knn as nearest_neighbors, label_free as without_labels, linear as probe, logistic, results,
     },
+    train::data::cache_bytes,
     views::Policy,
 };
 use pyo3::prelude::*;
@@ -21,24 +25,43 @@ type Estimate = (f64, f64, f64);
 /// Accuracy with its interval, the predicted classes, and the true ones.
 type Classified = (Estimate, Vec<usize>, Vec<usize>);
 
-/// Training and test images with labels. Without a test split, the validation split or one image in
-/// five is for testing.
+/// Training and test images with labels, as in `byol eval`: unreadable images are left out, a
+/// validation split is for training if there is a test split, and without a test split, one image
+/// in five is for testing.
 fn labeled(dataset: &ByolDataset, limit: usize) -> PyResult<(Images, Images, usize)> {
     let labeled = dataset.clone().labeled();
-    let unlabeled =
-        || errors::data("the images have no labels\nhint: put each class into a folder of its own, or pass labels");
-    let train = labeled.train.labeled().ok_or_else(unlabeled)?;
-    let (train, test) = match labeled.test.or(labeled.held_out) {
-        Some(test) => (train, test),
-        None => train.split_off_test(5),
+    if dataset.train.labeled().is_none() {
+        return Err(errors::data(dataset.unlabeled(&dataset.train)));
+    }
+    let train = labeled.train.clone();
+    let (train, test) = match (&dataset.test, labeled.test, labeled.held_out) {
+        (None, _, _) if train.len() < 2 => {
+            return Err(errors::data("too few images for training and testing (at least 2 are needed)"));
+        }
+        (None, _, _) => train.split_off_test(5),
+        // Test labels are often hidden.
+        (Some(test), None, None) => return Err(errors::data(dataset.unlabeled(test))),
+        (Some(_), None, Some(val)) => (train, val),
+        (Some(_), Some(test), Some(val)) if !val.is_same(&test) && train.has_same_label_kind(&val) => {
+            (train.concat(&val).unwrap_or(train), test)
+        }
+        (Some(_), Some(test), _) => (train, test),
     };
-    if train.labels().is_none() || test.labels().is_none() {
-        return Err(errors::data("the images have several classes each"));
+    let split = ByolDataset { train, test: Some(test), held_out: None, ..dataset.clone() }.limit(limit);
+    let split = split.check(cache_bytes(device::machine().free_mb), &|| ()).map_err(errors::data)?;
+    let test = split.test.ok_or_else(|| errors::data("none of the test images can be used"))?;
+    let (Some(train_labels), Some(test_labels)) = (split.train.labels(), test.labels()) else {
+        return Err(errors::data("the images have several classes each\nhint: use `byol eval transfer`"));
+    };
+    let classes: BTreeSet<usize> = train_labels.iter().copied().collect();
+    if let Some(class) = test_labels.iter().find(|class| !classes.contains(class)) {
+        let name = &split.classes[*class];
+        return Err(errors::data(format!("class `{name}` has test images but no training images")));
     }
-    if train.is_empty() || test.is_empty() {
-        return Err(errors::data("too few images for training and testing (at least 2 are needed)"));
+    if classes.len() < 2 {
+        return Err(errors::data("all training images have the same class (at least 2 are needed)"));
     }
-    Ok((if limit == 0 { train } else { train.sample_random(limit) }, test, labeled.classes.len()))
+    Ok((split.train, test, split.classes.len()))
 }
 
 fn labels(images: &Images) -> &[usize] {
@@ -98,7 +121,10 @@ pub fn linear(py: Python, encoder: &Encoder, dataset: &Dataset, limit: usize, se
     })
 }
 
-/// Metrics without labels, as (name, value).
+/// Images below which the metrics without labels mean nothing.
+const MIN_IMAGES: usize = 16;
+
+/// Metrics without labels, as JSON.
 #[pyfunction]
 pub fn label_free(
     py: Python,
@@ -107,10 +133,14 @@ pub fn label_free(
     split: &str,
     limit: usize,
     seed: u64,
-) -> PyResult<Vec<(&'static str, f64)>> {
+) -> PyResult<String> {
     let images = dataset.split(split)?;
     detached(py, || {
         let images = if limit == 0 { images.clone() } else { images.sample_random(limit) };
+        let (images, _) = images.readable().map_err(errors::data)?;
+        if images.len() < MIN_IMAGES {
+            return Err(errors::data(format!("too few images: {} (at least {MIN_IMAGES} are needed)", images.len())));
+        }
         let representations = finite(encoder, &images)?;
         let (policies, size) = match &encoder.plan {
             Some(plan) => ([plan.recipe.views.first.clone(), plan.recipe.views.second.clone()], plan.recipe.views.size),
@@ -119,6 +149,6 @@ pub fn label_free(
         let config = without_labels::ViewConfig { policies: [&policies[0], &policies[1]], size, seed };
         let measured = without_labels::measure_per_image(&encoder.inner, &images, &representations, config);
         let (metrics, _) = measured.map_err(errors::data)?;
-        Ok(metrics.named_values().into_iter().map(|(name, value, _)| (name, value)).collect())
+        Ok(serde_json::to_string(&metrics).expect("metrics are plain data"))
     })
 }

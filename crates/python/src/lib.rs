@@ -11,9 +11,11 @@ use std::{ffi::OsString, process::ExitCode};
 
 use pyo3::prelude::*;
 
-/// Runs the command `byol` and returns its exit code. `args` begin with the name of the program.
+/// Runs the command `byol` and returns its exit code. `args` begin with the name of the program;
+/// `command` starts it as a process of its own.
 #[pyfunction]
-fn main(py: Python, args: Vec<OsString>) -> u8 {
+fn main(py: Python, args: Vec<OsString>, command: Vec<OsString>) -> u8 {
+    byol_cli::set_program(command);
     let code = py.detach(|| byol_cli::run(args));
     (0..=u8::MAX).find(|n| ExitCode::from(*n) == code).unwrap_or(1)
 }

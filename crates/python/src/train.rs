@@ -41,6 +41,8 @@ pub fn pretrain(
         overrides.set(text).map_err(errors::recipe)?;
     }
     let device: DeviceChoice = device.parse().map_err(errors::byol)?;
+    // Before the images are decoded.
+    run::ensure_empty(&out).map_err(|error| errors::run(&error))?;
     train(py, dataset, callback, |pretraining| {
         let pretraining = pretraining.recipe(overrides).device(device).threads(threads);
         let pretraining = if tensorboard { pretraining.tensorboard() } else { pretraining };
@@ -48,31 +50,35 @@ pub fn pretrain(
     })
 }
 
-/// Resumes the run in the folder `out`, on its own data unless `dataset` is given. With `epochs`,
-/// it gets a new schedule.
+/// Resumes the run in the folder `out`, on `dataset`, else on the images at `moved` or where they
+/// were. With `epochs`, it gets a new schedule.
 #[pyfunction]
 pub fn resume(
     py: Python,
     out: PathBuf,
     dataset: Option<&Dataset>,
+    moved: Option<PathBuf>,
     epochs: Option<u64>,
     threads: usize,
     callback: Option<Py<PyAny>>,
 ) -> PyResult<()> {
-    let plan = match epochs {
-        Some(epochs) => run::extend(&out, epochs),
-        None => run::read_plan(&out),
-    };
-    let plan = plan.map_err(|error| errors::run(&error))?;
+    let plan = run::read_plan(&out).map_err(|error| errors::run(&error))?;
     let opened = match dataset {
         Some(_) => None,
         None => {
-            let open = || byol::Dataset::open_with(&plan.data, &plan.open_options()).map_err(errors::data);
+            let path = moved.unwrap_or_else(|| plan.data.clone());
+            let open = || byol::Dataset::open_with(&path, &plan.open_options()).map_err(errors::data);
             Some(Dataset { inner: detached(py, open)? })
         }
     };
     let dataset = dataset.or(opened.as_ref()).expect("one of the two is present");
-    train(py, dataset, callback, |pretraining| pretraining.threads(threads).resume(&out))
+    train(py, dataset, callback, |pretraining| {
+        let pretraining = pretraining.threads(threads);
+        match epochs {
+            Some(epochs) => pretraining.epochs(epochs).resume(&out),
+            None => pretraining.resume(&out),
+        }
+    })
 }
 
 /// Plan of a run as JSON.
@@ -92,6 +98,9 @@ fn train(
 ) -> PyResult<()> {
     let (stop, mut raised) = (AtomicBool::new(false), None);
     let on_event = |event: Event| {
+        if stop.load(Ordering::Relaxed) {
+            return;
+        }
         let checked = Python::attach(|py| {
             py.check_signals()?;
             match (&callback, to_json(&event)) {
@@ -112,7 +121,10 @@ fn train(
         Some(error) if error.is_instance_of::<PyKeyboardInterrupt>(py) && outcome.is_ok() => {
             Err(PyKeyboardInterrupt::new_err("stopped with a checkpoint; continue with byol.resume"))
         }
-        Some(error) => Err(error),
+        Some(error) => {
+            error.set_cause(py, outcome.err());
+            Err(error)
+        }
         None => outcome,
     }
 }

@@ -17,7 +17,7 @@ use crate::{
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The output has an unsupported extension.
-    #[error("invalid output name {} (expected .safetensors or .onnx)", .0.display())]
+    #[error("invalid output name {} (expected .safetensors or .onnx)\nhint: pass `--format hf` to write a folder", .0.display())]
     Name(PathBuf),
     /// The comparison images cannot be used.
     #[error(transparent)]
@@ -33,8 +33,8 @@ pub enum Error {
         /// I/O error.
         source: std::io::Error,
     },
-    /// The network exists in byol only.
-    #[error("cannot export to the format of the Hugging Face hub: {0}\nhint: export to NAME.safetensors or NAME.onnx")]
+    /// timm has no such network.
+    #[error("cannot export to the Hugging Face format: {0}\nhint: export to NAME.safetensors or NAME.onnx")]
     Hub(String),
     /// The exported model does not compute the same features as the encoder.
     #[error(

@@ -1,7 +1,7 @@
 //! Export as a folder in the format of the Hugging Face hub, as timm reads it: `config.json`,
 //! `model.safetensors` and a model card, `README.md`.
 
-use std::{fs, path::Path};
+use std::{fs, io::ErrorKind, path::Path};
 
 use serde_json::{Value, json};
 
@@ -19,8 +19,8 @@ const WEIGHTS: &str = weights::HUB_FILE;
 /// Model card.
 const CARD: &str = "README.md";
 
-/// Writes the encoder into `folder`, which is created if it is missing, and compares the written
-/// weights with the encoder on `images`. `card` is the text of the model card.
+/// Writes the encoder into `folder`, which is created if it is missing, after comparing the
+/// serialized weights with the encoder on `images`. `card` is the text of the model card.
 ///
 /// # Errors
 /// [`Error::Hub`] for an encoder that timm has no architecture for; any other [`Error`].
@@ -35,7 +35,13 @@ pub fn write(encoder: &Encoder, folder: &Path, card: &str, images: &Images) -> R
     let bytes = weights::to_file(&encoder.spec, &encoder.weights, Some(("format", "pt".into())));
     let exported = weights::parse(&file(WEIGHTS), &bytes, &encoder.device())?;
     let check = compare_on(images, encoder, &exported, folder)?;
-    fs::create_dir_all(folder).map_err(|source| Error::Write { path: folder.to_owned(), source })?;
+    let io = |source| Error::Write { path: folder.to_owned(), source };
+    fs::create_dir_all(folder).map_err(io)?;
+    // Weights come last, so that a folder with weights is complete.
+    match fs::remove_file(file(WEIGHTS)) {
+        Err(e) if e.kind() != ErrorKind::NotFound => return Err(io(e)),
+        _ => {}
+    }
     write(CARD, card.as_bytes())?;
     write(CONFIG, format!("{:#}\n", config(encoder)).as_bytes())?;
     write(WEIGHTS, &bytes)?;

@@ -32,8 +32,8 @@ pub struct Preparation {
 }
 
 impl Preparation {
-    /// Adds size and normalization of the `config.json` beside a checkpoint, in timm's format,
-    /// where `size`, `mean` and `std` are `None`.
+    /// Fills in size and normalization from the `config.json` beside a checkpoint, in timm's
+    /// format, where `size`, `mean` and `std` are `None`; defaults without one.
     pub fn with_config(checkpoint: &Path, size: Option<usize>, mean: Option<Vec<f32>>, std: Option<Vec<f32>>) -> Self {
         let config = checkpoint.parent().and_then(|folder| fs::read(folder.join("config.json")).ok());
         let config: Value = config.and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default();

@@ -124,13 +124,15 @@ pub enum Error {
     },
     /// A run cannot get fewer epochs than it has completed, or than its warm-up takes.
     #[error(
-        "{epochs} epochs are too few: the run has completed {done}, warm-up included\nhint: pass a higher `--epochs`"
+        "`--epochs {epochs}` is too low: completed epochs: {done}, warm-up epochs: {warmup}\nhint: pass a higher `--epochs`"
     )]
     Extend {
         /// Requested number of epochs.
         epochs: u64,
-        /// Completed epochs, at least those of the warm-up.
+        /// Completed epochs.
         done: u64,
+        /// Epochs of the warm-up.
+        warmup: u64,
     },
     /// The ranks cannot share a batch.
     #[error("cannot train on {ranks} ranks: {reason}")]

@@ -26,7 +26,8 @@ use crate::{
 };
 use burn::tensor::Device;
 
-/// Complete description of a run: with the same data it reproduces the same bits.
+/// Complete description of a run: with the same data it reproduces the same bits, unless it was
+/// extended.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Plan {
@@ -182,7 +183,7 @@ impl Plan {
         if steps >= self.schedule.total {
             return self.recipe.train.epochs;
         }
-        // The last epoch of a finished run ends up to a batch early, also if the run was extended.
+        // The last epoch of a finished run ends up to a batch early, even if the run was extended.
         let is_complete = |e: &&Extension| e.step <= steps && e.step >= self.steps(e.epochs);
         let recorded = self.extended.iter().filter(is_complete).map(|e| e.epochs).max();
         (steps * self.recipe.train.batch as u64 / self.images as u64).max(recorded.unwrap_or(0))
@@ -192,14 +193,16 @@ impl Plan {
     /// they have at `step` in a run of `epochs`. `hash` is the hash of this plan.
     ///
     /// # Errors
-    /// [`Error::Extend`], if `epochs` are complete at `step`.
+    /// [`Error::Extend`], if `epochs` are complete at `step`; [`Error::Recipe`].
     pub(crate) fn extend(&self, epochs: u64, step: u64, hash: String) -> Result<Plan, Error> {
         let mut plan = self.clone();
         plan.schedule.total = plan.steps(epochs);
         if plan.schedule.total <= step.max(plan.schedule.warmup) {
-            return Err(Error::Extend { epochs, done: self.epochs_done(step.max(plan.schedule.warmup)) });
+            let warmup = self.recipe.train.warmup_epochs;
+            return Err(Error::Extend { epochs, done: self.epochs_done(step), warmup });
         }
         plan.recipe.train.epochs = epochs;
+        plan.recipe.check()?;
         plan.extended.push(Extension { step, epochs: self.recipe.train.epochs, plan: hash });
         Ok(plan)
     }
@@ -334,7 +337,8 @@ mod tests {
         assert_eq!(longer.extended, [Extension { step: 12, epochs: 5, plan: "first".into() }]);
         assert_eq!(longer.schedule.eta(12), plan(10, 4).schedule.eta(12));
         assert_eq!(Plan::parse(&longer.to_toml(), Path::new("plan.toml")).unwrap(), longer);
-        assert!(matches!(p.extend(5, 12, String::new()), Err(Error::Extend { epochs: 5, done: 5 })));
+        assert!(matches!(p.extend(2_000_000, 12, String::new()), Err(Error::Recipe(_))));
+        assert!(matches!(p.extend(5, 12, String::new()), Err(Error::Extend { epochs: 5, done: 5, warmup: 0 })));
     }
 
     #[test]

@@ -257,26 +257,21 @@ fn read_plan_text(folder: &Path) -> Result<String, Error> {
     fs::read_to_string(&path).map_err(|source| Error::Read { path, source })
 }
 
-/// Changes the number of epochs of a run, finished or not. It then continues from its latest
-/// checkpoint with η and τ as in a run of `epochs` from the start, which jump where the earlier
-/// schedule was different. Returns the new plan.
+/// Reads the plan of a run, finished or not, and changes its number of epochs. η and τ continue
+/// from where a run of `epochs` with the same recipe would be, and jump if the earlier schedule was
+/// different. [`Run::resume`] writes the new plan.
 ///
 /// # Errors
-/// [`Error::Extend`], if `epochs` are complete already; [`Error::Busy`], [`Error::Read`],
-/// [`Error::BadPlan`], [`Error::Checkpoint`], [`Error::Write`].
-pub fn extend(folder: &Path, epochs: u64) -> Result<Plan, Error> {
+/// [`Error::Extend`], if `epochs` are complete already; [`Error::Recipe`], [`Error::Read`],
+/// [`Error::BadPlan`], [`Error::Checkpoint`].
+pub fn extend_plan(folder: &Path, epochs: u64) -> Result<Plan, Error> {
     let text = read_plan_text(folder)?;
     let plan = Plan::parse(&text, &plan_file(folder))?;
     if epochs == plan.recipe.train.epochs {
         return Ok(plan);
     }
-    let _lock = lock(folder)?;
     let step = checkpoint::newest_step(&checkpoints(folder))?;
-    let plan = plan.extend(epochs, step, checkpoint::plan_hash(&text))?;
-    // Checkpoints of the earlier plan stay valid, so that this write is all that happens.
-    let path = plan_file(folder);
-    atomic_write::write_whole(&path, plan.to_toml().as_bytes()).map_err(|source| Error::Write { path, source })?;
-    Ok(plan)
+    plan.extend(epochs, step, checkpoint::plan_hash(&text))
 }
 
 /// Locks the folder for this process. The OS releases the lock on exit, even after a crash. Some
@@ -352,11 +347,12 @@ impl Run {
         Ok(Run { timing, plan_hashes: vec![plan_hash], _lock: Some(lock), ..run })
     }
 
-    /// Opens a run at its latest checkpoint. The number of ranks may differ from before.
+    /// Opens a run at its latest checkpoint. The number of ranks may differ from before. Writes
+    /// `plan` if it is an extension of the run's ([`extend_plan`]).
     ///
     /// # Errors
     /// [`Error::DataChanged`], [`Error::Busy`], [`Error::Checkpoint`], [`Error::Write`],
-    /// [`Error::Ranks`].
+    /// [`Error::BadPlan`], [`Error::Ranks`].
     pub fn resume(folder: &Path, plan: Plan, data: &TrainingData, context: RunContext) -> Result<Run, Error> {
         device::check(&context.device, plan.recipe.train.precision)?;
         plan.check_ranks(context.ranks)?;
@@ -366,10 +362,21 @@ impl Run {
             return Run::assemble(folder, plan, byol, data, context, Counters::default(), false);
         }
         let lock = lock(folder)?;
-        let earlier = plan.extended.iter().rev().map(|extension| extension.plan.clone());
-        let plan_hashes: Vec<String> =
-            std::iter::once(checkpoint::plan_hash(&read_plan_text(folder)?)).chain(earlier).collect();
+        let (path, text) = (plan_file(folder), read_plan_text(folder)?);
+        let (hash, on_disk) = (checkpoint::plan_hash(&text), Plan::parse(&text, &path)?);
+        let is_extension = plan.extended.last().is_some_and(|last| last.plan == hash);
+        if !is_extension && plan.extended != on_disk.extended {
+            return Err(Error::BadPlan { path, reason: "it has changed since it was read".into() });
+        }
+        let mut plan_hashes = vec![hash];
+        plan_hashes.extend(on_disk.extended.iter().rev().map(|extension| extension.plan.clone()));
         let (_, counters) = checkpoint::load_newest(&checkpoints(folder), &mut byol, &plan_hashes, &context.device)?;
+        if is_extension {
+            // Checkpoints of the earlier plan stay valid, so that this write is all that happens.
+            let text = plan.to_toml();
+            atomic_write::write_whole(&path, text.as_bytes()).map_err(|source| Error::Write { path, source })?;
+            plan_hashes.insert(0, checkpoint::plan_hash(&text));
+        }
         let tensorboard = folder.join("tensorboard").is_dir();
         let run = Run::assemble(folder, plan, byol, data, context, counters, tensorboard)?;
         Ok(Run { plan_hashes, _lock: Some(lock), ..run })

@@ -13,8 +13,6 @@ Examples:
   byol completions zsh > ~/.zfunc/_byol                                    For zsh";
 
 /// Print a shell completion script
-///
-/// For example: `byol completions bash > ~/.local/share/bash-completion/completions/byol`.
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = EXAMPLES)]
 pub struct Args {

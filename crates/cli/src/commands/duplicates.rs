@@ -1,6 +1,7 @@
 //! `byol duplicates EMBEDDINGS [OTHER]`
 
 use std::{
+    collections::{BTreeSet, HashMap},
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -24,7 +25,7 @@ const EXAMPLES: &str = "\
 Examples:
   byol duplicates photos.parquet                    Find near-duplicates in one set
   byol duplicates train.parquet test.parquet        Find test images that are in the training set
-  byol duplicates photos.parquet --html pairs.html  Also write them as pictures";
+  byol duplicates photos.parquet --html pairs.html  Also write the images to an HTML page";
 
 /// Find near-duplicate images
 ///
@@ -120,35 +121,43 @@ fn within(args: &Args, embeddings: Embeddings) -> Result<()> {
         paths.len(),
         how_verified(&pairs)
     );
-    let gallery: Vec<Group> = groups.iter().map(|group| group_of(&images, group, &pairs)).collect();
-    args.gallery.write("Near-duplicates", &summary, &gallery)?;
     if args.cpu.json {
-        let groups: Vec<Vec<&String>> = groups.iter().map(|group| group.iter().map(|i| &paths[*i]).collect()).collect();
+        let named: Vec<Vec<&String>> = groups.iter().map(|group| group.iter().map(|i| &paths[*i]).collect()).collect();
         let evidence: Vec<_> = pairs.iter().map(|p| pair_json(p, &paths[p.a], &paths[p.b])).collect();
         out!(
             "{}",
             json!({
                 "rows": paths.len(), "threshold": args.threshold, "pairs": pairs.len(),
-                "unverified": unverified(&pairs), "groups": groups, "evidence": evidence,
+                "unverified": unverified(&pairs), "groups": named, "evidence": evidence,
             })
         );
-        return Ok(());
-    }
-    for group in &groups {
-        for (i, row) in group.iter().enumerate() {
-            out!("{}{}", if i == 0 { "" } else { "  = " }, escape_control(&paths[*row]));
+    } else {
+        for group in &groups {
+            for (i, row) in group.iter().enumerate() {
+                out!("{}{}", if i == 0 { "" } else { "  = " }, escape_control(&paths[*row]));
+            }
         }
+        terminal::note(&summary);
     }
-    terminal::note(summary);
-    Ok(())
+    args.gallery.write("Near-duplicates", &summary, || groups_of(&images, &groups, &pairs))
 }
 
-/// A group of one set, with the evidence of its pairs.
-fn group_of<'a>(images: &'a RowImages, group: &[usize], pairs: &[Pair]) -> Group<'a> {
-    let own = pairs.iter().filter(|pair| group.contains(&pair.a) && group.contains(&pair.b));
-    let mut evidence: Vec<String> = own.map(describe_evidence).collect();
-    evidence.dedup();
-    Group { images: group.iter().map(|row| (images, *row)).collect(), caption: evidence.join("; ") }
+/// Groups of one set, each with the evidence of its pairs.
+fn groups_of<'a>(images: &'a RowImages, groups: &[Vec<usize>], pairs: &[Pair]) -> Vec<Group<'a>> {
+    let number: HashMap<usize, usize> =
+        groups.iter().enumerate().flat_map(|(n, group)| group.iter().map(move |row| (*row, n))).collect();
+    let mut evidence: Vec<BTreeSet<String>> = vec![BTreeSet::new(); groups.len()];
+    for pair in pairs {
+        if let Some(n) = number.get(&pair.a) {
+            evidence[*n].insert(describe_evidence(pair));
+        }
+    }
+    let captions = evidence.into_iter().map(|evidence| evidence.into_iter().collect::<Vec<_>>().join("; "));
+    let group = |(group, caption): (&Vec<usize>, String)| Group {
+        images: group.iter().map(|row| (images, *row)).collect(),
+        caption,
+    };
+    groups.iter().zip(captions).map(group).collect()
 }
 
 /// Why two images are near-duplicates.
@@ -181,10 +190,6 @@ fn across(args: &Args, first: Embeddings, other: &Path) -> Result<()> {
         second.paths.len(),
         how_verified(&pairs)
     );
-    let pictures = |pair: &Pair| vec![(&images[0], pair.a), (&images[1], pair.b)];
-    let gallery: Vec<Group> =
-        pairs.iter().map(|pair| Group { images: pictures(pair), caption: describe_evidence(pair) }).collect();
-    args.gallery.write("Near-duplicates", &summary, &gallery)?;
     if args.cpu.json {
         let described: Vec<_> = pairs.iter().map(|p| pair_json(p, &paths[p.a], &second.paths[p.b])).collect();
         out!(
@@ -194,15 +199,19 @@ fn across(args: &Args, first: Embeddings, other: &Path) -> Result<()> {
                 "unverified": unverified(&pairs), "pairs": described,
             })
         );
-        return Ok(());
+    } else {
+        for pair in &pairs {
+            let (first, second) = (escape_control(&paths[pair.a]), escape_control(&second.paths[pair.b]));
+            let evidence = describe_evidence(pair);
+            out!("{:.3}  {first}  =  {second}  ({evidence})", pair.relative_distance);
+        }
+        terminal::note(&summary);
     }
-    for pair in &pairs {
-        let (first, second) = (escape_control(&paths[pair.a]), escape_control(&second.paths[pair.b]));
-        let evidence = describe_evidence(pair);
-        out!("{:.3}  {first}  =  {second}  ({evidence})", pair.relative_distance);
-    }
-    terminal::note(summary);
-    Ok(())
+    let group = |pair: &Pair| Group {
+        images: vec![(&images[0], pair.a), (&images[1], pair.b)],
+        caption: describe_evidence(pair),
+    };
+    args.gallery.write("Near-duplicates", &summary, || pairs.iter().map(group).collect())
 }
 
 /// Refuses embeddings of different encoders.

@@ -16,7 +16,7 @@ use crate::terminal::{self, Result, display_path, out, plural};
 const EXAMPLES: &str = "\
 Examples:
   byol embed byol-runs/photos photos -o photos.parquet      Embed all images
-  byol embed byol-runs/photos photos -o e.npy --split test  Embed the test split as NumPy array";
+  byol embed byol-runs/photos photos -o e.npy --split test  Embed the test split as a NumPy array";
 
 /// Compute the embedding of every image
 ///

@@ -1,6 +1,9 @@
 //! `byol export ENCODER -o FILE`
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use byol::{
     apply::{export, hub},
@@ -8,7 +11,7 @@ use byol::{
     device::{self, DeviceChoice},
     eval::results,
     nn::Encoder,
-    train::run::read_plan,
+    train::{Plan, metrics, run::read_plan},
 };
 use serde_json::json;
 
@@ -17,18 +20,18 @@ use crate::terminal::{self, Result, display_path, out};
 
 const EXAMPLES: &str = "\
 Examples:
-  byol export byol-runs/photos -o encoder.onnx         Export for ONNX Runtime
-  byol export byol-runs/photos -o encoder.safetensors  Export for torchvision and timm
-  byol export byol-runs/photos --format hf -o my-model Export for the Hugging Face hub";
+  byol export byol-runs/photos -o encoder.onnx          Export for ONNX Runtime
+  byol export byol-runs/photos -o encoder.safetensors   Export for torchvision and timm
+  byol export byol-runs/photos -o my-model --format hf  Export for the Hugging Face hub";
 
 /// Export an encoder to ONNX, safetensors or the Hugging Face hub
 ///
 /// NAME.safetensors uses the tensor names of torchvision, which are also timm's, and loads there
 /// with strict=True except for the classifier (with the 3x3 stem for small images, after replacing
 /// conv1 and maxpool). NAME.onnx accepts any batch size. With `--format hf`, OUT is a folder with
-/// config.json, model.safetensors and a model card, which timm and transformers load (encoders of
-/// width 1 with the 7x7 stem). Each file is read back and compared with the encoder on real images
-/// before it is saved under its name.
+/// config.json, model.safetensors and a model card, which timm and transformers can load (encoders
+/// of width 1 with the 7x7 stem). Exports are compared with the encoder on real images before they
+/// are saved under their names.
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = EXAMPLES)]
 pub struct Args {
@@ -69,7 +72,8 @@ const IMAGES: usize = 8;
 pub fn run(args: &Args) -> Result<ExitCode> {
     must_be_new(&args.out, args.overwrite)?;
     let format = args.format.as_deref().unwrap_or_default();
-    if ["safetensors", "onnx"].contains(&format) && args.out.extension().is_none_or(|e| e != format) {
+    if ["safetensors", "onnx"].contains(&format) && args.out.extension().is_none_or(|e| !e.eq_ignore_ascii_case(format))
+    {
         let out = args.out.display();
         return Err(format!("the extension of {out} is not `.{format}`\nhint: change `--out` or `--format`").into());
     }
@@ -101,53 +105,79 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 /// Text of the model card: how to load the model, and what is known of its training and results.
 fn model_card(args: &Args, encoder: &Encoder) -> String {
     let name = args.out.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned());
-    let (architecture, size) = (encoder.spec.architecture.name(), encoder.spec.size);
+    let (architecture, size, features) = (encoder.spec.architecture.name(), encoder.spec.size, encoder.features());
+    let plan = read_plan(&args.encoder).ok();
+    let origin = match &plan {
+        Some(plan) => {
+            let start = match plan.recipe.encoder.from.is_empty() {
+                true => "",
+                false => ", starting from pretrained weights,",
+            };
+            format!(
+                "Pretrained without labels{start} by [BYOL](https://arxiv.org/abs/2006.07733) with byol {}.",
+                plan.version
+            )
+        }
+        None => format!("Converted with byol {}.", env!("CARGO_PKG_VERSION")),
+    };
     let mut card = format!(
         "---\nlibrary_name: timm\npipeline_tag: image-feature-extraction\nlicense: unknown\n\
          tags:\n- timm\n- transformers\n- byol\n- self-supervised\n---\n\
-         # {name}\n\nA {architecture} without classifier: {size} px RGB images to {} features. Pretrained without \
-         labels by [BYOL](https://arxiv.org/abs/2006.07733) with byol {}.\n\n\
-         ## Use\n\n```python\nimport timm\nmodel = timm.create_model(\"local-dir:{name}\", pretrained=True).eval()   \
-         # after an upload: hf-hub:USER/{name}\n\
+         # {name}\n\nA {architecture} without classifier: {size} px RGB images to {features} features. {origin}\n\n\
+         ## Use\n\n```python\nimport timm\n\
+         model = timm.create_model(\"local-dir:{name}\", pretrained=True).eval()   # after an upload: hf-hub:USER/{name}\n\
          config = timm.data.resolve_model_data_config(model)\n\
          transform = timm.data.create_transform(**config, is_training=False)\n\
-         features = model(transform(image)[None])\n```\n",
-        encoder.features(),
-        env!("CARGO_PKG_VERSION"),
+         features = model(transform(image)[None])\n```\n\n\
+         timm's transform resizes with antialiasing. byol does so only if the encoder's metadata say \
+         `\"antialias\": true`; otherwise its features differ slightly.\n"
     );
-    if let Ok(plan) = read_plan(&args.encoder) {
-        let recipe = &plan.recipe;
-        card += &format!(
-            "\n## Training\n\n| | |\n| --- | --- |\n| images | {} |\n| epochs | {} |\n| batch size | {} |\n\
-             | views | {} px |\n| optimizer | {}, peak learning rate {}, weight decay {:e} |\n\
-             | target decay | from {} |\n| seed | {} |\n",
-            plan.images,
-            recipe.train.epochs,
-            recipe.train.batch,
-            recipe.views.size,
-            recipe.optimizer.kind.name(),
-            plan.schedule.peak,
-            recipe.optimizer.weight_decay,
-            plan.schedule.tau_base,
-            recipe.seed,
-        );
-    }
-    let tables = results::stored(&args.encoder);
-    if !tables.is_empty() {
-        card += "\n## Evaluation\n\n| evaluation | metric | value | 95 % interval |\n| --- | --- | --- | --- |\n";
-        for table in tables {
-            let evaluation = &table.evaluation;
-            for row in &table.rows {
-                card += &format!(
-                    "| {evaluation} | {} | {} | {} |\n",
-                    row.name,
-                    row.formatted_value(),
-                    row.formatted_interval()
-                );
-            }
-        }
+    if let Some(plan) = &plan {
+        card += &training_table(&args.encoder, plan);
+        card += &results_table(&args.encoder);
     }
     card
+}
+
+/// Settings of a run as a Markdown section.
+fn training_table(run: &Path, plan: &Plan) -> String {
+    let recipe = &plan.recipe;
+    let epochs = metrics::read_curves(&run.join("metrics.jsonl")).epochs;
+    let done = epochs.last().and_then(|epoch| epoch["epoch"].as_u64()).unwrap_or(0);
+    format!(
+        "\n## Training\n\n| | |\n| --- | --- |\n| images | {} |\n| epochs | {done} of {} |\n| batch size | {} |\n\
+         | views | {} px |\n| optimizer | {}, peak learning rate {}, weight decay {:e} |\n\
+         | target decay | from {} |\n| seed | {} |\n",
+        plan.images,
+        recipe.train.epochs,
+        recipe.train.batch,
+        recipe.views.size,
+        recipe.optimizer.kind.name(),
+        plan.schedule.peak,
+        recipe.optimizer.weight_decay,
+        plan.schedule.tau_base,
+        recipe.seed,
+    )
+}
+
+/// Results of the run's last encoder as a Markdown section; empty if there are none.
+fn results_table(run: &Path) -> String {
+    let mut rows = String::new();
+    for table in results::stored(run).iter().filter(|table| !table.encoder.ends_with("best.safetensors")) {
+        // The name only: paths of the machine do not belong into a published file.
+        let data = Path::new(&table.data).file_name().map_or("".into(), |name| name.to_string_lossy());
+        for row in &table.rows {
+            let (value, interval) = (row.formatted_value(), row.formatted_interval());
+            rows += &format!("| {} | {data} | {} | {value} | {interval} |\n", table.evaluation, row.name);
+        }
+    }
+    match rows.is_empty() {
+        true => rows,
+        false => format!(
+            "\n## Evaluation\n\nMeasured by `byol eval` with byol's evaluation view.\n\n\
+             | evaluation | data | metric | value | 95 % interval |\n| --- | --- | --- | --- | --- |\n{rows}"
+        ),
+    }
 }
 
 /// Images to compare on, with a description of their source.

@@ -10,7 +10,7 @@ use byol::apply::{
 };
 use rayon::prelude::*;
 
-use super::{must_be_new, report::picture, write_file};
+use super::{report::picture, write_file};
 use crate::terminal::{self, Result, plural};
 
 /// Flags of a command that can write a gallery.
@@ -19,7 +19,7 @@ pub struct GalleryArgs {
     /// Also write the images of the results to an HTML file
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
-    /// Overwrite the file of `--html` if it exists
+    /// Overwrite the HTML file if it exists
     #[arg(long, requires = "html")]
     overwrite: bool,
 }
@@ -54,54 +54,72 @@ impl GalleryArgs {
         if file.extension().is_none_or(|e| !e.eq_ignore_ascii_case("html")) {
             return Err(format!("unsupported output file {}\nhint: use the extension `.html`", file.display()).into());
         }
-        must_be_new(file, self.overwrite)
+        if file.exists() && !self.overwrite {
+            let hint = "choose another `--html`, or pass `--overwrite`";
+            return Err(format!("{} already exists\nhint: {hint}", file.display()).into());
+        }
+        Ok(())
     }
 
     /// Writes the gallery, if it was requested. `summary` is the sentence below the title.
-    pub fn write(&self, title: &str, summary: &str, groups: &[Group]) -> Result<()> {
+    pub fn write<'a>(&self, title: &str, summary: &str, groups: impl FnOnce() -> Vec<Group<'a>>) -> Result<()> {
         let Some(file) = &self.html else { return Ok(()) };
+        let mut groups = groups();
+        let all = groups.len();
         let mut pictures = 0;
-        let shown = groups.iter().take_while(|group| {
+        groups.retain_mut(|group| {
+            group.images.truncate(MAX_PICTURES - pictures);
             pictures += group.images.len();
-            pictures <= MAX_PICTURES
+            !group.images.is_empty()
         });
-        let shown = shown.count();
-        let bodies: Vec<String> = groups[..shown].par_iter().map(figure).collect();
-        let rest = match groups.len() - shown {
+        let rest = match all - groups.len() {
             0 => String::new(),
-            _ => format!(" The first {shown} of {} are shown.", groups.len()),
+            _ => format!(" Only the first {} of {all} groups are shown.", groups.len()),
         };
+        if let Some((images, row)) = groups.first().and_then(|group| group.images.first()) {
+            // Opens packed data once, rather than on several threads.
+            let _ = images.get(*row);
+        }
+        let figures: Vec<(String, usize)> = groups.par_iter().map(figure).collect();
+        let unreadable: usize = figures.iter().map(|(_, unreadable)| unreadable).sum();
+        let figures: String = figures.into_iter().map(|(html, _)| html).collect();
         let (title, summary) = (escape_html(title), escape_html(summary));
         let html = format!(
             "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\">\
              <meta name=\"viewport\" content=\"width=device-width\"><title>byol: {title}</title>\
              <style>{STYLE}</style></head><body>\n<h1>{title}</h1>\n<p>{summary}.{rest}</p>\n\
-             <div class=\"gallery\">\n{}</div>\n</body></html>\n",
-            bodies.concat()
+             <div class=\"gallery\">\n{figures}</div>\n</body></html>\n"
         );
         write_file(file, html.as_bytes())?;
-        terminal::note(format!("wrote {} ({})", file.display(), plural(pictures_of(&groups[..shown]), "picture")));
+        if unreadable > 0 {
+            terminal::warning(format!(
+                "{unreadable} of {} cannot be read\n\
+                 hint: if the images were moved, pass their new folder with `--data`",
+                plural(pictures, "picture")
+            ));
+        }
+        terminal::note(format!("wrote {} ({})", file.display(), plural(pictures, "picture")));
         Ok(())
     }
 }
 
-fn pictures_of(groups: &[Group]) -> usize {
-    groups.iter().map(|group| group.images.len()).sum()
-}
-
-/// The images of a group side by side, their paths and the caption.
-fn figure(group: &Group) -> String {
-    let mut html = "<figure>".to_owned();
+/// The images of a group side by side, their paths and the caption. Also returns the number of
+/// images that cannot be read.
+fn figure(group: &Group) -> (String, usize) {
+    let (mut html, mut unreadable) = ("<figure>".to_owned(), 0);
     for (images, row) in &group.images {
-        let path = &images.paths()[*row];
         html += &match images.get(*row) {
-            Ok(image) => picture(path, &sheet::png(&[vec![Tile::image(&image, SIDE)]], SIDE)),
-            Err(_) => "<span class=\"missing\">cannot be read</span>\n".into(),
+            Ok(image) => picture(&relative(images, *row), &sheet::png(&[vec![Tile::image(&image, SIDE)]], SIDE)),
+            Err(_) => {
+                unreadable += 1;
+                "<span class=\"missing\">cannot be read</span>\n".into()
+            }
         };
     }
     let paths = group.images.iter().map(|(images, row)| escape_html(&relative(images, *row)));
     let lines: Vec<String> = paths.chain([escape_html(&group.caption)]).filter(|line| !line.is_empty()).collect();
-    html + &format!("<figcaption class=\"dim\">{}</figcaption></figure>\n", lines.join("<br>"))
+    html += &format!("<figcaption class=\"dim\">{}</figcaption></figure>\n", lines.join("<br>"));
+    (html, unreadable)
 }
 
 /// Path of an image, relative to its data set if it is inside.

@@ -24,8 +24,8 @@ Examples:
 ///
 /// Reads PyTorch checkpoints and safetensors files with the tensor names of torchvision, timm,
 /// lightly or solo-learn, and folders in the format of the Hugging Face hub. Pickles are read
-/// without executing any code. Checkpoints do not record their image preprocessing, except in the
-/// `config.json` of such a folder: set it with the flags below.
+/// without executing any code. Set the image preprocessing with the flags below: checkpoints do not
+/// record it. For a Hugging Face folder, size and normalization are read from its config.json.
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = EXAMPLES)]
 pub struct Args {
@@ -84,12 +84,23 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 fn preparation(args: &Args, file: &Path) -> Result<Preparation> {
     let preparation = Preparation::with_config(file, args.size, args.mean.clone(), args.std.clone());
     let Normalization { mean, std } = &preparation.normalization;
+    let invalid = |flag: &str, is_given: bool, expected: &str| match is_given {
+        true => format!("invalid `{flag}` (expected {expected})").into(),
+        false => {
+            let name = flag.trim_start_matches('-');
+            format!(
+                "invalid {name} in {} (expected {expected})\nhint: pass `{flag}`",
+                file.with_file_name("config.json").display()
+            )
+            .into()
+        }
+    };
     let is_valid = |values: &[f32], above: f32| values.len() == 3 && values.iter().all(|v| v.is_finite() && *v > above);
     if !is_valid(mean, f32::NEG_INFINITY) {
-        return Err("invalid `--mean` (expected three numbers, e.g. `0.485,0.456,0.406`)".into());
+        return Err(invalid("--mean", args.mean.is_some(), "three numbers, e.g. `0.485,0.456,0.406`"));
     }
     if !is_valid(std, 0.0) {
-        return Err("invalid `--std` (expected three positive numbers, e.g. `0.229,0.224,0.225`)".into());
+        return Err(invalid("--std", args.std.is_some(), "three positive numbers, e.g. `0.229,0.224,0.225`"));
     }
     if preparation.size == Some(0) {
         return Err("`--size` must be at least 1".into());

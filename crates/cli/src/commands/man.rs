@@ -11,8 +11,6 @@ Examples:
   byol man -o ~/.local/share/man/man1  Install the man pages for this user";
 
 /// Write the manual pages, one per command
-///
-/// For example: `byol man -o ~/.local/share/man/man1`, then `man byol-pretrain`.
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = EXAMPLES)]
 pub struct Args {

@@ -127,21 +127,34 @@ impl Cli {
             (false, true) => Verbosity::Verbose,
         });
         let start = Instant::now();
-        if self.verbose {
-            let machine = device::machine();
-            let (cores, free) = (terminal::plural(machine.cores, "core"), machine.free_mb);
-            let version = env!("CARGO_PKG_VERSION");
-            terminal::detail(format!("byol {version}, {}, {cores}, {}, {free} MiB free", machine.cpu, machine.isa));
-        }
         let result = match self.command {
-            Command::Pretrain(args) => mpi_job::run(|job| pretrain::run(&args, job)),
-            Command::Resume(args) => mpi_job::run(|job| resume::run(&args, job)),
-            single => single.run_single(),
+            Command::Pretrain(args) => mpi_job::run(|job| {
+                describe_machine();
+                pretrain::run(&args, job)
+            }),
+            Command::Resume(args) => mpi_job::run(|job| {
+                describe_machine();
+                resume::run(&args, job)
+            }),
+            single => {
+                describe_machine();
+                single.run_single()
+            }
         };
         let memory = peak_memory_mb().map_or(String::new(), |mb| format!(", peak memory {mb:.0} MiB"));
         terminal::detail(format!("took {}{memory}", terminal::duration(start.elapsed().as_secs_f64())));
         result
     }
+}
+
+/// Prints the machine, with `--verbose`.
+fn describe_machine() {
+    terminal::detail_with(|| {
+        let machine = device::machine();
+        let (cores, free) = (terminal::plural(machine.cores, "core"), machine.free_mb);
+        let version = env!("CARGO_PKG_VERSION");
+        format!("byol {version}, {}, {cores}, {}, {free} MiB free", machine.cpu, machine.isa)
+    });
 }
 
 impl Command {
@@ -486,7 +499,7 @@ mod tests {
     }
 
     #[test]
-    fn examples_of_every_command_parse() {
+    fn commands_have_examples_that_parse() {
         let cli = Cli::command();
         for command in cli.get_subcommands() {
             let name = command.get_name();

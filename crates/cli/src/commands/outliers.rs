@@ -15,7 +15,7 @@ use crate::terminal::{Result, escape_control, out, plural};
 const EXAMPLES: &str = "\
 Examples:
   byol outliers photos.parquet -n 50                 List the 50 most atypical images
-  byol outliers photos.parquet --html outliers.html  Also write them as pictures";
+  byol outliers photos.parquet --html outliers.html  Also write the images to an HTML page";
 
 /// Find the images least similar to all others
 #[derive(Debug, clap::Args)]
@@ -51,10 +51,6 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let mut order: Vec<usize> = (0..paths.len()).collect();
     order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]).then(a.cmp(b)));
     order.truncate(args.n);
-    let groups: Vec<Group> =
-        order.iter().map(|i| Group::single(&images, *i, format!("score {:.3}", scores[*i]))).collect();
-    let summary = format!("The most atypical of {}, the most atypical first", plural(paths.len(), "image"));
-    args.gallery.write("Outliers", &summary, &groups)?;
     if args.cpu.json {
         let outliers: Vec<_> =
             order.iter().map(|i| json!({ "path": paths[*i], "row": i, "score": scores[*i] })).collect();
@@ -62,5 +58,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     } else {
         order.iter().for_each(|i| out!("{:.3}  {}", scores[*i], escape_control(&paths[*i])));
     }
+    let summary = format!("The {} most atypical of {}, most atypical first", order.len(), plural(paths.len(), "image"));
+    args.gallery.write("Outliers", &summary, || {
+        order.iter().map(|i| Group::single(&images, *i, format!("score {:.3}", scores[*i]))).collect()
+    })?;
     Ok(ExitCode::SUCCESS)
 }

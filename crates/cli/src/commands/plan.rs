@@ -1,10 +1,6 @@
 //! `byol plan DATA [--budget TIME]`
 
-use std::{
-    path::PathBuf,
-    process::{Command, ExitCode},
-    str::FromStr,
-};
+use std::{path::PathBuf, process::ExitCode, str::FromStr};
 
 use byol::{
     data::{CHANNELS, Levels},
@@ -344,7 +340,7 @@ fn run_trial(
     let few = (TRIAL_PRODUCTS / (8.0 * net.multiply_adds(size) as f64)).clamp(2.0, 64.0) as u32;
     let mut measurements = Vec::new();
     for batch in [few, 2 * few] {
-        let output = Command::new(std::env::current_exe()?)
+        let output = crate::program()?
             .args(["bench", "--json", "--steps", "3", "--encoder", encoder.architecture.name()])
             .args(["--width", &encoder.width.to_string(), "--size", &size.to_string(), "--batch", &batch.to_string()])
             .args(["--hidden", &hidden.to_string(), "--precision", precision])

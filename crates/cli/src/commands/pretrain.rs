@@ -223,7 +223,10 @@ pub fn run(args: &Args, job: &MpiJob) -> Result<ExitCode> {
     }
     let mut run = Run::create(&out, plan, &data, context, args.tensorboard)?;
     if args.tensorboard && job.ranks.is_root() {
-        log_views(&mut run, &data.train)?;
+        // A picture is not worth the run.
+        if let Err(error) = log_views(&mut run, &data.train) {
+            terminal::warning(format!("no augmented views in TensorBoard: {error}"));
+        }
     }
     if let Some(timing) = run.timing {
         describe_placement(run.plan.recipe.views.placement, timing);
@@ -238,7 +241,7 @@ const LOGGED_SIDE: u32 = 96;
 /// Writes the picture of some images and their augmented views to TensorBoard.
 fn log_views(run: &mut Run, images: &Images) -> Result<()> {
     let recipe = &run.plan.recipe;
-    let rows = views::rows(&recipe.views, &images.sample_random(LOGGED_IMAGES), recipe.seed, LOGGED_SIDE)?;
+    let rows = views::rows(&recipe.views, &images.sample(LOGGED_IMAGES)?, recipe.seed, LOGGED_SIDE)?;
     let (size, png) = (sheet::size(&rows, LOGGED_SIDE), sheet::png(&rows, LOGGED_SIDE));
     Ok(run.log(|events, step| events.image(step, "views", size, &png))?)
 }

@@ -6,7 +6,7 @@ use byol::{
     device::DeviceChoice,
     train::{
         Run, RunContext,
-        run::{extend, read_plan},
+        run::{extend_plan, read_plan},
     },
 };
 
@@ -20,9 +20,9 @@ Examples:
 
 /// Resume a run from its latest checkpoint
 ///
-/// The result is bit-identical to that of an uninterrupted run. With `--epochs`, a run gets a new
-/// schedule, even after it has finished: learning rate and tau continue with the values that they
-/// have at this step of a run of N epochs.
+/// The result is bit-identical to that of an uninterrupted run. `--epochs` changes the length of
+/// the run, even after it has finished: learning rate and tau continue from where a run of N epochs
+/// with the same recipe would be at this step.
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = EXAMPLES)]
 pub struct Args {
@@ -40,7 +40,7 @@ pub struct Args {
 
 pub fn run(args: &Args, job: &MpiJob) -> Result<ExitCode> {
     // Only rank 0 needs the folder.
-    let read = || args.epochs.map_or_else(|| read_plan(&args.run), |epochs| extend(&args.run, epochs));
+    let read = || args.epochs.map_or_else(|| read_plan(&args.run), |epochs| extend_plan(&args.run, epochs));
     let plan = job.ranks.is_root().then(read).transpose()?;
     let plan = job.ranks.broadcast_value(plan).expect("rank 0 has read it");
     let threads = set_threads(job.threads(args.cpu.threads))?;
@@ -59,7 +59,7 @@ pub fn run(args: &Args, job: &MpiJob) -> Result<ExitCode> {
     terminal::note(format!("resuming at step {} of {total}", run.byol.k));
     if let Some(last) = run.plan.extended.last().filter(|last| last.step == run.byol.k) {
         terminal::note(format!(
-            "new schedule: {} instead of {}; learning rate {:.4}, tau {:.4} from here",
+            "new schedule: {} instead of {}; learning rate {:.4} and tau {:.4} at this step",
             plural(run.plan.recipe.train.epochs as usize, "epoch"),
             last.epochs,
             run.byol.schedule.eta(run.byol.k),

@@ -10,7 +10,7 @@ use byol::train::{metrics, run::read_plan};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::terminal::{Result, display_path, out, percent};
+use crate::terminal::{self, Result, display_path, out, percent};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -51,7 +51,14 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         .map_err(|e| format!("cannot read {folder}: {e}\nhint: pass the folder that contains your runs"))?;
     let mut runs: Vec<PathBuf> = entries.flatten().map(|e| e.path()).filter(|p| p.join("plan.toml").exists()).collect();
     runs.sort();
-    let runs: Vec<RunSummary> = runs.iter().map(|run| summarize(run)).collect::<Result<_>>()?;
+    let readable = |run: &PathBuf| match summarize(run) {
+        Ok(summary) => Some(summary),
+        Err(error) => {
+            terminal::warning(error);
+            None
+        }
+    };
+    let runs: Vec<RunSummary> = runs.iter().filter_map(readable).collect();
     if args.json {
         out!("{}", serde_json::json!({ "runs": runs }));
     } else if runs.is_empty() {

@@ -81,15 +81,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             plural(selected.len(), "image")
         ));
     }
-    let groups: Vec<Group> = selected
-        .iter()
-        .enumerate()
-        .map(|(n, (row, _))| Group::single(&row_images, *row, (n + 1).to_string()))
-        .collect();
-    let summary = format!("{} of {images}, in order of selection", plural(selected.len(), "image"));
-    args.gallery.write("Selection", &summary, &groups)?;
     if args.cpu.json {
-        let selected: Vec<_> = selected
+        let described: Vec<_> = selected
             .iter()
             .enumerate()
             .map(|(n, (i, cosine))| json!({ "path": paths[*i], "row": i, "nearest_before": (n > 0).then_some(cosine) }))
@@ -99,10 +92,15 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             .iter()
             .map(|(row, of)| json!({ "path": paths[*row], "row": row, "duplicate_of": paths[*of] }))
             .collect();
-        out!("{}", json!({ "rows": images, "selected": selected, "left_out": left_out }));
+        out!("{}", json!({ "rows": images, "selected": described, "left_out": left_out }));
     } else {
         selected.iter().for_each(|(i, _)| out!("{}", escape_control(&paths[*i])));
     }
+    let summary = format!("{} of {images}, in order of selection", plural(selected.len(), "image"));
+    args.gallery.write("Selection", &summary, || {
+        let group = |(n, (row, _)): (usize, &(usize, f32))| Group::single(&row_images, *row, (n + 1).to_string());
+        selected.iter().enumerate().map(group).collect()
+    })?;
     Ok(ExitCode::SUCCESS)
 }
 

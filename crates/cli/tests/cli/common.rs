@@ -12,9 +12,14 @@ use image::{Rgb, RgbImage};
 use tempfile::TempDir;
 
 pub fn byol(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_byol"));
+    let mut command = Command::new(program());
     command.args(args);
     command
+}
+
+/// The program of this build, or the one that `BYOL_TEST_PROGRAM` names.
+fn program() -> PathBuf {
+    std::env::var_os("BYOL_TEST_PROGRAM").map_or_else(|| env!("CARGO_BIN_EXE_byol").into(), PathBuf::from)
 }
 
 pub fn run(args: &[&str]) -> Output {

@@ -200,7 +200,13 @@ fn finished_run_can_be_extended() {
 
     let complete = ok(&["resume", text(&out)]);
     assert!(stderr(&complete).contains("`--epochs` extends it"), "{}", stderr(&complete));
-    refused(&["resume", text(&out), "--epochs", "2"], &["too few", "completed 3", "higher `--epochs`"]);
+    refused(
+        &["resume", text(&out), "--epochs", "2"],
+        &["`--epochs 2` is too low", "completed epochs: 3", "higher `--epochs`"],
+    );
+    refused(&["resume", text(&out), "--epochs", "2000000"], &["train.epochs"]);
+    // Nothing is extended unless the run can continue.
+    refused(&["resume", text(&out), "--epochs", "5", "--data", "nowhere"], &["nowhere"]);
     assert_eq!(text_of_plan(), plan);
 
     let longer = ok(&["resume", text(&out), "--epochs", "5", "--verbose"]);
@@ -213,7 +219,8 @@ fn finished_run_can_be_extended() {
     assert_eq!(epochs, [0, 1, 2, 3, 4, 5]);
     assert_eq!(toml(&text_of_plan())["recipe"]["train"]["epochs"], 5);
     assert!(text_of_plan().contains("[[extended]]\nstep = "), "{}", text_of_plan());
-    // The extended run resumes, reports and serves as a recipe like any other.
+    // The extended run resumes and serves as a recipe like any other.
+    ok(&["pretrain", text(&data), "--recipe", text(&out), "--dry-run", "--device", "cpu"]);
     ok(&["resume", text(&out)]);
     let state = json(&ok(&["runs", text(folder.path()), "--json"]));
     assert_eq!(

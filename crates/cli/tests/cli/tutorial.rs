@@ -79,7 +79,8 @@ fn output(folder: &Path, args: &[&str], interrupt: bool) -> Vec<String> {
 /// processor. `None` for lines that are not always printed.
 fn shape(line: &str, processor: &str) -> Option<String> {
     let line = line.replace(processor, "CPU").replace("AMD EPYC", "CPU");
-    let sometimes = ["", "…", "warning:", "hint:", "step", "checking", "embedding:", "computing", "reading"];
+    let sometimes =
+        ["", "…", "warning:", "hint:", "step", "checking", "embedding", "embedding:", "computing", "reading"];
     let first = line.split_whitespace().next().unwrap_or_default();
     // A verdict depends on the results.
     if sometimes.contains(&first) || line.contains(" against ") || line.starts_with("better") {
@@ -211,7 +212,8 @@ fn record(page: &str, folder: &Path) {
 /// Leaves out progress, and the middle of many lines of a kind.
 fn shortened(lines: Vec<String>) -> Vec<String> {
     const SHOWN: [usize; 2] = [3, 2];
-    let is_progress = |line: &str| ["step ", "embedding: ", "checking "].iter().any(|start| line.starts_with(start));
+    let progress = ["step ", "embedding", "checking ", "computing ", "reading "];
+    let is_progress = |line: &str| progress.iter().any(|start| line.starts_with(start));
     let lines: Vec<String> = lines.into_iter().filter(|line| !is_progress(line)).collect();
     let same = |a: &String, b: &String| shape(a, "AMD EPYC") == shape(b, "AMD EPYC");
     let short = |group: &[String]| match group.len() {

@@ -312,7 +312,9 @@ fn hub_folder_is_an_encoder_with_a_model_card() {
     ok(&export);
     refused(&export, &["exists", "--overwrite"]);
     let card = fs::read_to_string(hub.join("README.md")).unwrap();
-    for words in ["library_name: timm", "local-dir:my-model", "| epochs | 1 |", "| knn | kNN accuracy, k = 20 |"] {
+    for words in
+        ["library_name: timm", "local-dir:my-model", "| epochs | 1 of 1 |", "| knn | data | kNN accuracy, k = 20 |"]
+    {
         assert!(card.contains(words), "{words}: {card}");
     }
     let [own, exported] = [(&run, "own.npy"), (&hub, "hub.npy")].map(|(encoder, out)| {

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import os
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal, Union
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +25,7 @@ def as_item(image: ImageLike) -> PathLike | NDArray[np.uint8]:
     if isinstance(image, (str, os.PathLike)):
         return image
     if not isinstance(image, np.ndarray) and hasattr(image, "convert"):  # a PIL image
-        from PIL import ImageOps
-
-        upright = ImageOps.exif_transpose(image)
-        return np.ascontiguousarray(np.asarray(upright.convert("RGB"), dtype=np.uint8))
+        return _from_pil(image)
     array: NDArray[np.uint8] = np.asarray(image)
     if array.dtype != np.uint8:
         raise _byol.DataError(
@@ -44,8 +42,29 @@ def as_item(image: ImageLike) -> PathLike | NDArray[np.uint8]:
     return np.ascontiguousarray(array)
 
 
+def as_images(images: Any) -> Iterable[ImageLike]:
+    """Return one image as a list, and images of any kind as an iterable."""
+    if isinstance(images, (str, os.PathLike)) or hasattr(images, "convert"):
+        return [images]
+    if hasattr(images, "__array__"):  # NumPy, PyTorch, JAX, …
+        array = np.asarray(images)
+        return [array] if array.ndim <= 3 else list(array)
+    return images  # type: ignore[no-any-return]
+
+
+def _from_pil(image: PilImage) -> NDArray[np.uint8]:
+    from PIL import ImageOps
+
+    if image.mode[0] in "IF":
+        raise _byol.DataError(
+            f"a PIL image of mode {image.mode} has no fixed range\nhint: pass its path, or a uint8 array"
+        )
+    upright = ImageOps.exif_transpose(image)
+    return np.ascontiguousarray(np.asarray(upright.convert("RGB"), dtype=np.uint8))
+
+
 class Dataset:
-    """Images with splits, and with labels if the data have them.
+    """A set of images, with optional labels and splits.
 
     Examples
     --------
@@ -58,23 +77,35 @@ class Dataset:
         self._native = native
 
     @classmethod
-    def open(cls, path: PathLike) -> Dataset:
+    def open(cls, path: PathLike, column: str | None = None) -> Dataset:
         """Open a folder of images, CIFAR or IDX files, or shards, as the command does.
 
         Images are read when they are needed.
+
+        Parameters
+        ----------
+        path
+            Folder, file, or pattern of shards.
+        column
+            Image column of Parquet files. Default: ``image``, ``img``, or the only one.
 
         Raises
         ------
         DataError
             If there are no images.
         """
-        return cls(_byol.Dataset.open(os.fspath(path)))
+        return cls(_byol.Dataset.open(os.fspath(path), column, None))
 
     @classmethod
     def from_arrays(
-        cls, images: Iterable[ImageLike], labels: Sequence[int] | NDArray[np.integer] | None = None
+        cls,
+        images: Iterable[ImageLike],
+        labels: Iterable[int] | None = None,
+        *,
+        test_images: Iterable[ImageLike] | None = None,
+        test_labels: Iterable[int] | None = None,
     ) -> Dataset:
-        """Copy images into memory.
+        """Read images into memory, at 3 bytes per pixel.
 
         Parameters
         ----------
@@ -83,16 +114,18 @@ class Dataset:
             images, or paths. Sizes may differ.
         labels
             Class of each image, from 0. Used by evaluations, never by pretraining.
+        test_images, test_labels
+            A test split for evaluations.
 
         Raises
         ------
         DataError
-            If there are no images, or an image is of another kind.
+            If there are no images, an image cannot be read or is of another kind, or the number of
+            labels is not that of the images.
         """
-        items = [as_item(image) for image in images]
-        arrays = [_read(item) if isinstance(item, (str, os.PathLike)) else item for item in items]
-        classes = None if labels is None else [_class(label) for label in labels]
-        return cls(_byol.Dataset.from_arrays(arrays, classes))
+        splits = [_items(images), [] if test_images is None else _items(test_images)]
+        classes = [None if given is None else [_class(label) for label in given] for given in (labels, test_labels)]
+        return cls(_byol.Dataset.from_items(splits[0], classes[0], splits[1], classes[1]))
 
     @classmethod
     def synthetic(cls, n: int = 2000, n_test: int = 800, seed: int = 0) -> Dataset:
@@ -122,6 +155,8 @@ class Dataset:
 
     def image(self, i: int, split: Split = "train") -> NDArray[np.uint8]:
         """Image ``i`` of a split, decoded: ``uint8 [H, W, 3]``."""
+        if i < 0:
+            raise IndexError(f"image {i} of a split")
         return self._native.image(split, i)
 
     def __len__(self) -> int:
@@ -133,19 +168,20 @@ class Dataset:
         return f"byol.Dataset({sizes}, {len(self.classes)} classes)"
 
 
-def as_dataset(data: Dataset | PathLike) -> Dataset:
-    """Open data given by their path."""
-    return data if isinstance(data, Dataset) else Dataset.open(data)
+def as_dataset(data: Dataset | PathLike, encoder: _byol.Encoder | None = None) -> Dataset:
+    """Open data given by their path, with the levels of the encoder."""
+    return data if isinstance(data, Dataset) else Dataset(_byol.Dataset.open(os.fspath(data), None, encoder))
 
 
-def _read(path: PathLike) -> NDArray[np.uint8]:
-    from PIL import Image
+def _items(images: Iterable[ImageLike]) -> list[PathLike | NDArray[np.uint8]]:
+    is_one_image = getattr(images, "ndim", 4) <= 3 and getattr(images, "shape", (0,))[-1] == 3
+    if is_one_image or isinstance(images, (str, os.PathLike)) or hasattr(images, "convert"):
+        raise _byol.DataError("a single image is not a data set\nhint: pass a list of images")
+    return [as_item(image) for image in images]
 
-    with Image.open(path) as image:
-        return np.asarray(as_item(image))
 
-
-def _class(label: int | np.integer) -> int:
-    if int(label) < 0:
-        raise _byol.DataError(f"label {label} is negative\nhint: number the classes from 0")
-    return int(label)
+def _class(label: int) -> int:
+    number = operator.index(label)
+    if number < 0:
+        raise _byol.DataError(f"label {number} is negative\nhint: number the classes from 0")
+    return number

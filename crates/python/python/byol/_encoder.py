@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, Union
 
 import numpy as np
 from numpy.typing import NDArray
 
 from byol import _byol
-from byol._data import Dataset, ImageLike, PathLike, Split, as_item
+from byol._data import Dataset, ImageLike, PathLike, Split, as_dataset, as_images, as_item
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +48,7 @@ class Encoder:
         return cls(_byol.Encoder.open(os.fspath(path), device))
 
     def random(self, seed: int = 0) -> Encoder:
-        """Return the same network with random initialization, the baseline of evaluations."""
+        """Return the same architecture with random initialization, as a baseline."""
         return Encoder(self._native.random(seed))
 
     @property
@@ -76,11 +77,13 @@ class Encoder:
             A path, a PIL image, an array ``uint8 [H, W, 3]``, an iterable of these, an array
             ``uint8 [N, H, W, 3]``, a folder, or a `Dataset`.
         batch_size
-            Images that are decoded and computed at once.
+            Number of images decoded and embedded at a time. A folder or `Dataset` has batches of its
+            own.
         progress
             Show the number of images done on standard error.
         split
-            Split of a folder or `Dataset`.
+            Split of a folder or `Dataset`: ``train`` (everything if there are no splits), ``val`` or
+            ``test``.
 
         Returns
         -------
@@ -91,13 +94,22 @@ class Encoder:
         DataError
             If an image cannot be read.
         """
+        if batch_size < 1:
+            raise ValueError("batch_size must be at least 1")
         if isinstance(images, (str, os.PathLike)) and os.path.isdir(images):
-            images = Dataset.open(images)
+            images = as_dataset(images, self._native)
         if isinstance(images, Dataset):
-            total = images.splits.get(split, 0)
-            return self._native.embed_split(images._native, split, _progress(progress, total))
-        items = [as_item(image) for image in _as_list(images)]
-        return self._native.embed(items, batch_size, _progress(progress, len(items)))
+            show = _progress(progress, images.splits.get(split))
+            return self._native.embed_split(images._native, split, show)
+        listed = as_images(images)
+        show = _progress(progress, len(listed) if isinstance(listed, Sized) else None)
+        iterator, blocks, done = iter(listed), [self._native.embed([], 1, None)], 0
+        while block := [as_item(image) for image in islice(iterator, batch_size)]:
+            blocks.append(self._native.embed(block, batch_size, None))
+            done += len(block)
+            if show is not None:
+                show(done)
+        return np.concatenate(blocks)
 
     def preprocess(self, image: ImageLike, normalize: bool = True) -> NDArray[np.float32]:
         """Return the evaluation view of an image, exactly as `embed` computes it.
@@ -164,8 +176,8 @@ class Encoder:
     def export(self, path: PathLike, normalized_input: bool = False) -> float:
         """Write the encoder as ``.onnx`` or ``.safetensors``, replacing an existing file.
 
-        The file is read back and compared with this encoder on eight images before it gets its
-        name.
+        The file is read back and compared with this encoder on eight images before it replaces
+        ``path``.
 
         Parameters
         ----------
@@ -180,6 +192,9 @@ class Encoder:
         """
         return self._native.export(os.fspath(path), normalized_input)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _from_bytes, (self._native.to_bytes(),)
+
     def __repr__(self) -> str:
         spec = self.spec
         return (
@@ -188,21 +203,19 @@ class Encoder:
         )
 
 
-def _as_list(images: ImageLike | Iterable[ImageLike]) -> list[ImageLike]:
-    """Return the images of any input as a list."""
-    is_one = isinstance(images, (str, os.PathLike)) or hasattr(images, "convert")
-    if is_one or (isinstance(images, np.ndarray) and images.ndim <= 3):
-        return [images]  # type: ignore[list-item]
-    return list(images)  # type: ignore[arg-type]
+def _from_bytes(data: bytes) -> Encoder:
+    """Restore a pickled encoder, on the CPU."""
+    return Encoder(_byol.Encoder.from_bytes(data))
 
 
-def _progress(shown: bool, total: int) -> Callable[[int], None] | None:
+def _progress(shown: bool, total: int | None) -> Callable[[int], None] | None:
     """Return a function that shows the number of images done."""
     if not shown:
         return None
 
     def show(done: int) -> None:
-        end = "\n" if done >= total else ""
-        print(f"\rembedding {done}/{total}", end=end, file=sys.stderr, flush=True)
+        end = "\n" if done == total else ""
+        of = "" if total is None else f"/{total}"
+        print(f"\rembedding {done}{of}", end=end, file=sys.stderr, flush=True)
 
     return show

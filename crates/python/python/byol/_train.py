@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from byol import _byol
 from byol._data import Dataset, PathLike, as_dataset
@@ -84,6 +88,11 @@ class Run:
         """The encoder after the last checkpoint."""
         return Encoder.open(self.path)
 
+    @property
+    def best(self) -> Encoder:
+        """The encoder of the epoch with the best label-free score, ``best.safetensors``."""
+        return Encoder.open(self.path / "best.safetensors")
+
     def _records(self) -> Iterator[dict[str, Any]]:
         file = self.path / "metrics.jsonl"
         if not file.exists():
@@ -94,6 +103,9 @@ class Run:
                     yield json.loads(line)
                 except json.JSONDecodeError:  # the last line of a running run
                     return
+
+    def __fspath__(self) -> str:
+        return str(self.path)
 
     def __repr__(self) -> str:
         return f"byol.Run({str(self.path)!r})"
@@ -109,6 +121,7 @@ def pretrain(
     device: Device = "auto",
     threads: int = 0,
     tensorboard: bool = False,
+    progress: bool = True,
     callback: Callback | None = None,
     **overrides: Any,
 ) -> Run:
@@ -137,10 +150,12 @@ def pretrain(
         Threads that make views. 0: number of cores.
     tensorboard
         Also write TensorBoard event files.
+    progress
+        Print a line per epoch to standard error.
     callback
         Called with a dict per event: ``kind`` is ``step``, ``epoch``, ``checkpoint``, ``skipped``
-        or ``rollback``; other keys as in `Run.metrics`. An exception stops the run with a
-        checkpoint.
+        (unreadable images of shards) or ``rollback``, with the loss, metrics and times that
+        `Run.metrics` has. An exception stops the run with a checkpoint.
     **overrides
         Common recipe keys by the names of the command's flags: ``accumulate``, ``batch``,
         ``encoder``, ``hidden``, ``init``, ``limit``, ``lr``, ``on_collapse``, ``optimizer``,
@@ -161,9 +176,13 @@ def pretrain(
     named = {_KEYS[name]: value for name, value in overrides.items() if value is not None}
     keys = [f"{key}={_toml(value)}" for key, value in {**named, **(settings or {})}.items()]
     folder = Path(out) if out is not None else _free_folder(data)
-    recipe = os.fspath(recipe)
+    recipe, call = os.fspath(recipe), _native(callback, progress)
+    epochs, threads = _count("epochs", epochs), _count("threads", threads) or 0
     dataset = as_dataset(data)._native
-    _byol.pretrain(dataset, folder, recipe, epochs, keys, device, threads, tensorboard, _native(callback))
+    _byol.pretrain(dataset, folder, recipe, epochs, keys, device, threads, tensorboard, call)
+    skipped = folder / "skipped.txt"
+    if skipped.exists():
+        warnings.warn(f"some files were not used; {skipped} lists them", stacklevel=2)
     return Run(folder)
 
 
@@ -173,6 +192,7 @@ def resume(
     *,
     epochs: int | None = None,
     threads: int = 0,
+    progress: bool = True,
     callback: Callback | None = None,
 ) -> Run:
     """Resume a run from its latest checkpoint, bit-identical to an uninterrupted run.
@@ -184,9 +204,9 @@ def resume(
     data
         The images of the run, if they are not where they were, or were given as arrays.
     epochs
-        New number of epochs in total. Learning rate and tau continue with the values that they
-        have at this step of a run of that length.
-    threads, callback
+        New number of epochs in total. The schedules of learning rate and tau continue as in a run of
+        this length.
+    threads, progress, callback
         As for `pretrain`.
 
     Raises
@@ -194,16 +214,46 @@ def resume(
     RunError
         If the data have changed, or the run cannot be read.
     """
-    folder = run.path if isinstance(run, Run) else Path(run)
-    dataset = None if data is None else as_dataset(data)._native
-    _byol.resume(folder, dataset, epochs, threads, _native(callback))
+    folder = Path(run)
+    dataset = data._native if isinstance(data, Dataset) else None
+    moved = None if data is None or isinstance(data, Dataset) else os.fspath(data)
+    call = _native(callback, progress)
+    epochs, threads = _count("epochs", epochs), _count("threads", threads) or 0
+    _byol.resume(folder, dataset, moved, epochs, threads, call)
     return Run(folder)
 
 
-def _native(callback: Callback | None) -> Callable[[str], object] | None:
-    if callback is None:
-        return None
-    return lambda event: callback(json.loads(event))
+def _native(callback: Callback | None, progress: bool) -> Callable[[str], object]:
+    """Return a function of events as JSON."""
+
+    def call(event: str) -> None:
+        parsed: Event = json.loads(event)
+        if progress and parsed["kind"] == "epoch":
+            print(_line(parsed), file=sys.stderr, flush=True)
+        if callback is not None:
+            callback(parsed)
+
+    return call
+
+
+def _line(event: Event) -> str:
+    """Format an epoch as one line."""
+    parts = [f"epoch {event['epoch']}"]
+    if event["loss"] is not None:
+        parts.append(f"loss {event['loss']:.4f}")
+    if event.get("knn") is not None:
+        parts.append(f"kNN {100 * event['knn']:.1f} %")
+    if "rankme" in event:
+        parts.append(f"RankMe {event['rankme']:.1f}")
+    if event["collapse"] is not None:
+        parts.append(f"failed: {event['collapse']}")
+    return "  ".join(parts)
+
+
+def _count(name: str, value: int | None) -> int | None:
+    if value is not None and value < 0:
+        raise ValueError(f"{name} must not be negative")
+    return value
 
 
 def _free_folder(data: Dataset | PathLike) -> Path:
@@ -217,6 +267,10 @@ def _free_folder(data: Dataset | PathLike) -> Path:
 
 def _toml(value: Any) -> str:
     """Format a value as TOML."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        value = value.tolist()
+    if value is None:
+        raise TypeError("a setting cannot be None")
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (list, tuple)):

@@ -6,6 +6,7 @@ The other evaluations of the paper (fine-tuning, transfer, segmentation, depth) 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,9 +19,9 @@ from byol._encoder import Encoder
 __all__ = ["Classification", "knn", "label_free", "linear"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Classification:
-    """Result of a classification of the test images."""
+    """Accuracy and predictions on the test images."""
 
     accuracy: float
     """Fraction of test images whose class was predicted."""
@@ -59,17 +60,17 @@ def knn(
     Parameters
     ----------
     data
-        Labeled images. Without a test split, the ``val`` split or one image in five is for testing.
+        Labeled images. Without a test split, one image in five is used for testing.
     k
         Number of neighbors that vote.
     temperature
         Temperature of the votes.
     limit
-        Number of training images, sampled evenly. 0: all.
+        Maximum number of training images (stratified sample; 0: all).
     seed
-        Random seed of the sample and of the confidence interval.
+        Random seed of the confidence interval.
     """
-    dataset = as_dataset(data)
+    dataset = as_dataset(data, encoder._native)
     return _result(_byol.knn(encoder._native, dataset._native, k, temperature, limit, seed), dataset)
 
 
@@ -82,33 +83,44 @@ def linear(
 
     Parameters
     ----------
-    data, limit, seed
+    data, limit
         As for `knn`.
+    seed
+        Random seed of the held-out images and of the confidence interval.
     """
-    dataset = as_dataset(data)
+    dataset = as_dataset(data, encoder._native)
     return _result(_byol.linear(encoder._native, dataset._native, limit, seed), dataset)
 
 
 def label_free(
     encoder: Encoder,
     data: Dataset | PathLike,
-    split: Split = "train",
+    split: Split | None = None,
     limit: int = 512,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Compute metrics that need no labels.
+    """Compute metrics that need no labels, for comparison with those of ``encoder.random()``.
 
-    Compare them with those of ``encoder.random()``. The views are those of the encoder's run, or
-    the paper's for an encoder without a run.
+    The views are those of the encoder's run, or the paper's for an encoder without a run.
+
+    Parameters
+    ----------
+    split
+        Default: ``test`` if there is one, else ``train``.
+    limit
+        Maximum number of images, at least 16 (0: all).
 
     Returns
     -------
-    View retrieval and neighbor preservation (fractions), LiDAR, RankMe, α-ReQ, alignment,
-    uniformity, and the mean cosine of different images.
+    The keys of ``label_free`` in ``metrics.jsonl``: ``retrieval`` and ``consistency`` (fractions),
+    ``lidar``, ``rankme``, ``alpha_req``, ``alignment``, ``uniformity``, ``cosine`` and others.
     """
-    return dict(_byol.label_free(encoder._native, as_dataset(data)._native, split, limit, seed))
+    dataset = as_dataset(data, encoder._native)
+    split = split or ("test" if "test" in dataset.splits else "train")
+    metrics: dict[str, float] = json.loads(_byol.label_free(encoder._native, dataset._native, split, limit, seed))
+    return metrics
 
 
 def _result(native: tuple[tuple[float, float, float], list[int], list[int]], data: Dataset) -> Classification:
     (accuracy, low, high), predicted, labels = native
-    return Classification(accuracy, low, high, np.array(predicted), np.array(labels), data.classes)
+    return Classification(accuracy, low, high, np.array(predicted, dtype=np.int64), np.array(labels, dtype=np.int64), data.classes)
