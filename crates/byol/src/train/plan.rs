@@ -62,7 +62,7 @@ pub struct Plan {
     pub recipe: Recipe,
 }
 
-/// Change of the number of epochs of a run, by [`Plan::extend`].
+/// Change of the number of epochs of a run, by [`extend_plan`](super::run::extend_plan).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Extension {
