@@ -10,7 +10,7 @@ use byol::{
     nn::weights,
     train::{Plan, run::read_plan},
 };
-use numpy::{PyArray2, PyArray3, PyArrayMethods};
+use numpy::{PyArray1, PyArray2, PyArray3, PyArrayMethods};
 use pyo3::{prelude::*, types::PyBytes};
 use rayon::prelude::*;
 
@@ -68,27 +68,12 @@ impl Encoder {
         serde_json::to_string(&self.inner.spec).expect("a description is plain data")
     }
 
-    /// Representations of images: `float32 [N, D]`. `progress` is called with the number of images
-    /// done.
-    fn embed<'py>(
-        &self,
-        py: Python<'py>,
-        items: Vec<Item>,
-        batch_size: usize,
-        progress: Option<&Bound<PyAny>>,
-    ) -> PyResult<Bound<'py, PyArray2<f32>>> {
-        let sources: Vec<Source> = items.iter().map(Item::to_source).collect::<PyResult<_>>()?;
-        let (n, mut sources) = (sources.len(), sources.into_iter());
-        let mut values = Vec::with_capacity(n * self.inner.features());
-        while sources.len() > 0 {
-            let batch: Vec<Source> = sources.by_ref().take(batch_size.max(1)).collect();
-            values.extend(detached(py, || self.embed_batch(batch))?);
-            if let Some(progress) = progress {
-                progress.call1((n - sources.len(),))?;
-            }
-            py.check_signals()?;
-        }
-        numpy::PyArray1::from_vec(py, values).reshape([n, self.inner.features()])
+    /// Representations of a batch of images: `float32 [N, D]`.
+    fn embed<'py>(&self, py: Python<'py>, items: Vec<Item>) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        let batch: Vec<Source> = items.iter().map(Item::to_source).collect::<PyResult<_>>()?;
+        let features = detached(py, || self.embed_batch(batch))?;
+        py.check_signals()?;
+        to_array(py, features)
     }
 
     /// Representations of a split of a data set: `float32 [N, D]`.
@@ -100,8 +85,7 @@ impl Encoder {
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Bound<'py, PyArray2<f32>>> {
         let images = dataset.split(split)?;
-        let features = detached(py, || embed_images(&self.inner, images, progress.as_ref()))?;
-        numpy::PyArray1::from_vec(py, features.values).reshape([features.n, features.dim])
+        to_array(py, detached(py, || embed_images(&self.inner, images, progress.as_ref()))?)
     }
 
     /// Evaluation view of an image: `float32 [3, S, S]`, values from 0 to 1.
@@ -130,12 +114,17 @@ impl Encoder {
 }
 
 impl Encoder {
-    fn embed_batch(&self, batch: Vec<Source>) -> PyResult<Vec<f32>> {
+    fn embed_batch(&self, batch: Vec<Source>) -> PyResult<eval::Features> {
         let levels = &self.inner.spec.levels;
         let decode = |source: Source| source.decode(levels);
         let images: Vec<Image> = batch.into_par_iter().map(decode).collect::<PyResult<_>>()?;
-        Ok(eval::embed(&self.inner, &Images::memory(images, None), |_| ()).map_err(errors::data)?.values)
+        eval::embed(&self.inner, &Images::memory(images, None), |_| ()).map_err(errors::data)
     }
+}
+
+/// Features as an array `[N, D]`.
+fn to_array(py: Python, features: eval::Features) -> PyResult<Bound<PyArray2<f32>>> {
+    PyArray1::from_vec(py, features.values).reshape([features.n, features.dim])
 }
 
 /// Representations of images. `progress` is called with the number of images done; Ctrl-C stops.

@@ -223,7 +223,7 @@ pub fn run(args: &Args, job: &MpiJob) -> Result<ExitCode> {
     }
     let mut run = Run::create(&out, plan, &data, context, args.tensorboard)?;
     if args.tensorboard && job.ranks.is_root() {
-        // A picture is not worth the run.
+        // The picture is optional.
         if let Err(error) = log_views(&mut run, &data.train) {
             terminal::warning(format!("no augmented views in TensorBoard: {error}"));
         }

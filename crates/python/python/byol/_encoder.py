@@ -103,9 +103,9 @@ class Encoder:
             return self._native.embed_split(images._native, split, show)
         listed = as_images(images)
         show = _progress(progress, len(listed) if isinstance(listed, Sized) else None)
-        iterator, blocks, done = iter(listed), [self._native.embed([], 1, None)], 0
+        iterator, blocks, done = iter(listed), [self._native.embed([])], 0
         while block := [as_item(image) for image in islice(iterator, batch_size)]:
-            blocks.append(self._native.embed(block, batch_size, None))
+            blocks.append(self._native.embed(block))
             done += len(block)
             if show is not None:
                 show(done)
