@@ -1,12 +1,11 @@
 //! Evaluations of frozen encoders.
 
-use std::collections::BTreeSet;
-
 use byol::{
     data::{Dataset as ByolDataset, Images},
     device,
     eval::{
         self, Features, knn as nearest_neighbors, label_free as without_labels, linear as probe, logistic, results,
+        split::{self, LabeledSplit},
     },
     train::data::cache_bytes,
     views::Policy,
@@ -25,43 +24,17 @@ type Estimate = (f64, f64, f64);
 /// Accuracy with its interval, the predicted classes, and the true ones.
 type Classified = (Estimate, Vec<usize>, Vec<usize>);
 
-/// Training and test images with labels, as in `byol eval`: unreadable images are left out, a
-/// validation split is for training if there is a test split, and without a test split, one image
-/// in five is for testing.
+/// Training and test images with labels, as in `byol eval`, and the number of classes.
 fn labeled(dataset: &ByolDataset, limit: usize) -> PyResult<(Images, Images, usize)> {
-    let labeled = dataset.clone().labeled();
-    if dataset.train.labeled().is_none() {
-        return Err(errors::data(dataset.unlabeled(&dataset.train)));
-    }
-    let train = labeled.train.clone();
-    let (train, test) = match (&dataset.test, labeled.test, labeled.held_out) {
-        (None, _, _) if train.len() < 2 => {
-            return Err(errors::data("too few images for training and testing (at least 2 are needed)"));
-        }
-        (None, _, _) => train.split_off_test(5),
-        // Test labels are often hidden.
-        (Some(test), None, None) => return Err(errors::data(dataset.unlabeled(test))),
-        (Some(_), None, Some(val)) => (train, val),
-        (Some(_), Some(test), Some(val)) if !val.is_same(&test) && train.has_same_label_kind(&val) => {
-            (train.concat(&val).unwrap_or(train), test)
-        }
-        (Some(_), Some(test), _) => (train, test),
+    let root = dataset.root.clone();
+    let split = || -> Result<LabeledSplit, split::Error> {
+        let dataset = split::train_and_test(dataset.clone(), limit, &mut |_| ())?;
+        let split = LabeledSplit::checked(dataset.check(cache_bytes(device::machine().free_mb), &|| ())?)?;
+        split.ensure_single_labels(&root)?;
+        Ok(split)
     };
-    let split = ByolDataset { train, test: Some(test), held_out: None, ..dataset.clone() }.limit(limit);
-    let split = split.check(cache_bytes(device::machine().free_mb), &|| ()).map_err(errors::data)?;
-    let test = split.test.ok_or_else(|| errors::data("none of the test images can be used"))?;
-    let (Some(train_labels), Some(test_labels)) = (split.train.labels(), test.labels()) else {
-        return Err(errors::data("the images have several classes each\nhint: use `byol eval transfer`"));
-    };
-    let classes: BTreeSet<usize> = train_labels.iter().copied().collect();
-    if let Some(class) = test_labels.iter().find(|class| !classes.contains(class)) {
-        let name = &split.classes[*class];
-        return Err(errors::data(format!("class `{name}` has test images but no training images")));
-    }
-    if classes.len() < 2 {
-        return Err(errors::data("all training images have the same class (at least 2 are needed)"));
-    }
-    Ok((split.train, test, split.classes.len()))
+    let split = split().map_err(errors::data)?;
+    Ok((split.train, split.test, split.classes.len()))
 }
 
 fn labels(images: &Images) -> &[usize] {

@@ -72,14 +72,12 @@ const MAX_RELATIVE_DIFFERENCE: f64 = 1e-3;
 pub fn write(encoder: &Encoder, path: &Path, normalize: bool, images: &Images) -> Result<Check, Error> {
     let extension = path.extension().and_then(|e| e.to_str()).map(str::to_ascii_lowercase);
     let spec = &encoder.spec;
-    let x = views(encoder, images)?;
-    let expected = host(encoder.embed(x.clone()));
     let differs = |reason: String| Error::Differs { path: path.to_owned(), reason };
     let write_error = |source| Error::Write { path: path.to_owned(), source };
     match extension.as_deref() {
         Some("safetensors") => {
             let exported = weights::parse(path, &weights::to_file(spec, &encoder.weights, None), &encoder.device())?;
-            let check = compare(&expected, &host(exported.embed(x)), images.len()).map_err(differs)?;
+            let check = compare_on(images, encoder, &exported, path)?;
             let bytes = weights::to_file(spec, &encoder.weights, Some((DIFFERENCE_KEY, check.to_string())));
             atomic_write::write_checked(path, &bytes).map_err(write_error)?;
             Ok(check)
@@ -93,6 +91,8 @@ pub fn write(encoder: &Encoder, path: &Path, normalize: bool, images: &Images) -
             ];
             let mut model = onnx::model(encoder, normalize, &metadata);
             let exported = Model::parse(&model.to_bytes()).map_err(differs)?;
+            let x = views(encoder, images)?;
+            let expected = host(encoder.embed(x.clone()));
             let input = if normalize { x } else { spec.normalization.forward(x) };
             let actual = host(exported.run(input.permute([0, 3, 1, 2])).map_err(differs)?);
             let check = compare(&expected, &actual, images.len()).map_err(differs)?;

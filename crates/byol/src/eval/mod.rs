@@ -18,6 +18,8 @@ pub mod protocol;
 #[doc(hidden)]
 pub mod results;
 pub mod segment;
+#[doc(hidden)]
+pub mod split;
 pub mod transfer;
 
 use burn::tensor::{Device, Tensor, TensorData, activation::log_softmax};

@@ -148,13 +148,15 @@ pub struct ResultTable {
     pub rows: Vec<ResultRow>,
 }
 
-/// Results stored in the folder of a run, by file name. Unreadable files are left out.
-pub fn stored(run: &Path) -> Vec<ResultTable> {
+/// Results stored in the folder of a run, with their files, by file name. Unreadable files are left
+/// out.
+pub fn stored(run: &Path) -> Vec<(PathBuf, ResultTable)> {
     let Ok(folder) = std::fs::read_dir(run.join("eval")) else { return Vec::new() };
     let mut files: Vec<PathBuf> = folder.flatten().map(|entry| entry.path()).collect();
     files.sort();
-    let tables = files.iter().filter(|file| file.extension().is_some_and(|e| e == "json"));
-    tables.filter_map(|file| serde_json::from_slice(&std::fs::read(file).ok()?).ok()).collect()
+    files.retain(|file| file.extension().is_some_and(|e| e == "json"));
+    let read = |file: &Path| serde_json::from_slice(&std::fs::read(file).ok()?).ok();
+    files.into_iter().filter_map(|file| read(&file).map(|table| (file, table))).collect()
 }
 
 impl ResultTable {
@@ -231,7 +233,7 @@ mod tests {
             path.file_name().unwrap().to_str().unwrap().to_owned()
         };
         assert_eq!([save("a", 1.0), save("b", 2.0), save("a", 3.0)], ["knn.json", "knn-2.json", "knn.json"]);
-        let values: Vec<f64> = stored(run.path()).iter().map(|table| table.value("x").unwrap()).collect();
+        let values: Vec<f64> = stored(run.path()).iter().map(|(_, table)| table.value("x").unwrap()).collect();
         assert_eq!(values, [2.0, 3.0], "knn-2.json, knn.json");
     }
 

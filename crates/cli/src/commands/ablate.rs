@@ -15,6 +15,7 @@ use byol::{
         linear, logistic,
         metrics::top_k_hits,
         results::{ResultRow, ResultTable},
+        split::LabeledSplit,
     },
     nn::{Encoder, weights},
     train::{
@@ -91,7 +92,7 @@ struct Context<'a> {
     overrides: RecipeOverrides,
     base: Recipe,
     data: TrainingData,
-    labeled: eval::Labeled,
+    labeled: LabeledSplit,
     opened: OpenedDevice,
     threads: usize,
 }

@@ -163,7 +163,9 @@ fn training_table(run: &Path, plan: &Plan) -> String {
 /// Results of the run's last encoder as a Markdown section; empty if there are none.
 fn results_table(run: &Path) -> String {
     let mut rows = String::new();
-    for table in results::stored(run).iter().filter(|table| !table.encoder.ends_with("best.safetensors")) {
+    for table in
+        results::stored(run).iter().map(|(_, table)| table).filter(|table| !table.encoder.ends_with("best.safetensors"))
+    {
         // The name only: paths of the machine do not belong into a published file.
         let data = Path::new(&table.data).file_name().map_or("".into(), |name| name.to_string_lossy());
         for row in &table.rows {

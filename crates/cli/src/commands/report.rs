@@ -20,7 +20,11 @@ use byol::{
     },
     data::{self, Dataset, Images},
     device,
-    eval::{embed, label_free::Comparison},
+    eval::{
+        embed,
+        label_free::Comparison,
+        results::{self, ResultRow},
+    },
     random,
     train::{
         Plan,
@@ -301,20 +305,16 @@ fn near_duplicates(index: &Index, images: &Images) -> Result<String> {
 
 /// Returns a table for each evaluation stored in the run folder.
 fn evaluations(run: &Path) -> String {
-    let Ok(folder) = fs::read_dir(run.join("eval")) else {
+    let tables = results::stored(run);
+    if tables.is_empty() {
         return "<p>None yet. <code>byol eval knn RUN DATA</code> adds one.</p>\n".into();
-    };
-    let mut files: Vec<PathBuf> = folder.flatten().map(|e| e.path()).collect();
-    files.sort();
+    }
     let mut html = String::new();
-    for file in files.iter().filter(|f| f.extension().is_some_and(|e| e == "json")) {
-        let results: Option<Value> = fs::read(file).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
-        let Some(results) = results else { continue };
-        let text = |v: &Value| escape_html(v.as_str().unwrap_or_default());
-        let (evaluation, data) = (text(&results["evaluation"]), text(&results["data"]));
+    for (file, table) in tables {
+        let (evaluation, data) = (escape_html(&table.evaluation), escape_html(&table.data));
         html += &format!("<h3>{evaluation}</h3><p class=\"dim\">{data}</p>\n");
-        html += &result_rows(results["rows"].as_array().map_or(&[], Vec::as_slice));
-        html += &classes(&results["found"]["confusion"]);
+        html += &result_rows(&table.rows);
+        html += &classes(&table.details["confusion"]);
         if let Ok(png) = fs::read(file.with_extension("png")) {
             html += &format!("<p>Each row: {PICTURE_COLUMNS}.</p>\n");
             html += &picture("predictions on test images", &png);
@@ -324,19 +324,14 @@ fn evaluations(run: &Path) -> String {
 }
 
 /// Table of results, those of the encoder beside those of its random initialization.
-fn result_rows(rows: &[Value]) -> String {
-    let paired = side_by_side(rows, |row| row["name"].as_str().unwrap_or_default());
-    let cells = |row: Option<&Value>| {
-        let Some(row) = row else { return "<td></td><td></td>".into() };
-        let is_share = row["share"].as_bool().unwrap_or(false);
-        let number = |v: &Value| match v.as_f64() {
-            Some(v) if is_share => percent(v),
-            Some(v) => format!("{v:.3}"),
-            None => String::new(),
-        };
-        let interval = row["interval"].as_array().filter(|i| i.len() == 2);
-        let interval = interval.map_or(String::new(), |i| format!("{} to {}", number(&i[0]), number(&i[1])));
-        format!("<td class=\"n\">{}</td><td class=\"dim\">{interval}</td>", number(&row["value"]))
+fn result_rows(rows: &[ResultRow]) -> String {
+    let paired = side_by_side(rows, |row| &row.name);
+    let cells = |row: Option<&ResultRow>| match row {
+        Some(row) => {
+            let (value, interval) = (row.formatted_value(), row.formatted_interval());
+            format!("<td class=\"n\">{value}</td><td class=\"dim\">{interval}</td>")
+        }
+        None => "<td></td><td></td>".into(),
     };
     let has_baseline = paired.iter().any(|(.., random)| random.is_some());
     let mut html = String::from("<table>\n");

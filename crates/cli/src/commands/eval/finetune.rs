@@ -7,12 +7,13 @@ use byol::{
         finetune::{self, Protocol},
         linear,
         protocol::MetricKind,
+        split::LabeledSplit,
     },
     nn::Encoder,
 };
 use serde_json::{Value, json};
 
-use super::{Labeled, LabeledArgs, features, labels, top_k_rows};
+use super::{LabeledArgs, features, labels, top_k_rows};
 use crate::terminal::{self, Result, plural};
 
 const EXAMPLES: &str = "\
@@ -107,7 +108,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 }
 
 /// Scores of the test images after fine-tuning, and the selected hyperparameters.
-fn fine_tune(args: &Args, start: &Encoder, data: &Labeled, label: &str) -> Result<(Vec<f64>, Value)> {
+fn fine_tune(args: &Args, start: &Encoder, data: &LabeledSplit, label: &str) -> Result<(Vec<f64>, Value)> {
     let Args { epochs, batch, rates, .. } = args;
     let seed = args.labeled.common.flags.seed;
     let protocol = Protocol { epochs: epochs.clone(), batch: *batch, rates: rates.clone(), seed };
@@ -124,7 +125,7 @@ fn fine_tune(args: &Args, start: &Encoder, data: &Labeled, label: &str) -> Resul
 
 /// Scores of the test images by a linear classifier on the frozen encoder, and the selected
 /// hyperparameters.
-fn train_frozen(args: &Args, encoder: &Encoder, data: &Labeled) -> Result<(Vec<f64>, Value)> {
+fn train_frozen(args: &Args, encoder: &Encoder, data: &LabeledSplit) -> Result<(Vec<f64>, Value)> {
     let epochs = args.epochs.iter().copied().max().unwrap_or(1);
     // As many updates per epoch as fine-tuning.
     let batch = finetune::batch_size(data.train.len(), args.batch);

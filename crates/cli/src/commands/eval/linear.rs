@@ -7,11 +7,12 @@ use byol::{
         linear::{self, Protocol},
         logistic,
         metrics::argmax,
+        split::LabeledSplit,
     },
     nn::Encoder,
 };
 
-use super::{BaselineArgs, Labeled, LabeledArgs, features, labels, top_k_rows};
+use super::{BaselineArgs, LabeledArgs, features, labels, top_k_rows};
 use crate::terminal::{self, Result};
 
 const EXAMPLES: &str = "\
@@ -76,7 +77,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 }
 
 /// Classifier trained by SGD on random crops, as in the paper, with its selected learning rate.
-fn train_on_crops(args: &Args, encoder: &Encoder, data: &Labeled) -> Result<(logistic::Classifier, serde_json::Value)> {
+fn train_on_crops(
+    args: &Args,
+    encoder: &Encoder,
+    data: &LabeledSplit,
+) -> Result<(logistic::Classifier, serde_json::Value)> {
     let Args { epochs, batch, rates, .. } = args;
     let seed = args.labeled.common.flags.seed;
     let protocol = Protocol { epochs: *epochs, batch: *batch, rates: rates.clone(), seed };
@@ -93,7 +98,7 @@ fn train_on_crops(args: &Args, encoder: &Encoder, data: &Labeled) -> Result<(log
 fn fit_to_features(
     args: &Args,
     encoder: &Encoder,
-    data: &Labeled,
+    data: &LabeledSplit,
 ) -> Result<(logistic::Classifier, serde_json::Value)> {
     let train = features(encoder, &data.train, "embedding training images")?;
     let labels = labels(&data.train);

@@ -11,19 +11,19 @@ mod segment;
 mod transfer;
 
 use std::{
-    collections::BTreeSet,
     path::{Path, PathBuf},
     process::ExitCode,
 };
 
 use byol::{
-    data::{self, Dataset, Images},
+    data::{Dataset, Images},
     device,
     eval::{
         Features, embed,
         logistic::Classifier,
         metrics::top_k_hits,
         results::{ResultRow, ResultTable},
+        split::{self, LabeledSplit},
     },
     image::Image,
     nn::Encoder,
@@ -34,7 +34,7 @@ use console::{Alignment, measure_text_width, pad_str};
 use serde_json::Value;
 
 use super::{EvalFlags, data_args::DataFlags};
-use crate::terminal::{self, Result, out, plural};
+use crate::terminal::{self, Result, out};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -110,13 +110,6 @@ struct BaselineArgs {
     /// Also evaluate the encoder's random initialization
     #[arg(long)]
     with_random: bool,
-}
-
-/// Labeled images, split for training and testing.
-pub struct Labeled {
-    pub train: Images,
-    pub test: Images,
-    pub classes: Vec<String>,
 }
 
 /// An encoder with the suffix of its results' names.
@@ -225,7 +218,7 @@ impl CommonArgs {
 
 impl LabeledArgs {
     /// Training and test images, each decoded once. Warns if they are too small for the encoder.
-    fn open(&self, encoder: &Encoder) -> Result<Labeled> {
+    fn open(&self, encoder: &Encoder) -> Result<LabeledSplit> {
         let path = &self.common.data;
         let data = labeled(self.common.data_flags.open(path, encoder.spec.levels)?, self.limit)?;
         warn_if_enlarged(encoder, &*data.train.get(0)?, path);
@@ -235,7 +228,7 @@ impl LabeledArgs {
 
 /// Top-1 accuracy, and top-5 if there are more than five classes. `scores` are those of the test
 /// images; `name` makes a row's name from `top-k`.
-fn top_k_rows(scores: &[f64], data: &Labeled, seed: u64, name: impl Fn(&str) -> String) -> Vec<ResultRow> {
+fn top_k_rows(scores: &[f64], data: &LabeledSplit, seed: u64, name: impl Fn(&str) -> String) -> Vec<ResultRow> {
     let classes = data.classes.len();
     let row = |(k, top): (usize, &str)| {
         ResultRow::hit_rate(name(top), seed, &top_k_hits(scores, labels(&data.test), classes, k))
@@ -257,128 +250,25 @@ fn warn_if_enlarged(encoder: &Encoder, image: &Image, data: &Path) {
 }
 
 /// Splits a data set with one label per image.
-pub fn labeled(dataset: Dataset, limit: usize) -> Result<Labeled> {
+pub fn labeled(dataset: Dataset, limit: usize) -> Result<LabeledSplit> {
     let root = dataset.root.clone();
     let split = split(dataset, limit)?;
-    if split.train.tags().is_some() {
-        let root = root.display();
-        return Err(format!("images of {root} have several classes each\nhint: use `byol eval transfer`").into());
-    }
-    if split.train.labels().is_none() || split.test.labels().is_none() {
-        return Err(data::Error::Unlabeled(root).into());
-    }
-    let (train, test) = (labels(&split.train).iter().copied(), labels(&split.test).iter().copied());
-    must_be_learnable(&root, train, test, |class| split.classes[class].clone())?;
+    split.ensure_single_labels(&root)?;
     Ok(split)
-}
-
-/// Refuses data with a single class, or with a class that has test images but no training images.
-pub fn must_be_learnable(
-    root: &Path,
-    train: impl Iterator<Item = usize>,
-    mut test: impl Iterator<Item = usize>,
-    name: impl Fn(usize) -> String,
-) -> Result<()> {
-    let (train, root): (BTreeSet<usize>, _) = (train.collect(), root.display());
-    if let Some(class) = test.find(|class| !train.contains(class)) {
-        let name = name(class);
-        return Err(format!(
-            "class `{name}` of {root} has test images but no training images\n\
-             hint: add some, or increase `--limit`"
-        )
-        .into());
-    }
-    match train.len() {
-        0 | 1 => Err(format!("all training images of {root} have the same class (at least 2 are needed)").into()),
-        _ => Ok(()),
-    }
 }
 
 /// Splits a data set into training and test images and decodes each once. Without a test split, one
 /// image in five is for testing.
-fn split(dataset: Dataset, limit: usize) -> Result<Labeled> {
-    let root = dataset.root.clone();
+fn split(dataset: Dataset, limit: usize) -> Result<LabeledSplit> {
     let bar = terminal::progress_bar("checking images", 0);
-    let dataset = with_test_split(labeled_images(dataset)?)?;
-    let train = with_validation_images(&dataset);
-    let dataset = Dataset { train, held_out: None, ..dataset }.limit(limit);
+    let dataset = split::train_and_test(dataset, limit, &mut |note| terminal::note(note))?;
     bar.set_length(dataset.n_images() as u64);
     let dataset = dataset.check(cache_bytes(device::machine().free_mb), &|| bar.inc(1))?;
     bar.finish_and_clear();
     let skipped: Vec<String> =
         dataset.skipped.iter().map(|image| format!("{}: {}", image.name, image.reason)).collect();
     super::warn_skipped(&skipped);
-    let Some(test) = dataset.test else {
-        return Err(format!("none of the test images of {} can be used", root.display()).into());
-    };
-    Ok(Labeled { train: dataset.train, test, classes: dataset.classes })
-}
-
-/// Keeps labeled images, and prints the number of unlabeled ones. Test labels are often hidden: if
-/// the test split has none, the validation split takes its role.
-fn labeled_images(dataset: Dataset) -> Result<Dataset> {
-    let labeled = dataset.clone().labeled();
-    if dataset.train.labeled().is_none() {
-        return Err(dataset.unlabeled(&dataset.train).into());
-    }
-    let note = |split: &str, all: &Images, labeled: Option<&Images>| {
-        let without = all.len() - labeled.map_or(0, Images::len);
-        if without > 0 {
-            let images = plural(all.len(), &format!("{split} image"));
-            terminal::note(format!("{without} of {images} have no label and are not used"));
-        }
-    };
-    note("training", &dataset.train, Some(&labeled.train));
-    let Some(test) = &dataset.test else { return Ok(labeled) };
-    let val = dataset.held_out.as_ref().filter(|val| !val.is_same(test));
-    if let Some(val) = val {
-        note("validation", val, labeled.held_out.as_ref());
-    }
-    match (&labeled.test, &labeled.held_out) {
-        (Some(labeled_test), _) => {
-            note("test", test, Some(labeled_test));
-            Ok(labeled)
-        }
-        (None, Some(val)) => {
-            terminal::note(format!(
-                "the test split has no labels: testing on the {} of the `val` split",
-                plural(val.len(), "image")
-            ));
-            Ok(Dataset { test: Some(val.clone()), ..labeled })
-        }
-        (None, None) => Err(dataset.unlabeled(test).into()),
-    }
-}
-
-fn with_test_split(dataset: Dataset) -> Result<Dataset> {
-    if dataset.test.is_some() {
-        return Ok(dataset);
-    }
-    if dataset.train.len() < 2 {
-        let root = dataset.root.display();
-        return Err(format!("too few images in {root} for training and testing (at least 2 are needed)").into());
-    }
-    terminal::note(
-        "no test split: testing on one image in five (pretraining on these data has used most of them, without labels)",
-    );
-    let (train, test) = dataset.train.split_off_test(5);
-    Ok(Dataset { train, test: Some(test), ..dataset })
-}
-
-/// The training images, with those of a separate validation split: hyperparameters are selected on
-/// held-out training images instead.
-fn with_validation_images(dataset: &Dataset) -> Images {
-    let (Some(val), Some(test)) = (&dataset.held_out, &dataset.test) else { return dataset.train.clone() };
-    if val.is_same(test) {
-        return dataset.train.clone();
-    }
-    let combined = match dataset.train.has_same_label_kind(val) {
-        true => dataset.train.concat(val),
-        false => None,
-    };
-    let usage = if combined.is_some() { "used for training" } else { "not used" };
-    terminal::note(format!("`val` split: {} {usage}", plural(val.len(), "image")));
-    combined.unwrap_or_else(|| dataset.train.clone())
+    Ok(LabeledSplit::checked(dataset)?)
 }
 
 /// Absolute path of an existing file; URLs and patterns are returned unchanged.
@@ -465,7 +355,7 @@ pub fn side_by_side<'a, T>(rows: &'a [T], name: impl Fn(&'a T) -> &'a str) -> Ve
 
 /// Number of test images by true and by predicted class, for the record. `None` for many classes,
 /// where the table would be larger than all other results.
-fn confusion(predicted: &[usize], data: &Labeled) -> Option<Value> {
+fn confusion(predicted: &[usize], data: &LabeledSplit) -> Option<Value> {
     const MAX_CLASSES: usize = 100;
     let n = data.classes.len();
     if n > MAX_CLASSES {

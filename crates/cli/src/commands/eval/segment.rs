@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, process::ExitCode};
 
 use byol::{
     data::dense_labels::{self, Mask, MaskPair, NO_CLASS, Segmentation},
-    eval::{metrics::ConfusionMatrix, results::ResultRow, segment::Segmenter},
+    eval::{metrics::ConfusionMatrix, results::ResultRow, segment::Segmenter, split},
     image::Image,
     nn::Encoder,
 };
@@ -74,7 +74,7 @@ fn must_be_learnable(args: &DenseArgs, data: &Segmentation) -> Result<()> {
     if test.is_empty() {
         return Err(format!("no pixel of the test masks of {} has a class", root.display()).into());
     }
-    super::must_be_learnable(root, train.into_iter(), test.into_iter(), |class| data.classes[class].clone())
+    Ok(split::ensure_learnable(root, train.into_iter(), test.into_iter(), |class| data.classes[class].clone())?)
 }
 
 /// Mean IoU, pixel accuracy, and the IoU of every class.

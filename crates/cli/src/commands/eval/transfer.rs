@@ -11,13 +11,14 @@ use byol::{
         finetune,
         protocol::{Labels, MetricKind, ScoredPredictions},
         results::ResultRow,
+        split::{self, LabeledSplit},
         transfer,
     },
     nn::Encoder,
 };
 use serde_json::{Value, json};
 
-use super::{BaselineArgs, CommonArgs, EvalFlags, Labeled, NamedEncoder, absolute, features};
+use super::{BaselineArgs, CommonArgs, EvalFlags, NamedEncoder, absolute, features};
 use crate::commands::data_args::DataFlags;
 use crate::terminal::{self, Result, display_path};
 
@@ -59,7 +60,7 @@ pub struct Args {
 /// A data set with its name and metric.
 struct Task {
     name: String,
-    data: Labeled,
+    data: LabeledSplit,
     metric: MetricKind,
 }
 
@@ -111,7 +112,7 @@ fn open(args: &Args, path: &Path, encoder: &Encoder) -> Result<Task> {
         return Err(data::Error::Unlabeled(path.to_owned()).into());
     };
     super::warn_if_enlarged(encoder, &*data.train.get(0)?, path);
-    super::must_be_learnable(path, classes(train), classes(test), |class| data.classes[class].clone())?;
+    split::ensure_learnable(path, classes(train), classes(test), |class| data.classes[class].clone())?;
     let metric = MetricKind::for_dataset(&folder_name(path), matches!(test, Labels::Multi(_)));
     Ok(Task { name, data, metric })
 }
