@@ -113,8 +113,8 @@ impl Precision {
 pub enum Error {
     /// This build does not support the device.
     #[error(
-        "this byol was built without {what}\nhint: build it with `cargo build --release --features {feature}`, or use \
-         `--device cpu`"
+        "this byol was built without {what}\n\
+         hint: install it with `cargo install --locked --path crates/cli --features {feature}`, or use `--device cpu`"
     )]
     NotBuilt {
         /// Missing support.

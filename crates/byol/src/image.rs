@@ -21,5 +21,17 @@ pub struct Image {
     pub pixels: Vec<u8>,
 }
 
+impl Image {
+    /// Reason that the values are not an RGB image; `None` if they are.
+    pub(crate) fn problem(&self) -> Option<String> {
+        let &Image { height, width, channels, .. } = self;
+        if channels != CHANNELS || height == 0 || width == 0 {
+            return Some(format!("[{height}, {width}, {channels}] is not the shape of an RGB image"));
+        }
+        let (n, values) = (height * width * channels, self.pixels.len());
+        (values != n).then(|| format!("{values} values for the shape [{height}, {width}, {channels}]"))
+    }
+}
+
 /// Channels of every image: decoders convert to RGB.
 pub const CHANNELS: usize = 3;

@@ -1,8 +1,12 @@
 //! Pretraining in one call: [`Pretraining`].
 
 use std::{
+    ops::ControlFlow,
     path::Path,
-    sync::{Arc, atomic::AtomicBool},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use burn::tensor::Device;
@@ -118,7 +122,8 @@ impl<'a> Pretraining<'a> {
         Pretraining { tensorboard: true, ..self }
     }
 
-    /// Stops the run at the next step once the flag is set, with a checkpoint to resume from.
+    /// Stops the run at the next step once the flag is set, with a checkpoint to resume from. While
+    /// images are checked there is none, and the run ends with an error.
     pub fn stop_flag(self, stop: &'a AtomicBool) -> Self {
         Pretraining { stop: Some(stop), ..self }
     }
@@ -139,7 +144,7 @@ impl<'a> Pretraining<'a> {
         }
         self.recipe.adopt_pretrained_architecture()?;
         let opened = device::open(self.device)?;
-        let data = prepare(self.dataset.clone(), &self.recipe.check()?)?;
+        let data = self.prepare(&self.recipe.check()?)?;
         let (mut recipe, _) = auto::resolve(&self.recipe, &data.train, &opened)?;
         if let Some([first, second]) = self.policies.take() {
             (recipe.views.first, recipe.views.second) = (first, second);
@@ -176,7 +181,7 @@ impl<'a> Pretraining<'a> {
             device => device,
         };
         let opened = device::open(device)?;
-        let data = prepare(self.dataset.clone(), &plan.recipe)?;
+        let data = self.prepare(&plan.recipe)?;
         let run = Run::resume(out.as_ref(), plan, &data, self.context(opened.device))?;
         self.train(run)
     }
@@ -186,13 +191,18 @@ impl<'a> Pretraining<'a> {
         RunContext { augmentation: self.augmentation.take(), ..RunContext::single_process(device, threads) }
     }
 
+    fn prepare(&self, recipe: &Recipe) -> Result<TrainingData, Error> {
+        let options = PrepareOptions { cache_bytes: cache_bytes(device::machine().free_mb), ..recipe.into() };
+        let stop = self.stop;
+        let is_stopped = || stop.is_some_and(|stop| stop.load(Ordering::Relaxed));
+        TrainingData::prepare_unless_stopped(self.dataset.clone(), options, &|_| match is_stopped() {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        })
+    }
+
     fn train(self, mut run: Run) -> Result<Encoder, Error> {
         run.run(self.stop.unwrap_or(&AtomicBool::new(false)), self.on_event)?;
         Ok(Encoder::new(run.plan.encoder.clone(), run.byol.online.clone()))
     }
-}
-
-fn prepare(dataset: Dataset, recipe: &Recipe) -> Result<TrainingData, Error> {
-    let cache_bytes = cache_bytes(device::machine().free_mb);
-    TrainingData::prepare(dataset, PrepareOptions { cache_bytes, ..PrepareOptions::from(recipe) }, &|_| ())
 }

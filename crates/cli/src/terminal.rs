@@ -15,7 +15,7 @@ use byol::{
     ranks::Ranks,
     train::{Event, Plan, metrics::PhaseSeconds},
 };
-use console::{StyledObject, style};
+use console::{StyledObject, measure_text_width, strip_ansi_codes, style};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle, WeakProgressBar};
 
 /// Result of every command.
@@ -140,11 +140,66 @@ pub fn warning(text: impl Display) {
     }
 }
 
-/// Prints a note: progress, or a result of no machine-readable form.
+/// Prints a note: progress, or a result of no machine-readable form. Long lines are wrapped.
 pub fn note(text: impl Display) {
     if shows(Verbosity::Normal) {
-        print(text.to_string());
+        print(wrap(&text.to_string()));
     }
+}
+
+/// Columns of a line.
+const COLUMNS: usize = 80;
+
+/// Breaks lines at spaces to [`COLUMNS`]; commands in backticks and longer words, such as paths,
+/// stay whole. Continuation lines start below the text that follows a short label, such as `plan:`.
+pub fn wrap(text: &str) -> String {
+    text.lines().map(wrap_line).collect::<Vec<String>>().join("\n")
+}
+
+fn wrap_line(line: &str) -> String {
+    let text = line.trim_start();
+    let margin = line.len() - text.len();
+    let label = text.split(' ').next().map(|word| strip_ansi_codes(word).len()).unwrap_or(0);
+    let has_label = label < 8 && text.split(' ').next().is_some_and(|word| strip_ansi_codes(word).ends_with(':'));
+    let indent = margin
+        + if has_label {
+            label + 1
+        } else if margin == 0 {
+            2
+        } else {
+            0
+        };
+    let (mut wrapped, mut column) = (" ".repeat(margin), margin);
+    for (i, part) in unbreakable(text).into_iter().enumerate() {
+        let (width, space) = (measure_text_width(&part), usize::from(i > 0));
+        if i > 0 && column + 1 + width > COLUMNS && column > indent {
+            if part.is_empty() {
+                continue; // of a run of spaces
+            }
+            wrapped.truncate(wrapped.trim_end().len());
+            wrapped += &format!("\n{}{part}", " ".repeat(indent));
+            column = indent + width;
+        } else {
+            wrapped += &format!("{}{part}", &" "[..space]);
+            column += space + width;
+        }
+    }
+    wrapped
+}
+
+/// The words of a line. A command in backticks is one word, and so is a number with its percent
+/// sign.
+fn unbreakable(text: &str) -> Vec<String> {
+    let mut parts: Vec<String> = Vec::new();
+    let mut is_open = false;
+    for word in text.split(' ') {
+        match parts.last_mut() {
+            Some(part) if is_open || word.starts_with('%') => *part += &format!(" {word}"),
+            _ => parts.push(word.to_owned()),
+        }
+        is_open ^= word.matches('`').count() % 2 == 1;
+    }
+    parts
 }
 
 /// A path as text, lossy, for JSON.
@@ -352,10 +407,9 @@ impl Progress {
             ));
         }
         let message = format!(
-            "epoch {epoch:.1}/{}  loss {loss:.3}  {:.1} images/s  {time_left} left  {}",
+            "epoch {epoch:.1}/{}  loss {loss:.3}  {:.1} images/s  {time_left} left",
             self.epochs,
-            self.batch / seconds,
-            shares(&self.phases)
+            self.batch / seconds
         );
         if self.bar.is_hidden() && self.last_line.elapsed() > LINE_EVERY {
             self.last_line = Instant::now();
@@ -369,7 +423,7 @@ impl Progress {
     }
 
     fn line(&self, text: String) {
-        if self.bar.is_hidden() { note(text) } else { self.bar.println(text) }
+        if self.bar.is_hidden() { note(text) } else { self.bar.println(wrap(&text)) }
     }
 
     /// Removes the progress bar.
@@ -409,6 +463,23 @@ mod tests {
         console::set_colors_enabled_stderr(false);
         assert_eq!(labeled(label(), "rank 1: ", "gone\nhint: look"), "error: rank 1: gone\n\nhint: rank 1: look");
         assert_eq!(labeled(label(), "", "gone"), "error: gone");
+    }
+
+    #[test]
+    fn long_lines_break_at_words() {
+        let words = |n: usize| vec!["seven77"; n].join(" ");
+        assert_eq!(wrap(&words(10)), words(10));
+        assert_eq!(wrap(&words(12)), format!("{}\n  {}", words(10), words(2)));
+        let plan = wrap(&format!("  plan: {}\nnext", words(12)));
+        assert_eq!(plan, format!("  plan: {}\n        {}\nnext", words(9), words(3)));
+        let path = "a/".repeat(60);
+        assert_eq!(wrap(&path), path);
+        assert_eq!(wrap(&format!("output: {path}")), format!("output: {path}"));
+        assert_eq!(wrap("epoch 1/2  loss 0.5"), "epoch 1/2  loss 0.5");
+        assert_eq!(wrap(&format!("{} `byol resume x`.", words(9))), format!("{}\n  `byol resume x`.", words(9)));
+        assert_eq!(wrap(&format!("{}  next", words(10))), format!("{}\n  next", words(10)));
+        assert_eq!(wrap(&format!("{} 1234567 %", words(9))), format!("{}\n  1234567 %", words(9)));
+        assert_eq!(wrap(&format!("  {}", words(10))), format!("  {}\n  seven77", words(9)));
     }
 
     #[test]

@@ -62,7 +62,7 @@ pub(super) fn complete(levels: Levels, splits: &[&Images], root: &Path) -> Resul
 /// Positions of images of more than 8 bits in a sample of a split, with their kinds.
 fn find_deep(images: &Images) -> Result<Vec<(usize, Kind)>, Error> {
     let positions: Vec<usize> = match &images.source {
-        Source::Memory(_) => return Ok(Vec::new()),
+        Source::Memory(_) | Source::Custom(_) => return Ok(Vec::new()),
         // Few shards should be opened.
         Source::Shards(_) => (0..images.len().min(SAMPLE)).collect(),
         Source::Files(paths) => {

@@ -23,11 +23,13 @@ pub mod prefetch;
 mod reads;
 #[doc(hidden)]
 pub mod shards;
+mod source;
 pub mod synthetic;
 
 use std::{
     collections::{BTreeMap, HashSet},
     fmt, io,
+    ops::ControlFlow::{self, Continue},
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -49,6 +51,7 @@ pub use order::Order;
 pub use prefetch::{Loader, MicroBatch};
 pub use reads::longest as longest_read;
 use shards::Shards;
+pub use source::ImageSource;
 
 /// Training images in shards that are decoded before a run: enough to see that they are images at
 /// all.
@@ -65,7 +68,7 @@ pub enum Error {
     #[error("{} does not exist\nhint: pass a folder of images", .0.display())]
     Missing(PathBuf),
     /// Unreadable folder or file.
-    #[error("cannot read {}: {source}\nhint: check its permissions", path.display())]
+    #[error("cannot read {}: {source}{}", path.display(), read_hint(source))]
     Read {
         /// Folder or file.
         path: PathBuf,
@@ -196,7 +199,13 @@ pub enum Error {
         /// Missing folder, file or column.
         reason: String,
     },
+    /// The caller has stopped the work.
+    #[error("stopped while reading the images")]
+    Stopped,
 }
+
+/// Called once per decoded image; `Break` ends the work with [`Error::Stopped`].
+type OnImage<'a> = &'a (dyn Fn() -> ControlFlow<()> + Sync);
 
 /// Ways to provide labels.
 const LABELS_HINT: &str = "put the images of each class into a subfolder named after it, or write a labels.csv (in \
@@ -210,6 +219,11 @@ fn decode_hint(source: &DecodeError) -> &'static str {
         DecodeError::UnreadFormat(_) | DecodeError::UnreadKind { .. } => "\nhint: convert it to PNG or JPEG",
         _ => "\nhint: replace or remove the file",
     }
+}
+
+/// Hint for a failure of the machine; the error of a program's images has none.
+fn read_hint(source: &io::Error) -> &'static str {
+    if source.get_ref().is_some() { "" } else { "\nhint: check its permissions" }
 }
 
 /// Error message on one line.
@@ -237,6 +251,8 @@ enum Source {
     Memory(Arc<Vec<Arc<Image>>>),
     /// Many images per file.
     Shards(Arc<Shards>),
+    /// Images of a program.
+    Custom(Arc<dyn ImageSource>),
 }
 
 /// Images in a fixed order, with or without labels.
@@ -339,6 +355,12 @@ impl Images {
         Images::new(Source::Memory(Arc::new(images)), n, labels)
     }
 
+    /// `n` images that a program provides on demand.
+    #[doc(hidden)]
+    pub fn custom(source: Arc<dyn ImageSource>, n: usize, labels: Option<Vec<usize>>) -> Self {
+        Images::new(Source::Custom(source), n, labels)
+    }
+
     fn shards(shards: Shards, labels: Option<Vec<usize>>) -> Self {
         let n = shards.len();
         Images::new(Source::Shards(Arc::new(shards)), n, labels)
@@ -408,6 +430,7 @@ impl Images {
             Source::Files(paths) => paths[self.indices[i]].display().to_string(),
             Source::Memory(_) => format!("image {}", self.indices[i]),
             Source::Shards(shards) => shards.name(self.indices[i]),
+            Source::Custom(source) => source.name(self.indices[i]),
         }
     }
 
@@ -415,7 +438,7 @@ impl Images {
     pub fn path(&self, i: usize) -> Option<&Path> {
         match &self.source {
             Source::Files(paths) => Some(&paths[self.indices[i]]),
-            Source::Memory(_) | Source::Shards(_) => None,
+            Source::Memory(_) | Source::Shards(_) | Source::Custom(_) => None,
         }
     }
 
@@ -436,8 +459,18 @@ impl Images {
                 let bytes = shards.bytes(self.indices[i]).map_err(DecodeError::Read);
                 bytes.and_then(|bytes| decode::bytes(&bytes, &self.levels))
             }
+            Source::Custom(source) => source::checked(&**source, self.indices[i]).map_err(DecodeError::Read),
         };
         image.map(Arc::new).map_err(|source| self.image_error(i, source))
+    }
+
+    /// [`Images::get`] with the errors of an [`ImageSource`].
+    fn get_unshared(&self, i: usize) -> io::Result<Image> {
+        self.get(i).map(Arc::unwrap_or_clone).map_err(|error| match error {
+            Error::Image { source, .. } => io::Error::new(io::ErrorKind::InvalidData, source.to_string()),
+            Error::Read { source, .. } => source,
+            other => io::Error::other(other.to_string()),
+        })
     }
 
     /// Error of image `i`: the image's own, or the machine's.
@@ -453,13 +486,13 @@ impl Images {
         }
     }
 
-    /// Returns the encoded bytes of image `i`; `None` for images in memory.
+    /// Returns the encoded bytes of image `i`; `None` for images that have none.
     fn encoded_bytes(&self, i: usize) -> Option<io::Result<Vec<u8>>> {
         let _reading = reads::start();
         match &self.source {
             Source::Files(paths) => Some(std::fs::read(&paths[self.indices[i]])),
             Source::Shards(shards) => Some(shards.bytes(self.indices[i])),
-            Source::Memory(_) => None,
+            Source::Memory(_) | Source::Custom(_) => None,
         }
     }
 
@@ -492,7 +525,7 @@ impl Images {
     pub fn skipped(&self) -> Vec<Skipped> {
         match &self.source {
             Source::Shards(shards) => shards.skipped(),
-            Source::Files(_) | Source::Memory(_) => Vec::new(),
+            Source::Files(_) | Source::Memory(_) | Source::Custom(_) => Vec::new(),
         }
     }
 
@@ -501,7 +534,7 @@ impl Images {
     pub fn order(&self, seed: u64, buffer: usize) -> Order {
         match &self.source {
             Source::Shards(shards) => Order::sharded(seed, shards.unit_sizes(&self.indices), buffer),
-            Source::Files(_) | Source::Memory(_) => Order::new(seed, self.len()),
+            Source::Files(_) | Source::Memory(_) | Source::Custom(_) => Order::new(seed, self.len()),
         }
     }
 
@@ -510,7 +543,7 @@ impl Images {
     pub(crate) fn lookahead(&self) -> usize {
         match &self.source {
             Source::Shards(shards) => shards.lookahead(),
-            Source::Files(_) | Source::Memory(_) => 0,
+            Source::Files(_) | Source::Memory(_) | Source::Custom(_) => 0,
         }
     }
 
@@ -544,6 +577,7 @@ impl Images {
             (Source::Files(a), Source::Files(b)) => Arc::ptr_eq(a, b),
             (Source::Memory(a), Source::Memory(b)) => Arc::ptr_eq(a, b),
             (Source::Shards(a), Source::Shards(b)) => Arc::ptr_eq(a, b),
+            (Source::Custom(a), Source::Custom(b)) => Arc::ptr_eq(a, b),
             _ => false,
         };
         source && self.indices == other.indices
@@ -567,6 +601,7 @@ impl Images {
             (Source::Memory(a), Source::Memory(b)) => {
                 Source::Memory(Arc::new(select(self, a).chain(select(other, b)).collect()))
             }
+            (Source::Custom(_), _) => Source::Custom(Arc::new(source::Concatenated([self.clone(), other.clone()]))),
             _ => return None,
         };
         let labels = self.labels.as_ref().zip(other.labels.as_ref()).map(|(a, b)| [&a[..], b].concat());
@@ -598,24 +633,24 @@ impl Images {
     /// [`Error::Read`], [`Error::Shard`].
     pub fn sample(&self, n: usize) -> Result<Images, Error> {
         Ok(match self.source {
-            Source::Files(_) | Source::Memory(_) => self.sample_random(n),
+            Source::Files(_) | Source::Memory(_) | Source::Custom(_) => self.sample_random(n),
             Source::Shards(_) => {
                 let range = if n == 0 { self.len() } else { self.len().min(SHARD_SAMPLE_FACTOR * n) };
                 let first: Vec<usize> = (0..range).collect();
-                self.subset(&first).sample_random(n).check(0, &|| ())?.0
+                self.subset(&first).sample_random(n).check(0, &|| Continue(()))?.0
             }
         })
     }
 
-    /// Separates unreadable images. Decodes each image in shards; returns all others unchanged,
-    /// since they have been checked before.
+    /// Separates unreadable images. Decodes each image of shards and programs; returns all others
+    /// unchanged, since they have been checked before.
     ///
     /// # Errors
     /// [`Error::Read`], [`Error::Shard`].
     pub fn readable(&self) -> Result<(Images, Vec<Skipped>), Error> {
         match self.source {
-            Source::Shards(_) => self.check(0, &|| ()),
-            Source::Files(_) | Source::Memory(_) => Ok((self.clone(), Vec::new())),
+            Source::Shards(_) | Source::Custom(_) if self.decoded.is_none() => self.check(0, &|| Continue(())),
+            _ => Ok((self.clone(), Vec::new())),
         }
     }
 
@@ -647,7 +682,8 @@ impl Images {
         (select(false), select(true))
     }
 
-    /// Hash of names, sizes on disk and order. Equal for the same images in the same order.
+    /// Hash of names, sizes on disk and order. Equal for the same images in the same order. Of
+    /// images that a program provides on demand, only their number and order enter it.
     pub fn fingerprint(&self) -> String {
         let mut hash = Sha256::new();
         for &i in &self.indices {
@@ -658,7 +694,7 @@ impl Images {
                     hash.update(paths[i].metadata().map_or(0, |m| m.len()).to_le_bytes());
                 }
                 Source::Memory(images) => hash.update(&images[i].pixels),
-                Source::Shards(_) => hash.update((i as u64).to_le_bytes()),
+                Source::Shards(_) | Source::Custom(_) => hash.update((i as u64).to_le_bytes()),
             }
         }
         if let Source::Shards(shards) = &self.source {
@@ -668,16 +704,12 @@ impl Images {
     }
 
     /// [`Images::check`] before training: decodes only the first images of shards.
-    fn check_for_training(
-        &self,
-        cache_bytes: usize,
-        on_progress: &(dyn Fn() + Sync),
-    ) -> Result<(Images, Vec<Skipped>), Error> {
+    fn check_for_training(&self, cache_bytes: usize, on_image: OnImage) -> Result<(Images, Vec<Skipped>), Error> {
         if !matches!(self.source, Source::Shards(_)) {
-            return self.check(cache_bytes, on_progress);
+            return self.check(cache_bytes, on_image);
         }
         let first: Vec<usize> = (0..self.n_checked_for_training()).collect();
-        let (_, skipped) = self.subset(&first).check(0, on_progress)?;
+        let (_, skipped) = self.subset(&first).check(0, on_image)?;
         Ok((self.clone(), skipped))
     }
 
@@ -688,11 +720,13 @@ impl Images {
 
     /// Decodes every image once. Returns the readable images, kept decoded if all of them take at
     /// most `cache_bytes`, and the unreadable ones.
-    fn check(&self, cache_bytes: usize, on_progress: &(dyn Fn() + Sync)) -> Result<(Images, Vec<Skipped>), Error> {
+    fn check(&self, cache_bytes: usize, on_image: OnImage) -> Result<(Images, Vec<Skipped>), Error> {
         let total = AtomicUsize::new(0);
         let decode = |i: usize| -> Result<Result<Option<Arc<Image>>, Skipped>, Error> {
             let image = self.get(i);
-            on_progress();
+            if on_image().is_break() {
+                return Err(Error::Stopped);
+            }
             match image {
                 Ok(image) => {
                     let so_far = total.fetch_add(image.pixels.len(), Ordering::Relaxed) + image.pixels.len();
@@ -844,7 +878,7 @@ impl Dataset {
                     shards.path(images.indices[0]).file_name().unwrap_or_default().to_string_lossy().into_owned();
                 (None, format!("{name} has no class numbers"))
             }
-            Source::Memory(_) => (None, "there is no file of its labels".into()),
+            Source::Memory(_) | Source::Custom(_) => (None, "there is no file of its labels".into()),
         };
         if is_training {
             split = Some("training".into());
@@ -860,17 +894,30 @@ impl Dataset {
     /// that of the images.
     pub fn from_images(images: Vec<Image>, labels: Option<Vec<usize>>) -> Dataset {
         for image in &images {
-            assert_eq!(image.channels, CHANNELS, "images must be RGB");
-            assert_eq!(image.pixels.len(), image.height * image.width * CHANNELS, "pixels must match height and width");
-            assert!(!image.pixels.is_empty(), "images must not be empty");
+            assert_eq!(image.problem(), None, "unusable image");
         }
         assert!(labels.as_ref().is_none_or(|labels| labels.len() == images.len()), "every image needs one label");
-        let n_classes = labels.iter().flatten().max().map_or(0, |max| max + 1);
+        Dataset::of("images in memory", Images::memory(images, labels))
+    }
+
+    /// Creates a data set of `n` images that a program provides on demand, with the class of each
+    /// image if `labels` is given. All images are for training; classes are named by their numbers.
+    ///
+    /// # Panics
+    /// If the number of labels is not `n`.
+    pub fn from_source(source: Arc<dyn ImageSource>, n: usize, labels: Option<Vec<usize>>) -> Dataset {
+        assert!(labels.as_ref().is_none_or(|labels| labels.len() == n), "every image needs one label");
+        Dataset::of("custom image source", Images::custom(source, n, labels))
+    }
+
+    /// Data set of these training images; classes are named by their numbers.
+    fn of(kind: &str, train: Images) -> Dataset {
+        let n_classes = train.labels().unwrap_or_default().iter().max().map_or(0, |max| max + 1);
         Dataset {
-            root: "images in memory".into(),
-            kind: "images in memory".into(),
+            root: kind.into(),
+            kind: kind.into(),
             classes: (0..n_classes).map(|class| class.to_string()).collect(),
-            train: Images::memory(images, labels),
+            train,
             held_out: None,
             test: None,
             skipped: Vec::new(),
@@ -893,23 +940,23 @@ impl Dataset {
     /// [`Error::Empty`] if none is left; [`Error::Read`], [`Error::Shard`] if the machine cannot
     /// read an image.
     pub fn check(self, cache_bytes: usize, on_progress: &(dyn Fn() + Sync)) -> Result<Dataset, Error> {
-        let (n_checked, train) = (self.train.len(), self.train.check(cache_bytes, on_progress)?);
-        self.checked(n_checked, train, cache_bytes, on_progress)
+        let on_image = || {
+            on_progress();
+            Continue(())
+        };
+        let (n_checked, train) = (self.train.len(), self.train.check(cache_bytes, &on_image)?);
+        self.checked(n_checked, train, cache_bytes, &on_image)
     }
 
     /// [`Dataset::check`] for training, which skips unreadable images in shards as it meets them:
     /// decodes only the first training images of shards.
     ///
     /// # Errors
-    /// Those of [`Dataset::check`].
-    pub(crate) fn check_for_training(
-        self,
-        cache_bytes: usize,
-        on_progress: &(dyn Fn() + Sync),
-    ) -> Result<Dataset, Error> {
+    /// Those of [`Dataset::check`]; [`Error::Stopped`].
+    pub(crate) fn check_for_training(self, cache_bytes: usize, on_image: OnImage) -> Result<Dataset, Error> {
         let (n_checked, train) =
-            (self.train.n_checked_for_training(), self.train.check_for_training(cache_bytes, on_progress)?);
-        self.checked(n_checked, train, cache_bytes, on_progress)
+            (self.train.n_checked_for_training(), self.train.check_for_training(cache_bytes, on_image)?);
+        self.checked(n_checked, train, cache_bytes, on_image)
     }
 
     /// Completes a check whose first `n_checked` training images are already decoded, with this
@@ -919,7 +966,7 @@ impl Dataset {
         n_checked: usize,
         (train, mut skipped): (Images, Vec<Skipped>),
         cache_bytes: usize,
-        on_progress: &(dyn Fn() + Sync),
+        on_image: OnImage,
     ) -> Result<Dataset, Error> {
         if 2 * skipped.len() > n_checked {
             let first = skipped.first().map_or(String::new(), Skipped::to_string);
@@ -930,7 +977,7 @@ impl Dataset {
         }
         let mut check = |images: Option<Images>| -> Result<Option<Images>, Error> {
             let Some(images) = images else { return Ok(None) };
-            let (images, unreadable) = images.check(cache_bytes / 4, on_progress)?;
+            let (images, unreadable) = images.check(cache_bytes / 4, on_image)?;
             skipped.extend(unreadable);
             Ok((!images.is_empty()).then_some(images))
         };

@@ -255,20 +255,24 @@ impl LabelFreeMetrics {
             return Comparison::Collapsed;
         }
         let pairs = [(self.retrieval, baseline.retrieval), (self.consistency, baseline.consistency)];
-        // A difference within two standard errors is not significant. The errors are added as if
-        // the images were independent samples, which is conservative.
-        let differences: [f64; 2] = std::array::from_fn(|i| {
+        // Sign of each difference that matters, and whether it is significant: beyond two standard
+        // errors. These are added as if the images were independent samples, which is conservative.
+        let differences: [(f64, bool); 2] = std::array::from_fn(|i| {
             let (own, other) = pairs[i];
+            let relative = own / other.max(1e-9) - 1.0;
+            let sign = if relative.abs() > MIN_RELATIVE_DIFFERENCE[i] { relative.signum() } else { 0.0 };
             let noise = 2.0 * self.standard_errors[i].hypot(baseline.standard_errors[i]);
-            if (own - other).abs() > noise { own / other.max(1e-9) - 1.0 } else { 0.0 }
+            (sign, (own - other).abs() > noise)
         });
-        let better = differences.iter().zip(MIN_RELATIVE_DIFFERENCE).any(|(d, min)| *d > min);
-        let worse = differences.iter().zip(MIN_RELATIVE_DIFFERENCE).any(|(d, min)| *d < -min);
-        match (better, worse) {
+        // A verdict must not contradict the other metric, even where that is not significant.
+        let has = |sign: f64| differences.iter().any(|(other, _)| *other == sign);
+        let is_significant = |sign: f64| differences.contains(&(sign, true));
+        match (is_significant(1.0), is_significant(-1.0)) {
             (false, false) => Comparison::Same,
-            (true, false) => Comparison::Better,
+            (true, _) if has(-1.0) => Comparison::Mixed,
+            (_, true) if has(1.0) => Comparison::Mixed,
+            (true, _) => Comparison::Better,
             (false, true) => Comparison::Worse,
-            (true, true) => Comparison::Mixed,
         }
     }
 
@@ -282,18 +286,18 @@ impl LabelFreeMetrics {
             100.0 * self.consistency,
             100.0 * baseline.consistency
         );
+        let sample = if self.images > 0 { format!(" on {} images", self.images) } else { String::new() };
         match self.compare(baseline) {
             Comparison::Collapsed => format!(
                 "collapsed: all images have nearly the same representation (mean cosine {:.3}, {:.1} dimensions)",
                 self.cosine, self.directions
             ),
-            Comparison::Same if self.images > 0 => {
-                format!("no better than {baseline_name} on {} images: {values}", self.images)
+            Comparison::Same => format!("no better than {baseline_name}{sample}: {values}"),
+            Comparison::Better => format!("better than {baseline_name}{sample}: {values}"),
+            Comparison::Worse => format!("worse than {baseline_name}{sample}: {values}"),
+            Comparison::Mixed => {
+                format!("better than {baseline_name} in one metric, worse in the other{sample}: {values}")
             }
-            Comparison::Same => format!("no better than {baseline_name}: {values}"),
-            Comparison::Better => format!("better than {baseline_name}: {values}"),
-            Comparison::Worse => format!("worse than {baseline_name}: {values}"),
-            Comparison::Mixed => format!("better than {baseline_name} in one metric, worse in the other: {values}"),
         }
     }
 }
@@ -326,9 +330,12 @@ mod tests {
             assert!(verdict.starts_with(prefix), "{verdict}");
         };
         starts_with(metrics(0.2, 0.31), "no better than random initialization");
-        starts_with(metrics(0.6, 0.5), "better than random initialization:");
+        starts_with(metrics(0.6, 0.5), "better than random initialization on 512 images:");
         starts_with(metrics(0.1, 0.3), "worse than random initialization");
         starts_with(metrics(0.6, 0.2), "better than random initialization in one metric");
+        // The lower retrieval is not significant.
+        let wide = LabelFreeMetrics { standard_errors: [0.03, 0.01], ..metrics(0.14, 0.4) };
+        starts_with(wide, "better than random initialization in one metric, worse in the other");
         starts_with(LabelFreeMetrics { cosine: 0.99, ..metrics(0.9, 0.9) }, "collapsed");
         starts_with(
             LabelFreeMetrics { images: 16, standard_errors: [0.12, 0.06], ..metrics(0.3, 0.4) },

@@ -99,7 +99,8 @@ fn labeled_images(dataset: Dataset, on_note: &mut dyn FnMut(String)) -> Result<D
     let mut note = |split: &str, all: &Images, labeled: Option<&Images>| {
         let without = all.len() - labeled.map_or(0, Images::len);
         if without > 0 {
-            on_note(format!("{without} of {} have no label and are not used", images(all.len(), split)));
+            let verbs = if without == 1 { "has no label and is" } else { "have no label and are" };
+            on_note(format!("{without} of {} {verbs} not used", images(all.len(), split)));
         }
     };
     note("training ", &dataset.train, Some(&labeled.train));
@@ -129,10 +130,7 @@ fn with_test_split(dataset: Dataset, on_note: &mut dyn FnMut(String)) -> Result<
     if dataset.train.len() < 2 {
         return Err(Error::TooFew(dataset.root));
     }
-    on_note(
-        "no test split: testing on one image in five (pretraining on these data has used most of them, without labels)"
-            .into(),
-    );
+    on_note("no test split: testing on one image in five".into());
     let (train, test) = dataset.train.split_off_test(5);
     Ok(Dataset { train, test: Some(test), ..dataset })
 }

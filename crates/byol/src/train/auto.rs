@@ -33,6 +33,8 @@ pub struct AutoInputs {
     pub cores: usize,
     /// The device is faster in bf16 than in f32.
     pub bf16: bool,
+    /// The CPU's kernels use AVX-512.
+    pub avx512: bool,
 }
 
 impl AutoInputs {
@@ -56,7 +58,8 @@ impl AutoInputs {
         sides.sort_unstable();
         let shorter_side = sides.get(sides.len() / 2).copied().unwrap_or(0);
         let (kind, bf16) = (opened.info.kind, device::prefers_bf16(opened));
-        Ok(AutoInputs { images: images.len(), shorter_side, kind, cores: machine.cores, bf16 })
+        let avx512 = machine.isa.starts_with("avx512");
+        Ok(AutoInputs { images: images.len(), shorter_side, kind, cores: machine.cores, bf16, avx512 })
     }
 
     fn is_cpu(&self) -> bool {
@@ -80,6 +83,10 @@ const IMAGES_PER_HOUR: f64 = 7.25e5;
 
 /// [`IMAGES_PER_HOUR`] in bf16.
 const IMAGES_PER_HOUR_BF16: f64 = 8.25e5;
+
+/// Speed without AVX-512, relative to [`IMAGES_PER_HOUR`]: 220 to 270 images/s on two cores of Zen
+/// 3 (docs/log/build-time.md). It changes the estimate of the time, not the number of epochs.
+const SPEED_WITHOUT_AVX512: f64 = 0.6;
 
 /// Images to train on with a GPU.
 const GPU_BUDGET: f64 = 40_000_000.0;
@@ -239,10 +246,12 @@ fn epochs(inputs: &AutoInputs, overrides: &RecipeOverrides, r: &mut Recipe) -> O
     let affordable = (budget / inputs.images.max(1) as f64).round() as u64;
     let affordable = affordable.clamp(if inputs.is_cpu() { 5 } else { 30 }, 400);
     r.train.epochs = count(overrides, "train.epochs").map_or(affordable, |epochs| epochs as u64);
-    r.train.warmup_epochs = (r.train.epochs / 10).clamp(0, 10);
+    let tenth = (r.train.epochs / 10).min(10);
+    r.train.warmup_epochs = count(overrides, "train.warmup_epochs").map_or(tenth, |epochs| epochs as u64);
     let total = r.train.epochs as f64 * inputs.images as f64;
     let images = if total < 1e5 { format!("{total:.0}") } else { format!("{:.1} million", total / 1e6) };
-    let time = match total / budget {
+    let speed = if inputs.avx512 { 1.0 } else { SPEED_WITHOUT_AVX512 };
+    let time = match total / budget / speed {
         hours if !inputs.is_cpu() || !hours.is_finite() => String::new(),
         ..0.02 => ", roughly a minute".into(),
         hours @ ..0.75 => format!(", roughly {:.0} minutes", (60.0 * hours).max(2.0)),
@@ -309,7 +318,7 @@ mod tests {
     use super::*;
 
     fn inputs(images: usize, side: usize, kind: Kind) -> AutoInputs {
-        AutoInputs { images, shorter_side: side, kind, cores: 2, bf16: false }
+        AutoInputs { images, shorter_side: side, kind, cores: 2, bf16: false, avx512: true }
     }
 
     #[test]
@@ -333,6 +342,10 @@ mod tests {
         overrides.set("views.size=64").unwrap();
         let (recipe, _) = choose(&inputs(50_000, 500, Kind::Cpu), &overrides);
         assert_eq!((recipe.train.epochs, recipe.train.warmup_epochs, recipe.views.first.blur), (3, 0, 0.0));
+        overrides.set("train.warmup_epochs=1").unwrap();
+        let (recipe, why) = choose(&inputs(50_000, 500, Kind::Cpu), &overrides);
+        assert_eq!(recipe.train.warmup_epochs, 1);
+        assert!(why.iter().any(|w| w.starts_with("3 epochs (1 warm-up)")), "{why:?}");
     }
 
     #[test]
@@ -363,5 +376,7 @@ mod tests {
         assert_eq!((recipe.encoder.architecture, recipe.train.epochs), (Architecture::Resnet50, 5));
         assert!(why.iter().any(|w| w == "resnet50 of width 0.25 as requested"), "{why:?}");
         assert!(why.iter().any(|w| w.ends_with("roughly 7 hours")), "{why:?}");
+        let (slower, why) = choose(&AutoInputs { avx512: false, ..inputs(1_000_000, 32, Kind::Cpu) }, &overrides);
+        assert!(slower == recipe && why.iter().any(|w| w.ends_with("roughly 12 hours")), "{why:?}");
     }
 }

@@ -1,6 +1,6 @@
 //! Data prepared for a run: the training images, and the monitoring images set aside.
 
-use std::path::PathBuf;
+use std::{ops::ControlFlow, path::PathBuf};
 
 use super::{
     Error, Plan,
@@ -67,6 +67,21 @@ impl TrainingData {
         options: PrepareOptions,
         on_progress: &(dyn Fn(usize) + Sync),
     ) -> Result<TrainingData, Error> {
+        TrainingData::prepare_unless_stopped(dataset, options, &|total| {
+            on_progress(total);
+            ControlFlow::Continue(())
+        })
+    }
+
+    /// [`TrainingData::prepare`] that `on_image` may stop.
+    ///
+    /// # Errors
+    /// [`Error::Data`].
+    pub(crate) fn prepare_unless_stopped(
+        dataset: Dataset,
+        options: PrepareOptions,
+        on_image: &(dyn Fn(usize) -> ControlFlow<()> + Sync),
+    ) -> Result<TrainingData, Error> {
         let monitoring_images = options.monitoring_images;
         let dataset = dataset.limit(options.limit);
         // A single image has no meaningful metrics.
@@ -75,7 +90,7 @@ impl TrainingData {
         let dataset = Dataset { held_out, test: None, ..dataset };
         let (total, levels) = (dataset.n_images(), dataset.levels());
         let Dataset { root, kind, classes, train, held_out, mut skipped, unused, column, .. } =
-            dataset.check_for_training(options.cache_bytes, &|| on_progress(total))?;
+            dataset.check_for_training(options.cache_bytes, &|| on_image(total))?;
         let (train, held_out) = match held_out {
             Some(images) => (train, Some(images)),
             None => match monitoring_images.min(train.len() / 10) {

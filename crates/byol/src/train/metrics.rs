@@ -9,7 +9,10 @@ use std::{
 
 use serde::Serialize;
 
-use super::health::{Health, HealthSeconds, SETTLING_STEPS};
+use super::{
+    Plan,
+    health::{Health, HealthSeconds, SETTLING_STEPS, Verdict},
+};
 
 /// Seconds of a step, by phase.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
@@ -116,6 +119,15 @@ pub fn read_health(path: &Path) -> Vec<Health> {
     let lines = io::BufRead::lines(io::BufReader::new(file)).map_while(Result::ok);
     let epochs = lines.filter_map(|line| serde_json::from_str::<Epoch>(&line).ok());
     epochs.filter(|epoch| epoch.collapse.is_none()).map(|epoch| epoch.health).collect()
+}
+
+/// What a run has learned, from the records of its first and last epoch. `None` if there are fewer
+/// than two, or too few monitoring images.
+pub fn read_verdict(run: &Path, plan: &Plan) -> Option<Verdict> {
+    match read_health(&run.join("metrics.jsonl")).as_slice() {
+        [initial, .., last] => Verdict::new(initial, last, plan.baseline_name()),
+        _ => None,
+    }
 }
 
 /// Healthy and failed steps of a run, which determine the target of a rollback.

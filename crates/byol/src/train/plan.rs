@@ -146,6 +146,12 @@ impl Plan {
         OpenOptions { column: self.column.clone(), levels: self.encoder.levels }
     }
 
+    /// Name of the weights that the run begins with, for comparisons.
+    #[doc(hidden)]
+    pub fn baseline_name(&self) -> &'static str {
+        if self.recipe.encoder.from.is_empty() { "random initialization" } else { "the initial weights" }
+    }
+
     /// Images per micro-batch.
     pub fn micro_batch(&self) -> usize {
         self.recipe.train.batch / self.recipe.train.accumulate

@@ -422,6 +422,12 @@ pub enum Error {
         /// Nearest known name.
         nearest: String,
     },
+    /// No view policy has this name.
+    #[error("unknown augmentations `{name}`\nhint: use one of {}", VIEW_POLICIES.join(", "))]
+    UnknownViews {
+        /// Requested name.
+        name: String,
+    },
     /// The file is not valid TOML.
     #[error("the recipe {} is not valid TOML: {reason}", path.display())]
     Syntax {
@@ -467,6 +473,19 @@ pub fn built_in(name: &str) -> Option<&'static str> {
         "imagenet-300" => include_str!("../../../../recipes/imagenet-300.toml"),
         "imagenet-100" => include_str!("../../../../recipes/imagenet-100.toml"),
         "imagenette" => include_str!("../../../../recipes/imagenette.toml"),
+        _ => return None,
+    })
+}
+
+/// Names of the view policies: augmentations for a kind of images.
+pub const VIEW_POLICIES: [&str; 3] = ["photos", "overhead", "microscopy"];
+
+/// TOML of a view policy; empty for `photos`, the paper's.
+fn view_policy(name: &str) -> Option<&'static str> {
+    Some(match name {
+        "photos" => "",
+        "overhead" => include_str!("../../../../recipes/views/overhead.toml"),
+        "microscopy" => include_str!("../../../../recipes/views/microscopy.toml"),
         _ => return None,
     })
 }
@@ -559,6 +578,18 @@ impl RecipeOverrides {
             return Err(Error::Key { key: key.to_owned(), from: from.to_owned(), nearest });
         }
         insert(&mut self.overrides, key, value.into());
+        Ok(())
+    }
+
+    /// Sets the augmentations to those of a view policy, one of [`VIEW_POLICIES`].
+    ///
+    /// # Errors
+    /// [`Error::UnknownViews`].
+    pub fn set_views(&mut self, name: &str) -> Result<(), Error> {
+        let text = view_policy(name).ok_or_else(|| Error::UnknownViews { name: name.to_owned() })?;
+        for (key, value) in flatten(&RecipeOverrides::from_text(name, text)?.overrides) {
+            self.insert(&key, value, "--augment")?;
+        }
         Ok(())
     }
 
@@ -901,6 +932,20 @@ mod tests {
         assert!(
             matches!(RecipeOverrides::from_recipe("cifar"), Err(Error::Unknown { nearest, .. }) if nearest == "cifar10")
         );
+    }
+
+    #[test]
+    fn view_policies_are_valid_and_yield_to_settings() {
+        for name in VIEW_POLICIES {
+            let mut overrides = RecipeOverrides::from_recipe("cifar10").unwrap();
+            overrides.set_views(name).unwrap();
+            overrides.set("views.first.rotate=0.25").unwrap();
+            let views = overrides.check().unwrap().views;
+            assert_eq!(views.first.rotate, 0.25);
+            let expected = if name == "photos" { [0.0, 0.0] } else { [0.75, 0.5] };
+            assert_eq!([views.second.rotate, views.second.flip_vertical], expected);
+        }
+        assert!(RecipeOverrides::default().set_views("photo").unwrap_err().to_string().contains("overhead"));
     }
 
     #[test]

@@ -341,7 +341,11 @@ impl Run {
         let plan_hash = checkpoint::plan_hash(&text);
         let counters = Counters { loss_scale: plan.stepper().loss_scale, ..Counters::default() };
         let keep = plan.recipe.checkpoint.keep;
-        checkpoint::save(&checkpoints(folder), &byol, counters, &plan_hash, keep, [0; 2])?;
+        // There is no checkpoint before it to resume from.
+        checkpoint::save(&checkpoints(folder), &byol, counters, &plan_hash, keep, [0; 2]).map_err(|e| match e {
+            checkpoint::Error::Write { path, source } => write(&path, source),
+            e => e.into(),
+        })?;
         let mut run = Run::assemble(folder, plan, byol, data, context, counters, tensorboard)?;
         run.log(|events, step| events.text(step, "plan", &format!("```toml\n{text}```\n")))?;
         Ok(Run { timing, plan_hashes: vec![plan_hash], _lock: Some(lock), ..run })

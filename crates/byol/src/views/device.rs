@@ -6,14 +6,20 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 
 use crate::views::{Draw, blur, jitter::Jitter};
 
-/// Applies flip, color jitter, grayscale, blur and solarization to crops, each by its own draw.
+/// Applies flips, rotation, color jitter, grayscale, blur and solarization to crops, each by its
+/// own draw.
 ///
 /// # Shapes
 /// `crops`: planes `[N, 3, S, S]` in 0..1. `draws`: N. Returns views of the same shape and range.
 pub fn augment(crops: Tensor<4>, draws: &[Draw]) -> Tensor<4> {
     // Fails to compile when `Draw` gets a field, as a reminder to apply it here. The crop is done.
-    let _ = |Draw { window: _, flip: _, jitter: _, gray: _, blur: _, solarize: _ }: &Draw| ();
+    let _ = |d: &Draw| {
+        let Draw { window: _, flip: _, jitter: _, gray: _, blur: _, solarize: _, flip_vertical: _, quarter_turns: _ } =
+            d;
+    };
     let x = apply_where(crops, draws, |d| d.flip, |x, _| x.flip([3]));
+    let x = apply_where(x, draws, |d| d.flip_vertical, |x, _| x.flip([2]));
+    let x = apply_grouped(x, draws, |d| d.quarter_turns, |x, turns, _| rotate(x, turns));
     let x = (0..4).fold(x, |x, position| {
         let operation = |d: &Draw| d.jitter.as_ref().map(|j| j.order[position]);
         apply_grouped(x, draws, operation, |x, op, draws| match op {
@@ -35,6 +41,16 @@ pub fn augment(crops: Tensor<4>, draws: &[Draw]) -> Tensor<4> {
     let sigmas = |draws: &[&Draw]| draws.iter().map(|d| d.blur.unwrap_or(1.0)).collect::<Vec<_>>();
     let x = apply_where(x, draws, |d| d.blur.is_some(), |x, draws| gaussian(x, &sigmas(draws)));
     apply_where(x, draws, |d| d.solarize, |x, _| solarize(x))
+}
+
+/// See `views::flip`.
+fn rotate(x: Tensor<4>, quarter_turns: usize) -> Tensor<4> {
+    match quarter_turns {
+        0 => x,
+        1 => x.swap_dims(2, 3).flip([2]),
+        2 => x.flip([2, 3]),
+        _ => x.swap_dims(2, 3).flip([3]),
+    }
 }
 
 /// Groups the images by `key` and applies `f` to each group, so that an operation is computed only

@@ -167,6 +167,13 @@ pub struct Policy {
     pub sigma: [f64; 2],
     /// Probability of solarization. Default: 0.0 in T, 0.2 in T′.
     pub solarize: f64,
+    /// Probability of the vertical flip, for images without an up. Default: 0.0.
+    #[serde(default)]
+    pub flip_vertical: f64,
+    /// Probability of a rotation by 90°, 180° or 270°, for images without an up; 0.75 makes all
+    /// four orientations equally likely. Default: 0.0.
+    #[serde(default)]
+    pub rotate: f64,
 }
 
 impl Default for Policy {
@@ -184,6 +191,8 @@ impl Default for Policy {
             blur: 1.0,
             sigma: [0.1, 2.0],
             solarize: 0.0,
+            flip_vertical: 0.0,
+            rotate: 0.0,
         }
     }
 }
@@ -210,6 +219,8 @@ impl Policy {
             ("gray", self.gray),
             ("blur", self.blur),
             ("solarize", self.solarize),
+            ("flip_vertical", self.flip_vertical),
+            ("rotate", self.rotate),
         ];
         for (name, p) in probabilities {
             if !(0.0..=1.0).contains(&p) {
@@ -254,6 +265,8 @@ impl Policy {
         ]
         .map(|v| v as f32);
         let sigma = uniform_in(rng, self.sigma[0], self.sigma[1]);
+        let flip_vertical = uniform(rng) < self.flip_vertical;
+        let (rotates, turns) = (uniform(rng) < self.rotate, 1 + random::below(rng, 3));
         Draw {
             window,
             flip,
@@ -261,6 +274,8 @@ impl Policy {
             gray,
             blur: blurs.then_some(sigma),
             solarize,
+            flip_vertical,
+            quarter_turns: if rotates { turns } else { 0 },
         }
     }
 }
@@ -280,11 +295,15 @@ pub struct Draw {
     pub blur: Option<f64>,
     /// Solarization.
     pub solarize: bool,
+    /// Vertical flip.
+    pub flip_vertical: bool,
+    /// Counterclockwise rotation in quarter turns, 0 to 3, after the flips.
+    pub quarter_turns: usize,
 }
 
 impl Draw {
-    /// Makes the view with side `size`: crop, resize, clamp, flip, jitter, grayscale, blur,
-    /// solarize.
+    /// Makes the view with side `size`: crop, resize, clamp, flips, rotation, jitter, grayscale,
+    /// blur, solarize.
     ///
     /// Values stay in 0..1 after each step. The network normalizes them.
     pub fn apply(&self, image: &Image, size: usize) -> View {
@@ -310,6 +329,10 @@ impl Draw {
         if self.flip {
             flip::left_right(view);
         }
+        if self.flip_vertical {
+            flip::upside_down(view);
+        }
+        flip::rotate(view, self.quarter_turns, values);
         match (&self.jitter, self.gray) {
             (Some(jitter), true) => jitter.apply(view, gray::grayscale_chunk),
             (Some(jitter), false) => jitter.apply(view, |_| ()),

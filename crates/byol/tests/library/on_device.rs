@@ -68,7 +68,13 @@ fn loader(plan: &Plan, data: &TrainingData, last: u64) -> Loader {
 #[test]
 fn augmentation_on_the_device_matches_the_cpu() {
     // The radius of the blur is 1 pixel at 32 px and 2 pixels at 48 px; gray images have no hue.
-    for (size, more) in [(32, "views.first.jitter=1"), (48, "views.second.blur=0.5"), (16, "views.second.gray=0.5")] {
+    for (size, more) in [
+        (32, "views.first.jitter=1"),
+        (48, "views.second.blur=0.5"),
+        (16, "views.second.gray=0.5"),
+        (24, "views.first.flip_vertical=0.5"),
+        (24, "views.second.rotate=0.75"),
+    ] {
         let size = format!("views.size={size}");
         let batches = ["cpu", "device"].map(|placement| {
             let (plan, data) = plan(&[&size, more, &format!("views.placement={placement}")]);

@@ -169,6 +169,8 @@ fn complete_chains_match_the_oracle() {
                 gray: flags[2],
                 blur: flags[3].then(|| case.f64("sigma")[i]),
                 solarize: flags[4],
+                flip_vertical: false,
+                quarter_turns: 0,
             }
         };
         let size = case.number("size") as usize;

@@ -18,7 +18,8 @@ use crate::terminal::{self, Progress, Result, display_path, out, percent};
 
 const EXAMPLES: &str = "\
 Examples:
-  byol demo  Train on synthetic images in about two minutes";
+  byol demo             Train on synthetic images in about two minutes
+  byol demo --epochs 8  Train for fewer epochs";
 
 /// Pretrain on synthetic images and show the result, in a few minutes
 ///
@@ -30,6 +31,9 @@ pub struct Args {
     /// Folder for the run [default: byol-runs/demo]
     #[arg(long)]
     out: Option<PathBuf>,
+    /// Number of epochs [default: 24]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    epochs: Option<u64>,
     /// Print the results as one JSON object
     #[arg(long)]
     json: bool,
@@ -57,7 +61,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     terminal::note(format!("synthetic patterns: {IMAGES} images for training, {TEST_IMAGES} for testing"));
     let dataset = dataset();
     let test = dataset.test.clone().expect("the synthetic data have a test split");
-    let recipe = RecipeOverrides::from_text(NAME, RECIPE)?.apply_to(&Recipe::default())?;
+    let recipe = RecipeOverrides::from_text(NAME, RECIPE)?;
+    let recipe = args.epochs.map_or(recipe.clone(), |epochs| recipe.epochs(epochs)).apply_to(&Recipe::default())?;
     let data = TrainingData::prepare(dataset, PrepareOptions::from(&recipe), &|_| ())?;
     let plan = Plan::new(NAME, recipe, &data, opened.info.choice)?;
     super::pretrain::describe(&plan, &opened.info.name, threads, &out);

@@ -40,16 +40,21 @@ pub struct Args {
     /// Output file (.safetensors or .onnx), or folder
     #[arg(short, long, value_name = "OUT")]
     out: PathBuf,
-    /// Output format: safetensors, onnx or hf (a folder) [default: by the extension of OUT]
-    #[arg(long, value_parser = ["safetensors", "onnx", "hf"], hide_possible_values = true)]
+    /// Output format: safetensors (also torchvision, timm), onnx, or hf (a folder) [default: by the
+    /// extension of OUT]
+    #[arg(long, value_parser = FORMATS, hide_possible_values = true)]
     format: Option<String>,
+    /// License in the model card of `--format hf`: an identifier of the Hugging Face hub, such as
+    /// apache-2.0
+    #[arg(long, value_name = "NAME", default_value = "unknown")]
+    license: String,
     /// Naming scheme of the tensors: torchvision or timm (identical)
     #[arg(
         long,
         value_name = "SCHEME",
         default_value = "torchvision",
         value_parser = ["torchvision", "timm"],
-        hide_possible_values = true
+        hide = true // both are the same
     )]
     names: String,
     /// ONNX: expect normalized images instead of pixel values from 0 to 1
@@ -66,16 +71,28 @@ pub struct Args {
     json: bool,
 }
 
+/// Values of `--format`. Files for torchvision and for timm are the same.
+const FORMATS: [&str; 5] = ["safetensors", "torchvision", "timm", "onnx", "hf"];
+
 /// Number of images that an export is compared on.
 const IMAGES: usize = 8;
 
 pub fn run(args: &Args) -> Result<ExitCode> {
     must_be_new(&args.out, args.overwrite)?;
-    let format = args.format.as_deref().unwrap_or_default();
+    let format = match args.format.as_deref() {
+        Some("torchvision" | "timm") => "safetensors",
+        format => format.unwrap_or_default(),
+    };
     if ["safetensors", "onnx"].contains(&format) && args.out.extension().is_none_or(|e| !e.eq_ignore_ascii_case(format))
     {
         let out = args.out.display();
         return Err(format!("the extension of {out} is not `.{format}`\nhint: change `--out` or `--format`").into());
+    }
+    if args.license != "unknown" && format != "hf" {
+        return Err("`--license` requires `--format hf`".into());
+    }
+    if !args.license.chars().all(|c| c.is_ascii_alphanumeric() || "-._+".contains(c)) || args.license.is_empty() {
+        return Err(format!("invalid license `{}` (expected a name such as `apache-2.0`)", args.license).into());
     }
     super::set_threads(0)?;
     let encoder = super::load_encoder(&args.encoder, &device::open(DeviceChoice::Cpu)?.device)?;
@@ -106,7 +123,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 fn model_card(args: &Args, encoder: &Encoder) -> String {
     let name = args.out.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned());
     let (architecture, size, features) = (encoder.spec.architecture.name(), encoder.spec.size, encoder.features());
-    let plan = read_plan(&args.encoder).ok();
+    let (plan, license) = (read_plan(&args.encoder).ok(), &args.license);
     let origin = match &plan {
         Some(plan) => {
             let start = match plan.recipe.encoder.from.is_empty() {
@@ -121,7 +138,7 @@ fn model_card(args: &Args, encoder: &Encoder) -> String {
         None => format!("Converted with byol {}.", env!("CARGO_PKG_VERSION")),
     };
     let mut card = format!(
-        "---\nlibrary_name: timm\npipeline_tag: image-feature-extraction\nlicense: unknown\n\
+        "---\nlibrary_name: timm\npipeline_tag: image-feature-extraction\nlicense: {license}\n\
          tags:\n- timm\n- transformers\n- byol\n- self-supervised\n---\n\
          # {name}\n\nA {architecture} without classifier: {size} px RGB images to {features} features. {origin}\n\n\
          ## Use\n\n```python\nimport timm\n\

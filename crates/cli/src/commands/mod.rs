@@ -322,6 +322,7 @@ fn load_training_data(dataset: Dataset, recipe: &Recipe, processes: usize) -> Re
     let data = data?;
     let labels = match data.classes.len() {
         0 => "no labels".into(),
+        1 => "1 class".into(),
         n => format!("{n} classes"),
     };
     terminal::note(format!(
@@ -438,9 +439,7 @@ fn train(mut run: Run, json: bool, stop: &AtomicBool, job: &mpi_job::MpiJob) -> 
 
 /// Prints what a finished run has learned, as a warning if it is worse. Returns the text.
 fn print_verdict(run: &Path, plan: &Plan) -> Option<String> {
-    let health = metrics::read_health(&run.join("metrics.jsonl"));
-    let [initial, .., last] = health.as_slice() else { return None };
-    let Verdict { comparison, text } = Verdict::new(initial, last, baseline_name(plan))?;
+    let Verdict { comparison, text } = metrics::read_verdict(run, plan)?;
     match comparison {
         Comparison::Better | Comparison::Same | Comparison::Mixed => terminal::note(&text),
         Comparison::Worse | Comparison::Collapsed => terminal::warning(format!(
@@ -448,11 +447,6 @@ fn print_verdict(run: &Path, plan: &Plan) -> Option<String> {
         )),
     }
     Some(text)
-}
-
-/// Name of the weights that a run began with.
-fn baseline_name(plan: &Plan) -> &'static str {
-    if plan.recipe.encoder.from.is_empty() { "random initialization" } else { "the initial weights" }
 }
 
 /// Peak memory of this process in MiB; `None` where the system does not report it.

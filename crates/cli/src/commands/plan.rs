@@ -225,7 +225,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     out!("{}, {size} px views, {precision}, {}", plural(images, "training image"), opened.info.name);
     let budget = format!("in {}", duration(args.budget.0));
     out!(
-        "{:<24} {:>6} {:>5} {:>9} {:>10} {:>14}  {budget}",
+        "{:<22} {:>5} {:>5} {:>8} {:>8} {:>12}  {budget}",
         "encoder",
         "batch",
         "ranks",
@@ -271,7 +271,7 @@ impl Row<'_> {
         let epoch = images as f64 / speed;
         let epochs = args.budget.0 / epoch;
         let line = self.line(&format!(
-            "{speed:>9.1} {:>10} {:>14}  {} epochs",
+            "{speed:>8.1} {:>8} {:>12}  {} epochs",
             memory.map_or("?".into(), gib),
             duration(epoch),
             if epochs >= 10.0 { format!("{epochs:.0}") } else { format!("{epochs:.1}") }
@@ -300,7 +300,7 @@ impl Row<'_> {
     }
 
     fn line(&self, rest: &str) -> String {
-        format!("{:<24} {:>6} {:>5} {rest}", self.encoder.to_string(), self.batch, self.ranks)
+        format!("{:<22} {:>5} {:>5} {rest}", self.encoder.to_string(), self.batch, self.ranks)
     }
 
     fn json(&self, results: Value) -> Value {

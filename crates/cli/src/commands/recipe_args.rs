@@ -1,6 +1,6 @@
 //! Recipe flags that `byol pretrain`, `ablate` and `views` share.
 
-use byol::train::recipe::RecipeOverrides;
+use byol::train::recipe::{RecipeOverrides, VIEW_POLICIES};
 
 use crate::terminal::Result;
 
@@ -11,14 +11,21 @@ pub struct RecipeArgs {
     /// or the folder or `plan.toml` of a run
     #[arg(long, default_value = "auto")]
     pub recipe: String,
+    /// Augmentations for a kind of images: photos (the paper's), overhead (satellite and aerial
+    /// images) or microscopy [default: those of the recipe]
+    #[arg(long, value_name = "KIND", value_parser = VIEW_POLICIES, hide_possible_values = true)]
+    pub augment: Option<String>,
     /// Override a recipe key, for example target.tau=0.99 (repeatable)
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
 }
 
 impl RecipeArgs {
-    /// Applies `--set`, which takes precedence over all other flags.
+    /// Applies `--augment` and `--set`, which takes precedence over all other flags.
     pub fn apply_set(&self, overrides: &mut RecipeOverrides) -> Result<()> {
+        if let Some(name) = &self.augment {
+            overrides.set_views(name)?;
+        }
         for text in &self.set {
             overrides.set(text)?;
         }

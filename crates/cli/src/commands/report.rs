@@ -38,7 +38,7 @@ use rayon::prelude::*;
 use serde_json::{Value, json};
 
 use super::{
-    ComputeArgs, baseline_name, data_args,
+    ComputeArgs, data_args,
     duplicates::how_verified,
     embeddings_args::with_share,
     eval::{PICTURE_COLUMNS, side_by_side},
@@ -193,7 +193,7 @@ fn summary(plan: &Plan, run: &Path, epochs: &[Value]) -> String {
         paragraphs.push(("bad", format!("Health check failed in epoch {epoch}: {reason}.")));
     }
     if let [first, .., last] = health.as_slice() {
-        let baseline = baseline_name(plan);
+        let baseline = plan.baseline_name();
         let class = |comparison| if comparison == Comparison::Better { "good" } else { "bad" };
         if let Some(verdict) = Verdict::new(first, last, baseline) {
             paragraphs.push((class(verdict.comparison), format!("At the end of the run: {}.", verdict.text)));

@@ -3,6 +3,7 @@
 mod bad_input;
 mod common;
 mod data;
+mod first_hour;
 #[cfg(feature = "mpi")]
 mod mpi;
 mod page;

@@ -199,12 +199,18 @@ fn explore_page_works_with_mouse_and_keyboard_and_at_phone_width() {
         "the image loads",
         "const i = document.querySelector('#neighbors .large'); return i.complete && i.naturalWidth > 0;",
     );
-    let before = browser.script("return document.getElementById('image-path').textContent");
-    browser.click("#neighbors .grid button");
     browser.until(
-        "the clicked neighbor is shown",
-        &format!("return document.getElementById('image-path').textContent !== {before}"),
+        "the cosines differ",
+        "return [...document.querySelectorAll('#neighbors .grid button')].every(b => /^-?\\d\\.\\d{3}$/.test(b.innerText))",
     );
+    let shown = "document.getElementById('image-path').textContent";
+    let before = browser.script(&format!("return {shown}"));
+    browser.click("#neighbors .grid button");
+    browser.until("the clicked neighbor is shown", &format!("return {shown} !== {before}"));
+    // Keys work wherever the focus is.
+    let before = browser.script(&format!("document.activeElement.blur(); return {shown}"));
+    browser.keys("body", "n");
+    browser.until("the next image is shown", &format!("return {shown} !== {before}"));
 
     // Label by clicks.
     for (class, steps) in [("one", "n\u{e007}"), ("two", "nnnnnn\u{e007}")] {
@@ -297,6 +303,11 @@ fn explore_page_works_with_mouse_and_keyboard_and_at_phone_width() {
     browser.click("#tab-map");
     browser
         .until("there is no horizontal overflow", "return document.documentElement.scrollWidth <= window.innerWidth");
+    let top = |id: &str| format!("document.getElementById('{id}').getBoundingClientRect().top");
+    browser.until(
+        "the legend is between the map and the neighbors",
+        &format!("return {} < {} && {} < {}", top("points"), top("legend"), top("legend"), top("neighbors")),
+    );
     browser.screenshot("phone.png");
 
     let log = browser.post("se/log", json!({ "type": "browser" }));

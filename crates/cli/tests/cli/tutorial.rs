@@ -71,8 +71,41 @@ fn output(folder: &Path, args: &[&str], interrupt: bool) -> Vec<String> {
     let status = child.wait().unwrap();
     let last = lines.last().map_or("", String::as_str);
     assert!(status.success() || interrupt || last.contains("press Ctrl-C"), "{args:?}: {}", lines.join("\n"));
+    lines
+}
+
+/// Lines without the path of `folder`, which differs from machine to machine.
+fn without_path(lines: impl IntoIterator<Item = String>, folder: &Path) -> Vec<String> {
     let above = format!("{}/", folder.canonicalize().unwrap().display());
     lines.into_iter().map(|line| line.replace(&above, "…/")).collect()
+}
+
+/// Joins the lines that the program has broken: the next word would have ended beyond column 80.
+fn unwrapped<'a>(lines: impl Iterator<Item = &'a str>) -> Vec<String> {
+    // A table may begin below a long line, too; its header is further to the right.
+    let indents = 2..=10;
+    let (mut joined, mut columns) = (Vec::<String>::new(), 0);
+    for line in lines {
+        // Not broken: a command in backticks, a number and its percent sign.
+        let text = line.trim_start();
+        let end = match text.strip_prefix('`') {
+            Some(command) => command.find('`').map_or(text.len(), |end| end + 2),
+            None => text.find(' ').unwrap_or(text.len()),
+        };
+        let end = if text[end..].starts_with(" %") { end + 2 } else { end };
+        let word = &text[..end];
+        match joined.last_mut() {
+            Some(last)
+                if indents.contains(&(line.len() - line.trim_start().len()))
+                    && columns + 1 + word.chars().count() > 80 =>
+            {
+                *last += &format!(" {}", line.trim_start());
+            }
+            _ => joined.push(line.to_owned()),
+        }
+        columns = line.chars().count();
+    }
+    joined
 }
 
 /// A line without what depends on data and machine: numbers, durations and the name of the
@@ -122,11 +155,12 @@ pub fn assert_output_is_documented(subcommand: &str, output: &str) {
     let page = fs::read_to_string(PAGE).unwrap();
     let steps = steps(&page);
     let step = steps.iter().find(|step| step.args()[0] == subcommand).expect("the page has the command");
-    assert_same(step, output.lines());
+    assert_same(step, unwrapped(output.lines()).iter().map(String::as_str));
 }
 
 fn assert_same<'a>(step: &Step, actual: impl Iterator<Item = &'a str>) {
-    let (page, actual) = (shapes(step.output.iter().copied()), shapes(actual));
+    let page = unwrapped(step.output.iter().copied());
+    let (page, actual) = (shapes(page.iter().map(String::as_str)), shapes(actual));
     let only = |a: &BTreeSet<String>, b: &BTreeSet<String>| a.difference(b).cloned().collect::<Vec<_>>().join("\n  ");
     assert!(
         page == actual,
@@ -178,6 +212,7 @@ fn tutorial_shows_the_output_of_its_commands() {
             _ => {}
         }
         let actual = output(folder.path(), &args, is_interrupted(&step));
+        let actual = without_path(unwrapped(actual.iter().map(String::as_str)), folder.path());
         assert_same(&step, actual.iter().map(String::as_str));
     }
 }
@@ -189,8 +224,10 @@ fn is_interrupted(step: &Step) -> bool {
 
 /// Replaces the output on the page by that of the commands, run in `folder`.
 fn record(page: &str, folder: &Path) {
-    let outputs: Vec<Vec<String>> =
-        steps(page).iter().map(|step| shortened(output(folder, &step.args(), is_interrupted(step)))).collect();
+    let outputs: Vec<Vec<String>> = steps(page)
+        .iter()
+        .map(|step| shortened(without_path(output(folder, &step.args(), is_interrupted(step)), folder)))
+        .collect();
     let (mut text, mut outputs, mut is_console, mut is_output) = (String::new(), outputs.iter(), false, false);
     for line in page.lines() {
         if let Some(language) = line.strip_prefix("```") {
@@ -221,6 +258,15 @@ fn shortened(lines: Vec<String>) -> Vec<String> {
         _ => group.to_vec(),
     };
     lines.chunk_by(same).flat_map(short).collect()
+}
+
+#[test]
+fn broken_lines_are_joined() {
+    let words = ["seven77"; 10].join(" ");
+    let lines = [words.as_str(), "  next", "  table  1", words.as_str(), "new"];
+    assert_eq!(unwrapped(lines.into_iter()), [&format!("{words} next"), "  table  1", &words, "new"]);
+    let lines = ["seven77 ".repeat(9) + "on", "  12.5 %, `a b`".into()];
+    assert_eq!(unwrapped(lines.iter().map(String::as_str)), [format!("{}on 12.5 %, `a b`", "seven77 ".repeat(9))]);
 }
 
 #[test]

@@ -76,7 +76,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if !common.flags.compute.json {
         print_table(&measured, &rows);
         print_projections(&history);
-        verdicts.iter().for_each(|verdict| out!("{verdict}"));
+        verdicts.iter().for_each(|verdict| out!("{}", terminal::wrap(verdict)));
     }
     rows.extend(projection_rows(&history));
     let baseline = args.baseline.as_ref().map(|path| display_path(&absolute(path)));
@@ -174,7 +174,7 @@ fn print_table(measured: &[Measured], rows: &[ResultRow]) {
 
 fn print_projections(history: &[Health]) {
     if let (Some(first), Some(last)) = (history.first(), history.last()) {
-        out!(
+        let text = format!(
             "projections in the last healthy epoch: std {:.4} (uniform: {:.4}), cosine {:.3}; before the first step: \
              std {:.4}, cosine {:.3}",
             last.projection_std,
@@ -183,6 +183,7 @@ fn print_projections(history: &[Health]) {
             first.projection_std,
             first.projection_cosine
         );
+        out!("{}", terminal::wrap(&text));
     }
 }
 
@@ -192,7 +193,7 @@ fn images(args: &Args, levels: Levels) -> Result<Images> {
     let images = match &dataset.test {
         Some(test) => test.clone(),
         None => {
-            terminal::note("no test split: these images may have been used for pretraining");
+            args.common.note_pretraining_images();
             dataset.train.clone()
         }
     };

@@ -27,7 +27,7 @@ use byol::{
     },
     image::Image,
     nn::Encoder,
-    train::data::cache_bytes,
+    train::{data::cache_bytes, run::read_plan},
 };
 use clap::Subcommand;
 use console::{Alignment, measure_text_width, pad_str};
@@ -145,6 +145,14 @@ impl CommonArgs {
         folder.join("plan.toml").is_file().then_some(folder)
     }
 
+    /// Says so if the encoder was pretrained on these images.
+    fn note_pretraining_images(&self) {
+        let is_same = |run| read_plan(run).is_ok_and(|plan| absolute(&plan.data) == absolute(&self.data));
+        if self.run().is_some_and(is_same) {
+            terminal::note("the encoder was pretrained on these images, without labels");
+        }
+    }
+
     /// Prints the results and saves them in the run. `details` are selected hyperparameters or
     /// verdicts.
     fn finish(&self, evaluation: &str, settings: Value, details: Value, rows: Vec<ResultRow>) -> Result<ExitCode> {
@@ -220,7 +228,12 @@ impl LabeledArgs {
     /// Training and test images, each decoded once. Warns if they are too small for the encoder.
     fn open(&self, encoder: &Encoder) -> Result<LabeledSplit> {
         let path = &self.common.data;
-        let data = labeled(self.common.data_flags.open(path, encoder.spec.levels)?, self.limit)?;
+        let dataset = self.common.data_flags.open(path, encoder.spec.levels)?;
+        let has_test = dataset.test.is_some();
+        let data = labeled(dataset, self.limit)?;
+        if !has_test {
+            self.common.note_pretraining_images();
+        }
         warn_if_enlarged(encoder, &*data.train.get(0)?, path);
         Ok(data)
     }
