@@ -1,8 +1,20 @@
 //! Data sets, and images as arrays.
 
-use std::path::PathBuf;
+use std::{
+    fmt, io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    thread,
+    time::Duration,
+};
 
-use byol::{Image, data, data::Images};
+use byol::{
+    Image,
+    data::{self, ImageSource, Images},
+};
 use numpy::{PyArray1, PyArray3, PyReadonlyArray3, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use rayon::prelude::*;
@@ -40,28 +52,127 @@ const MAX_CLASSES: usize = 1 << 16;
 
 /// Decodes the images of a split.
 fn read(py: Python, items: &[Item], labels: &Option<Vec<usize>>) -> PyResult<Vec<Image>> {
-    if let Some(labels) = labels.as_ref().filter(|labels| labels.len() != items.len()) {
-        return Err(errors::data(format!("{} labels for {} images", labels.len(), items.len())));
-    }
+    check_labels(items.len(), labels)?;
     let sources: Vec<Source> = items.iter().map(Item::to_source).collect::<PyResult<_>>()?;
     let decode = |source: Source| source.decode(&data::Levels::default());
     detached(py, || sources.into_par_iter().map(decode).collect())
 }
 
+fn check_labels(n: usize, labels: &Option<Vec<usize>>) -> PyResult<()> {
+    match labels.as_ref().filter(|labels| labels.len() != n) {
+        Some(labels) => Err(errors::data_text(format!("{} labels for {n} images", labels.len()))),
+        None => Ok(()),
+    }
+}
+
+/// Names of the classes: their numbers.
+fn class_names(labels: &Option<Vec<usize>>, test_labels: &Option<Vec<usize>>) -> PyResult<Vec<String>> {
+    let classes = labels.iter().chain(test_labels).flatten().max().map_or(0, |max| max.saturating_add(1));
+    if classes > MAX_CLASSES {
+        return Err(errors::data_text(format!(
+            "label {} is out of range\nhint: number the classes from 0, up to {}",
+            classes - 1,
+            MAX_CLASSES - 1
+        )));
+    }
+    Ok((0..classes).map(|class| class.to_string()).collect())
+}
+
 fn to_image(array: &PyReadonlyArray3<u8>) -> PyResult<Image> {
     let &[height, width, channels] = array.shape() else { unreachable!("the array has three dimensions") };
     if channels != 3 || height == 0 || width == 0 {
-        return Err(errors::data(format!(
+        return Err(errors::data_text(format!(
             "an array of shape [{height}, {width}, {channels}] is not an RGB image\nhint: pass arrays of shape [H, W, 3]"
         )));
     }
     Ok(Image { height, width, channels, pixels: array.as_array().iter().copied().collect() })
 }
 
+/// Images of a Python object, read when they are needed.
+struct OnDemand {
+    /// Function of the position that returns an [`Item`].
+    read: Arc<Py<PyAny>>,
+    calls: Arc<Calls>,
+}
+
+/// Calls of the images' owner.
+#[derive(Default)]
+struct Calls {
+    running: AtomicUsize,
+    are_over: AtomicBool,
+}
+
+/// A call of the images' owner, until it is dropped.
+struct Call<'a>(&'a Calls);
+
+impl Calls {
+    /// `None` after [`Session::end`].
+    fn begin(&self) -> Option<Call<'_>> {
+        // First, so that the end of a session does not overlook it.
+        self.running.fetch_add(1, Ordering::SeqCst);
+        let call = Call(self);
+        (!self.are_over.load(Ordering::SeqCst)).then_some(call)
+    }
+}
+
+impl Drop for Call<'_> {
+    fn drop(&mut self) {
+        self.0.running.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+impl fmt::Debug for OnDemand {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.debug_struct("OnDemand").finish_non_exhaustive()
+    }
+}
+
+impl ImageSource for OnDemand {
+    fn get(&self, i: usize) -> io::Result<Image> {
+        let Some(_call) = self.calls.begin() else { return Err(io::Error::other("the run has ended")) };
+        let read = |py: Python| self.read.bind(py).call1((i,))?.extract::<Item>()?.to_source();
+        // The exception is raised again by `errors`.
+        let source = Python::attach(read).map_err(io::Error::other)?;
+        // Without the interpreter lock.
+        match source {
+            Source::Pixels(image) => Ok(image),
+            Source::File(path) => data::decode::file(&path, &data::Levels::default()).map_err(|error| {
+                let text = unreadable(&path, &error);
+                match error {
+                    data::DecodeError::Read(source) => io::Error::new(source.kind(), text),
+                    _ => io::Error::new(io::ErrorKind::InvalidData, text),
+                }
+            }),
+        }
+    }
+}
+
+fn unreadable(path: &Path, error: &data::DecodeError) -> String {
+    format!("cannot read {}: {error}", path.display())
+}
+
 /// Images of a data set, with its classes and splits.
 #[pyclass(frozen, module = "byol._byol")]
 pub struct Dataset {
     pub inner: byol::Dataset,
+    /// Functions of the images of the training and the test split, if they are read on demand.
+    on_demand: Option<[Option<Arc<Py<PyAny>>>; 2]>,
+}
+
+/// A data set whose images are read only until the session ends.
+pub struct Session {
+    pub dataset: byol::Dataset,
+    calls: Arc<Calls>,
+}
+
+impl Session {
+    /// Waits for the calls that are running; there are none afterwards.
+    pub fn end(&self, py: Python) {
+        self.calls.are_over.store(true, Ordering::SeqCst);
+        while self.calls.running.load(Ordering::SeqCst) > 0 {
+            py.detach(|| thread::sleep(Duration::from_millis(5)));
+        }
+    }
 }
 
 #[pymethods]
@@ -73,7 +184,7 @@ impl Dataset {
         let levels = encoder.map_or_else(data::Levels::default, |encoder| encoder.inner.spec.levels);
         let options = data::OpenOptions { column, levels };
         let open = || byol::Dataset::open_with(path, &options).map_err(errors::data);
-        Ok(Dataset { inner: detached(py, open)? })
+        Ok(detached(py, open)?.into())
     }
 
     /// Reads images into memory: a training split and, unless it is empty, a test split.
@@ -86,27 +197,46 @@ impl Dataset {
         test_labels: Option<Vec<usize>>,
     ) -> PyResult<Dataset> {
         if train.is_empty() {
-            return Err(errors::data("no images"));
+            return Err(errors::data_text("no images"));
         }
         let [train, test] = [read(py, &train, &labels)?, read(py, &test, &test_labels)?];
-        let classes = labels.iter().chain(&test_labels).flatten().max().map_or(0, |max| max + 1);
-        if classes > MAX_CLASSES {
-            return Err(errors::data(format!(
-                "label {} is out of range\nhint: number the classes from 0, up to {}",
-                classes - 1,
-                MAX_CLASSES - 1
-            )));
-        }
+        let classes = class_names(&labels, &test_labels)?;
         let mut inner = byol::Dataset::from_images(train, labels);
         inner.test = (!test.is_empty()).then(|| Images::memory(test, test_labels));
-        inner.classes = (0..classes).map(|class| class.to_string()).collect();
-        Ok(Dataset { inner })
+        Ok(byol::Dataset { classes, ..inner }.into())
+    }
+
+    /// Images that are read when they are needed: a function of the position and the number of
+    /// images, for the training split and, if there is one, for the test split.
+    #[staticmethod]
+    fn from_function(
+        train: (Py<PyAny>, usize),
+        labels: Option<Vec<usize>>,
+        test: Option<(Py<PyAny>, usize)>,
+        test_labels: Option<Vec<usize>>,
+    ) -> PyResult<Dataset> {
+        if train.1 == 0 {
+            return Err(errors::data_text("no images"));
+        }
+        check_labels(train.1, &labels)?;
+        check_labels(test.as_ref().map_or(0, |(_, n)| *n), &test_labels)?;
+        let classes = class_names(&labels, &test_labels)?;
+        let test = test.filter(|(_, n)| *n > 0);
+        let (n, n_test) = (train.1, test.as_ref().map(|(_, n)| *n));
+        let functions = [Some(Arc::new(train.0)), test.map(|(read, _)| Arc::new(read))];
+        let source = |i: usize| {
+            let read = functions[i].clone().expect("the split has a function");
+            Arc::new(OnDemand { read, calls: Arc::default() })
+        };
+        let mut inner = byol::Dataset::from_source(source(0), n, labels);
+        inner.test = n_test.map(|n| Images::custom(source(1), n, test_labels));
+        Ok(Dataset { inner: byol::Dataset { classes, ..inner }, on_demand: Some(functions) })
     }
 
     /// Generated images of six patterns, those of `byol demo`.
     #[staticmethod]
     fn synthetic(py: Python, n: usize, n_test: usize, seed: u64) -> PyResult<Dataset> {
-        Ok(Dataset { inner: detached(py, || Ok(data::synthetic::dataset(seed, n, n_test)))? })
+        Ok(detached(py, || Ok(data::synthetic::dataset(seed, n, n_test)))?.into())
     }
 
     #[getter]
@@ -140,7 +270,7 @@ impl Dataset {
                 images.len()
             )));
         }
-        let image = py.detach(|| images.get(i).map_err(errors::data))?;
+        let image = detached(py, || images.get(i).map_err(errors::data))?;
         let [height, width, channels] = [image.height, image.width, image.channels];
         let value = |y: usize, x: usize, c: usize| image.pixels[(y * width + x) * channels + c];
         let array = numpy::ndarray::Array3::from_shape_fn([height, width, channels], |(y, x, c)| value(y, x, c));
@@ -148,7 +278,29 @@ impl Dataset {
     }
 }
 
+impl From<byol::Dataset> for Dataset {
+    fn from(inner: byol::Dataset) -> Dataset {
+        Dataset { inner, on_demand: None }
+    }
+}
+
 impl Dataset {
+    /// The same data set for one run. Threads that outlive the run do not call the images' owner
+    /// after the session has ended.
+    pub fn session(&self) -> Session {
+        let calls = Arc::<Calls>::default();
+        let mut dataset = self.inner.clone();
+        if let Some([Some(train), test]) = &self.on_demand {
+            let images = |read: &Arc<Py<PyAny>>, images: &Images| {
+                let source = OnDemand { read: read.clone(), calls: calls.clone() };
+                Images::custom(Arc::new(source), images.len(), images.labels().map(<[usize]>::to_vec))
+            };
+            dataset.train = images(train, &dataset.train);
+            dataset.test = test.as_ref().zip(dataset.test.as_ref()).map(|(read, test)| images(read, test));
+        }
+        Session { dataset, calls }
+    }
+
     fn find(&self, split: &str) -> PyResult<Option<&Images>> {
         match split {
             "train" => Ok(Some(&self.inner.train)),
@@ -158,13 +310,13 @@ impl Dataset {
                 Ok(self.inner.held_out.as_ref().filter(|val| !is_test(val)))
             }
             "test" => Ok(self.inner.test.as_ref()),
-            other => Err(errors::data(format!("unknown split `{other}` (expected train, val or test)"))),
+            other => Err(errors::data_text(format!("unknown split `{other}` (expected train, val or test)"))),
         }
     }
 
     /// Images of a split.
     pub fn split(&self, split: &str) -> PyResult<&Images> {
-        self.find(split)?.ok_or_else(|| errors::data(format!("the data set has no {split} split")))
+        self.find(split)?.ok_or_else(|| errors::data_text(format!("the data set has no {split} split")))
     }
 }
 
@@ -174,8 +326,7 @@ impl Source {
         match self {
             Source::Pixels(image) => Ok(image),
             Source::File(path) => {
-                let decoded = data::decode::file(&path, levels);
-                decoded.map_err(|error| errors::data(format!("cannot read {}: {error}", path.display())))
+                data::decode::file(&path, levels).map_err(|error| errors::data_text(unreadable(&path, &error)))
             }
         }
     }

@@ -1,7 +1,9 @@
 //! Errors of the library as Python exceptions, with the same messages.
 
 use std::{
+    error::Error,
     fmt::Display,
+    io,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::OnceLock,
 };
@@ -24,8 +26,22 @@ pub fn add_to(module: &Bound<PyModule>) -> PyResult<()> {
     module.add("RunError", py.get_type::<RunError>())
 }
 
-pub fn data(error: impl Display) -> PyErr {
-    DataError::new_err(error.to_string())
+/// Exception of an error of images. One that was raised by the images' owner is returned as it is.
+pub fn data(error: impl Error + 'static) -> PyErr {
+    owners(&error).unwrap_or_else(|| data_text(error))
+}
+
+pub fn data_text(text: impl Display) -> PyErr {
+    DataError::new_err(text.to_string())
+}
+
+/// The Python exception among the causes of an error.
+fn owners(error: &(dyn Error + 'static)) -> Option<PyErr> {
+    if let Some(cause) = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
+        let raised = cause.downcast_ref::<PyErr>()?;
+        return Some(Python::attach(|py| raised.clone_ref(py)));
+    }
+    owners(error.source()?)
 }
 
 pub fn encoder(error: impl Display) -> PyErr {
@@ -42,6 +58,9 @@ pub fn byol(error: impl Display) -> PyErr {
 
 /// Exception of an error of a run.
 pub fn run(error: &train::Error) -> PyErr {
+    if let Some(raised) = owners(error) {
+        return raised;
+    }
     let text = error.to_string();
     match error {
         train::Error::Recipe(_) => RecipeError::new_err(text),
@@ -60,14 +79,25 @@ static PROCESS: OnceLock<u32> = OnceLock::new();
 /// Those of `work`; [`ByolError`] in a process that was forked after its parent had computed, where
 /// `work` would wait forever.
 pub fn detached<T: Send>(py: Python, work: impl FnOnce() -> PyResult<T> + Send) -> PyResult<T> {
-    if *PROCESS.get_or_init(std::process::id) != std::process::id() {
-        return Err(byol(
-            "byol cannot compute in a forked process after its parent has\n\
-             hint: use the start method `spawn` of multiprocessing",
-        ));
+    check_process()?;
+    py.detach(|| caught(work))
+}
+
+/// # Errors
+/// [`ByolError`] in a process that was forked after its parent had computed.
+pub fn check_process() -> PyResult<()> {
+    if *PROCESS.get_or_init(std::process::id) == std::process::id() {
+        return Ok(());
     }
-    let outcome = py.detach(|| catch_unwind(AssertUnwindSafe(work)));
-    outcome.unwrap_or_else(|panic| {
+    Err(byol(
+        "byol cannot compute in a forked process after its parent has\n\
+         hint: use the start method `spawn` of multiprocessing",
+    ))
+}
+
+/// Runs `work`. A panic becomes an exception.
+pub fn caught<T>(work: impl FnOnce() -> PyResult<T>) -> PyResult<T> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
         let message = panic.downcast_ref::<String>().map(String::as_str);
         let message = message.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("unknown cause");
         Err(byol(format!("internal error: {message}\nhint: this is a bug, please report it")))

@@ -112,7 +112,10 @@ pub fn label_free(
         let images = if limit == 0 { images.clone() } else { images.sample_random(limit) };
         let (images, _) = images.readable().map_err(errors::data)?;
         if images.len() < MIN_IMAGES {
-            return Err(errors::data(format!("too few images: {} (at least {MIN_IMAGES} are needed)", images.len())));
+            return Err(errors::data_text(format!(
+                "too few images: {} (at least {MIN_IMAGES} are needed)",
+                images.len()
+            )));
         }
         let representations = finite(encoder, &images)?;
         let (policies, size) = match &encoder.plan {

@@ -5,6 +5,7 @@ mod data;
 mod encoder;
 mod errors;
 mod evaluate;
+mod index;
 mod train;
 
 use std::{ffi::OsString, process::ExitCode};
@@ -28,10 +29,12 @@ fn _byol(module: &Bound<PyModule>) -> PyResult<()> {
     errors::add_to(module)?;
     module.add_class::<data::Dataset>()?;
     module.add_class::<encoder::Encoder>()?;
+    module.add_class::<index::Index>()?;
     module.add_function(wrap_pyfunction!(main, module)?)?;
     module.add_function(wrap_pyfunction!(train::pretrain, module)?)?;
     module.add_function(wrap_pyfunction!(train::resume, module)?)?;
     module.add_function(wrap_pyfunction!(train::plan, module)?)?;
+    module.add_function(wrap_pyfunction!(train::verdict, module)?)?;
     module.add_function(wrap_pyfunction!(evaluate::knn, module)?)?;
     module.add_function(wrap_pyfunction!(evaluate::linear, module)?)?;
     module.add_function(wrap_pyfunction!(evaluate::label_free, module)?)?;

@@ -2,12 +2,18 @@
 
 use std::{
     path::PathBuf,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        atomic::{AtomicBool, Ordering},
+        mpsc::{self, RecvTimeoutError},
+    },
+    thread,
+    time::Duration,
 };
 
 use byol::{
     DeviceChoice, Event, Pretraining,
-    train::{RecipeOverrides, run},
+    eval::label_free::Comparison,
+    train::{RecipeOverrides, metrics, run},
 };
 use pyo3::{exceptions::PyKeyboardInterrupt, prelude::*};
 use serde_json::{Map, Value, json};
@@ -26,6 +32,7 @@ pub fn pretrain(
     dataset: &Dataset,
     out: PathBuf,
     recipe: &str,
+    augment: Option<&str>,
     epochs: Option<u64>,
     settings: Vec<String>,
     device: &str,
@@ -36,6 +43,9 @@ pub fn pretrain(
     let mut overrides = RecipeOverrides::from_recipe(recipe).map_err(errors::recipe)?;
     if let Some(epochs) = epochs {
         overrides = overrides.epochs(epochs);
+    }
+    if let Some(name) = augment {
+        overrides.set_views(name).map_err(errors::recipe)?;
     }
     for text in &settings {
         overrides.set(text).map_err(errors::recipe)?;
@@ -67,8 +77,12 @@ pub fn resume(
         Some(_) => None,
         None => {
             let path = moved.unwrap_or_else(|| plan.data.clone());
+            if !path.exists() && plan.data.file_name().is_some_and(|name| IN_PROGRAM.iter().any(|kind| name == *kind)) {
+                let text = "the images of this run were provided by a program\nhint: pass the same data set as `data`";
+                return Err(errors::RunError::new_err(text));
+            }
             let open = || byol::Dataset::open_with(&path, &plan.open_options()).map_err(errors::data);
-            Some(Dataset { inner: detached(py, open)? })
+            Some(Dataset::from(detached(py, open)?))
         }
     };
     let dataset = dataset.or(opened.as_ref()).expect("one of the two is present");
@@ -88,7 +102,23 @@ pub fn plan(folder: PathBuf) -> PyResult<String> {
     Ok(serde_json::to_string(&plan).expect("a plan is plain data"))
 }
 
-/// Trains without holding the interpreter lock. Ctrl-C and an exception of `callback` stop the run
+/// What a run has learned, in one sentence, and whether that is worse than before; `None` if it was
+/// not measured.
+#[pyfunction]
+pub fn verdict(folder: PathBuf) -> PyResult<Option<(String, bool)>> {
+    let plan = run::read_plan(&folder).map_err(|error| errors::run(&error))?;
+    let is_worse = |comparison| matches!(comparison, Comparison::Worse | Comparison::Collapsed);
+    Ok(metrics::read_verdict(&folder, &plan).map(|verdict| (verdict.text, is_worse(verdict.comparison))))
+}
+
+/// Names of data that are not files.
+const IN_PROGRAM: [&str; 2] = ["images in memory", "custom image source"];
+
+/// Time between two checks for Ctrl-C.
+const POLL: Duration = Duration::from_millis(50);
+
+/// Trains in another thread, without holding the interpreter lock. This thread calls `callback` and
+/// waits for Ctrl-C. Either of them stops the run: before the first step at the next image, later
 /// at the next step, with a checkpoint.
 fn train(
     py: Python,
@@ -96,36 +126,71 @@ fn train(
     callback: Option<Py<PyAny>>,
     start: impl FnOnce(Pretraining) -> Result<byol::Encoder, byol::Error> + Send,
 ) -> PyResult<()> {
-    let (stop, mut raised) = (AtomicBool::new(false), None);
-    let on_event = |event: Event| {
-        if stop.load(Ordering::Relaxed) {
-            return;
-        }
-        let checked = Python::attach(|py| {
-            py.check_signals()?;
-            match (&callback, to_json(&event)) {
-                (Some(callback), Some(event)) => callback.call1(py, (event.to_string(),)).map(|_| ()),
-                _ => Ok(()),
-            }
-        });
-        if let Err(error) = checked {
-            stop.store(true, Ordering::Relaxed);
-            raised.get_or_insert(error);
+    errors::check_process()?;
+    let stop = &AtomicBool::new(false);
+    let (send, mut events) = mpsc::sync_channel::<String>(0);
+    let (send_done, done) = mpsc::sync_channel::<()>(0);
+    // Every event waits until it has been handled: a callback sees the run as it is, and an
+    // exception stops it at this step.
+    let on_event = move |event: Event| {
+        let sent = to_json(&event).is_some_and(|event| send.send(event.to_string()).is_ok());
+        if sent {
+            let _ = done.recv();
         }
     };
-    let outcome = detached(py, || {
-        let pretraining = Pretraining::new(dataset.inner.clone()).stop_flag(&stop).on_event(on_event);
+    let session = dataset.session();
+    let images = session.dataset.clone();
+    let work = move || {
+        let pretraining = Pretraining::new(images).stop_flag(stop).on_event(on_event);
         start(pretraining).map(|_| ()).map_err(|error| errors::run(&error))
-    });
-    match raised {
-        Some(error) if error.is_instance_of::<PyKeyboardInterrupt>(py) && outcome.is_ok() => {
-            Err(PyKeyboardInterrupt::new_err("stopped with a checkpoint; continue with byol.resume"))
+    };
+    let mut raised: Option<PyErr> = None;
+    let outcome = thread::scope(|scope| {
+        // Dropped with this scope's frame if anything here panics, so that the worker goes on.
+        let (send_done, _stop) = (send_done, StopOnDrop(stop));
+        let worker = thread::Builder::new().name("train".into()).spawn_scoped(scope, || errors::caught(work))?;
+        let mut stop_with = |error: PyErr| {
+            stop.store(true, Ordering::Relaxed);
+            raised.get_or_insert(error);
+        };
+        loop {
+            let event;
+            (event, events) = py.detach(move || (events.recv_timeout(POLL), events));
+            py.check_signals().unwrap_or_else(&mut stop_with);
+            match event {
+                Ok(event) => {
+                    if let (Some(callback), false) = (&callback, stop.load(Ordering::Relaxed)) {
+                        callback.call1(py, (event,)).map(|_| ()).unwrap_or_else(&mut stop_with);
+                    }
+                    let _ = send_done.send(());
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
         }
-        Some(error) => {
-            error.set_cause(py, outcome.err());
+        py.detach(|| worker.join()).expect("panics are caught")
+    });
+    session.end(py);
+    match (raised, outcome) {
+        (Some(error), Ok(())) if error.is_instance_of::<PyKeyboardInterrupt>(py) => {
+            Err(PyKeyboardInterrupt::new_err("stopped with a checkpoint; byol.resume continues the run"))
+        }
+        (Some(error), outcome) => {
+            if let Err(cause) = outcome {
+                error.set_cause(py, Some(cause));
+            }
             Err(error)
         }
-        None => outcome,
+        (None, outcome) => outcome,
+    }
+}
+
+/// Stops a run when it is dropped.
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 

@@ -4,10 +4,12 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +55,109 @@ def test_unusable_images_are_refused(images, labels, message):
         byol.Dataset.from_arrays(images, labels)
 
 
+class Photos:
+    """Pictures as a torchvision data set returns them; counts what is read."""
+
+    def __init__(self, n=60):
+        self.images, self.labels = pictures()
+        self.n, self.reads = n, 0
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        self.reads += 1
+        return self.images[i], self.labels[i]
+
+
+def test_sequences_are_read_when_needed_and_train_as_arrays_do(run, encoder, tmp_path):
+    photos = Photos()
+    data = byol.Dataset.from_sequence(photos, photos.labels)
+    assert len(data) == 60 and data.classes == ["0", "1"] and photos.reads == 0
+    assert np.array_equal(data.image(3), photos.images[3]) and photos.reads == 1
+    same = byol.pretrain(data, tmp_path / "run", **SMALL)
+    assert np.array_equal(same.encoder.embed(photos.images), run.encoder.embed(photos.images))
+    assert np.array_equal(encoder.embed(data), encoder.embed(photos.images))
+    accuracy = byol.evaluate.knn(encoder, data).accuracy
+    assert accuracy == byol.evaluate.knn(encoder, byol.Dataset.from_arrays(*pictures())).accuracy
+    split = byol.Dataset.from_sequence(photos.images[:40], photos.labels[:40], test_images=photos.images[40:])
+    assert split.splits == {"train": 40, "test": 20}
+    assert byol.Dataset.from_sequence(photos.images, test_images=[]).splits == {"train": 60}
+    with pytest.raises(byol.RunError, match="same data set"):
+        byol.resume(same)
+
+
+class Broken(Photos):
+    def __getitem__(self, i):
+        if i == 7:
+            raise LookupError("no such photo")
+        return super().__getitem__(i)
+
+
+def test_exceptions_of_a_sequence_arrive_unchanged(encoder, tmp_path):
+    data = byol.Dataset.from_sequence(Broken())
+    for work in (
+        lambda: data.image(7),
+        lambda: encoder.embed(data),
+        lambda: byol.pretrain(data, tmp_path / "run", **SMALL),
+        lambda: byol.evaluate.label_free(encoder, data),
+    ):
+        with pytest.raises(LookupError, match="no such photo"):
+            work()
+    # Images of the wrong kind, and files that are missing.
+    with pytest.raises(byol.DataError, match="image 0: an array of float64 is not an image"):
+        byol.Dataset.from_sequence([np.zeros((8, 8, 3))]).image(0)
+    with pytest.raises(byol.DataError, match="image 0: a dict is not an image"):
+        byol.Dataset.from_sequence([{"image": 1}]).image(0)
+    with pytest.raises(byol.DataError, match="single image"):
+        byol.Dataset.from_sequence(np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(byol.DataError, match="missing.png"):
+        byol.Dataset.from_sequence(["missing.png"]).image(0)
+    with pytest.raises(byol.DataError, match="set is not a sequence"):
+        byol.Dataset.from_sequence({1})
+    with pytest.raises(byol.DataError, match="no images"):
+        byol.Dataset.from_sequence([])
+
+
+class Slow(Photos):
+    """A data set that takes minutes to read, interrupted after some images."""
+
+    raised = False
+
+    def __getitem__(self, i):
+        if self.reads >= 20 and not self.raised:
+            self.raised = True
+            signal.raise_signal(signal.SIGINT)
+        time.sleep(0.02)
+        return super().__getitem__(i % 60)
+
+
+def test_ctrl_c_stops_the_reading_of_images(tmp_path):
+    photos = Slow(n=10_000)
+    with pytest.raises(KeyboardInterrupt):
+        byol.pretrain(byol.Dataset.from_sequence(photos), tmp_path / "run", **SMALL)
+    reads = photos.reads
+    assert reads < 200 and not (tmp_path / "run" / "plan.toml").exists()
+    time.sleep(0.2)
+    assert photos.reads == reads
+
+
+def test_sequence_is_not_read_after_an_interrupted_run(tmp_path):
+    photos = Photos()
+    data = byol.Dataset.from_sequence(photos)
+
+    def stop(event):
+        if event["kind"] == "step" and event["step"] == 2:
+            raise RuntimeError("enough") from ValueError("cause")
+
+    with pytest.raises(RuntimeError, match="enough") as raised:
+        byol.pretrain(data, tmp_path / "run", callback=stop, **SMALL)
+    assert isinstance(raised.value.__cause__, ValueError)
+    reads = photos.reads
+    time.sleep(0.3)
+    assert photos.reads == reads
+
+
 def test_run_has_plan_metrics_and_encoder(run):
     assert run.finished and run.plan["images"] + run.plan["held_out"] == 60
     assert [epoch["epoch"] for epoch in run.epochs] == [0, 1, 2, 3]
@@ -61,6 +166,14 @@ def test_run_has_plan_metrics_and_encoder(run):
     assert 0 <= run.epochs[-1]["knn"] <= 1
     assert run.encoder.spec["width"] == 0.0625
     assert "resnet18" in repr(run.encoder)
+
+
+@pytest.mark.filterwarnings("ignore:worse than")
+def test_finished_run_has_a_verdict(run, tmp_path):
+    assert run.verdict is None, "six monitoring images are too few"
+    settings = {**SMALL, "epochs": 1, "warmup_epochs": 0}
+    longer = byol.pretrain(byol.Dataset.from_arrays(*pictures(200)), tmp_path / "run", **settings)
+    assert "kNN accuracy" in longer.verdict and "20 monitoring images" in longer.verdict
 
 
 def test_events_have_the_values_of_the_metrics(data, tmp_path):
@@ -82,7 +195,7 @@ def test_stopped_run_resumes_to_the_same_bits(data, run, tmp_path, error):
         byol.pretrain(data, tmp_path / "run", callback=stop, **SMALL)
     stopped = byol.Run(tmp_path / "run")
     assert not stopped.finished
-    with pytest.raises(byol.DataError):  # the arrays have no path
+    with pytest.raises(byol.RunError, match="same data set"):  # the arrays have no path
         byol.resume(stopped)
     resumed = byol.resume(stopped, data)
     assert resumed.finished
@@ -100,16 +213,18 @@ def test_run_can_be_extended(data, tmp_path):
 
 def test_settings_reach_the_plan(data, tmp_path):
     settings = {"views.first.area": np.array([0.3, 1.0]), "views.first.solarize": np.float64(0.5), "norm.eps": 1e-3}
-    run = byol.pretrain(data, tmp_path / "run", settings=settings, **{**SMALL, "epochs": 2})
+    run = byol.pretrain(data, tmp_path / "run", augment="overhead", settings=settings, **{**SMALL, "epochs": 2})
     first = run.plan["recipe"]["views"]["first"]
     assert first["area"] == [0.3, 1.0] and first["solarize"] == 0.5
     assert run.plan["encoder"]["eps"] == 1e-3
+    assert first["rotate"] == 0.75 and first["hue"] == 0.0
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({"recipe": "imagnet"}, byol.RecipeError, "imagnet"),
+        ({"augment": "satellite"}, byol.RecipeError, "overhead"),
         ({"settings": {"views.siz": 3}}, byol.RecipeError, "views.size"),
         ({"settings": {"target.tau": 2}}, byol.RecipeError, "target.tau"),
         ({"batch": 1000}, byol.DataError, "exceeds"),
@@ -318,6 +433,31 @@ def test_label_free_metrics_need_no_labels(encoder):
     assert baseline != metrics
 
 
+def test_index_finds_maps_and_selects(encoder, data):
+    features = encoder.embed(data)
+    index = byol.Index(features)
+    assert len(index) == 60
+    rows, cosines = index.nearest(features[:4], k=3)
+    assert rows.shape == cosines.shape == (4, 3)
+    assert rows[:, 0].tolist() == [0, 1, 2, 3] and np.allclose(cosines[:, 0], 1)
+    centered = features - features.mean(axis=0)
+    unit = centered / np.linalg.norm(centered, axis=1, keepdims=True)
+    assert np.allclose(np.sort(unit[:4] @ unit.T)[:, :-4:-1], cosines, atol=1e-5)
+    for method in ("tsne", "pca"):
+        points = index.map(method)
+        assert points.shape == (60, 2) and np.abs(points).max() <= 1
+    assert index.outlier_scores().shape == (60,)
+    selected = index.select(5)
+    assert len(set(selected.tolist())) == 5
+    with pytest.raises(byol.DataError, match="dimension 3"):
+        index.nearest(np.zeros(3))
+    with pytest.raises(ValueError, match="umap"):
+        index.map("umap")
+    for unusable in (np.zeros((0, 4)), np.full((2, 2), np.nan), np.zeros(4)):
+        with pytest.raises(byol.DataError):
+            byol.Index(unusable)
+
+
 def test_arrays_may_have_a_test_split(encoder):
     images, labels = pictures()
     data = byol.Dataset.from_arrays(images[:40], labels[:40], test_images=images[40:], test_labels=labels[40:])
@@ -427,25 +567,79 @@ def test_command_starts_itself_and_stops_on_ctrl_c(encoder, data, tmp_path):
 NOTEBOOK = Path(__file__).parents[3] / "docs/tutorial/python.ipynb"
 
 
-@pytest.mark.skipif(not NOTEBOOK.exists(), reason="the notebook is in the repository only")
+#: The notebook's code on fewer images and in one epoch.
+SMALLER = [
+    ("synthetic(2000, 800)", "synthetic(200, 60)"),
+    ("epochs=16, warmup_epochs=2", "epochs=1, warmup_epochs=0"),
+    ("width=0.25", "width=0.0625"),
+    ("assert trained.accuracy > random.accuracy + 0.05", ""),
+]
+
+
+def smaller_notebook():
+    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    for text, replacement in SMALLER:
+        cells = [cell for cell in notebook["cells"] if text in "".join(cell["source"])]
+        assert len(cells) == 1, text
+        cells[0]["source"] = "".join(cells[0]["source"]).replace(text, replacement)
+    return notebook
+
+
+in_repository = pytest.mark.skipif(not NOTEBOOK.exists(), reason="the notebook is in the repository only")
+
+
+@in_repository
 def test_notebook_runs(tmp_path, monkeypatch):
     pytest.importorskip("PIL.Image")
     monkeypatch.chdir(tmp_path)
-    # The same code, on fewer images and in one epoch.
-    smaller = [
-        ("synthetic(2000, 800)", "synthetic(200, 60)"),
-        ("epochs=16, warmup_epochs=2", "epochs=1, warmup_epochs=0"),
-        ("width=0.25", "width=0.0625"),
-        ("assert trained.accuracy > random.accuracy + 0.05", ""),
-    ]
-    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+    cells = [cell for cell in smaller_notebook()["cells"] if cell["cell_type"] == "code"]
     code = "\n".join("".join(cell["source"]) for cell in cells)
-    for text, replacement in smaller:
-        assert code.count(text) == 1, text
-        code = code.replace(text, replacement)
     exec(compile(code, str(NOTEBOOK), "exec"), {})
     assert byol.Run("byol-runs/run").finished
-    assert not any(output.get("ename") for cell in cells for output in cell["outputs"])
+
+
+def shape(output):
+    """Return the kind of an output: its media types, or its text without numbers."""
+    if output["output_type"] == "stream":
+        return [re.sub(r"[-\d. ]+", "0", line) for line in "".join(output["text"]).splitlines()]
+    return sorted(output.get("data", {"error": output.get("ename")}))
+
+
+@in_repository
+def test_notebook_shows_the_output_of_its_cells(tmp_path):
+    pytest.importorskip("PIL.Image")
+    pytest.importorskip("ipykernel")
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    shown = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    notebook = nbformat.reads(json.dumps(smaller_notebook()), as_version=4)
+    nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
+    ).execute()
+    for cell, executed in zip(shown, notebook["cells"]):
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "code" or "import torch" in source:
+            continue
+        kinds, actual = ([shape(output) for output in outputs] for outputs in (cell["outputs"], executed["outputs"]))
+        # One epoch prints fewer lines than 16.
+        expected = kinds[:1] + kinds[-1:] if "byol.pretrain" in source else kinds
+        assert expected == actual, source
+
+
+@in_repository
+def test_documented_code_computes_the_features_of_an_exported_encoder(encoder, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    image = pytest.importorskip("PIL.Image")
+    monkeypatch.chdir(tmp_path)
+    y, x = np.mgrid[:300, :200]
+    pixels = np.stack([128 + 100 * np.sin(x / 9), 128 + 100 * np.cos(y / 7), (x + y) % 256], axis=-1)
+    image.fromarray(pixels.astype(np.uint8)).save("photo.jpg", format="png")
+    encoder.export("encoder.onnx")
+    page = (NOTEBOOK.parents[1] / "how-to/use.md").read_text(encoding="utf-8")
+    blocks = [block for block in page.split("```python\n")[1:] if "onnxruntime" in block.split("```")[0]]
+    assert len(blocks) == 1
+    names = {}
+    exec(blocks[0].split("```")[0], names)
+    assert np.abs(names["features"] - encoder.embed("photo.jpg")).max() < 1e-4
 
 
 def test_everything_public_is_documented():

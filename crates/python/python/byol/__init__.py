@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from byol._byol import ByolError, DataError, EncoderError, RecipeError, RunError, __version__
     from byol._data import Dataset
     from byol._encoder import Encoder
+    from byol._index import Index
     from byol._train import Run, pretrain, resume
 
 # Imported when they are used, so that the command starts without NumPy.
 _MODULES = {
     "_data": ["Dataset"],
     "_encoder": ["Encoder"],
+    "_index": ["Index"],
     "_train": ["Run", "pretrain", "resume"],
     "_byol": ["ByolError", "DataError", "EncoderError", "RecipeError", "RunError", "__version__"],
 }
@@ -48,6 +50,7 @@ __all__ = [
     "Dataset",
     "Encoder",
     "EncoderError",
+    "Index",
     "RecipeError",
     "Run",
     "RunError",

@@ -25,6 +25,7 @@ class RunError(ByolError):
 
 _Path = str | PathLike[str]
 _Item = _Path | NDArray[np.uint8]
+_Read = Callable[[int], _Item]
 _Estimate = tuple[float, float, float]
 _Classified = tuple[_Estimate, list[int], list[int]]
 
@@ -36,6 +37,13 @@ class Dataset:
         train: Sequence[_Item],
         labels: Sequence[int] | None,
         test: Sequence[_Item],
+        test_labels: Sequence[int] | None,
+    ) -> Dataset: ...
+    @staticmethod
+    def from_function(
+        train: tuple[_Read, int],
+        labels: Sequence[int] | None,
+        test: tuple[_Read, int] | None,
         test_labels: Sequence[int] | None,
     ) -> Dataset: ...
     @staticmethod
@@ -65,11 +73,22 @@ class Encoder:
     def to_bytes(self) -> bytes: ...
     def export(self, path: _Path, normalized_input: bool) -> float: ...
 
+class Index:
+    def __init__(self, embeddings: NDArray[np.float32]) -> None: ...
+    def __len__(self) -> int: ...
+    def nearest(
+        self, queries: NDArray[np.float32], k: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]: ...
+    def map(self, method: str) -> NDArray[np.float32]: ...
+    def outlier_scores(self, k: int) -> NDArray[np.float64]: ...
+    def select(self, n: int) -> NDArray[np.int64]: ...
+
 def main(args: Sequence[str], command: Sequence[str]) -> int: ...
 def pretrain(
     dataset: Dataset,
     out: _Path,
     recipe: str,
+    augment: str | None,
     epochs: int | None,
     settings: Sequence[str],
     device: str,
@@ -86,6 +105,7 @@ def resume(
     callback: Callable[[str], object] | None,
 ) -> None: ...
 def plan(folder: _Path) -> str: ...
+def verdict(folder: _Path) -> tuple[str, bool] | None: ...
 def knn(
     encoder: Encoder, dataset: Dataset, k: int, temperature: float, limit: int, seed: int
 ) -> _Classified: ...

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal, Union
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Union
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 PathLike = Union[str, "os.PathLike[str]"]
 ImageLike = Union[PathLike, NDArray[np.uint8], "PilImage"]
 Split = Literal["train", "val", "test"]
+
+
+class ImageSequence(Protocol):
+    """An object with a length whose items are images, or tuples that begin with one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> Any: ...
 
 
 def as_item(image: ImageLike) -> PathLike | NDArray[np.uint8]:
@@ -124,8 +132,51 @@ class Dataset:
             labels is not that of the images.
         """
         splits = [_items(images), [] if test_images is None else _items(test_images)]
-        classes = [None if given is None else [_class(label) for label in given] for given in (labels, test_labels)]
+        classes = [_classes(given) for given in (labels, test_labels)]
         return cls(_byol.Dataset.from_items(splits[0], classes[0], splits[1], classes[1]))
+
+    @classmethod
+    def from_sequence(
+        cls,
+        images: ImageSequence,
+        labels: Iterable[int] | None = None,
+        *,
+        test_images: ImageSequence | None = None,
+        test_labels: Iterable[int] | None = None,
+    ) -> Dataset:
+        """Use images that are read when they are needed.
+
+        Pretraining reads each image once before the first step, and keeps all of them if they fit
+        into a quarter of the free memory, at most 8 GiB. Otherwise threads read them ahead of the
+        training steps. Several threads call ``images[i]`` at once, so it must be thread-safe.
+        Decoding and augmentation do not hold the interpreter lock.
+
+        Parameters
+        ----------
+        images
+            Anything with a length and ``images[i]``, such as a list of paths, an array of an HDF5
+            file, or a torchvision data set. An item is a path, a PIL image, an array ``uint8
+            [H, W, 3]`` or ``[H, W]``, or a tuple or list that begins with one of these. It must be
+            the same at every call.
+        labels
+            Class of each image, from 0. Used by evaluations, never by pretraining.
+        test_images, test_labels
+            A test split for evaluations.
+
+        Raises
+        ------
+        DataError
+            If there are no images, or the number of labels is not that of the images. An exception
+            that ``images[i]`` raises ends the function that reads the image.
+
+        Examples
+        --------
+        >>> photos = torchvision.datasets.ImageFolder("photos")
+        >>> data = byol.Dataset.from_sequence(photos, photos.targets)
+        """
+        test = None if test_images is None else _reader(test_images)
+        classes = [_classes(given) for given in (labels, test_labels)]
+        return cls(_byol.Dataset.from_function(_reader(images), classes[0], test, classes[1]))
 
     @classmethod
     def synthetic(cls, n: int = 2000, n_test: int = 800, seed: int = 0) -> Dataset:
@@ -174,10 +225,41 @@ def as_dataset(data: Dataset | PathLike, encoder: _byol.Encoder | None = None) -
 
 
 def _items(images: Iterable[ImageLike]) -> list[PathLike | NDArray[np.uint8]]:
+    _refuse_single_image(images)
+    return [as_item(image) for image in images]
+
+
+def _refuse_single_image(images: object) -> None:
     is_one_image = getattr(images, "ndim", 4) <= 3 and getattr(images, "shape", (0,))[-1] == 3
     if is_one_image or isinstance(images, (str, os.PathLike)) or hasattr(images, "convert"):
         raise _byol.DataError("a single image is not a data set\nhint: pass a list of images")
-    return [as_item(image) for image in images]
+
+
+def _reader(images: ImageSequence) -> tuple[Callable[[int], PathLike | NDArray[np.uint8]], int]:
+    """Return a function of the position, and the number of images."""
+    _refuse_single_image(images)
+    if not (hasattr(images, "__len__") and hasattr(images, "__getitem__")):
+        raise _byol.DataError(
+            f"{type(images).__name__} is not a sequence of images\n"
+            "hint: pass an object with __len__ and __getitem__, or use Dataset.from_arrays"
+        )
+
+    def read(i: int) -> PathLike | NDArray[np.uint8]:
+        item = images[i]
+        if isinstance(item, (tuple, list)):
+            item = item[0]
+        if isinstance(item, dict):
+            raise _byol.DataError(f"image {i}: a dict is not an image\nhint: pass the column of the images")
+        try:
+            return as_item(item)
+        except _byol.DataError as error:
+            raise _byol.DataError(f"image {i}: {error}") from None
+
+    return read, len(images)
+
+
+def _classes(labels: Iterable[int] | None) -> list[int] | None:
+    return None if labels is None else [_class(label) for label in labels]
 
 
 def _class(label: int) -> int:

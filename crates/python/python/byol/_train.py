@@ -19,28 +19,6 @@ from byol._encoder import Device, Encoder
 Event = dict[str, Any]
 Callback = Callable[[Event], object]
 
-# Arguments of `pretrain` that are recipe keys, named as the flags of the command.
-_KEYS = {
-    "accumulate": "train.accumulate",
-    "batch": "train.batch",
-    "encoder": "encoder.architecture",
-    "hidden": "heads.hidden",
-    "init": "encoder.from",
-    "limit": "train.limit",
-    "lr": "optimizer.lr",
-    "on_collapse": "health.on_collapse",
-    "optimizer": "optimizer.kind",
-    "precision": "train.precision",
-    "projection": "heads.projection",
-    "seed": "seed",
-    "size": "views.size",
-    "tau": "target.tau",
-    "trust_coefficient": "optimizer.trust_coefficient",
-    "warmup_epochs": "train.warmup_epochs",
-    "weight_decay": "optimizer.weight_decay",
-    "width": "encoder.width",
-}
-
 
 class Run:
     """A run folder: plan, metrics and encoder.
@@ -84,6 +62,12 @@ class Run:
         return bool(epochs) and epochs[-1]["epoch"] >= self.plan["recipe"]["train"]["epochs"]
 
     @property
+    def verdict(self) -> str | None:
+        """Comparison of the last epoch with the initial weights; None if it was not measured."""
+        verdict = _byol.verdict(os.fspath(self.path))
+        return None if verdict is None else verdict[0]
+
+    @property
     def encoder(self) -> Encoder:
         """The encoder after the last checkpoint."""
         return Encoder.open(self.path)
@@ -117,13 +101,31 @@ def pretrain(
     recipe: str | PathLike = "auto",
     *,
     epochs: int | None = None,
+    batch: int | None = None,
+    augment: str | None = None,
+    size: int | None = None,
+    encoder: str | None = None,
+    width: float | None = None,
+    init: PathLike | None = None,
+    hidden: int | None = None,
+    projection: int | None = None,
+    optimizer: str | None = None,
+    lr: float | None = None,
+    weight_decay: float | None = None,
+    trust_coefficient: float | None = None,
+    warmup_epochs: int | None = None,
+    tau: float | None = None,
+    accumulate: int | None = None,
+    precision: str | None = None,
+    limit: int | None = None,
+    seed: int | None = None,
+    on_collapse: str | None = None,
     settings: dict[str, Any] | None = None,
     device: Device = "auto",
     threads: int = 0,
     tensorboard: bool = False,
     progress: bool = True,
     callback: Callback | None = None,
-    **overrides: Any,
 ) -> Run:
     """Pretrain an encoder with BYOL.
 
@@ -142,8 +144,30 @@ def pretrain(
     epochs
         Number of epochs. The warm-up of a recipe shrinks to a tenth of them if it would take
         longer.
+    batch, accumulate
+        Images per step, and the number of micro-batches that they are processed in.
+    augment, size
+        Augmentations for a kind of images, ``photos``, ``overhead`` or ``microscopy``; side of the
+        views in pixels.
+    encoder, width, init
+        Architecture, ``resnet18`` to ``resnet200``; factor of its channels; file or run of the weights
+        to start from.
+    hidden, projection
+        Units of the hidden layer and of the output of the projection and prediction heads.
+    optimizer, lr, weight_decay, trust_coefficient, warmup_epochs
+        ``lars``, ``sgd`` or ``adamw``; learning rate per 256 images.
+    tau
+        Target decay at the start, from 0 to 1.
+    precision
+        ``f32``, ``bf16`` or ``f16``.
+    limit
+        Number of training images to use, sampled evenly.
+    seed
+        Seed of initialization, order and views.
+    on_collapse
+        ``stop``, ``rollback`` or ``continue``.
     settings
-        Recipe keys, as in ``{"views.first.area": [0.3, 1.0]}``.
+        Any recipe keys, as in ``{"views.first.area": [0.3, 1.0]}``.
     device
         ``auto``, ``cpu``, ``vulkan``, ``metal``, ``wgpu``, ``cuda`` or ``rocm``.
     threads
@@ -156,11 +180,6 @@ def pretrain(
         Called with a dict per event: ``kind`` is ``step``, ``epoch``, ``checkpoint``, ``skipped``
         (unreadable images of shards) or ``rollback``, with the loss, metrics and times that
         `Run.metrics` has. An exception stops the run with a checkpoint.
-    **overrides
-        Common recipe keys by the names of the command's flags: ``accumulate``, ``batch``,
-        ``encoder``, ``hidden``, ``init``, ``limit``, ``lr``, ``on_collapse``, ``optimizer``,
-        ``precision``, ``projection``, ``seed``, ``size``, ``tau``, ``trust_coefficient``,
-        ``warmup_epochs``, ``weight_decay``, ``width``.
 
     Returns
     -------
@@ -170,20 +189,37 @@ def pretrain(
     ------
     RecipeError, DataError, RunError
     """
-    unknown = sorted(set(overrides) - set(_KEYS))
-    if unknown:
-        raise TypeError(f"pretrain() got an unexpected keyword argument {unknown[0]!r}")
-    named = {_KEYS[name]: value for name, value in overrides.items() if value is not None}
+    named = {
+        "train.batch": batch,
+        "views.size": size,
+        "encoder.architecture": encoder,
+        "encoder.width": width,
+        "encoder.from": init,
+        "heads.hidden": hidden,
+        "heads.projection": projection,
+        "optimizer.kind": optimizer,
+        "optimizer.lr": lr,
+        "optimizer.weight_decay": weight_decay,
+        "optimizer.trust_coefficient": trust_coefficient,
+        "train.warmup_epochs": warmup_epochs,
+        "target.tau": tau,
+        "train.accumulate": accumulate,
+        "train.precision": precision,
+        "train.limit": limit,
+        "seed": seed,
+        "health.on_collapse": on_collapse,
+    }
+    named = {key: value for key, value in named.items() if value is not None}
     keys = [f"{key}={_toml(value)}" for key, value in {**named, **(settings or {})}.items()]
     folder = Path(out) if out is not None else _free_folder(data)
     recipe, call = os.fspath(recipe), _native(callback, progress)
     epochs, threads = _count("epochs", epochs), _count("threads", threads) or 0
     dataset = as_dataset(data)._native
-    _byol.pretrain(dataset, folder, recipe, epochs, keys, device, threads, tensorboard, call)
+    _byol.pretrain(dataset, folder, recipe, augment, epochs, keys, device, threads, tensorboard, call)
     skipped = folder / "skipped.txt"
     if skipped.exists():
         warnings.warn(f"some files were not used; {skipped} lists them", stacklevel=2)
-    return Run(folder)
+    return _finished(folder, progress)
 
 
 def resume(
@@ -202,7 +238,8 @@ def resume(
     run
         Run folder.
     data
-        The images of the run, if they are not where they were, or were given as arrays.
+        The images of the run, if they are not where they were, or were given as arrays or as a
+        sequence.
     epochs
         New number of epochs in total. The schedules of learning rate and tau continue as in a run of
         this length.
@@ -212,7 +249,8 @@ def resume(
     Raises
     ------
     RunError
-        If the data have changed, or the run cannot be read.
+        If the run cannot be read, or the data have changed. Of a sequence only the length is
+        compared.
     """
     folder = Path(run)
     dataset = data._native if isinstance(data, Dataset) else None
@@ -220,6 +258,16 @@ def resume(
     call = _native(callback, progress)
     epochs, threads = _count("epochs", epochs), _count("threads", threads) or 0
     _byol.resume(folder, dataset, moved, epochs, threads, call)
+    return _finished(folder, progress)
+
+
+def _finished(folder: Path, progress: bool) -> Run:
+    """Return a finished run. A run that learned nothing is a warning, as in the command."""
+    text, is_worse = _byol.verdict(os.fspath(folder)) or ("", False)
+    if is_worse:
+        warnings.warn(text, stacklevel=3)
+    elif text and progress:
+        print(text, file=sys.stderr, flush=True)
     return Run(folder)
 
 
