@@ -336,6 +336,9 @@ fn messages_follow_the_style_guide() {
             for phrase in banned_phrases(&prose) {
                 faults.push(format!("{name}:{line}: `{phrase}` in `{text}`"));
             }
+            if text.contains("docs/") {
+                faults.push(format!("{name}:{line}: `{text}` names a file that a binary's users do not have"));
+            }
             let (message, hint) = text.split_once("\\nhint: ").map_or((text.as_str(), None), |(m, h)| (m, Some(h)));
             if is_error && let Some(verb) = IMPERATIVES.iter().find(|verb| message.contains(&format!("; {verb} "))) {
                 faults.push(format!("{name}:{line}: `; {verb}` in `{text}` should be a hint"));
