@@ -166,12 +166,14 @@ pub struct Session {
 }
 
 impl Session {
-    /// Waits for the calls that are running; there are none afterwards.
-    pub fn end(&self, py: Python) {
+    /// Waits for the calls that are running, unless Ctrl-C is pressed; none begins afterwards.
+    pub fn end(&self, py: Python) -> PyResult<()> {
         self.calls.are_over.store(true, Ordering::SeqCst);
         while self.calls.running.load(Ordering::SeqCst) > 0 {
             py.detach(|| thread::sleep(Duration::from_millis(5)));
+            py.check_signals()?;
         }
+        Ok(())
     }
 }
 

@@ -170,7 +170,7 @@ fn train(
         }
         py.detach(|| worker.join()).expect("panics are caught")
     });
-    session.end(py);
+    session.end(py)?;
     match (raised, outcome) {
         (Some(error), Ok(())) if error.is_instance_of::<PyKeyboardInterrupt>(py) => {
             Err(PyKeyboardInterrupt::new_err("stopped with a checkpoint; byol.resume continues the run"))
