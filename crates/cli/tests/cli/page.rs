@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::common::{Server, ask, skip, text, trained};
+use crate::common::{Server, ask, embed, ok, skip, text, trained};
 use serde_json::{Value, json};
 
 /// A browser session that is closed when dropped.
@@ -313,4 +313,24 @@ fn explore_page_works_with_mouse_and_keyboard_and_at_phone_width() {
     let log = browser.post("se/log", json!({ "type": "browser" }));
     let severe: Vec<&Value> = log.as_array().unwrap().iter().filter(|l| l["level"] == "SEVERE").collect();
     assert!(severe.is_empty(), "{severe:?}");
+}
+
+#[test]
+fn explore_page_offers_no_colors_without_data() {
+    let Some(browser) = Browser::start() else { return };
+    let (_, data, encoder) = trained();
+    let folder = tempfile::tempdir().unwrap();
+    let (unlabeled, vectors) = (folder.path().join("images"), folder.path().join("images.parquet"));
+    std::fs::create_dir(&unlabeled).unwrap();
+    for file in std::fs::read_dir(data.join("even")).unwrap().map(|file| file.unwrap().path()) {
+        std::fs::copy(&file, unlabeled.join(file.file_name().unwrap())).unwrap();
+    }
+    ok(&embed(encoder, &unlabeled, &vectors, &[]));
+    let server = Server::start(&["explore", text(&vectors), "--port", "0", "--device", "cpu"]);
+    browser.post("url", json!({ "url": format!("http://127.0.0.1:{}/", server.port) }));
+    browser.until(
+        "only clusters and outliers are offered",
+        "return [...document.querySelectorAll('#color option:enabled')].map(o => o.value).join() === 'cluster,outlier'",
+    );
+    browser.until("a mode with data is selected", "return document.getElementById('color').value === 'outlier'");
 }
