@@ -132,8 +132,16 @@ class Slow(Photos):
         return super().__getitem__(i % 60)
 
 
-def test_ctrl_c_stops_the_reading_of_images(tmp_path):
-    photos = Slow(n=10_000)
+@pytest.fixture
+def python_handles_ctrl_c():
+    """Python's own handler, which is not installed where Ctrl-C is ignored, as in background jobs."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_stops_the_reading_of_images(tmp_path, python_handles_ctrl_c):
+    photos = Slow(n=1000)
     with pytest.raises(KeyboardInterrupt):
         byol.pretrain(byol.Dataset.from_sequence(photos), tmp_path / "run", **SMALL)
     reads = photos.reads
