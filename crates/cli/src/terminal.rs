@@ -159,16 +159,12 @@ pub fn wrap(text: &str) -> String {
 fn wrap_line(line: &str) -> String {
     let text = line.trim_start();
     let margin = line.len() - text.len();
-    let label = text.split(' ').next().map(|word| strip_ansi_codes(word).len()).unwrap_or(0);
-    let has_label = label < 8 && text.split(' ').next().is_some_and(|word| strip_ansi_codes(word).ends_with(':'));
-    let indent = margin
-        + if has_label {
-            label + 1
-        } else if margin == 0 {
-            2
-        } else {
-            0
-        };
+    let label = text.split(' ').next().map(strip_ansi_codes).filter(|word| word.ends_with(':') && word.len() < 8);
+    let indent = match label {
+        Some(label) => margin + label.len() + 1,
+        None if margin == 0 => 2,
+        None => margin,
+    };
     let (mut wrapped, mut column) = (" ".repeat(margin), margin);
     for (i, part) in unbreakable(text).into_iter().enumerate() {
         let (width, space) = (measure_text_width(&part), usize::from(i > 0));

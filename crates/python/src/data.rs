@@ -95,14 +95,14 @@ struct OnDemand {
     calls: Arc<Calls>,
 }
 
-/// Calls of the images' owner.
+/// Running calls of the Python object.
 #[derive(Default)]
 struct Calls {
     running: AtomicUsize,
     are_over: AtomicBool,
 }
 
-/// A call of the images' owner, until it is dropped.
+/// A call of the Python object, until it is dropped.
 struct Call<'a>(&'a Calls);
 
 impl Calls {
@@ -287,8 +287,8 @@ impl From<byol::Dataset> for Dataset {
 }
 
 impl Dataset {
-    /// The same data set for one run. Threads that outlive the run do not call the images' owner
-    /// after the session has ended.
+    /// The same data set for one run. Threads that outlive the run do not call the Python
+    /// object after the session has ended.
     pub fn session(&self) -> Session {
         let calls = Arc::<Calls>::default();
         let mut dataset = self.inner.clone();

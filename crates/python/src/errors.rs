@@ -26,9 +26,9 @@ pub fn add_to(module: &Bound<PyModule>) -> PyResult<()> {
     module.add("RunError", py.get_type::<RunError>())
 }
 
-/// Exception of an error of images. One that was raised by the images' owner is returned as it is.
+/// Exception of an error of images. A Python exception among its causes is returned as it is.
 pub fn data(error: impl Error + 'static) -> PyErr {
-    owners(&error).unwrap_or_else(|| data_text(error))
+    python_cause(&error).unwrap_or_else(|| data_text(error))
 }
 
 pub fn data_text(text: impl Display) -> PyErr {
@@ -36,12 +36,12 @@ pub fn data_text(text: impl Display) -> PyErr {
 }
 
 /// The Python exception among the causes of an error.
-fn owners(error: &(dyn Error + 'static)) -> Option<PyErr> {
+fn python_cause(error: &(dyn Error + 'static)) -> Option<PyErr> {
     if let Some(cause) = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
         let raised = cause.downcast_ref::<PyErr>()?;
         return Some(Python::attach(|py| raised.clone_ref(py)));
     }
-    owners(error.source()?)
+    python_cause(error.source()?)
 }
 
 pub fn encoder(error: impl Display) -> PyErr {
@@ -58,7 +58,7 @@ pub fn byol(error: impl Display) -> PyErr {
 
 /// Exception of an error of a run.
 pub fn run(error: &train::Error) -> PyErr {
-    if let Some(raised) = owners(error) {
+    if let Some(raised) = python_cause(error) {
         return raised;
     }
     let text = error.to_string();

@@ -146,7 +146,7 @@ fn train(
     };
     let mut raised: Option<PyErr> = None;
     let outcome = thread::scope(|scope| {
-        // Dropped with this scope's frame if anything here panics, so that the worker goes on.
+        // Both are dropped if anything here panics: the worker then stops instead of waiting.
         let (send_done, _stop) = (send_done, StopOnDrop(stop));
         let worker = thread::Builder::new().name("train".into()).spawn_scoped(scope, || errors::caught(work))?;
         let mut stop_with = |error: PyErr| {

@@ -478,12 +478,11 @@ pub fn built_in(name: &str) -> Option<&'static str> {
 }
 
 /// Names of the view policies: augmentations for a kind of images.
-pub const VIEW_POLICIES: [&str; 3] = ["photos", "overhead", "microscopy"];
+pub const VIEW_POLICIES: [&str; 2] = ["overhead", "microscopy"];
 
-/// TOML of a view policy; empty for `photos`, the paper's.
+/// TOML of a view policy.
 fn view_policy(name: &str) -> Option<&'static str> {
     Some(match name {
-        "photos" => "",
         "overhead" => include_str!("../../../../recipes/views/overhead.toml"),
         "microscopy" => include_str!("../../../../recipes/views/microscopy.toml"),
         _ => return None,
@@ -942,10 +941,9 @@ mod tests {
             overrides.set("views.first.rotate=0.25").unwrap();
             let views = overrides.check().unwrap().views;
             assert_eq!(views.first.rotate, 0.25);
-            let expected = if name == "photos" { [0.0, 0.0] } else { [0.75, 0.5] };
-            assert_eq!([views.second.rotate, views.second.flip_vertical], expected);
+            assert_eq!([views.second.rotate, views.second.flip_vertical], [0.75, 0.5]);
         }
-        assert!(RecipeOverrides::default().set_views("photo").unwrap_err().to_string().contains("overhead"));
+        assert!(RecipeOverrides::default().set_views("over").unwrap_err().to_string().contains("overhead"));
     }
 
     #[test]

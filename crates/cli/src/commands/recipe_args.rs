@@ -11,8 +11,8 @@ pub struct RecipeArgs {
     /// or the folder or `plan.toml` of a run
     #[arg(long, default_value = "auto")]
     pub recipe: String,
-    /// Augmentations for a kind of images: photos (the paper's), overhead (satellite and aerial
-    /// images) or microscopy [default: those of the recipe]
+    /// Augmentations for a kind of images: overhead (satellite and aerial images) or microscopy
+    /// [default: those of the recipe]
     #[arg(long, value_name = "KIND", value_parser = VIEW_POLICIES, hide_possible_values = true)]
     pub augment: Option<String>,
     /// Override a recipe key, for example target.tau=0.99 (repeatable)

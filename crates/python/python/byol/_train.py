@@ -147,8 +147,7 @@ def pretrain(
     batch, accumulate
         Images per step, and the number of micro-batches that they are processed in.
     augment, size
-        Augmentations for a kind of images, ``photos``, ``overhead`` or ``microscopy``; side of the
-        views in pixels.
+        Augmentations for a kind of images, ``overhead`` or ``microscopy``; side of the views in pixels.
     encoder, width, init
         Architecture, ``resnet18`` to ``resnet200``; factor of its channels; file or run of the weights
         to start from.
