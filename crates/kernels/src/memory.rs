@@ -45,6 +45,46 @@ pub(crate) unsafe fn as_uninit<T: Copy>(values: &mut [T]) -> &mut [MaybeUninit<T
     unsafe { &mut *(std::ptr::from_mut(values) as *mut [MaybeUninit<T>]) }
 }
 
+/// A cache line.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+struct CacheLine([u32; 16]);
+
+/// Types of which any bits are a value, and that fit a cache line without a gap.
+pub(crate) trait Plain: Copy {}
+
+impl Plain for f32 {}
+impl Plain for crate::simd::Bf16 {}
+
+/// Buffer of plain values that begins at a cache line.
+#[derive(Debug, Default)]
+pub(crate) struct AlignedBuffer(Vec<CacheLine>);
+
+impl AlignedBuffer {
+    /// Returns the first `n` values. The buffer is enlarged by zeros if necessary.
+    pub fn grow<T: Plain>(&mut self, n: usize) -> &mut [T] {
+        let lines = (n * size_of::<T>()).div_ceil(size_of::<CacheLine>());
+        if self.0.len() < lines {
+            self.0.resize(lines, CacheLine([0; 16]));
+        }
+        // SAFETY: the lines hold the values, their alignment is no less strict, and any bits are a
+        // value.
+        unsafe { std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), n) }
+    }
+
+    /// Returns the first `n` values.
+    ///
+    /// # Panics
+    ///
+    /// If the buffer holds fewer.
+    pub fn get<T: Plain>(&self, n: usize) -> &[T] {
+        assert!(n * size_of::<T>() <= self.0.len() * size_of::<CacheLine>(), "the buffer holds {n} values");
+        // SAFETY: the lines hold the values by the assertion, their alignment is no less strict, and
+        // any bits are a value.
+        unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), n) }
+    }
+}
+
 /// Least size of a block that is kept, in bytes.
 const MIN_BLOCK: usize = 1 << 16;
 

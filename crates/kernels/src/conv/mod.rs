@@ -1,16 +1,19 @@
 //! Convolution and its two gradients, channels last.
 //!
-//! There are two algorithms: `direct` handles every shape, and `winograd`, which needs a quarter of
-//! the multiplications, handles 3x3 kernels with stride 1 and at least 16 channels. The choice
-//! depends on the shape alone. Both multiply f32, or bf16 where the instruction set's table does
-//! ([`with_bf16`](crate::isa::with_bf16)); inputs, outputs and sums are f32.
+//! There are three algorithms. On processors with a matrix unit, `matrix` multiplies bf16 tiles, for
+//! every shape. Elsewhere `direct` handles every shape, and `winograd`, which needs a quarter of the
+//! multiplications, handles 3x3 kernels with stride 1 and at least 16 channels. The choice depends
+//! on the shape and the instruction set alone. `direct` and `winograd` multiply f32, or bf16 where
+//! the instruction set's table does ([`with_bf16`](crate::isa::with_bf16)); sums are f32.
 //!
 //! The `_fused` variants take an *epilogue*, which gets each finished part of the result while it
 //! is in the cache, together with its offset in values. Parts are whole pixels. What the epilogue
 //! returns for each part comes back in the order of the parts, which depends on the shape alone.
 
 mod direct;
+mod gather;
 mod input;
+mod matrix;
 mod operand;
 mod shape;
 mod tiles;
@@ -37,6 +40,9 @@ pub fn forward_fused<R: Send>(
     s.check();
     let [x_len, w_len, _] = s.lengths();
     assert_eq!((x.values.len(), w.len()), (x_len, w_len), "{s:?}");
+    if let Some(loops) = &isa.matrix {
+        return matrix::forward((isa, loops), s, w, x, epilogue);
+    }
     match (winograd::Tiling::for_shape(s), uses_bf16(isa, s.c_in)) {
         (Some(tiling), false) => winograd::forward::<f32, _>(isa, s, &tiling, w, x, epilogue),
         (Some(tiling), true) => winograd::forward::<Bf16, _>(isa, s, &tiling, w, x, epilogue),
@@ -69,6 +75,9 @@ pub fn backward_data_fused<R: Send>(
     s.check();
     let [_, w_len, y_len] = s.lengths();
     assert_eq!((w.len(), dy.len()), (w_len, y_len), "{s:?}");
+    if let Some(loops) = &isa.matrix {
+        return matrix::backward_data((isa, loops), s, w, dy, epilogue);
+    }
     match (winograd::Tiling::for_shape(s), uses_bf16(isa, s.c_out)) {
         (Some(tiling), false) => winograd::backward_data::<f32, _>(isa, s, &tiling, w, dy, epilogue),
         (Some(tiling), true) => winograd::backward_data::<Bf16, _>(isa, s, &tiling, w, dy, epilogue),
@@ -95,6 +104,9 @@ pub fn backward_weight(isa: &Isa, s: &Shape, x: Input, dy: &[f32]) -> Vec<f32> {
     s.check();
     let [x_len, _, y_len] = s.lengths();
     assert_eq!((x.values.len(), dy.len()), (x_len, y_len), "{s:?}");
+    if let Some(loops) = &isa.matrix {
+        return matrix::backward_weight((isa, loops), s, x, dy);
+    }
     // Pixels are paired here, not channels: the number of channels may be odd.
     let packed = match (winograd::Tiling::for_shape(s), uses_bf16(isa, 2)) {
         (Some(tiling), false) => winograd::backward_weight::<f32>(isa, s, &tiling, x, dy),

@@ -14,13 +14,16 @@ const F32: Isa = compile_f32!("avx512", Avx512, pixels: 8, rows: 8, #[target_fea
 
 pub(super) static ISA: Isa = F32;
 
-pub(super) static BF16_ISA: Isa = Isa {
+/// Base of the tables that multiply bf16.
+pub(super) const BF16: Isa = Isa {
     name: "avx512 with bf16",
     bf16: Some(compile_bf16!(
         Avx512, Avx512Pairs, pixels: 8, rows: 8, #[target_feature(enable = "avx512f,avx512bf16")]
     )),
     ..F32
 };
+
+pub(super) static BF16_ISA: Isa = BF16;
 
 #[derive(Clone, Copy)]
 struct Avx512;

@@ -2,10 +2,13 @@
 //!
 //! Each instruction set is one file. It implements `Simd` with its intrinsics, chooses the height
 //! of its tiles, and compiles the table's loops with its target features enabled. To add one, write
-//! the file and add it to [`available`]; to multiply bf16 with it, add it to [`with_bf16`] too.
+//! the file and add it to [`available`]; to multiply bf16 with it, add it to [`available_bf16`] too,
+//! under a name that begins with the instruction set's.
 
 use std::sync::OnceLock;
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -15,8 +18,8 @@ mod neon;
 mod portable;
 mod table;
 
-pub(crate) use table::Bf16Loops;
 pub use table::Isa;
+pub(crate) use table::{Bf16Loops, MatrixLoops};
 
 /// Error of [`choose`]: `BYOL_ISA` names an instruction set that this processor does not have.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -52,18 +55,23 @@ pub fn available() -> Vec<&'static Isa> {
 /// Returns the bf16 variants of all instruction sets of this processor. Their convolutions round
 /// the operands to bf16 and sum in f32; inputs and outputs are f32 as for all others.
 pub fn available_bf16() -> Vec<&'static Isa> {
-    available().into_iter().filter_map(with_bf16).collect()
+    let mut all = Vec::new();
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16") {
+        if amx::is_available() {
+            all.push(&amx::ISA);
+        }
+        all.push(&avx512::BF16_ISA);
+    }
+    all.extend([&portable::BF16_ISA, &portable::MATRIX_ISA]);
+    all
 }
 
-/// Returns the variant of `isa` that multiplies bf16, if the processor has one.
+/// Returns the variant of `isa` that multiplies bf16, if the processor has one: the fastest.
 pub fn with_bf16(isa: &Isa) -> Option<&'static Isa> {
-    match isa.name {
-        #[cfg(target_arch = "x86_64")]
-        "avx512" if is_x86_feature_detected!("avx512bf16") => Some(&avx512::BF16_ISA),
-        // For tests: slower than f32.
-        "portable" => Some(&portable::BF16_ISA),
-        _ => None,
-    }
+    // The name of a variant begins with that of its instruction set. (Portable bf16 is slower than
+    // f32, and for tests.)
+    available_bf16().into_iter().find(|variant| variant.name.split(' ').next() == Some(isa.name))
 }
 
 /// Returns the instruction set of this process: the one that `BYOL_ISA` names, else the widest. The

@@ -1,8 +1,11 @@
 //! Portable fallback: arrays of four values, which the compiler maps to the target's baseline
 //! instructions.
 
-use super::table::{Isa, compile_bf16, compile_f32};
-use crate::simd::{Bf16, Product, Simd, StoreBf16};
+use super::table::{Isa, MatrixLoops, compile_bf16, compile_f32};
+use crate::{
+    loops::matrix,
+    simd::{Bf16, Product, Simd, StoreBf16},
+};
 
 // `cfg(all())` is always true: the place of the target features, of which there are none.
 const F32: Isa = compile_f32!("portable", Portable, pixels: 4, rows: 4, #[cfg(all())]);
@@ -12,6 +15,19 @@ pub(super) static ISA: Isa = F32;
 pub(super) static BF16_ISA: Isa = Isa {
     name: "portable with bf16",
     bf16: Some(compile_bf16!(Portable, PortablePairs, pixels: 4, rows: 4, #[cfg(all())])),
+    ..F32
+};
+
+/// The definitions of the matrix loops, for tests of everything around them.
+pub(super) static MATRIX_ISA: Isa = Isa {
+    name: "portable with tiles",
+    bf16: Some(compile_bf16!(Portable, PortablePairs, pixels: 4, rows: 4, #[cfg(all())])),
+    matrix: Some(MatrixLoops {
+        multiply: matrix::multiply,
+        accumulate: matrix::accumulate,
+        transpose: matrix::transpose,
+        interleave: matrix::interleave,
+    }),
     ..F32
 };
 

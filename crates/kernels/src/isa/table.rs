@@ -12,7 +12,7 @@
 use std::{fmt, mem::MaybeUninit};
 
 use crate::{
-    loops::{norm, optimizer_step, pool, tile, winograd},
+    loops::{matrix, norm, optimizer_step, pool, tile, winograd},
     simd::Bf16,
 };
 
@@ -143,6 +143,8 @@ macro_rules! declare_f32_table {
             pub(crate) tile_rows: usize,
             /// Loops that multiply bf16, in the tables that do.
             pub(crate) bf16: Option<Bf16Loops>,
+            /// Loops of a matrix unit, in the tables of processors that have one; with `bf16`.
+            pub(crate) matrix: Option<MatrixLoops>,
             $($(#[$doc])* pub(crate) $name: unsafe fn($($arg: $type),*) $(-> $out)?,)*
         }
     };
@@ -160,6 +162,18 @@ macro_rules! declare_bf16_table {
 }
 use declare_bf16_table;
 for_each_bf16_loop!(declare_bf16_table());
+
+/// The loops of a matrix unit ([`crate::loops::matrix`]).
+pub(crate) struct MatrixLoops {
+    /// Product of rows and packed weights.
+    pub multiply: matrix::MultiplyFn,
+    /// Block of a weight gradient.
+    pub accumulate: matrix::AccumulateFn,
+    /// Packing of the left operand of a weight gradient.
+    pub transpose: unsafe fn(&matrix::Rows<f32>, channels: usize, to: *mut Bf16),
+    /// Packing of the right operand of a weight gradient.
+    pub interleave: unsafe fn(&matrix::Rows<Bf16>, channels: usize, to: *mut Bf16),
+}
 
 macro_rules! compile_f32_table {
     (
@@ -191,6 +205,7 @@ macro_rules! compile_f32_table {
             tile_pixels: PIXELS,
             tile_rows: ROWS,
             bf16: None,
+            matrix: None,
             $($loop_name,)*
         }
     }};

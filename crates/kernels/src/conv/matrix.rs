@@ -1,0 +1,865 @@
+//! Convolution of any shape on a matrix unit: bf16 operands, f32 sums.
+//!
+//! The unit multiplies tiles whose rows are equally spaced in memory ([`crate::loops::matrix`]). A
+//! [`Region`] puts what a task reads into that form, rounded to bf16, so that the pixels of a
+//! destination are the rows of a matrix and each tap of the kernel is an offset:
+//!
+//! * Rows of pixels follow each other with one margin of zeros between them, which serves as the
+//!   right margin of one and the left margin of the next; images likewise. The destination is
+//!   computed at every place of that grid, and the places in the margins are dropped.
+//! * With a stride s, the source is split into s · s planes by row and column modulo s. A tap then
+//!   reads neighboring pixels of one plane, as without a stride.
+//! * Sources of a few channels, such as RGB images, are gathered window by window instead (im2col):
+//!   a tile would be mostly empty otherwise.
+//!
+//! The gradient of the weights sums over pixels: dw[tap] = dyᵀ · x[tap]. It needs dy transposed and
+//! x in pairs of pixels. A tap at an odd offset needs the other pairs, so x is stored in both ways.
+//!
+//! Tasks, groups and the order of sums depend on the shape alone.
+
+use std::{cell::RefCell, mem::MaybeUninit, ops::Range};
+
+use rayon::prelude::*;
+
+use super::{
+    gather::{Gather, OutputPhase, Task, pixel_offsets, source_region, tap_runs},
+    input::Input,
+    operand::Operand,
+    shape::Shape,
+};
+use crate::{
+    isa::{Isa, MatrixLoops},
+    loops::matrix::{Accumulation, BLOCK, DEPTH, Panels, Product, STEP_VALUES, TILE, TILE_VALUES},
+    memory::{AlignedBuffer, assume_init_vec, uninit_vec},
+    simd::Bf16,
+};
+
+/// Number of source channels below which windows are gathered.
+const MIN_CHANNELS: usize = 16;
+
+/// Number of values in the panels of a task of the weight gradient: 1 MiB, half of a core's
+/// second-level cache.
+const PANEL_VALUES: usize = 1 << 19;
+
+/// Least and greatest number of pixels in a task of the weight gradient.
+const PANEL_PIXELS: [usize; 2] = [512, 2048];
+
+/// Number of values in the panels of a group of tasks: a part of the last-level cache.
+const GROUP_VALUES: usize = 1 << 22;
+
+/// Number of private weight gradients that parts of the batch are summed into, if they are small:
+/// enough for many threads.
+const PARTS: usize = 32;
+
+/// Number of values from which on all threads sum into one shared weight gradient.
+const SHARED_VALUES: usize = 1 << 16;
+
+/// Number of pixels that a block of the weight gradient sums at a time for all its taps: their
+/// panels stay in a core's second-level cache.
+const CHUNK_PIXELS: usize = 4096;
+
+/// Buffers that a thread keeps from task to task.
+#[derive(Default)]
+struct Scratch {
+    region: AlignedBuffer,
+    sums: AlignedBuffer,
+    rows: RowBuffers,
+    /// Source with margins, for gathering windows.
+    source: Vec<f32>,
+    window_offsets: Vec<u32>,
+    out_offsets: Vec<u32>,
+}
+
+/// Buffers for a row of pixels.
+#[derive(Default)]
+struct RowBuffers {
+    /// Values between norm and rounding.
+    unrounded: Vec<f32>,
+    /// Pixels before they are spread.
+    row: Vec<Bf16>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+    /// Panels of the weight gradient that this thread computes.
+    static PANELS: RefCell<Vec<TaskPanels>> = RefCell::default();
+}
+
+/// How the operands of a gather are laid out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Layout {
+    /// Pixels in a grid, this many values apart.
+    Grid { pixel: usize },
+    /// Windows side by side.
+    Windows,
+}
+
+impl Layout {
+    fn new(gather: &Gather) -> Layout {
+        match gather.source.c {
+            c if c < MIN_CHANNELS => Layout::Windows,
+            c if c.is_multiple_of(MIN_CHANNELS) => Layout::Grid { pixel: c },
+            // Tiles of incomplete channels must not read the next pixel.
+            c => Layout::Grid { pixel: c.next_multiple_of(DEPTH) },
+        }
+    }
+
+    /// Returns the taps of a phase, each as the places in a kernel of side `kernel` that it sums.
+    /// `merge` allows taps of neighboring columns to be one.
+    fn taps(self, gather: &Gather, phase: &OutputPhase, kernel: usize, merge: bool) -> Vec<Vec<usize>> {
+        let places = phase.places(kernel);
+        match self {
+            Layout::Windows => vec![places],
+            Layout::Grid { pixel } if merge && merges(gather, phase, pixel) => {
+                places.chunks(phase.cols.len()).map(<[usize]>::to_vec).collect()
+            }
+            Layout::Grid { .. } => places.into_iter().map(|place| vec![place]).collect(),
+        }
+    }
+}
+
+/// Returns whether a row of taps is one run of values, which fills the steps better than each tap
+/// alone.
+fn merges(gather: &Gather, phase: &OutputPhase, pixel: usize) -> bool {
+    let adjacent = phase.cols.windows(2).all(|pair| pair[1].offset == pair[0].offset + 1);
+    adjacent && gather.source_step == 1 && pixel == gather.source.c && !pixel.is_multiple_of(DEPTH)
+}
+
+/// A run of destination pixels whose rows in the region are adjacent.
+#[derive(Debug, Clone, Copy)]
+struct Segment {
+    /// First row of the region.
+    row: usize,
+    /// Number of pixels.
+    pixels: usize,
+    /// Offset of the first pixel in the task's destination, in values.
+    out: usize,
+}
+
+/// A phase of a task as rows of the region.
+struct View {
+    /// Offset of each tap from a row, in values.
+    taps: Vec<u32>,
+    /// The destination pixels, in the order of their rows.
+    segments: Vec<Segment>,
+    /// Distance between neighboring pixels of a segment in the destination, in values.
+    out_step: usize,
+}
+
+impl View {
+    /// Number of rows, from the first to the last pixel.
+    fn rows(&self) -> usize {
+        self.segments.last().map_or(0, |segment| segment.row + segment.pixels)
+    }
+
+    /// Appends a segment, or extends the last one by it.
+    fn push(&mut self, segment: Segment) {
+        if let Some(last) = self.segments.last_mut() {
+            let adjacent = last.row + last.pixels == segment.row;
+            if adjacent && last.out + last.pixels * self.out_step == segment.out {
+                last.pixels += segment.pixels;
+                return;
+            }
+        }
+        self.segments.push(segment);
+    }
+}
+
+/// The grid of pixels of a task's source.
+struct Grid {
+    /// Source rows that the task reads, counted from the margin on.
+    rows: Range<usize>,
+    /// Rows of an image in a plane.
+    image_rows: usize,
+    /// Pixels in a row of a plane.
+    pitch: usize,
+    /// Pixels in a plane: an even number, so that pairs of pixels do not cross planes.
+    plane: usize,
+    /// The plane of each row and column modulo the stride, if a tap reads it.
+    planes: Vec<Option<usize>>,
+    /// Distance between pixels, in values.
+    pixel: usize,
+}
+
+impl Grid {
+    fn new(gather: &Gather, task: &Task, pixel: usize) -> Grid {
+        let (step, rows) = (gather.source_step, gather.source_rows(task));
+        let [[top, _], [left, right]] = gather.margin;
+        let mut planes = vec![None; step * step];
+        let mut count = 0;
+        for phase in &gather.phases {
+            let steps = gather.steps(phase, task);
+            let taps = phase.rows.iter().flat_map(|row| phase.cols.iter().map(move |col| (row, col)));
+            for (row, col) in taps.filter(|_| !steps.is_empty()) {
+                let y = ((steps.start * step + top) as isize + row.offset) as usize - rows.start;
+                let x = (left as isize + col.offset) as usize;
+                let plane = &mut planes[y % step * step + x % step];
+                if plane.is_none() {
+                    *plane = Some(count);
+                    count += 1;
+                }
+            }
+        }
+        let images = task.images.len();
+        let (image_rows, pitch, total) = if step == 1 {
+            let zeros_above = top.saturating_sub(rows.start);
+            let zeros_below = rows.end.saturating_sub(top + gather.source.h);
+            let image_rows = rows.len() - zeros_above.min(zeros_below);
+            // The last row of an image that shares no margin with another.
+            let rest = rows.len() - image_rows;
+            (image_rows, gather.source.w + left.max(right), images * image_rows + rest)
+        } else {
+            let image_rows = rows.len().div_ceil(step);
+            (image_rows, gather.padded_width().div_ceil(step), images * image_rows)
+        };
+        let margin = if step == 1 { left.max(right) } else { 0 };
+        Grid { rows, image_rows, pitch, plane: (total * pitch + margin).next_multiple_of(2), planes, pixel }
+    }
+
+    /// Number of pixels in all planes.
+    fn pixels(&self) -> usize {
+        self.planes.iter().flatten().count() * self.plane
+    }
+
+    /// Returns the rows of a phase. `merge` as for [`Layout::taps`].
+    fn view(&self, gather: &Gather, phase: &OutputPhase, task: &Task, merge: bool) -> View {
+        let (step, steps) = (gather.source_step, gather.steps(phase, task));
+        let [[top, _], [left, _]] = gather.margin;
+        let cols = if merge && merges(gather, phase, self.pixel) { &phase.cols[..1] } else { &phase.cols[..] };
+        let mut view = View { taps: Vec::new(), segments: Vec::new(), out_step: gather.dest_step * gather.dest.c };
+        let columns = gather.dest.w.saturating_sub(phase.first[1]).div_ceil(gather.dest_step);
+        if steps.is_empty() || columns == 0 {
+            return view;
+        }
+        for (row, col) in phase.rows.iter().flat_map(|row| cols.iter().map(move |col| (row, col))) {
+            let y = (steps.start * step + top) as isize + row.offset - self.rows.start as isize;
+            let (y, x) = (y as usize, (left as isize + col.offset) as usize);
+            let plane = self.planes[y % step * step + x % step].expect("the plane of every tap exists");
+            let offset = (plane * self.plane + y / step * self.pitch + x / step) * self.pixel;
+            view.taps.push(u32::try_from(offset).expect("a tap begins in its region"));
+        }
+        for image in 0..task.images.len() {
+            for j in steps.clone() {
+                let row = (image * self.image_rows + j - steps.start) * self.pitch;
+                let y = phase.first[0] + j * gather.dest_step - task.rows.start;
+                let out = ((image * task.rows.len() + y) * gather.dest.w + phase.first[1]) * gather.dest.c;
+                view.push(Segment { row, pixels: columns, out });
+            }
+        }
+        view
+    }
+
+    /// Reads the source of a task into `to`, which holds all planes.
+    fn read(
+        &self,
+        isa: &Isa,
+        gather: &Gather,
+        task: &Task,
+        source: Input,
+        to: &mut [Bf16],
+        RowBuffers { unrounded, row: buffer }: &mut RowBuffers,
+    ) {
+        let (step, map, pixel) = (gather.source_step, gather.source, self.pixel);
+        let (top, left, line) = (gather.margin[0][0], gather.margin[1][0], map.w * map.c);
+        for (i, image) in task.images.clone().enumerate() {
+            for y in self.rows.clone() {
+                let Some(from) = y.checked_sub(top).filter(|y| *y < map.h) else { continue };
+                let from = image * map.len() + from * line;
+                let y = y - self.rows.start;
+                let row = (i * self.image_rows + y / step) * self.pitch;
+                if step == 1 && pixel == map.c {
+                    source.read_operands(isa, from, &mut to[(row + left) * pixel..][..line], unrounded);
+                    continue;
+                }
+                let planes = &self.planes[y % step * step..][..step];
+                if planes.iter().all(Option::is_none) {
+                    continue;
+                }
+                buffer.resize(line, Bf16::default());
+                source.read_operands(isa, from, buffer, unrounded);
+                for (x, values) in buffer.chunks_exact(map.c).enumerate() {
+                    let x = x + left;
+                    if let Some(plane) = planes[x % step] {
+                        to[(plane * self.plane + row + x / step) * pixel..][..map.c].copy_from_slice(values);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The operands of a task, rounded to bf16: rows of `step` values.
+struct Region<'a> {
+    values: &'a [Bf16],
+    step: usize,
+}
+
+/// Number of spare rows after the pixels of a region: the last tile of rows may be incomplete.
+const SPARE_ROWS: usize = 2 * DEPTH;
+
+/// Runs `f` with the operands of a task and with the rows of each phase. `merge` as for
+/// [`Layout::taps`].
+fn with_region<R>(
+    isa: &Isa,
+    gather: &Gather,
+    layout: Layout,
+    task: &Task,
+    source: Input,
+    merge: bool,
+    f: impl FnOnce(&Region, Vec<View>, &mut AlignedBuffer) -> R,
+) -> R {
+    let mut scratch = SCRATCH.take();
+    let Scratch { region: buffer, sums, rows, source: padded, window_offsets, out_offsets } = &mut scratch;
+    let (region, views) = match layout {
+        Layout::Grid { pixel } => {
+            let grid = Grid::new(gather, task, pixel);
+            let data = grid.pixels() * pixel;
+            let values = buffer.grow::<Bf16>(data + SPARE_ROWS * pixel + STEP_VALUES);
+            // Without margins and gaps, every pixel is overwritten.
+            let whole = !gather.has_margin() && pixel == gather.source.c && gather.source_step == 1;
+            values[if whole { data - pixel.min(data) } else { 0 }..].fill(Bf16::default());
+            grid.read(isa, gather, task, source, values, rows);
+            let views = gather.phases.iter().map(|phase| grid.view(gather, phase, task, merge)).collect();
+            (Region { values, step: pixel }, views)
+        }
+        Layout::Windows => {
+            let from = source_region::<Bf16>(isa, gather, task, source, padded, &mut rows.unrounded);
+            // The windows of all phases, one phase after the other.
+            let mut parts = Vec::new();
+            let mut rows = 0;
+            for phase in &gather.phases {
+                let (runs, run) = tap_runs(gather, phase);
+                pixel_offsets(gather, phase, task, &from.rows, window_offsets, out_offsets);
+                parts.push((runs, run, rows, window_offsets.clone(), out_offsets.clone()));
+                rows += window_offsets.len();
+            }
+            let longest = parts.iter().map(|(runs, run, ..)| runs.len() * run).max().unwrap_or(0);
+            let step = longest.next_multiple_of(DEPTH);
+            let values = buffer.grow::<Bf16>((rows + SPARE_ROWS) * step + STEP_VALUES);
+            values.fill(Bf16::default());
+            let views = parts
+                .iter()
+                .map(|(runs, run, first, windows, outs)| {
+                    let rows = values[first * step..].chunks_exact_mut(step);
+                    for (window, to) in windows.iter().zip(rows) {
+                        for (offset, to) in runs.iter().zip(to.chunks_exact_mut(*run)) {
+                            to.copy_from_slice(&from.values[(window + offset) as usize..][..*run]);
+                        }
+                    }
+                    let out_step = gather.dest_step * gather.dest.c;
+                    let mut view = View { taps: vec![(first * step) as u32], segments: Vec::new(), out_step };
+                    for (row, out) in outs.iter().enumerate() {
+                        view.push(Segment { row, pixels: 1, out: *out as usize });
+                    }
+                    view
+                })
+                .collect();
+            (Region { values, step }, views)
+        }
+    };
+    let result = f(&region, views, sums);
+    SCRATCH.set(scratch);
+    result
+}
+
+/// Packs the weights of a phase block by block of channels: `[taps, steps, 16, 32, 2]` each, with
+/// zeros in place of missing channels.
+///
+/// `w` is `[c_out, c_in, k, k]`, and `taps` are places in the kernel. With `transposed`, for the
+/// gradient of the input, the source is dy.
+fn pack_weights(s: &Shape, taps: &[Vec<usize>], w: &[Bf16], transposed: bool) -> AlignedBuffer {
+    let (sources, channels) = if transposed { (s.c_out, s.c_in) } else { (s.c_in, s.c_out) };
+    let kk = s.kernel * s.kernel;
+    // Distance between sources and between channels in `w`.
+    let (source_step, channel_step) = if transposed { (s.c_in * kk, kk) } else { (kk, s.c_in * kk) };
+    let steps = steps(taps, sources);
+    let mut packed = AlignedBuffer::default();
+    let block = taps.len() * steps * STEP_VALUES;
+    let values = packed.grow::<Bf16>(channels.div_ceil(BLOCK) * block);
+    values.par_chunks_mut(block).enumerate().for_each(|(i, to)| {
+        let first = i * BLOCK;
+        let channels = BLOCK.min(channels - first);
+        // A step's sources at a time, so that what is written for them stays in the first-level
+        // cache.
+        for begin in (0..sources).step_by(DEPTH) {
+            for channel in 0..channels {
+                for (tap, places) in taps.iter().enumerate() {
+                    for (j, place) in places.iter().enumerate() {
+                        let from = &w[(first + channel) * channel_step + place..];
+                        for source in begin..(begin + DEPTH).min(sources) {
+                            let row = j * sources + source;
+                            let row = (tap * steps * DEPTH + row) / 2 * 2 * BLOCK + row % 2;
+                            to[row + 2 * channel] = from[source * source_step];
+                        }
+                    }
+                }
+            }
+        }
+    });
+    packed
+}
+
+/// Number of steps at each tap, for `c` source channels.
+fn steps(taps: &[Vec<usize>], c: usize) -> usize {
+    (taps[0].len() * c).div_ceil(DEPTH)
+}
+
+/// Computes rows · weights for one block of channels: some tiles of rows, from row `first` on.
+///
+/// # Panics
+///
+/// If a row or a weight lies outside its buffer.
+fn multiply(
+    loops: &MatrixLoops,
+    region: &Region,
+    [first, row_tiles]: [usize; 2],
+    taps: &[u32],
+    weights: &[Bf16],
+    columns: usize,
+    (out, out_step): (&mut [MaybeUninit<f32>], usize),
+) {
+    if row_tiles == 0 || taps.is_empty() {
+        return;
+    }
+    let steps = weights.len() / (taps.len() * STEP_VALUES);
+    let column_tiles = columns.div_ceil(TILE);
+    let last_row = TILE * row_tiles - 1;
+    let max_tap = taps.iter().max().map_or(0, |max| *max as usize);
+    // The bounds of every pointer below.
+    assert!(
+        (first + last_row) * region.step + max_tap + steps * DEPTH <= region.values.len(),
+        "rows lie in the region"
+    );
+    assert!(weights.len() == taps.len() * steps * STEP_VALUES && column_tiles <= 2, "a block of weights has its shape");
+    assert!(last_row * out_step + TILE * column_tiles <= out.len(), "sums lie in the destination");
+    let product = Product {
+        source: region.values[first * region.step..].as_ptr(),
+        source_step: region.step,
+        row_tiles,
+        taps: taps.as_ptr(),
+        tap_count: taps.len(),
+        steps,
+        weights: weights.as_ptr(),
+        column_tiles,
+        out: out.as_mut_ptr().cast(),
+        out_step,
+    };
+    // SAFETY: the assertions above bound all operands, and `out` is borrowed exclusively; an `Isa`
+    // exists only for an instruction set of this processor.
+    unsafe { (loops.multiply)(&product) };
+}
+
+/// Computes one phase of a task: all channels of its pixels.
+fn multiply_view(
+    loops: &MatrixLoops,
+    region: &Region,
+    view: &View,
+    channels: usize,
+    weights: &[Bf16],
+    sums: &mut AlignedBuffer,
+    out: &mut [MaybeUninit<f32>],
+) {
+    let rows = view.rows();
+    if rows == 0 {
+        return;
+    }
+    let block_len = weights.len() / channels.div_ceil(BLOCK);
+    for (i, weights) in weights.chunks_exact(block_len).enumerate() {
+        let first = i * BLOCK;
+        let columns = BLOCK.min(channels - first);
+        // Whole tiles go to their place if the pixels are adjacent there.
+        let direct = match view.segments[..] {
+            [Segment { row: 0, out: at, .. }] if view.out_step == channels && columns.is_multiple_of(TILE) => {
+                let tiles = rows / TILE;
+                multiply(loops, region, [0, tiles], &view.taps, weights, columns, (&mut out[at + first..], channels));
+                tiles * TILE
+            }
+            _ => 0,
+        };
+        let tiles = (rows - direct).div_ceil(TILE);
+        let sums = sums.grow::<f32>(tiles * TILE * BLOCK);
+        // SAFETY: the product writes numbers only.
+        let uninit = unsafe { crate::memory::as_uninit(sums) };
+        multiply(loops, region, [direct, tiles], &view.taps, weights, columns, (uninit, BLOCK));
+        let sums = &*sums;
+        for segment in &view.segments {
+            let skip = direct.saturating_sub(segment.row);
+            if skip >= segment.pixels {
+                continue;
+            }
+            let from = &sums[(segment.row + skip - direct) * BLOCK..];
+            let to = &mut out[segment.out + skip * view.out_step + first..];
+            let n = segment.pixels - skip;
+            match columns {
+                BLOCK => copy_pixels::<BLOCK>(from, n, to, view.out_step),
+                TILE => copy_pixels::<TILE>(from, n, to, view.out_step),
+                _ => {
+                    for (from, to) in from.chunks_exact(BLOCK).take(n).zip(to.chunks_mut(view.out_step)) {
+                        to[..columns].write_copy_of_slice(&from[..columns]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Copies the first `N` channels of `n` pixels. As arrays their length is a constant.
+fn copy_pixels<const N: usize>(from: &[f32], n: usize, to: &mut [MaybeUninit<f32>], step: usize) {
+    for (from, to) in from.chunks_exact(BLOCK).take(n).zip(to.chunks_mut(step)) {
+        let from: &[f32; N] = from.first_chunk().expect("a block has its channels");
+        *to.first_chunk_mut().expect("a pixel has its channels") = from.map(MaybeUninit::new);
+    }
+}
+
+/// Rounds all weights.
+fn rounded(isa: &Isa, w: &[f32]) -> Vec<Bf16> {
+    const PART: usize = 1 << 16;
+    let mut to = Bf16::zeros(w.len());
+    to.par_chunks_mut(PART).zip(w.par_chunks(PART)).for_each(|(to, from)| Operand::round(isa, from, to));
+    to
+}
+
+/// Computes the destination of a gather, task by task. Pixels that no tap reaches are 0.
+fn convolve<R: Send>(
+    (isa, loops): (&Isa, &MatrixLoops),
+    s: &Shape,
+    gather: &Gather,
+    w: &[f32],
+    source: Input,
+    transposed: bool,
+    epilogue: impl Fn(usize, &mut [f32]) -> R + Sync,
+) -> (Vec<f32>, Vec<R>) {
+    let layout = Layout::new(gather);
+    let w = rounded(isa, w);
+    let taps = |phase: &OutputPhase| layout.taps(gather, phase, s.kernel, true);
+    let weights: Vec<_> = gather.phases.iter().map(|phase| pack_weights(s, &taps(phase), &w, transposed)).collect();
+    let lengths: Vec<_> = gather
+        .phases
+        .iter()
+        .map(|phase| {
+            let taps = taps(phase);
+            gather.dest.c.div_ceil(BLOCK) * taps.len() * steps(&taps, gather.source.c) * STEP_VALUES
+        })
+        .collect();
+    let mut out = uninit_vec(gather.n * gather.dest.len());
+    let reaches_all = gather.phases.len() == gather.dest_step * gather.dest_step;
+    let mut rest = &mut out[..];
+    let mut parts = Vec::new();
+    for task in gather.tasks() {
+        let (part, after) = rest.split_at_mut(task.span(gather.dest).len());
+        parts.push((task, part));
+        rest = after;
+    }
+    let results = parts
+        .into_par_iter()
+        .map(|(task, out)| {
+            if !reaches_all {
+                out.fill(MaybeUninit::new(0.0));
+            }
+            with_region(isa, gather, layout, &task, source, true, |region, views, sums| {
+                for ((view, weights), length) in views.iter().zip(&weights).zip(&lengths) {
+                    multiply_view(loops, region, view, gather.dest.c, weights.get::<Bf16>(*length), sums, out);
+                }
+            });
+            // SAFETY: the phases cover all pixels of the task, or it has been filled with 0.
+            epilogue(task.span(gather.dest).start, unsafe { out.assume_init_mut() })
+        })
+        .collect();
+    // SAFETY: the tasks cover the destination.
+    (unsafe { assume_init_vec(out) }, results)
+}
+
+/// See [`super::forward_fused`].
+pub(super) fn forward<R: Send>(
+    isa: (&Isa, &MatrixLoops),
+    s: &Shape,
+    w: &[f32],
+    x: Input,
+    epilogue: impl Fn(usize, &mut [f32]) -> R + Sync,
+) -> (Vec<f32>, Vec<R>) {
+    convolve(isa, s, &Gather::forward(s), w, x, false, epilogue)
+}
+
+/// See [`super::backward_data_fused`].
+pub(super) fn backward_data<R: Send>(
+    isa: (&Isa, &MatrixLoops),
+    s: &Shape,
+    w: &[f32],
+    dy: &[f32],
+    epilogue: impl Fn(usize, &mut [f32]) -> R + Sync,
+) -> (Vec<f32>, Vec<R>) {
+    convolve(isa, s, &Gather::backward_data(s), w, dy.into(), true, epilogue)
+}
+
+/// Packed operands of a task of the weight gradient.
+#[derive(Default)]
+struct TaskPanels {
+    /// dy, transposed: `[steps, 16, 32]` for every 16 channels.
+    left: AlignedBuffer,
+    left_len: usize,
+    /// Pairs of pixels of x that begin at even and at odd pixels, block by block of channels.
+    right: [AlignedBuffer; 2],
+    right_len: usize,
+    /// Offset of each tap, in pixels.
+    taps: Vec<usize>,
+    /// Number of pixels summed, in steps.
+    steps: usize,
+}
+
+/// See [`super::backward_weight`]. The result is `[c_out, c_in, k, k]`.
+pub(super) fn backward_weight((isa, loops): (&Isa, &MatrixLoops), s: &Shape, x: Input, dy: &[f32]) -> Vec<f32> {
+    let gather = &Gather::forward(s);
+    let layout = Layout::new(gather);
+    let taps = layout.taps(gather, &gather.phases[0], s.kernel, false);
+    let [rows, columns] = [s.c_out, taps[0].len() * s.c_in];
+    let [least, most] = PANEL_PIXELS;
+    let grad = WeightGrad {
+        isa,
+        loops,
+        gather,
+        layout,
+        rows,
+        columns,
+        taps: taps.len(),
+        tasks: gather.tasks_of((PANEL_VALUES / (rows + 2 * columns)).clamp(least, most)),
+    };
+    if taps.len() == 1 && layout != Layout::Windows && rows % BLOCK + columns % BLOCK == 0 {
+        return grad.sum_in_place(x, dy);
+    }
+    let length = grad.blocks().iter().product::<usize>() * taps.len() * BLOCK * BLOCK;
+    if length < SHARED_VALUES {
+        unpack_weights(s, &taps, grad.blocks(), &grad.sum_private(length, x, dy))
+    } else {
+        let mut sums = AlignedBuffer::default();
+        let sums = sums.grow::<f32>(length);
+        grad.sum_shared(sums, x, dy);
+        unpack_weights(s, &taps, grad.blocks(), sums)
+    }
+}
+
+/// A weight gradient in progress: `rows` x `columns` sums for each tap.
+struct WeightGrad<'a> {
+    isa: &'a Isa,
+    loops: &'a MatrixLoops,
+    gather: &'a Gather,
+    layout: Layout,
+    rows: usize,
+    columns: usize,
+    taps: usize,
+    tasks: Vec<Task>,
+}
+
+impl WeightGrad<'_> {
+    /// Number of blocks of rows and of columns.
+    fn blocks(&self) -> [usize; 2] {
+        [self.rows, self.columns].map(|n| n.div_ceil(BLOCK))
+    }
+
+    /// Packs the operands of a task.
+    fn pack(&self, task: &Task, x: Input, dy: &[f32], panels: &mut TaskPanels) {
+        let dy = &dy[task.span(self.gather.dest)];
+        with_region(self.isa, self.gather, self.layout, task, x, false, |region, views, _| {
+            panels.pack(self.loops, self.gather.dest.c, region, &views[0], self.columns, dy);
+        });
+    }
+
+    /// Packs the tasks group by group and calls `sum` with the panels of each group, and with
+    /// whether it is not the first.
+    fn for_each_group(&self, x: Input, dy: &[f32], mut sum: impl FnMut(&[TaskPanels], bool)) {
+        let pixels = self.tasks.first().map_or(0, |task| task.span(self.gather.dest).len() / self.rows);
+        let values = (self.rows + 2 * self.columns) * pixels;
+        let group = (GROUP_VALUES / values.max(1)).clamp(1, self.tasks.len().max(1));
+        let mut panels = PANELS.take();
+        panels.resize_with(panels.len().max(group), TaskPanels::default);
+        for (i, tasks) in self.tasks.chunks(group).enumerate() {
+            let panels = &mut panels[..tasks.len()];
+            panels.par_iter_mut().zip(tasks).for_each(|(panels, task)| self.pack(task, x, dy, panels));
+            sum(panels, i > 0);
+        }
+        PANELS.set(panels);
+    }
+
+    /// Sums parts of the tasks into private gradients, `[blocks, taps, 32, 32]`, which are added at
+    /// the end: for small weights. Each task's panels are summed while they are in the cache.
+    fn sum_private(&self, length: usize, x: Input, dy: &[f32]) -> Vec<f32> {
+        let blocks = self.blocks();
+        let parts: Vec<Vec<f32>> = self
+            .tasks
+            .par_chunks(self.tasks.len().div_ceil(PARTS).max(1))
+            .map(|tasks| {
+                let mut sums = vec![0.0f32; length];
+                let mut all_panels = PANELS.take();
+                all_panels.resize_with(all_panels.len().max(1), TaskPanels::default);
+                for (i, task) in tasks.iter().enumerate() {
+                    self.pack(task, x, dy, &mut all_panels[0]);
+                    for (block, sums) in sums.chunks_exact_mut(self.taps * BLOCK * BLOCK).enumerate() {
+                        let block = [block / blocks[1], block % blocks[1]];
+                        self.sum_taps(&all_panels[..1], block, 0..self.taps, i > 0, sums);
+                    }
+                }
+                PANELS.set(all_panels);
+                sums
+            })
+            .collect();
+        let mut sum = vec![0.0f32; length];
+        for part in parts {
+            sum.iter_mut().zip(part).for_each(|(s, p)| *s += p);
+        }
+        sum
+    }
+
+    /// Sums all tasks into one gradient, `[blocks, taps, 32, 32]`, that the threads divide among
+    /// them: for large weights.
+    fn sum_shared(&self, sums: &mut [f32], x: Input, dy: &[f32]) {
+        let blocks = self.blocks();
+        // All taps of a block at a time, unless there are too few blocks for the threads.
+        let few = blocks[0] * blocks[1] < 2 * rayon::current_num_threads();
+        let taps = if few { 1 } else { self.taps };
+        self.for_each_group(x, dy, |panels, add| {
+            sums.par_chunks_exact_mut(taps * BLOCK * BLOCK).enumerate().for_each(|(i, sums)| {
+                let (first, block) = (i * taps % self.taps, i * taps / self.taps);
+                self.sum_taps(panels, [block / blocks[1], block % blocks[1]], first..first + taps, add, sums);
+            });
+        });
+    }
+
+    /// Sums all tasks of a single tap into `[rows, columns]`, both whole blocks.
+    fn sum_in_place(&self, x: Input, dy: &[f32]) -> Vec<f32> {
+        let mut dw = vec![0.0f32; self.rows * self.columns];
+        self.for_each_group(x, dy, |panels, add| {
+            dw.par_chunks_exact_mut(BLOCK * self.columns).enumerate().for_each(|(row, dw)| {
+                for column in 0..self.columns / BLOCK {
+                    self.sum(panels, [row, column], 0, add, &mut dw[column * BLOCK..], self.columns);
+                }
+            });
+        });
+        dw
+    }
+
+    /// Sums some panels for some taps of a block, `[taps, 32, 32]`, a chunk of panels at a time.
+    fn sum_taps(&self, panels: &[TaskPanels], block: [usize; 2], taps: Range<usize>, add: bool, sums: &mut [f32]) {
+        let steps = panels.iter().map(|panels| panels.steps).max().unwrap_or(1).max(1);
+        for (i, chunk) in panels.chunks((CHUNK_PIXELS / (steps * DEPTH)).max(1)).enumerate() {
+            for (tap, sums) in taps.clone().zip(sums.chunks_exact_mut(BLOCK * BLOCK)) {
+                self.sum(chunk, block, tap, add || i > 0, sums, BLOCK);
+            }
+        }
+    }
+
+    /// Sums some panels for one tap of a block.
+    fn sum(
+        &self,
+        panels: &[TaskPanels],
+        [row, column]: [usize; 2],
+        tap: usize,
+        add: bool,
+        sums: &mut [f32],
+        sums_step: usize,
+    ) {
+        let tiles = |i: usize, n: usize| (n - i * BLOCK).div_ceil(TILE).min(2);
+        let (row_tiles, column_tiles) = (tiles(row, self.rows), tiles(column, self.columns));
+        let panels: Vec<Panels> = panels.iter().map(|panels| panels.operands([row, column], row_tiles, tap)).collect();
+        assert!((TILE * row_tiles - 1) * sums_step + TILE * column_tiles <= sums.len(), "a block has its shape");
+        let sums = sums.as_mut_ptr();
+        let block = Accumulation { panels: &panels, row_tiles, column_tiles, sums, sums_step, add };
+        // SAFETY: the assertion above and those of `operands` bound all operands, and `sums` is
+        // borrowed exclusively; an `Isa` exists only for an instruction set of this processor.
+        unsafe { (self.loops.accumulate)(&block) };
+    }
+}
+
+impl TaskPanels {
+    /// Packs the operands of a task. `columns` is the number of values of a row of the region that
+    /// are real, and `dy` are the task's gradients, of `channels` channels.
+    fn pack(&mut self, loops: &MatrixLoops, channels: usize, region: &Region, view: &View, columns: usize, dy: &[f32]) {
+        const ZEROS: [f32; TILE] = [0.0; TILE];
+        self.steps = view.rows().div_ceil(DEPTH);
+        let pixels = self.steps * DEPTH;
+        self.taps = view.taps.iter().map(|tap| *tap as usize / region.step).collect();
+
+        let tile_step = self.steps * TILE_VALUES;
+        self.left_len = channels.div_ceil(TILE) * tile_step;
+        let left = self.left.grow::<Bf16>(self.left_len);
+        let mut segments =
+            view.segments.iter().flat_map(|s| (0..s.pixels).map(|p| (s.row + p, s.out + p * view.out_step)));
+        let mut next = segments.next();
+        for step in 0..self.steps {
+            // Offsets of the pixels; `None` in the margins.
+            let offsets: [Option<usize>; DEPTH] = std::array::from_fn(|p| {
+                let (row, offset) = next?;
+                (row == step * DEPTH + p).then(|| {
+                    next = segments.next();
+                    offset
+                })
+            });
+            for (tile, channel) in (0..channels).step_by(TILE).enumerate() {
+                let n = TILE.min(channels - channel);
+                let pixels = offsets.map(|offset| match offset {
+                    Some(offset) => dy[offset + channel..][..n].as_ptr(),
+                    None => ZEROS.as_ptr(),
+                });
+                let to = &mut left[tile * tile_step + step * TILE_VALUES..][..TILE_VALUES];
+                // SAFETY: each pixel has `n` channels, and `to` has a tile's values; an `Isa` exists
+                // only for an instruction set of this processor.
+                unsafe { (loops.transpose)(&pixels, n, to.as_mut_ptr()) };
+            }
+        }
+
+        // The right operand, up to the last pixel that a tap reads.
+        let last = self.taps.iter().max().copied().unwrap_or(0);
+        let groups = (pixels + last).div_ceil(DEPTH);
+        self.right_len = groups * STEP_VALUES;
+        for (parity, right) in self.right.iter_mut().enumerate() {
+            if self.taps.iter().all(|tap| tap % 2 != parity) {
+                continue;
+            }
+            let right = right.grow::<Bf16>(columns.div_ceil(BLOCK) * self.right_len);
+            for (i, to) in right.chunks_exact_mut(STEP_VALUES).enumerate() {
+                let (column, first) = (i / groups * BLOCK, i % groups * DEPTH + parity);
+                let n = BLOCK.min(columns - column);
+                let pixels = std::array::from_fn(|p| {
+                    // Pixels after the last are multiplied by zeros.
+                    let offset = ((first + p) * region.step + column).min(region.values.len() - n);
+                    region.values[offset..][..n].as_ptr()
+                });
+                // SAFETY: each pixel has `n` values, and `to` has a step's; an `Isa` exists only for
+                // an instruction set of this processor.
+                unsafe { (loops.interleave)(&pixels, n, to.as_mut_ptr()) };
+            }
+        }
+    }
+
+    /// Returns the operands of a block for one tap.
+    fn operands(&self, [row, column]: [usize; 2], row_tiles: usize, tap: usize) -> Panels {
+        let (left, tap) = (self.left.get::<Bf16>(self.left_len), self.taps[tap]);
+        let right = self.right[tap % 2].get::<Bf16>((column + 1) * self.right_len);
+        let left_step = self.steps * TILE_VALUES;
+        let left = &left[row * 2 * left_step..];
+        let right = &right[column * self.right_len + tap / 2 * 2 * BLOCK..];
+        // The bounds of every pointer below.
+        assert!(row_tiles * left_step <= left.len(), "rows lie in their panel");
+        assert!(self.steps * STEP_VALUES <= right.len(), "columns lie in their panel");
+        Panels { left: left.as_ptr(), left_step, right: right.as_ptr(), steps: self.steps }
+    }
+}
+
+/// Unpacks weight gradients from `[blocks, taps, 32, 32]` to `[c_out, c_in, k, k]`.
+fn unpack_weights(s: &Shape, taps: &[Vec<usize>], blocks: [usize; 2], sums: &[f32]) -> Vec<f32> {
+    let kk = s.kernel * s.kernel;
+    let mut dw = vec![0.0f32; s.c_out * s.c_in * kk];
+    let tap_step = BLOCK * BLOCK;
+    dw.par_chunks_mut(BLOCK * s.c_in * kk).enumerate().for_each(|(row, dw)| {
+        for (o, dw) in dw.chunks_exact_mut(s.c_in * kk).enumerate() {
+            for (tap, places) in taps.iter().enumerate() {
+                for (j, place) in places.iter().enumerate() {
+                    for (c, dw) in dw[*place..].iter_mut().step_by(kk).enumerate() {
+                        let column = j * s.c_in + c;
+                        let block = row * blocks[1] + column / BLOCK;
+                        *dw = sums[(block * taps.len() + tap) * tap_step + o * BLOCK + column % BLOCK];
+                    }
+                }
+            }
+        }
+    });
+    dw
+}
