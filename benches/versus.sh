@@ -3,14 +3,15 @@
 #
 #   benches/versus.sh PYTHON [TASK…]
 #
-# PYTHON: an interpreter with torch, torchvision, lightly and onnxruntime. TASK (default: all):
-# cifar18, resnet50, resnet18, narrow, features, embed, views224, views32, pretrain. On a CPU with
-# AVX512-BF16 also cifar18-bf16, resnet50-bf16, resnet18-bf16, narrow-bf16, in which both programs
-# multiply bf16.
+# PYTHON: an interpreter with torch, torchvision, lightly and onnxruntime. TASK (default: all but
+# pretrain): cifar18, resnet50, resnet18, narrow, features, embed, views224, views32, pretrain.
+#
+# The first four are training steps. On a CPU that multiplies bf16 (AMX, AVX512-BF16) both programs
+# run in f32 and in bf16; speed-ups are of the fastest byol over each program.
 #
 # Environment:
 #   PEERS    folder of the PyTorch programs torch_*.py (see docs/log/README.md)
-#   ROUNDS   rounds (3)
+#   ROUNDS   rounds (2)
 #   THREADS  threads (2)
 #   STEPS    measured steps per round (3)
 #   EPOCHS   epochs of pretrain (20)
@@ -24,12 +25,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-usage() { sed -n '2,23s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+usage() { sed -n '2,24s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 [ $# -ge 1 ] || usage
 python=$1
 shift
 peers=${PEERS:?set PEERS to the folder of torch_step.py and the other programs}
-rounds=${ROUNDS:-3} threads=${THREADS:-2} steps=${STEPS:-3}
+rounds=${ROUNDS:-2} threads=${THREADS:-2} steps=${STEPS:-3}
 byol=${BYOL:-target/release/byol}
 [ -x "$(command -v "$python")" ] || { echo "versus: interpreter $python not found" >&2; exit 2; }
 [ -f "$peers/torch_step.py" ] || { echo "versus: torch_step.py not found in $peers; set PEERS to its folder" >&2; exit 2; }
@@ -65,22 +66,33 @@ whole() { # images, command: throughput by wall-clock time
     "$python" -c "print('{\"images_per_s\": %f}' % ($images / ($ended - $began)))"
 }
 
-step() { # task, byol's options, PyTorch's options
-    record "$1" byol "$(ours bench --threads "$threads" --steps "$steps" $2)"
-    record "$1" torch "$(theirs "$peers/torch_step.py" --threads "$threads" --steps "$steps" --warmup 2 $3)"
-    [ "${COMPILE:-1}" = 0 ] || record "$1" torch-compile "$(theirs "$peers/torch_step.py" --threads "$threads" --steps "$steps" --warmup 2 --compile $3)"
+case $("$byol" devices --json) in
+    *'"bf16":true'*) precisions="f32 bf16" ;;
+    *) precisions=f32 ;;
+esac
+
+step() { # task, precision, byol's options, PyTorch's options
+    local mark=""
+    [ $2 = f32 ] || mark=-$2
+    record "$1" byol$mark "$(ours bench --threads "$threads" --steps "$steps" --precision $2 $3)"
+    local torch="$peers/torch_step.py --threads $threads --steps $steps --warmup 2 --precision $2"
+    record "$1" torch$mark "$(theirs $torch $4)"
+    [ "${COMPILE:-1}" = 0 ] || record "$1" torch-compile$mark "$(theirs $torch --compile $4)"
+}
+
+steps() { # task, byol's options, PyTorch's options
+    local precision
+    for precision in $precisions; do step "$1" $precision "$2" "$3"; done
 }
 
 row() {
-    local more=""
-    case $1 in *-bf16) more=" --precision bf16" ;; esac
     case $1 in
-        cifar18 | cifar18-bf16) step $1 "--batch 128$more" "--batch 128$more" ;;
-        resnet50 | resnet50-bf16) step $1 "--encoder resnet50 --size 224 --batch 16$more" "--net resnet50 --size 224 --batch 16$more" ;;
-        resnet18 | resnet18-bf16) step $1 "--size 224 --batch 32$more" "--size 224 --batch 32$more" ;;
-        narrow | narrow-bf16) step $1 "--width 0.25 --batch 256$more" "--width 0.25 --batch 256$more" ;;
+        cifar18) steps $1 "--batch 128" "--batch 128" ;;
+        resnet50) steps $1 "--encoder resnet50 --size 224 --batch 16" "--net resnet50 --size 224 --batch 16" ;;
+        resnet18) steps $1 "--size 224 --batch 32" "--size 224 --batch 32" ;;
+        narrow) steps $1 "--width 0.25 --batch 256" "--width 0.25 --batch 256" ;;
         features)
-            step features "--forward-only --encoder resnet50 --size 224 --batch 32" "--forward-only --net resnet50 --size 224 --batch 32"
+            step features f32 "--forward-only --encoder resnet50 --size 224 --batch 32" "--forward-only --net resnet50 --size 224 --batch 32"
             record features torch-folded "$(theirs "$peers/torch_step.py" --threads "$threads" --steps "$steps" --warmup 2 --forward-only --fold-bn --net resnet50 --size 224 --batch 32)"
             record features onnxruntime "$(theirs "$peers/torch_embed.py" "$PHOTOS" --net resnet50 --onnx --batch 32 --limit 96 --threads "$threads" --out "$(mktemp -d)/f.npy")"
             ;;
@@ -121,7 +133,7 @@ save_file(torchvision.models.resnet50().state_dict(), sys.argv[1])" "$weights"
 }
 
 rows=("$@")
-[ ${#rows[@]} -gt 0 ] || rows=(cifar18 resnet50 resnet18 narrow features embed views224 views32 pretrain)
+[ ${#rows[@]} -gt 0 ] || rows=(cifar18 resnet50 resnet18 narrow features embed views224 views32)
 for r in "${rows[@]}"; do
     case $r in
         features | embed | views224) : "${PHOTOS:?set PHOTOS to a folder of JPEG photos}" ;;
@@ -151,11 +163,14 @@ for line in open(sys.argv[1]):
 print("| task | program | images/s, median (min–max) | speed-up | memory, MiB | memory ratio |")
 print("| --- | --- | --- | --- | --- | --- |")
 for row, all in rows.items():
-    ours, our_mb = statistics.median(x[0] for x in all["byol"]), all["byol"][0][1]
+    median = lambda program: statistics.median(x[0] for x in all[program])
+    best = max((program for program in all if program.startswith("byol")), key=median)
     for program, runs in all.items():
         speeds = [x[0] for x in runs]
-        mid, mb = statistics.median(speeds), runs[0][1]
-        ratio = "" if program == "byol" else f"{ours / mid:.2f}x"
-        share = f"{our_mb / mb:.2f}" if program != "byol" and mb and our_mb else ""
+        mid, mb = median(program), runs[0][1]
+        ratio = f"{median(best) / mid:.2f}x" if program != best else ""
+        # Memory is compared at the same precision.
+        ours = all.get("byol-bf16" if program.endswith("-bf16") else "byol", all[best])[0][1]
+        share = f"{ours / mb:.2f}" if not program.startswith("byol") and mb and ours else ""
         print(f"| {row} | {program} | {mid:.4g} ({min(speeds):.4g}–{max(speeds):.4g}) | {ratio} | {f'{mb:.0f}' if mb else ''} | {share} |")
 PYTHON

@@ -72,16 +72,16 @@ impl FromStr for DeviceChoice {
 
 /// Compute precision: the type of the operands of convolutions and linear layers.
 ///
-/// Weights, momenta, target, batch-norm statistics and loss are always f32. On the CPU sums and
-/// activations are too; on a GPU activations have the compute precision.
+/// Weights, momenta, target, batch-norm statistics and loss are always f32, and so are sums on the
+/// CPU. In training, the maps of the encoder have the compute precision.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
     /// 24-bit significand.
     #[default]
     F32,
-    /// 8-bit significand: less accurate, and faster on processors with AVX512-BF16 and GPUs with
-    /// bf16 matrix units.
+    /// 8-bit significand: less accurate, with half the memory for maps. Faster with AMX and on GPUs
+    /// with bf16 matrix units. With AVX512-BF16 alone: faster on AMD, slower on Intel.
     Bf16,
     /// 11-bit significand with a small range, on GPUs only. Requires a loss scale
     /// (`optim::LossScale`).
@@ -207,8 +207,10 @@ pub struct MachineInfo {
     /// Instruction set of the kernels: `avx512`, `avx2`, `neon` or `portable`. The widest, unless
     /// `BYOL_ISA` selects another.
     pub isa: &'static str,
-    /// bf16 is faster than f32 (AVX512-BF16).
+    /// The processor multiplies bf16 (AMX, AVX512-BF16).
     pub bf16: bool,
+    /// The kernels multiply bf16 on the matrix unit AMX.
+    pub amx: bool,
     /// Total memory in MiB.
     pub memory_mb: u64,
     /// Free memory in MiB.
@@ -244,6 +246,7 @@ pub fn machine() -> MachineInfo {
         cores: std::thread::available_parallelism().map_or(1, |n| n.get()),
         isa: isa.name,
         bf16: isa.name != "portable" && isa::with_bf16(isa).is_some(),
+        amx: isa::with_bf16(isa).is_some_and(Isa::has_matrix_unit),
         // 0 if unknown: then no decoded images are cached.
         memory_mb: system.as_ref().map_or(0, |s| s.total_memory() >> 20),
         free_mb: system.as_ref().map_or(0, |s| s.available_memory() >> 20),
@@ -376,9 +379,9 @@ fn convolution_error(device: &Device, precision: Precision) -> Result<f64, Strin
     })
 }
 
-/// Returns `true` if training is faster in bf16: on processors with AVX512-BF16, and on GPUs with
-/// bf16 matrix units that compute correctly.
-pub fn prefers_bf16(opened: &OpenedDevice) -> bool {
+/// Returns `true` if the device multiplies bf16 in hardware: on processors with AMX or AVX512-BF16,
+/// and on GPUs with bf16 matrix units that compute correctly.
+pub fn has_bf16_units(opened: &OpenedDevice) -> bool {
     match opened.info.kind {
         Kind::Cpu => machine().bf16,
         Kind::Software => false,
@@ -401,7 +404,10 @@ pub fn kernels(precision: Precision) -> Result<&'static Isa, Error> {
     };
     match precision {
         Precision::F32 => Ok(isa),
-        Precision::Bf16 => isa::with_bf16(isa).ok_or_else(|| unsupported(" (it has no AVX512-BF16)", "f32")),
+        Precision::Bf16 => isa::with_bf16(isa).ok_or_else(|| match isa.name == isa::available()[0].name {
+            true => unsupported(" (it has neither AMX nor AVX512-BF16)", "f32"),
+            false => unsupported(&format!(" with `BYOL_ISA={}`", isa.name), "f32"),
+        }),
         Precision::F16 if isa::with_bf16(isa).is_some() => Err(unsupported("", "bf16")),
         Precision::F16 => Err(unsupported("", "f32")),
     }

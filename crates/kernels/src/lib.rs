@@ -1,5 +1,6 @@
-//! Convolution, batch norm, pooling and optimizer steps on the CPU: `f32` slices in, `f32` slices
-//! out, channels last. The crate knows nothing of tensors, autodiff or images.
+//! Convolution, batch norm, pooling and optimizer steps on the CPU, channels last: slices in,
+//! vectors out. Maps are stored as f32 or bf16 ([`storage`]); arithmetic between products is in
+//! f32. The crate knows nothing of tensors, autodiff or images.
 //!
 //! # Determinism
 //!
@@ -13,11 +14,13 @@
 //! 1. `simd`: vector operations as traits, the bf16 type, prefetch.
 //! 2. `loops`: inner loops, written once, generic over those traits. They know no dispatch table.
 //! 3. [`isa`]: the loops compiled for each instruction set, behind one dispatch table.
-//! 4. [`norm`], [`pool`], [`optimizer_step`], [`conv`], [`matmul`] and [`roofline`]: the safe entry
-//!    points over slices. They check lengths, split the work into tasks and call the table.
+//! 4. [`storage`], [`norm`], [`pool`], [`optimizer_step`], [`conv`], [`matmul`] and
+//!    [`roofline`]: the safe entry points over slices. They check lengths, split the work into
+//!    tasks and call the table.
 //!
 //! `memory` (uninitialized buffers, the recycling allocator) and [`spin`] (keep-awake workers)
-//! depend on no other module. [`mod@reference`] holds the definitions that tests compare with.
+//! depend on nothing but the bf16 type. [`mod@reference`] holds the definitions that tests compare
+//! with.
 //!
 //! A new instruction set is a file in `isa/` and an entry in [`isa::available`]. A new operation is
 //! a loop in `loops/`, an entry in the list of `isa/table.rs`, and a safe function on top.
@@ -35,3 +38,6 @@ pub mod reference;
 pub mod roofline;
 mod simd;
 pub mod spin;
+pub mod storage;
+
+pub use simd::Bf16;

@@ -6,6 +6,7 @@
 use crate::{
     conv::{self, Shape},
     isa::Isa,
+    storage::Values,
 };
 
 /// Shape of the equivalent convolution: `n` maps of one pixel with `c_in` and `c_out` channels.
@@ -38,7 +39,7 @@ pub fn tn(isa: &Isa, a: &[f32], b: &[f32], [n, m, k]: [usize; 3]) -> Vec<f32> {
     if n == 0 || m == 0 || k == 0 {
         return vec![0.0; m * k];
     }
-    conv::backward_weight(isa, &shape(n, k, m), b.into(), a)
+    conv::backward_weight(isa, &shape(n, k, m), b.into(), Values::F32(a))
 }
 
 #[cfg(test)]

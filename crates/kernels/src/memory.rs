@@ -15,7 +15,7 @@ use std::{
 };
 
 /// Allocates `n` uninitialized values.
-pub(crate) fn uninit_vec(n: usize) -> Vec<MaybeUninit<f32>> {
+pub(crate) fn uninit_vec<T: Plain>(n: usize) -> Vec<MaybeUninit<T>> {
     let mut values = Vec::with_capacity(n);
     // SAFETY: the capacity is at least `n`, and a `MaybeUninit` needs no value.
     unsafe { values.set_len(n) };
@@ -27,11 +27,10 @@ pub(crate) fn uninit_vec(n: usize) -> Vec<MaybeUninit<f32>> {
 /// # Safety
 ///
 /// * Every value is initialized.
-pub(crate) unsafe fn assume_init_vec(values: Vec<MaybeUninit<f32>>) -> Vec<f32> {
+pub(crate) unsafe fn assume_init_vec<T: Plain>(values: Vec<MaybeUninit<T>>) -> Vec<T> {
     let mut values = ManuallyDrop::new(values);
     // SAFETY: pointer, length and capacity are those of the vector, which is not dropped; the
-    // layout of `MaybeUninit<f32>` is that of `f32`, and the values are initialized by the
-    // contract.
+    // layout of `MaybeUninit<T>` is that of `T`, and the values are initialized by the contract.
     unsafe { Vec::from_raw_parts(values.as_mut_ptr().cast(), values.len(), values.capacity()) }
 }
 
@@ -50,8 +49,15 @@ pub(crate) unsafe fn as_uninit<T: Copy>(values: &mut [T]) -> &mut [MaybeUninit<T
 #[repr(C, align(64))]
 struct CacheLine([u32; 16]);
 
-/// Types of which any bits are a value, and that fit a cache line without a gap.
-pub(crate) trait Plain: Copy {}
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for f32 {}
+    impl Sealed for crate::simd::Bf16 {}
+}
+
+/// Types of which any bits are a value, and that fit a cache line without a gap. Only f32 and bf16
+/// implement it.
+pub trait Plain: Copy + Send + Sync + 'static + sealed::Sealed {}
 
 impl Plain for f32 {}
 impl Plain for crate::simd::Bf16 {}
@@ -79,8 +85,8 @@ impl AlignedBuffer {
     /// If the buffer holds fewer.
     pub fn get<T: Plain>(&self, n: usize) -> &[T] {
         assert!(n * size_of::<T>() <= self.0.len() * size_of::<CacheLine>(), "the buffer holds {n} values");
-        // SAFETY: the lines hold the values by the assertion, their alignment is no less strict, and
-        // any bits are a value.
+        // SAFETY: the lines hold the values by the assertion, their alignment is no less strict,
+        // and any bits are a value.
         unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), n) }
     }
 }

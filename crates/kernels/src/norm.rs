@@ -13,6 +13,7 @@ use crate::{
     isa::Isa,
     loops::norm::{AffineRows, BackwardRows, NormGradCoefficients},
     memory::{assume_init_vec, uninit_vec},
+    storage::Storage,
 };
 
 /// Number of values in a task: a task and its neighbors fit into a second-level cache.
@@ -146,7 +147,14 @@ pub fn scale_shift(gamma: &[f32], beta: &[f32], mean: &[f32], inverse_std: &[f32
 /// # Panics
 ///
 /// If the lengths do not match.
-pub fn affine_act(isa: &Isa, y: &[f32], scale: &[f32], shift: &[f32], skip: Option<&[f32]>, relu: bool) -> Vec<f32> {
+pub fn affine_act<T: Storage>(
+    isa: &Isa,
+    y: &[T],
+    scale: &[f32],
+    shift: &[f32],
+    skip: Option<&[T]>,
+    relu: bool,
+) -> Vec<T> {
     assert_eq!(scale.len(), shift.len(), "scale and shift have one value per channel");
     assert!(skip.is_none_or(|skip| skip.len() == y.len()), "a skip has the shape of its summand");
     let n = task_len(scale.len());
@@ -156,7 +164,7 @@ pub fn affine_act(isa: &Isa, y: &[f32], scale: &[f32], shift: &[f32], skip: Opti
         let skip = skip.map(|skip| &skip[i * n..][..y.len()]);
         let rows = AffineRows { y, skip, scale: &scale, shift: &shift, relu };
         // SAFETY: an `Isa` exists only for an instruction set of this processor.
-        unsafe { (isa.affine_act)(rows, out) };
+        unsafe { (T::loops(isa).affine_act)(rows, out) };
     });
     // SAFETY: the loop has written every value of each task.
     unsafe { assume_init_vec(out) }
@@ -194,10 +202,10 @@ impl DeferredNorm {
     }
 
     /// Applies it to whole pixels. Writes every value of `to`.
-    pub(crate) fn apply(&self, isa: &Isa, y: &[f32], to: &mut [MaybeUninit<f32>]) {
+    pub(crate) fn apply<T: Storage>(&self, isa: &Isa, y: &[T], to: &mut [MaybeUninit<T>]) {
         let rows = AffineRows { y, skip: None, scale: &self.scale, shift: &self.shift, relu: self.relu };
         // SAFETY: an `Isa` exists only for an instruction set of this processor.
-        unsafe { (isa.affine_act)(rows, to) };
+        unsafe { (T::loops(isa).affine_act)(rows, to) };
     }
 }
 
@@ -257,7 +265,7 @@ impl NormBackward {
         NormBackward { c: gamma.len(), inverse_std: inverse_std.to_vec(), scale, shift, mean }
     }
 
-    fn rows<'a>(&'a self, dout: &'a [f32], y: &'a [f32], mask: ReluMask<'a>) -> BackwardRows<'a> {
+    fn rows<'a, D, T>(&'a self, dout: &'a [D], y: &'a [T], mask: ReluMask<'a, T>) -> BackwardRows<'a, D, T> {
         BackwardRows { dout, y, mask, scale: &self.scale, shift: &self.shift, mean: &self.mean }
     }
 
@@ -267,12 +275,12 @@ impl NormBackward {
     /// # Panics
     ///
     /// If lengths differ, or if the mask is [`ReluMask::FromOutput`] without a `masked_grad`.
-    pub fn grad_sums(
+    pub fn grad_sums<T: Storage>(
         &self,
         isa: &Isa,
         dout: &[f32],
-        y: &[f32],
-        mask: ReluMask,
+        y: &[T],
+        mask: ReluMask<T>,
         mut masked_grad: Option<&mut [MaybeUninit<f32>]>,
     ) -> GradSums {
         assert_eq!(dout.len(), y.len(), "a gradient has the shape of its map");
@@ -287,7 +295,7 @@ impl NormBackward {
             beta_row.fill(0.0);
             let kept = masked_grad.as_deref_mut().map(|kept| &mut kept[range]);
             // SAFETY: an `Isa` exists only for an instruction set of this processor.
-            unsafe { (isa.norm_grad_sums)(rows, &mut gamma_row, &mut beta_row, kept) };
+            unsafe { (T::loops(isa).grad_sums)(rows, &mut gamma_row, &mut beta_row, kept) };
             fold_row(&mut sums.gamma, &gamma_row);
             fold_row(&mut sums.beta, &beta_row);
         }
@@ -328,7 +336,42 @@ impl NormBackward {
     /// # Panics
     ///
     /// If `dout` and `y` differ in length.
-    pub fn input_grad(&self, isa: &Isa, totals: &GradTotals, dout: &[f32], y: &[f32], mask: ReluMask) -> Vec<f32> {
+    pub fn input_grad<T: Storage>(
+        &self,
+        isa: &Isa,
+        totals: &GradTotals,
+        dout: &[f32],
+        y: &[T],
+        mask: ReluMask<T>,
+    ) -> Vec<T> {
+        self.input_grad_by(T::loops(isa).input_grad, totals, dout, y, mask)
+    }
+
+    /// [`input_grad`](NormBackward::input_grad) with the gradient of the output in the type of the
+    /// map.
+    ///
+    /// # Panics
+    ///
+    /// If `dout` and `y` differ in length.
+    pub fn stored_input_grad<T: Storage>(
+        &self,
+        isa: &Isa,
+        totals: &GradTotals,
+        dout: &[T],
+        y: &[T],
+        mask: ReluMask<T>,
+    ) -> Vec<T> {
+        self.input_grad_by(T::loops(isa).stored_input_grad, totals, dout, y, mask)
+    }
+
+    fn input_grad_by<D: Storage, T: Storage>(
+        &self,
+        compiled: unsafe fn(BackwardRows<D, T>, NormGradCoefficients, &mut [MaybeUninit<T>]),
+        totals: &GradTotals,
+        dout: &[D],
+        y: &[T],
+        mask: ReluMask<T>,
+    ) -> Vec<T> {
         assert_eq!(dout.len(), y.len(), "a gradient has the shape of its map");
         let n = task_len(self.c);
         let mut dy = uninit_vec(y.len());
@@ -336,7 +379,7 @@ impl NormBackward {
         tasks.for_each(|(i, ((dy, dout), y))| {
             let rows = self.rows(dout, y, mask.slice(i * n..i * n + y.len()));
             // SAFETY: an `Isa` exists only for an instruction set of this processor.
-            unsafe { (isa.norm_input_grad)(rows, self.coefficients(totals), dy) };
+            unsafe { compiled(rows, self.coefficients(totals), dy) };
         });
         // SAFETY: the loop has written every value of each task.
         unsafe { assume_init_vec(dy) }
@@ -361,9 +404,9 @@ impl NormBackward {
 
 /// Gradients of act(norm(y) (+ skip)) with batch statistics.
 #[derive(Debug, Clone)]
-pub struct Gradients {
+pub struct Gradients<T> {
     /// Gradient of y, `[m, c]`.
-    pub dy: Vec<f32>,
+    pub dy: Vec<T>,
     /// Gradient of the skip, `[m, c]`: the output gradient behind the ReLU mask. `None` without a
     /// skip.
     pub dskip: Option<Vec<f32>>,
@@ -375,14 +418,14 @@ pub struct Gradients {
 
 /// Computes the gradients of [`affine_act`] with batch statistics, given those of its output.
 /// `all_reduce` as in [`NormBackward::grad_totals`].
-pub fn backward(
+pub fn backward<T: Storage>(
     isa: &Isa,
     dout: &[f32],
-    mask: ReluMask,
+    mask: ReluMask<T>,
     norm: &NormBackward,
-    y: &[f32],
+    y: &[T],
     all_reduce: impl FnOnce(&mut [f64]),
-) -> Gradients {
+) -> Gradients<T> {
     let n = task_len(norm.c);
     let with_skip = matches!(mask, ReluMask::FromOutput(_) | ReluMask::NoneWithSkip);
     let mut dskip = uninit_vec(if with_skip { y.len() } else { 0 });

@@ -6,6 +6,7 @@ pub use crate::loops::pool::PoolShape;
 use crate::{
     isa::Isa,
     memory::{assume_init_vec, uninit_vec},
+    storage::Storage,
 };
 
 /// Number of values in an image and in its output.
@@ -27,7 +28,7 @@ fn check(s: &PoolShape, x_len: usize) {
 /// # Panics
 ///
 /// If the length of `x` does not match `s`.
-pub fn max(isa: &Isa, s: &PoolShape, x: &[f32]) -> Vec<f32> {
+pub fn max<T: Storage>(isa: &Isa, s: &PoolShape, x: &[T]) -> Vec<T> {
     check(s, x.len());
     let [image, image_out] = image_lengths(s);
     let row_out = s.w_out() * s.c;
@@ -35,7 +36,7 @@ pub fn max(isa: &Isa, s: &PoolShape, x: &[f32]) -> Vec<f32> {
     out.par_chunks_mut(row_out).enumerate().for_each(|(i, out)| {
         let (n, y) = (i / s.h_out(), i % s.h_out());
         // SAFETY: an `Isa` exists only for an instruction set of this processor.
-        unsafe { (isa.max_pool_row)(s, &x[n * image..(n + 1) * image], y, out) };
+        unsafe { (T::loops(isa).max_pool_row)(s, &x[n * image..(n + 1) * image], y, out) };
     });
     // SAFETY: every row has been written as a whole.
     unsafe { assume_init_vec(out) }
@@ -47,7 +48,7 @@ pub fn max(isa: &Isa, s: &PoolShape, x: &[f32]) -> Vec<f32> {
 /// # Panics
 ///
 /// If the length of a slice does not match `s`.
-pub fn max_backward(isa: &Isa, s: &PoolShape, x: &[f32], out: &[f32], dout: &[f32]) -> Vec<f32> {
+pub fn max_backward<T: Storage>(isa: &Isa, s: &PoolShape, x: &[T], out: &[T], dout: &[f32]) -> Vec<f32> {
     check(s, x.len());
     let [image, image_out] = image_lengths(s);
     assert_eq!([out.len(), dout.len()], [s.n * image_out; 2], "{s:?}");
@@ -55,7 +56,7 @@ pub fn max_backward(isa: &Isa, s: &PoolShape, x: &[f32], out: &[f32], dout: &[f3
     let images = dx.par_chunks_mut(image).zip(x.par_chunks(image));
     images.zip(out.par_chunks(image_out).zip(dout.par_chunks(image_out))).for_each(|((dx, x), (out, dout))| {
         // SAFETY: an `Isa` exists only for an instruction set of this processor.
-        unsafe { (isa.max_pool_backward)(s, x, out, dout, dx) };
+        unsafe { (T::loops(isa).max_pool_backward)(s, x, out, dout, dx) };
     });
     dx
 }
@@ -66,7 +67,7 @@ pub fn max_backward(isa: &Isa, s: &PoolShape, x: &[f32], out: &[f32], dout: &[f3
 /// # Panics
 ///
 /// If `x` is not `n` maps of whole pixels.
-pub fn mean(x: &[f32], n: usize, c: usize) -> Vec<f32> {
+pub fn mean<T: Storage>(isa: &Isa, x: &[T], n: usize, c: usize) -> Vec<f32> {
     let image = x.len() / n.max(1);
     assert!(
         n * image == x.len() && c > 0 && image.is_multiple_of(c),
@@ -75,7 +76,8 @@ pub fn mean(x: &[f32], n: usize, c: usize) -> Vec<f32> {
     );
     let mut out = vec![0.0f32; n * c];
     out.par_chunks_mut(c).zip(x.par_chunks(image.max(1))).for_each(|(out, x)| {
-        for pixel in x.chunks_exact(c) {
+        let mut buffer = Vec::new();
+        for pixel in T::load(isa, x, &mut buffer).chunks_exact(c) {
             out.iter_mut().zip(pixel).for_each(|(o, v)| *o += v);
         }
         out.iter_mut().for_each(|o| *o /= (image / c) as f32);

@@ -119,11 +119,44 @@ pub(crate) trait StoreBf16: Simd {
 }
 
 /// Brain floating point: the upper half of an f32 (sign, 8 exponent bits, 7 fraction bits).
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default)]
 #[repr(transparent)]
-pub(crate) struct Bf16(u16);
+pub struct Bf16(u16);
+
+impl PartialEq for Bf16 {
+    #[inline(always)]
+    fn eq(&self, other: &Bf16) -> bool {
+        self.to_f32() == other.to_f32()
+    }
+}
+
+impl PartialOrd for Bf16 {
+    #[inline(always)]
+    fn partial_cmp(&self, other: &Bf16) -> Option<std::cmp::Ordering> {
+        self.to_f32().partial_cmp(&other.to_f32())
+    }
+
+    #[inline(always)]
+    fn le(&self, other: &Bf16) -> bool {
+        self.to_f32() <= other.to_f32()
+    }
+}
 
 impl Bf16 {
+    /// Reinterprets bits as values.
+    pub fn from_bits(bits: &[u16]) -> &[Bf16] {
+        // SAFETY: `Bf16` has the layout of `u16`, and any bits are a value.
+        unsafe { std::slice::from_raw_parts(bits.as_ptr().cast(), bits.len()) }
+    }
+
+    /// Reinterprets values as their bits.
+    pub fn into_bits(values: Vec<Bf16>) -> Vec<u16> {
+        let mut values = std::mem::ManuallyDrop::new(values);
+        // SAFETY: pointer, length and capacity are those of the vector, which is not dropped;
+        // `Bf16` has the layout of `u16`.
+        unsafe { Vec::from_raw_parts(values.as_mut_ptr().cast(), values.len(), values.capacity()) }
+    }
+
     /// Rounds to the nearest value, ties to even. NaN stays NaN.
     #[inline(always)]
     pub fn round(value: f32) -> Bf16 {
@@ -138,6 +171,38 @@ impl Bf16 {
     #[inline(always)]
     pub fn to_f32(self) -> f32 {
         f32::from_bits(u32::from(self.0) << 16)
+    }
+}
+
+/// Types of stored values: f32 or [`Bf16`].
+pub(crate) trait Value: Copy {
+    /// Converts to f32, exactly.
+    fn widen(self) -> f32;
+    /// Rounds to this type.
+    fn narrow(value: f32) -> Self;
+}
+
+impl Value for f32 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+
+    #[inline(always)]
+    fn narrow(value: f32) -> f32 {
+        value
+    }
+}
+
+impl Value for Bf16 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self.to_f32()
+    }
+
+    #[inline(always)]
+    fn narrow(value: f32) -> Bf16 {
+        Bf16::round(value)
     }
 }
 

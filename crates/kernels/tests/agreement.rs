@@ -2,11 +2,13 @@
 //! and 1 thread and 3 threads give the same bits.
 
 use byol_kernels::{
-    conv::{Input, Shape, backward_data, backward_weight, forward, forward_fused},
+    Bf16,
+    conv::{Input, Shape, backward_data, backward_data_fused, backward_weight, forward, forward_fused},
     isa::{self, Isa},
     norm::{self, DeferredNorm, NormBackward, ReluMask},
     pool::{self, PoolShape},
     reference,
+    storage::{Storage, Values},
 };
 
 /// Pseudo-random values in [−0.5, 0.5).
@@ -40,7 +42,12 @@ fn shapes() -> Vec<Shape> {
         (2, 6, 11, 16, 32, 1, 2, 0, 1),
         (5, 4, 4, 16, 8, 1, 1, 0, 1),
         (2, 7, 5, 20, 40, 1, 1, 0, 1),
-        (3, 8, 8, 64, 96, 1, 1, 0, 1), // whole tiles of a matrix unit
+        (3, 8, 8, 64, 96, 1, 1, 0, 1),     // whole tiles of a matrix unit
+        (2, 5, 5, 256, 256, 1, 1, 0, 1),   // its blocks summed in their place
+        (9, 12, 12, 256, 256, 1, 1, 0, 1), // the same, in more than one group
+        (2, 32, 32, 3, 96, 16, 16, 0, 1),  // windows side by side
+        (1, 4, 4, 16, 16, 1, 1, 1, 1),     // a padding beyond the kernel
+        (2, 5, 6, 17, 20, 3, 1, 3, 1),     // the same
         (2, 33, 29, 3, 6, 7, 2, 3, 1),
         (9, 4, 4, 33, 7, 3, 1, 1, 1),
         (1, 9, 11, 6, 19, 3, 1, 2, 2),
@@ -82,7 +89,11 @@ fn convolution_and_gradients_match_the_reference() {
         for isa in isa::available() {
             assert_close(&format!("{isa:?} {s:?} y"), &forward(isa, &s, &x, &w), &y);
             assert_close(&format!("{isa:?} {s:?} dx"), &backward_data(isa, &s, &w, &dy), &dx);
-            assert_close(&format!("{isa:?} {s:?} dw"), &backward_weight(isa, &s, x.as_slice().into(), &dy), &dw);
+            assert_close(
+                &format!("{isa:?} {s:?} dw"),
+                &backward_weight(isa, &s, x.as_slice().into(), Values::F32(&dy)),
+                &dw,
+            );
         }
     }
 }
@@ -108,11 +119,34 @@ fn bf16_convolution_is_within_rounding_error() {
             for (what, actual, expected) in [
                 ("y", forward(isa, &s, &x, &w), y),
                 ("dx", backward_data(isa, &s, &w, &dy), dx),
-                ("dw", backward_weight(isa, &s, x.as_slice().into(), &dy), dw),
+                ("dw", backward_weight(isa, &s, x.as_slice().into(), Values::F32(&dy)), dw),
             ] {
                 let error = relative_error(&actual, &expected);
                 assert!(error <= bound, "{isa:?} {s:?} {what}: {error}");
             }
+        }
+    }
+}
+
+#[test]
+fn matrix_unit_agrees_with_its_definition() {
+    let all = isa::available_bf16();
+    let find = |name: &str| all.iter().copied().find(|isa| isa.name.ends_with(name));
+    let definition = find("with tiles").expect("the definition runs on every processor");
+    let Some(unit) = find("with AMX") else {
+        eprintln!("SKIPPED: this processor has no AMX");
+        return;
+    };
+    for s in shapes() {
+        let [x_len, w_len, y_len] = s.lengths();
+        let (x, w, dy) = (noise(x_len, 1), noise(w_len, 2), noise(y_len, 3));
+        let results = |isa: &Isa| {
+            let dw = backward_weight(isa, &s, x.as_slice().into(), Values::F32(&dy));
+            [forward(isa, &s, &x, &w), backward_data(isa, &s, &w, &dy), dw]
+        };
+        for (what, (actual, expected)) in ["y", "dx", "dw"].iter().zip(results(unit).iter().zip(&results(definition))) {
+            // The operands are the same; only the order of sums differs.
+            assert_close(&format!("{s:?} {what}"), actual, &expected.iter().map(|v| f64::from(*v)).collect::<Vec<_>>());
         }
     }
 }
@@ -126,14 +160,78 @@ fn deferred_norm_equals_norm_applied_before() {
         for isa in isa::available().into_iter().chain(isa::available_bf16()) {
             for relu in [true, false] {
                 let norm = DeferredNorm::new(&scale, &shift, relu);
-                let deferred = Input { values: &x, norm: Some(&norm) };
-                let applied = norm::affine_act(isa, &x, &scale, &shift, None, relu);
-                let y = forward_fused(isa, &s, deferred, &w, |_, _| ()).0;
+                let deferred = Input { values: Values::F32(&x), norm: Some(&norm) };
+                let applied = norm::affine_act(isa, &x[..], &scale, &shift, None, relu);
+                let y = forward_fused::<f32, _>(isa, &s, deferred, &w, |_, _| ()).0;
                 assert_eq!(y, forward(isa, &s, &applied, &w), "{isa:?} {s:?}");
-                let dw = backward_weight(isa, &s, deferred, &dy);
-                assert_eq!(dw, backward_weight(isa, &s, applied.as_slice().into(), &dy), "{isa:?} {s:?}");
+                let dw = backward_weight(isa, &s, deferred, Values::F32(&dy));
+                assert_eq!(dw, backward_weight(isa, &s, applied.as_slice().into(), Values::F32(&dy)), "{isa:?} {s:?}");
             }
         }
+    }
+}
+
+/// Rounds to bf16, with the values as f32.
+fn rounded(isa: &Isa, values: &[f32]) -> (Vec<Bf16>, Vec<f32>) {
+    let rounded = Bf16::from_f32(isa, values.to_vec());
+    let wide = Bf16::load(isa, &rounded, &mut Vec::new()).to_vec();
+    (rounded, wide)
+}
+
+#[test]
+fn maps_stored_as_bf16_have_the_same_results_rounded() {
+    for s in shapes() {
+        let [x_len, w_len, y_len] = s.lengths();
+        let (x, w, dy) = (noise(x_len, 1), noise(w_len, 2), noise(y_len, 3));
+        let (scale, shift) = (noise(s.c_in, 4), noise(s.c_in, 5));
+        let norm = DeferredNorm::new(&scale, &shift, true);
+        for isa in isa::available().into_iter().chain(isa::available_bf16()) {
+            let ((x, x_wide), (dy, dy_wide)) = (rounded(isa, &x), rounded(isa, &dy));
+            let (x_f32, dy_f32) = (Values::F32(&x_wide), Values::F32(&dy_wide));
+            for norm in [None, Some(&norm)] {
+                let [stored, wide] = [Values::Bf16(&x), x_f32].map(|values| Input { values, norm });
+                let sums = |_: usize, y: &mut [f32]| y.iter().sum::<f32>();
+                let (y, parts) = forward_fused::<Bf16, _>(isa, &s, stored, &w, sums);
+                let (expected, expected_parts) = forward_fused::<f32, _>(isa, &s, wide, &w, sums);
+                assert_eq!((y, parts), (Bf16::from_f32(isa, expected), expected_parts), "{isa:?} {s:?} y");
+                let dw = backward_weight(isa, &s, stored, Values::Bf16(&dy));
+                assert_eq!(dw, backward_weight(isa, &s, wide, dy_f32), "{isa:?} {s:?} dw");
+            }
+            let dx = backward_data_fused::<Bf16, _>(isa, &s, &w, Values::Bf16(&dy), |_, _| ()).0;
+            let expected = backward_data_fused::<f32, _>(isa, &s, &w, dy_f32, |_, _| ()).0;
+            assert_eq!(dx, Bf16::from_f32(isa, expected), "{isa:?} {s:?} dx");
+        }
+    }
+}
+
+#[test]
+fn norms_and_pools_of_bf16_maps_have_the_same_results_rounded() {
+    let (m, c) = (9000, 17);
+    let (scale, shift, mean, inverse_std) = (noise(c, 1), noise(c, 2), noise(c, 3), vec![2.0; c]);
+    let (y, skip, dout) = (noise(m * c, 4), noise(m * c, 5), noise(m * c, 6));
+    for isa in isa::available() {
+        let ((y, y_wide), (skip, skip_wide)) = (rounded(isa, &y), rounded(isa, &skip));
+        let out = norm::affine_act(isa, &y[..], &scale, &shift, Some(&skip[..]), true);
+        let expected = norm::affine_act(isa, &y_wide[..], &scale, &shift, Some(&skip_wide[..]), true);
+        assert_eq!(out, Bf16::from_f32(isa, expected), "{isa:?}");
+        let (out, out_wide) = (&out, rounded(isa, Bf16::load(isa, &out, &mut Vec::new())).1);
+        let backward = NormBackward::new(&scale, &shift, &mean, &inverse_std);
+        for (mask, wide_mask) in [
+            (ReluMask::FromNorm, ReluMask::FromNorm),
+            (ReluMask::FromOutput(&out[..]), ReluMask::FromOutput(&out_wide[..])),
+        ] {
+            let g = norm::backward(isa, &dout, mask, &backward, &y[..], |_| ());
+            let expected = norm::backward(isa, &dout, wide_mask, &backward, &y_wide[..], |_| ());
+            assert_eq!(g.dy, Bf16::from_f32(isa, expected.dy), "{isa:?}");
+            assert_eq!((g.dskip, g.dgamma), (expected.dskip, expected.dgamma), "{isa:?}");
+        }
+        let s = PoolShape { n: 3, h: 20, w: 150, c, kernel: 3, stride: 2, padding: 1 };
+        let (pooled, pooled_wide) = (pool::max(isa, &s, &y[..]), pool::max(isa, &s, &y_wide[..]));
+        assert_eq!(pooled, Bf16::from_f32(isa, pooled_wide.clone()), "{isa:?}");
+        let dpooled = &dout[..pooled.len()];
+        let dx = pool::max_backward(isa, &s, &y[..], &pooled[..], dpooled);
+        assert_eq!(dx, pool::max_backward(isa, &s, &y_wide[..], &pooled_wide[..], dpooled), "{isa:?}");
+        assert_eq!(pool::mean(isa, &y[..], 3, c), pool::mean(isa, &y_wide[..], 3, c), "{isa:?}");
     }
 }
 
@@ -144,10 +242,10 @@ fn in_place_input_gradient_is_identical() {
     for isa in isa::available() {
         let (mean, var) = norm::moments(isa, &y, c);
         let norm = NormBackward::new(&gamma, &beta, &mean, &norm::inverse_std(&var, 1e-5));
-        let totals = norm.grad_totals(&[norm.grad_sums(isa, &dout, &y, ReluMask::FromNorm, None)], m, |_| ());
+        let totals = norm.grad_totals(&[norm.grad_sums(isa, &dout, &y[..], ReluMask::FromNorm, None)], m, |_| ());
         let mut grad = dout.clone();
         norm.input_grad_in_place(isa, &totals, &mut grad, &y);
-        assert_eq!(grad, norm.input_grad(isa, &totals, &dout, &y, ReluMask::FromNorm), "{isa:?}");
+        assert_eq!(grad, norm.input_grad(isa, &totals, &dout, &y[..], ReluMask::FromNorm), "{isa:?}");
     }
 }
 
@@ -162,12 +260,12 @@ fn results_are_bit_identical_for_any_thread_count() {
                 let (x, w, dy) = (noise(x_len, 1), noise(w_len, 2), noise(y_len, 3));
                 out.push(forward(isa, &s, &x, &w));
                 out.push(backward_data(isa, &s, &w, &dy));
-                out.push(backward_weight(isa, &s, x.as_slice().into(), &dy));
+                out.push(backward_weight(isa, &s, x.as_slice().into(), Values::F32(&dy)));
                 let (mean, var) = norm::moments(isa, &dy, s.c_out);
                 let inverse_std = norm::inverse_std(&var, 1e-5);
                 let (gamma, beta) = (noise(s.c_out, 4), noise(s.c_out, 6));
                 let norm = NormBackward::new(&gamma, &beta, &mean, &inverse_std);
-                let g = norm::backward(isa, &dy, ReluMask::FromOutput(&noise(y_len, 5)), &norm, &dy, |_| ());
+                let g = norm::backward(isa, &dy, ReluMask::FromOutput(&noise(y_len, 5)), &norm, &dy[..], |_| ());
                 out.extend([mean, var, g.dy, g.dgamma, g.dbeta]);
             }
             out
@@ -200,7 +298,7 @@ fn check_norm(isa: &Isa, m: usize, c: usize, relu: bool, with_skip: bool) {
     let (mean, var) = norm::moments(isa, &y, c);
     let inverse_std = norm::inverse_std(&var, 1e-5);
     let (scale, shift) = norm::scale_shift(&gamma, &beta, &mean, &inverse_std);
-    let out = norm::affine_act(isa, &y, &scale, &shift, with_skip.then_some(&skip[..]), relu);
+    let out = norm::affine_act(isa, &y[..], &scale, &shift, with_skip.then_some(&skip[..]), relu);
     let mask = match (relu, with_skip) {
         (false, false) => ReluMask::None,
         (true, false) => ReluMask::FromNorm,
@@ -208,7 +306,7 @@ fn check_norm(isa: &Isa, m: usize, c: usize, relu: bool, with_skip: bool) {
         (false, true) => ReluMask::NoneWithSkip,
     };
     let norm = NormBackward::new(&gamma, &beta, &mean, &inverse_std);
-    let g = norm::backward(isa, &dout, mask, &norm, &y, |_| ());
+    let g = norm::backward(isa, &dout, mask, &norm, &y[..], |_| ());
     assert_eq!(g.dskip.is_some(), with_skip);
     for k in 0..c {
         let index = |r: usize| r * c + k;
@@ -261,11 +359,11 @@ fn pooling_and_gradients_match_the_reference() {
         let dout = noise(n * s.h_out() * s.w_out() * c, 2);
         let [out, dx] = reference::max_pool(&s, &x, &dout);
         for isa in isa::available() {
-            let actual = pool::max(isa, &s, &x);
+            let actual = pool::max(isa, &s, &x[..]);
             assert_close(&format!("{isa:?} {s:?} out"), &actual, &out);
-            assert_close(&format!("{isa:?} {s:?} dx"), &pool::max_backward(isa, &s, &x, &actual, &dout), &dx);
+            assert_close(&format!("{isa:?} {s:?} dx"), &pool::max_backward(isa, &s, &x[..], &actual[..], &dout), &dx);
         }
-        let mean = pool::mean(&x, n, c);
+        let mean = pool::mean(isa::available()[0], &x[..], n, c);
         for (i, m) in mean.iter().enumerate() {
             let channel = x[i / c * h * w * c..].iter().skip(i % c).step_by(c).take(h * w);
             let expected = channel.map(|v| f64::from(*v)).sum::<f64>() / (h * w) as f64;

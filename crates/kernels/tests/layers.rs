@@ -27,6 +27,7 @@ const ORDER: &[&str] = &[
     "isa::neon",
     "isa::portable",
     "isa",
+    "storage",
     "norm",
     "pool",
     "optimizer_step",

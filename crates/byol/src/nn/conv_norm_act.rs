@@ -72,7 +72,8 @@ pub fn conv_norm_act(
         }
         return cpu::folded(x, w, norm, statistics.get(&layer.norm), epilogue, options).into();
     }
-    let y = cpu::conv_norm(x, w, norm, options);
+    // The maps of a training step take most of its memory.
+    let y = cpu::conv_norm(x, w, norm, ConvOptions { storage: ctx.precision, ..options });
     ctx.update_running_stats(&layer.norm, y.mean.clone(), y.variance.clone());
     match epilogue {
         Epilogue::Relu => y.into(),

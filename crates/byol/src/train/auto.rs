@@ -18,10 +18,13 @@ use crate::{
     },
 };
 
-use super::recipe::{OptimizerKind, Recipe, RecipeOverrides, TargetInit};
+use super::{
+    precision::{self, Bf16Speed},
+    recipe::{OptimizerKind, Recipe, RecipeOverrides, TargetInit},
+};
 
 /// Inputs of the choice.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct AutoInputs {
     /// Training images.
     pub images: usize,
@@ -31,8 +34,8 @@ pub struct AutoInputs {
     pub kind: Kind,
     /// Hardware threads.
     pub cores: usize,
-    /// The device is faster in bf16 than in f32.
-    pub bf16: bool,
+    /// How to determine the speed of bf16, if the device supports it.
+    pub bf16: Option<Bf16Speed>,
     /// The CPU's kernels use AVX-512.
     pub avx512: bool,
 }
@@ -57,7 +60,7 @@ impl AutoInputs {
         }
         sides.sort_unstable();
         let shorter_side = sides.get(sides.len() / 2).copied().unwrap_or(0);
-        let (kind, bf16) = (opened.info.kind, device::prefers_bf16(opened));
+        let (kind, bf16) = (opened.info.kind, precision::bf16_speed(opened));
         let avx512 = machine.isa.starts_with("avx512");
         Ok(AutoInputs { images: images.len(), shorter_side, kind, cores: machine.cores, bf16, avx512 })
     }
@@ -108,7 +111,7 @@ type AutoRule = fn(&AutoInputs, &RecipeOverrides, &mut Recipe) -> Option<String>
 
 /// The rules, in order.
 const RULES: [AutoRule; 10] =
-    [view_size, eval_size, encoder, precision, batch, epochs, target_decay, optimizer, center, blur];
+    [view_size, eval_size, encoder, compute_precision, batch, epochs, target_decay, optimizer, center, blur];
 
 /// Chooses a recipe. Returns it with one sentence per choice.
 pub fn choose(inputs: &AutoInputs, overrides: &RecipeOverrides) -> (Recipe, Vec<String>) {
@@ -210,14 +213,21 @@ fn encoder(inputs: &AutoInputs, overrides: &RecipeOverrides, r: &mut Recipe) -> 
     Some(format!("{} of width {} {why}", r.encoder.architecture.name(), r.encoder.width))
 }
 
-fn precision(inputs: &AutoInputs, overrides: &RecipeOverrides, r: &mut Recipe) -> Option<String> {
-    let allowed = overrides.get("train.precision").is_none_or(|v| v.as_str() == Some("bf16"));
-    if !(inputs.bf16 && allowed) {
+/// bf16 if it is measurably faster, else f32. Later rules follow what the user sets.
+fn compute_precision(inputs: &AutoInputs, overrides: &RecipeOverrides, r: &mut Recipe) -> Option<String> {
+    if let Some(requested) = overrides.get("train.precision") {
+        if requested.as_str() == Some("bf16") {
+            r.train.precision = Precision::Bf16;
+        }
         return None;
+    }
+    let speed = inputs.bf16?(r);
+    if !precision::pays(speed) {
+        return Some(format!("f32: bf16 is not faster on this CPU ({speed:.1} times the speed of f32)"));
     }
     r.train.precision = Precision::Bf16;
     Some(match inputs.is_cpu() {
-        true => "bf16 matrix products with f32 accumulation: 1.2 to 1.5 times as fast on this CPU".into(),
+        true => format!("bf16 products and maps with f32 sums: {speed:.1} times as fast as f32 on this CPU"),
         false => "bf16 compute: this GPU has units for it; use `--precision f32` for full precision".into(),
     })
 }
@@ -318,7 +328,7 @@ mod tests {
     use super::*;
 
     fn inputs(images: usize, side: usize, kind: Kind) -> AutoInputs {
-        AutoInputs { images, shorter_side: side, kind, cores: 2, bf16: false, avx512: true }
+        AutoInputs { images, shorter_side: side, kind, cores: 2, bf16: None, avx512: true }
     }
 
     #[test]
@@ -367,8 +377,11 @@ mod tests {
         };
         assert_eq!(epochs(0.25, 32), 29);
         let overrides = RecipeOverrides::from_recipe("auto").unwrap();
-        let (recipe, _) = choose(&AutoInputs { bf16: true, ..inputs(50_000, 32, Kind::Cpu) }, &overrides);
+        let (recipe, _) = choose(&AutoInputs { bf16: Some(|_| 2.0), ..inputs(50_000, 32, Kind::Cpu) }, &overrides);
         assert_eq!((recipe.train.epochs, recipe.train.precision), (33, Precision::Bf16));
+        let (recipe, why) = choose(&AutoInputs { bf16: Some(|_| 0.6), ..inputs(50_000, 32, Kind::Cpu) }, &overrides);
+        assert_eq!((recipe.train.epochs, recipe.train.precision), (29, Precision::F32));
+        assert!(why.iter().any(|w| w == "f32: bf16 is not faster on this CPU (0.6 times the speed of f32)"), "{why:?}");
         assert!(epochs(1.0, 32) < 10 && epochs(0.25, 64) < 10);
         let mut overrides = RecipeOverrides::from_recipe("auto").unwrap();
         overrides.set("encoder.architecture=resnet50").unwrap();

@@ -18,6 +18,8 @@ pub mod health;
 pub mod metrics;
 #[doc(hidden)]
 pub mod plan;
+#[doc(hidden)]
+pub mod precision;
 pub mod recipe;
 pub mod run;
 #[doc(hidden)]

@@ -131,9 +131,9 @@ pub struct TrainConfig {
     /// Micro-batches per update, a divisor of `batch`. More need less memory; only batch norm sees
     /// the smaller batch. Default: 1.
     pub accumulate: usize,
-    /// Compute precision of convolutions and linear layers: f32, bf16 (CPUs with AVX512-BF16, and
-    /// GPUs) or f16 (GPUs; with a scaled loss). Statistics, loss, weights, optimizer state and
-    /// target are always f32. Default: f32.
+    /// Compute precision of convolutions and linear layers, and type of the encoder's maps: f32,
+    /// bf16 (CPUs with AMX or AVX512-BF16, and GPUs) or f16 (GPUs; with a scaled loss). Statistics,
+    /// loss, weights, optimizer state and target are always f32. Default: f32.
     pub precision: Precision,
     /// Synchronize batch-norm statistics across ranks, as the reference does. Default: true.
     pub sync_bn: bool,

@@ -36,7 +36,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         machine.cpu,
         plural(machine.cores, "core"),
         machine.isa,
-        if machine.bf16 { " with bf16" } else { "" },
+        match (machine.amx, machine.bf16) {
+            (true, _) => " with AMX",
+            (false, true) => " with bf16",
+            (false, false) => "",
+        },
         machine.memory_mb,
         machine.free_mb
     );

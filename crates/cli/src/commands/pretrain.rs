@@ -8,13 +8,14 @@ use std::{
 use byol::{
     apply::sheet,
     data::{Images, Levels},
-    device::{self, Precision},
+    device,
     ranks::Ranks,
     train::{
         self, Plan, RecipeOverrides, Run, RunContext, TrainingData,
         augment_placement::AugmentTiming,
         auto,
         health::MIN_IMAGES,
+        precision,
         recipe::{OnCollapse, Placement},
         run::ensure_empty,
     },
@@ -75,8 +76,8 @@ pub struct Args {
     /// Number of micro-batches per batch (gradient accumulation), to save memory
     #[arg(long, value_name = "N")]
     accumulate: Option<i64>,
-    /// Compute precision: f32, bf16 (CPUs with AVX512-BF16, CUDA, ROCm), f16 (GPUs), or auto (bf16
-    /// where it is faster)
+    /// Compute precision: f32, bf16 (CPUs with AMX or AVX512-BF16, CUDA, ROCm), f16 (GPUs), or auto
+    /// (bf16 where it is faster)
     #[arg(long, value_parser = ["auto", "f32", "bf16", "f16"], hide_possible_values = true)]
     precision: Option<String>,
     /// Where to run augmentations after the crop: cpu, device, or auto (measured) [default: auto]
@@ -200,7 +201,7 @@ pub fn run(args: &Args, job: &MpiJob) -> Result<ExitCode> {
     must_be_same_data(job.ranks, &data)?;
     let (mut recipe, reasons) = auto::resolve(&overrides, &data.train, &opened)?;
     if args.precision.as_deref() == Some("auto") && overrides.name != "auto" {
-        recipe.train.precision = if device::prefers_bf16(&opened) { Precision::Bf16 } else { Precision::F32 };
+        recipe.train.precision = precision::fastest(&opened, &recipe);
     }
     device::check(&opened.device, recipe.train.precision).map_err(train::Error::from)?;
     reasons.iter().for_each(|reason| terminal::note(format!("  auto: {reason}")));

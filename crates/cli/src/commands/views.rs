@@ -64,6 +64,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     for image in &dataset.skipped {
         terminal::warning(format!("skipped {}: {}", image.name, image.reason));
     }
+    if overrides.name == "auto" && !overrides.contains("train.precision") {
+        // `auto` would measure the precisions, which do not affect the views.
+        overrides.set("train.precision=f32")?;
+    }
     let (recipe, _) = auto::resolve(&overrides, &dataset.train, &device::open(DeviceChoice::Cpu)?)?;
     let rows = rows(&recipe.views, &dataset.train, args.seed, SIDE)?;
     super::write_file(&args.out, &sheet::png(&rows, SIDE))?;

@@ -32,7 +32,7 @@ fn output(n: usize, args: &[&str]) -> Option<Output> {
 /// Flags of a small run with a learning rate so low that rounding errors do not grow: at ten times
 /// this rate, a nearly constant channel amplifies them to 0.01 within six steps.
 fn flags<'a>(data: &'a str, out: &'a str, more: &[&'a str]) -> Vec<&'a str> {
-    let own = ["--precision", "f32", "--optimizer", "sgd", "--lr", "0.002", "--set", "checkpoint.every_steps=2"];
+    let own = ["--optimizer", "sgd", "--lr", "0.002", "--set", "checkpoint.every_steps=2"];
     let buffer = ["--set", "train.shuffle=8"];
     [&["pretrain", data, "--out", out][..], &SMALL, &own, &buffer, more].concat()
 }

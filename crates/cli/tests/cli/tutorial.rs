@@ -111,12 +111,13 @@ fn unwrapped<'a>(lines: impl Iterator<Item = &'a str>) -> Vec<String> {
 /// A line without what depends on data and machine: numbers, durations and the name of the
 /// processor. `None` for lines that are not always printed.
 fn shape(line: &str, processor: &str) -> Option<String> {
-    let line = line.replace(processor, "CPU").replace("AMD EPYC", "CPU");
+    let line = line.replace(processor, "CPU").replace("AMD EPYC", "CPU").replace("bf16", "f32");
     let sometimes =
         ["", "…", "warning:", "hint:", "step", "checking", "embedding", "embedding:", "computing", "reading"];
     let first = line.split_whitespace().next().unwrap_or_default();
-    // A verdict depends on the results.
-    if sometimes.contains(&first) || line.contains(" against ") || line.starts_with("better") {
+    // A verdict depends on the results, the precision on the processor.
+    let precision = line.trim_start().starts_with("auto: f32");
+    if precision || sometimes.contains(&first) || line.contains(" against ") || line.starts_with("better") {
         return None;
     }
     let line = line.split(", roughly ").next().unwrap_or_default().replace(" million", "").replace("threads", "thread");

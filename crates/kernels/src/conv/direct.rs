@@ -1,8 +1,8 @@
 //! Direct convolution of any shape, without im2col: tiles read windows where they are.
 //!
 //! The forward pass and the gradient of the input are the same operation, a [`Gather`]. A thread
-//! copies the part of the source that its pixels read, with a margin of zeros, so that no tap has to
-//! check whether it lies in the image. Without a margin it reads the source itself.
+//! copies the part of the source that its pixels read, with a margin of zeros, so that no tap has
+//! to check whether it lies in the image. Without a margin it reads the source itself.
 //!
 //! The gradient of the weights is a matrix product over pixels. Both operands are first packed into
 //! panels as wide as a tile, so that everything a tile reads is adjacent.
@@ -19,7 +19,7 @@ use rayon::prelude::*;
 
 use super::{
     gather::{Gather, OutputPhase, Task, pixel_offsets, source_region, tap_runs},
-    input::Input,
+    input::F32Input,
     operand::{Operand, grow},
     shape::Shape,
     tiles::{ChannelBlock, Offsets, PanelPair, Windows, blocks, pack_weights},
@@ -73,7 +73,7 @@ fn convolve<T: Operand, R: Send>(
     s: &Shape,
     gather: &Gather,
     w: &[f32],
-    source: Input,
+    source: F32Input,
     transposed: bool,
     epilogue: impl Fn(usize, &mut [f32]) -> R + Sync,
 ) -> (Vec<f32>, Vec<R>) {
@@ -122,7 +122,7 @@ pub(super) fn forward<T: Operand, R: Send>(
     isa: &Isa,
     s: &Shape,
     w: &[f32],
-    x: Input,
+    x: F32Input,
     epilogue: impl Fn(usize, &mut [f32]) -> R + Sync,
 ) -> (Vec<f32>, Vec<R>) {
     convolve::<T, R>(isa, s, &Gather::forward(s), w, x, false, epilogue)
@@ -141,7 +141,7 @@ pub(super) fn backward_data<T: Operand, R: Send>(
 
 /// Computes the gradient of the weights, packed block by block of channels: `[taps, c_in,
 /// NV · LANES]` each.
-pub(super) fn backward_weight<T: Operand>(isa: &Isa, s: &Shape, x: Input, dy: &[f32]) -> Vec<f32> {
+pub(super) fn backward_weight<T: Operand>(isa: &Isa, s: &Shape, x: F32Input, dy: &[f32]) -> Vec<f32> {
     let gather = Gather::forward(s);
     let grad = WeightGrad::new(isa, &gather);
     let tasks = gather.tasks_of(SUM_PIXELS);
@@ -199,7 +199,7 @@ impl<'a> WeightGrad<'a> {
     }
 
     /// Packs the panels of a task into `to`, of [`buffer_len`](WeightGrad::buffer_len) values.
-    fn pack<'b, T: Operand>(&self, task: &Task, x: Input, dy: &[f32], to: &'b mut [f32]) -> Panels<'b, T> {
+    fn pack<'b, T: Operand>(&self, task: &Task, x: F32Input, dy: &[f32], to: &'b mut [f32]) -> Panels<'b, T> {
         let (n, [source_len, dy_len]) = (self.pixels(task), self.pixel_lengths());
         let (groups, rows) = (n.div_ceil(T::DEPTH), self.isa.tile_rows);
         if T::DEPTH == 1 {
@@ -227,7 +227,7 @@ impl<'a> WeightGrad<'a> {
     }
 
     /// Packs the panels of a task as f32, in groups of one pixel.
-    fn pack_f32(&self, task: &Task, x: Input, dy: &[f32], to: &mut [f32]) {
+    fn pack_f32(&self, task: &Task, x: F32Input, dy: &[f32], to: &mut [f32]) {
         let (isa, gather, n, rows) = (self.isa, self.gather, self.pixels(task), self.isa.tile_rows);
         let [source_len, dy_len] = self.pixel_lengths();
         let (source, gradients) = to[..n * (source_len + dy_len)].split_at_mut(n * source_len);
@@ -291,7 +291,7 @@ impl<'a> WeightGrad<'a> {
 
     /// Sums parts of the pixels into private gradients, which are added at the end: for small
     /// weights.
-    fn sum_private<T: Operand>(&self, length: usize, tasks: &[Task], x: Input, dy: &[f32]) -> Vec<f32> {
+    fn sum_private<T: Operand>(&self, length: usize, tasks: &[Task], x: F32Input, dy: &[f32]) -> Vec<f32> {
         let isa = self.isa;
         let buffer_len = self.buffer_len::<T>(tasks);
         let parts: Vec<Vec<f32>> = tasks
@@ -320,7 +320,7 @@ impl<'a> WeightGrad<'a> {
     /// Sums all pixels into one gradient that the threads divide among them, group after group of
     /// tasks: for weights that are large compared with the maps, where private gradients would cost
     /// more than they save.
-    fn sum_shared<T: Operand>(&self, length: usize, tasks: &[Task], x: Input, dy: &[f32]) -> Vec<f32> {
+    fn sum_shared<T: Operand>(&self, length: usize, tasks: &[Task], x: F32Input, dy: &[f32]) -> Vec<f32> {
         let isa = self.isa;
         let mut dw = vec![0.0f32; length];
         let buffer_len = self.buffer_len::<T>(tasks);

@@ -9,7 +9,7 @@
 use std::ops::Range;
 
 use super::{
-    input::Input,
+    input::ReadOperands,
     operand::{Operand, grow},
     shape::{FeatureMap, Shape},
 };
@@ -218,13 +218,13 @@ pub(super) fn source_region<'a, T: Operand>(
     isa: &Isa,
     gather: &Gather,
     task: &Task,
-    source: Input<'a>,
+    source: impl ReadOperands<'a, T>,
     buffer: &'a mut Vec<f32>,
     unrounded: &mut Vec<f32>,
 ) -> SourceRegion<'a, T> {
     let (rows, map) = (gather.source_rows(task), gather.source);
     let image = map.len();
-    if let (false, None, Some(values)) = (gather.has_margin(), source.norm, T::borrow_f32(source.values)) {
+    if let (false, Some(values)) = (gather.has_margin(), source.borrow()) {
         let values = &values[task.images.start * image..task.images.end * image];
         return SourceRegion { values, rows: 0..map.h };
     }

@@ -23,29 +23,39 @@ use rayon::prelude::*;
 
 use super::{
     gather::{Gather, OutputPhase, Task, pixel_offsets, source_region, tap_runs},
-    input::Input,
-    operand::Operand,
+    input::{Input, ReadOperands},
     shape::Shape,
 };
 use crate::{
     isa::{Isa, MatrixLoops},
-    loops::matrix::{Accumulation, BLOCK, DEPTH, Panels, Product, STEP_VALUES, TILE, TILE_VALUES},
-    memory::{AlignedBuffer, assume_init_vec, uninit_vec},
+    loops::matrix::{Accumulation, BLOCK, DEPTH, Panels, Product, Rows, STEP_VALUES, TILE, TILE_VALUES},
+    memory::{AlignedBuffer, Plain, as_uninit, assume_init_vec, uninit_vec},
     simd::Bf16,
+    storage::{Storage, Values},
 };
 
 /// Number of source channels below which windows are gathered.
 const MIN_CHANNELS: usize = 16;
 
-/// Number of values in the panels of a task of the weight gradient: 1 MiB, half of a core's
-/// second-level cache.
+/// Number of bytes that a task of the output reads and writes: a quarter of a core's second-level
+/// cache.
+const TASK_BYTES: usize = 1 << 19;
+
+/// Least and greatest number of pixels in a task of the output.
+const TASK_PIXELS: [usize; 2] = [256, 2048];
+
+/// Least number of tasks that an output is split into, down to tasks of a block of rows.
+const MIN_TASKS: usize = 8;
+
+/// Number of values in the panels of the weight gradient that are summed at a time: 1 MiB, half of
+/// a core's second-level cache.
 const PANEL_VALUES: usize = 1 << 19;
 
-/// Least and greatest number of pixels in a task of the weight gradient.
+/// Least and greatest number of pixels in these panels.
 const PANEL_PIXELS: [usize; 2] = [512, 2048];
 
-/// Number of values in the panels of a group of tasks: a part of the last-level cache.
-const GROUP_VALUES: usize = 1 << 22;
+/// Number of tasks whose panels are summed at a time with shared sums, for the threads to pack.
+const GROUP_TASKS: usize = 4;
 
 /// Number of private weight gradients that parts of the batch are summed into, if they are small:
 /// enough for many threads.
@@ -53,10 +63,6 @@ const PARTS: usize = 32;
 
 /// Number of values from which on all threads sum into one shared weight gradient.
 const SHARED_VALUES: usize = 1 << 16;
-
-/// Number of pixels that a block of the weight gradient sums at a time for all its taps: their
-/// panels stay in a core's second-level cache.
-const CHUNK_PIXELS: usize = 4096;
 
 /// Buffers that a thread keeps from task to task.
 #[derive(Default)]
@@ -81,6 +87,12 @@ struct RowBuffers {
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
+    /// Packed weights of the convolution that this thread computes.
+    static WEIGHTS: RefCell<AlignedBuffer> = RefCell::default();
+    /// Shared sums of the weight gradient that this thread computes.
+    static SUMS: RefCell<AlignedBuffer> = RefCell::default();
+    /// Output of a task before it is rounded.
+    static OUT: RefCell<Vec<f32>> = RefCell::default();
     /// Panels of the weight gradient that this thread computes.
     static PANELS: RefCell<Vec<TaskPanels>> = RefCell::default();
 }
@@ -204,10 +216,13 @@ impl Grid {
         let (image_rows, pitch, total) = if step == 1 {
             let zeros_above = top.saturating_sub(rows.start);
             let zeros_below = rows.end.saturating_sub(top + gather.source.h);
-            let image_rows = rows.len() - zeros_above.min(zeros_below);
+            // With a padding beyond the kernel, an image has more places than its padded source.
+            let most = gather.phases.iter().map(|phase| gather.steps(phase, task).len()).max().unwrap_or(0);
+            let image_rows = (rows.len() - zeros_above.min(zeros_below)).max(most.min(rows.len()));
             // The last row of an image that shares no margin with another.
             let rest = rows.len() - image_rows;
-            (image_rows, gather.source.w + left.max(right), images * image_rows + rest)
+            let columns = gather.dest.w.div_ceil(gather.dest_step);
+            (image_rows, (gather.source.w + left.max(right)).max(columns), images * image_rows + rest)
         } else {
             let image_rows = rows.len().div_ceil(step);
             (image_rows, gather.padded_width().div_ceil(step), images * image_rows)
@@ -247,6 +262,40 @@ impl Grid {
             }
         }
         view
+    }
+
+    /// Returns whether the grid of a task is its part of the source, without margins and gaps.
+    fn is_source(&self, gather: &Gather) -> bool {
+        let whole = self.image_rows == gather.source.h || self.pixels() <= self.rows.len() * self.pitch + 1;
+        !gather.has_margin() && self.pixel == gather.source.c && gather.source_step == 1 && whole
+    }
+
+    /// Overwrites the margins with zeros. Returns the offset from which on everything must be zero
+    /// that is not read from the source.
+    fn clear(&self, gather: &Gather, task: &Task, values: &mut [Bf16]) -> usize {
+        let (pixel, step, map) = (self.pixel, gather.source_step, gather.source);
+        if pixel != map.c || step > 1 && (gather.has_margin() || self.planes.iter().flatten().count() > 1) {
+            return 0;
+        }
+        if step > 1 {
+            // Every pixel of the only plane is read, but for one that makes it even.
+            return self.pixels().saturating_sub(1) * pixel;
+        }
+        let ([top, _], [left, _]) = (gather.margin[0], gather.margin[1]);
+        for i in 0..task.images.len() {
+            for y in self.rows.clone() {
+                let row = &mut values[(i * self.image_rows + y - self.rows.start) * self.pitch * pixel..];
+                let row = &mut row[..self.pitch * pixel];
+                if y < top || y >= top + map.h {
+                    row.fill(Bf16::default());
+                } else {
+                    row[..left * pixel].fill(Bf16::default());
+                    row[(left + map.w) * pixel..].fill(Bf16::default());
+                }
+            }
+        }
+        let rows = (task.images.len() - 1) * self.image_rows + self.rows.len();
+        rows * self.pitch * pixel
     }
 
     /// Reads the source of a task into `to`, which holds all planes.
@@ -314,13 +363,19 @@ fn with_region<R>(
         Layout::Grid { pixel } => {
             let grid = Grid::new(gather, task, pixel);
             let data = grid.pixels() * pixel;
-            let values = buffer.grow::<Bf16>(data + SPARE_ROWS * pixel + STEP_VALUES);
-            // Without margins and gaps, every pixel is overwritten.
-            let whole = !gather.has_margin() && pixel == gather.source.c && gather.source_step == 1;
-            values[if whole { data - pixel.min(data) } else { 0 }..].fill(Bf16::default());
-            grid.read(isa, gather, task, source, values, rows);
+            let length = data + SPARE_ROWS * pixel + STEP_VALUES;
             let views = gather.phases.iter().map(|phase| grid.view(gather, phase, task, merge)).collect();
-            (Region { values, step: pixel }, views)
+            let in_place = if grid.is_source(gather) { source.borrow() } else { None };
+            let from = task.images.start * gather.source.len() + grid.rows.start * gather.source.w * pixel;
+            if let Some(values) = in_place.and_then(|values| values.get(from..from + length)) {
+                (Region { values, step: pixel }, views)
+            } else {
+                let values = buffer.grow::<Bf16>(length);
+                let end = grid.clear(gather, task, values);
+                values[end..].fill(Bf16::default());
+                grid.read(isa, gather, task, source, values, rows);
+                (Region { values, step: pixel }, views)
+            }
         }
         Layout::Windows => {
             let from = source_region::<Bf16>(isa, gather, task, source, padded, &mut rows.unrounded);
@@ -336,15 +391,16 @@ fn with_region<R>(
             let longest = parts.iter().map(|(runs, run, ..)| runs.len() * run).max().unwrap_or(0);
             let step = longest.next_multiple_of(DEPTH);
             let values = buffer.grow::<Bf16>((rows + SPARE_ROWS) * step + STEP_VALUES);
-            values.fill(Bf16::default());
+            values[rows * step..].fill(Bf16::default());
             let views = parts
                 .iter()
                 .map(|(runs, run, first, windows, outs)| {
                     let rows = values[first * step..].chunks_exact_mut(step);
-                    for (window, to) in windows.iter().zip(rows) {
-                        for (offset, to) in runs.iter().zip(to.chunks_exact_mut(*run)) {
-                            to.copy_from_slice(&from.values[(window + offset) as usize..][..*run]);
+                    for (window, to_row) in windows.iter().zip(rows) {
+                        for (offset, to) in runs.iter().zip((0..).step_by(*run)) {
+                            copy_run(&from.values[(window + offset) as usize..], &mut to_row[to..], *run);
                         }
+                        to_row[runs.len() * run..].fill(Bf16::default());
                     }
                     let out_step = gather.dest_step * gather.dest.c;
                     let mut view = View { taps: vec![(first * step) as u32], segments: Vec::new(), out_step };
@@ -362,23 +418,45 @@ fn with_region<R>(
     result
 }
 
+/// Copies `n` values, in pieces of constant length where there is room to copy more.
+fn copy_run(from: &[Bf16], to: &mut [Bf16], n: usize) {
+    const PIECE: usize = 16;
+    let padded = n.next_multiple_of(PIECE);
+    match (from.get(..padded), to.get_mut(..padded)) {
+        (Some(from), Some(to)) => {
+            let pieces = to.as_chunks_mut::<PIECE>().0.iter_mut().zip(from.as_chunks::<PIECE>().0);
+            pieces.for_each(|(to, from)| *to = *from);
+        }
+        _ => to[..n].copy_from_slice(&from[..n]),
+    }
+}
+
 /// Packs the weights of a phase block by block of channels: `[taps, steps, 16, 32, 2]` each, with
 /// zeros in place of missing channels.
 ///
 /// `w` is `[c_out, c_in, k, k]`, and `taps` are places in the kernel. With `transposed`, for the
 /// gradient of the input, the source is dy.
-fn pack_weights(s: &Shape, taps: &[Vec<usize>], w: &[Bf16], transposed: bool) -> AlignedBuffer {
+fn pack_weights(loops: &MatrixLoops, s: &Shape, taps: &[Vec<usize>], w: &[Bf16], transposed: bool, to: &mut [Bf16]) {
     let (sources, channels) = if transposed { (s.c_out, s.c_in) } else { (s.c_in, s.c_out) };
     let kk = s.kernel * s.kernel;
     // Distance between sources and between channels in `w`.
     let (source_step, channel_step) = if transposed { (s.c_in * kk, kk) } else { (kk, s.c_in * kk) };
     let steps = steps(taps, sources);
-    let mut packed = AlignedBuffer::default();
     let block = taps.len() * steps * STEP_VALUES;
-    let values = packed.grow::<Bf16>(channels.div_ceil(BLOCK) * block);
-    values.par_chunks_mut(block).enumerate().for_each(|(i, to)| {
+    assert!(to.len() == channels.div_ceil(BLOCK) * block, "packed weights have their shape");
+    to.par_chunks_mut(block).enumerate().for_each(|(i, to)| {
         let first = i * BLOCK;
         let channels = BLOCK.min(channels - first);
+        if kk == 1 {
+            for (begin, to) in (0..sources).step_by(DEPTH).zip(to.chunks_exact_mut(STEP_VALUES)) {
+                let sources = [begin, DEPTH.min(sources - begin)];
+                pack_step(loops, w, [first, channels], sources, transposed, s.c_in, to);
+            }
+            return;
+        }
+        if channels < BLOCK || !(taps[0].len() * sources).is_multiple_of(DEPTH) {
+            to.fill(Bf16::default());
+        }
         // A step's sources at a time, so that what is written for them stays in the first-level
         // cache.
         for begin in (0..sources).step_by(DEPTH) {
@@ -396,7 +474,40 @@ fn pack_weights(s: &Shape, taps: &[Vec<usize>], w: &[Bf16], transposed: bool) ->
             }
         }
     });
-    packed
+}
+
+/// Packs one step of the weights of a 1x1 kernel: some channels and some sources, each given by the
+/// first and their number. `w` is `[channels, sources]`, or with `transposed` the other way around.
+fn pack_step(
+    loops: &MatrixLoops,
+    w: &[Bf16],
+    [channel, channels]: [usize; 2],
+    [source, sources]: [usize; 2],
+    transposed: bool,
+    row_len: usize,
+    to: &mut [Bf16],
+) {
+    let zeros = [Bf16::default(); BLOCK];
+    assert!(to.len() == STEP_VALUES, "a step has its shape");
+    if transposed {
+        let rows = std::array::from_fn(|i| {
+            if i < sources { w[(source + i) * row_len + channel..][..channels].as_ptr() } else { zeros.as_ptr() }
+        });
+        // SAFETY: each row has `channels` values, and `to` has a step's; an `Isa` exists only for
+        // an instruction set of this processor.
+        unsafe { (loops.interleave)(&rows, channels, to.as_mut_ptr()) };
+        return;
+    }
+    for tile in (0..BLOCK).step_by(TILE) {
+        let rows = std::array::from_fn(|i| {
+            let i = tile + i;
+            if i < channels { w[(channel + i) * row_len + source..][..sources].as_ptr() } else { zeros.as_ptr() }
+        });
+        let to = to[2 * tile..].as_mut_ptr();
+        // SAFETY: each row has `sources` values, and `to` has a step's from its tile on; an `Isa`
+        // exists only for an instruction set of this processor.
+        unsafe { (loops.transpose_pairs)(&rows, sources, to) };
+    }
 }
 
 /// Number of steps at each tap, for `c` source channels.
@@ -410,7 +521,7 @@ fn steps(taps: &[Vec<usize>], c: usize) -> usize {
 ///
 /// If a row or a weight lies outside its buffer.
 fn multiply(
-    loops: &MatrixLoops,
+    Unit(loops): &Unit,
     region: &Region,
     [first, row_tiles]: [usize; 2],
     taps: &[u32],
@@ -451,7 +562,7 @@ fn multiply(
 
 /// Computes one phase of a task: all channels of its pixels.
 fn multiply_view(
-    loops: &MatrixLoops,
+    unit: &Unit,
     region: &Region,
     view: &View,
     channels: usize,
@@ -471,7 +582,7 @@ fn multiply_view(
         let direct = match view.segments[..] {
             [Segment { row: 0, out: at, .. }] if view.out_step == channels && columns.is_multiple_of(TILE) => {
                 let tiles = rows / TILE;
-                multiply(loops, region, [0, tiles], &view.taps, weights, columns, (&mut out[at + first..], channels));
+                multiply(unit, region, [0, tiles], &view.taps, weights, columns, (&mut out[at + first..], channels));
                 tiles * TILE
             }
             _ => 0,
@@ -479,8 +590,8 @@ fn multiply_view(
         let tiles = (rows - direct).div_ceil(TILE);
         let sums = sums.grow::<f32>(tiles * TILE * BLOCK);
         // SAFETY: the product writes numbers only.
-        let uninit = unsafe { crate::memory::as_uninit(sums) };
-        multiply(loops, region, [direct, tiles], &view.taps, weights, columns, (uninit, BLOCK));
+        let uninit = unsafe { as_uninit(sums) };
+        multiply(unit, region, [direct, tiles], &view.taps, weights, columns, (uninit, BLOCK));
         let sums = &*sums;
         for segment in &view.segments {
             let skip = direct.saturating_sub(segment.row);
@@ -514,13 +625,44 @@ fn copy_pixels<const N: usize>(from: &[f32], n: usize, to: &mut [MaybeUninit<f32
 /// Rounds all weights.
 fn rounded(isa: &Isa, w: &[f32]) -> Vec<Bf16> {
     const PART: usize = 1 << 16;
-    let mut to = Bf16::zeros(w.len());
-    to.par_chunks_mut(PART).zip(w.par_chunks(PART)).for_each(|(to, from)| Operand::round(isa, from, to));
-    to
+    let mut to = uninit_vec(w.len());
+    to.par_chunks_mut(PART).zip(w.par_chunks(PART)).for_each(|(to, from)| {
+        // SAFETY: an `Isa` exists only for an instruction set of this processor.
+        unsafe { (isa.narrow)(from, to) };
+    });
+    // SAFETY: the loop has written every value.
+    unsafe { assume_init_vec(to) }
+}
+
+/// The matrix unit, in use by this thread until it is dropped. Configuring it takes as long as some
+/// blocks, so it is done once a task.
+struct Unit<'a>(&'a MatrixLoops);
+
+impl Unit<'_> {
+    fn new(loops: &MatrixLoops) -> Unit<'_> {
+        // SAFETY: an `Isa` exists only for an instruction set of this processor.
+        unsafe { (loops.configure)() };
+        Unit(loops)
+    }
+}
+
+impl Drop for Unit<'_> {
+    fn drop(&mut self) {
+        // SAFETY: `new` has configured it, on this thread: a reference is not `Send`.
+        unsafe { (self.0.release)() };
+    }
+}
+
+/// Splits the destination of a gather into tasks whose operands and sums stay in a second-level
+/// cache.
+fn output_tasks(gather: &Gather) -> Vec<Task> {
+    let pixel = size_of::<Bf16>() * gather.source.c * gather.source_step.pow(2) + size_of::<f32>() * gather.dest.c;
+    let share = (gather.n * gather.dest.h * gather.dest.w).div_ceil(MIN_TASKS).next_multiple_of(BLOCK);
+    gather.tasks_of((TASK_BYTES / pixel).clamp(TASK_PIXELS[0], TASK_PIXELS[1]).min(share))
 }
 
 /// Computes the destination of a gather, task by task. Pixels that no tap reaches are 0.
-fn convolve<R: Send>(
+fn convolve<T: Storage, R: Send>(
     (isa, loops): (&Isa, &MatrixLoops),
     s: &Shape,
     gather: &Gather,
@@ -528,24 +670,29 @@ fn convolve<R: Send>(
     source: Input,
     transposed: bool,
     epilogue: impl Fn(usize, &mut [f32]) -> R + Sync,
-) -> (Vec<f32>, Vec<R>) {
+) -> (Vec<T>, Vec<R>) {
     let layout = Layout::new(gather);
     let w = rounded(isa, w);
     let taps = |phase: &OutputPhase| layout.taps(gather, phase, s.kernel, true);
-    let weights: Vec<_> = gather.phases.iter().map(|phase| pack_weights(s, &taps(phase), &w, transposed)).collect();
-    let lengths: Vec<_> = gather
-        .phases
-        .iter()
-        .map(|phase| {
-            let taps = taps(phase);
-            gather.dest.c.div_ceil(BLOCK) * taps.len() * steps(&taps, gather.source.c) * STEP_VALUES
-        })
-        .collect();
+    let taps: Vec<_> = gather.phases.iter().map(taps).collect();
+    let length = |taps: &Vec<Vec<usize>>| {
+        gather.dest.c.div_ceil(BLOCK) * taps.len() * steps(taps, gather.source.c) * STEP_VALUES
+    };
+    let lengths: Vec<usize> = taps.iter().map(length).collect();
+    let mut buffer = WEIGHTS.take();
+    let mut rest = buffer.grow::<Bf16>(lengths.iter().sum());
+    let mut weights = Vec::new();
+    for (taps, length) in taps.iter().zip(lengths) {
+        let (part, after) = rest.split_at_mut(length);
+        pack_weights(loops, s, taps, &w, transposed, part);
+        weights.push(&*part);
+        rest = after;
+    }
     let mut out = uninit_vec(gather.n * gather.dest.len());
     let reaches_all = gather.phases.len() == gather.dest_step * gather.dest_step;
     let mut rest = &mut out[..];
     let mut parts = Vec::new();
-    for task in gather.tasks() {
+    for task in output_tasks(gather) {
         let (part, after) = rest.split_at_mut(task.span(gather.dest).len());
         parts.push((task, part));
         rest = after;
@@ -553,42 +700,51 @@ fn convolve<R: Send>(
     let results = parts
         .into_par_iter()
         .map(|(task, out)| {
-            if !reaches_all {
-                out.fill(MaybeUninit::new(0.0));
-            }
-            with_region(isa, gather, layout, &task, source, true, |region, views, sums| {
-                for ((view, weights), length) in views.iter().zip(&weights).zip(&lengths) {
-                    multiply_view(loops, region, view, gather.dest.c, weights.get::<Bf16>(*length), sums, out);
+            let mut buffer = OUT.take();
+            let compute = |out: &mut [MaybeUninit<f32>]| {
+                if !reaches_all {
+                    out.fill(MaybeUninit::new(0.0));
                 }
-            });
-            // SAFETY: the phases cover all pixels of the task, or it has been filled with 0.
-            epilogue(task.span(gather.dest).start, unsafe { out.assume_init_mut() })
+                with_region(isa, gather, layout, &task, source, true, |region, views, sums| {
+                    let unit = Unit::new(loops);
+                    for (view, weights) in views.iter().zip(&weights) {
+                        multiply_view(&unit, region, view, gather.dest.c, weights, sums, out);
+                    }
+                });
+                // SAFETY: the phases cover all pixels of the task, or it has been filled with 0.
+                epilogue(task.span(gather.dest).start, unsafe { out.assume_init_mut() })
+            };
+            // SAFETY: `compute` writes every value.
+            let result = unsafe { T::store(isa, out, &mut buffer, compute) };
+            OUT.set(buffer);
+            result
         })
         .collect();
+    WEIGHTS.set(buffer);
     // SAFETY: the tasks cover the destination.
     (unsafe { assume_init_vec(out) }, results)
 }
 
 /// See [`super::forward_fused`].
-pub(super) fn forward<R: Send>(
+pub(super) fn forward<T: Storage, R: Send>(
     isa: (&Isa, &MatrixLoops),
     s: &Shape,
     w: &[f32],
     x: Input,
     epilogue: impl Fn(usize, &mut [f32]) -> R + Sync,
-) -> (Vec<f32>, Vec<R>) {
+) -> (Vec<T>, Vec<R>) {
     convolve(isa, s, &Gather::forward(s), w, x, false, epilogue)
 }
 
 /// See [`super::backward_data_fused`].
-pub(super) fn backward_data<R: Send>(
+pub(super) fn backward_data<T: Storage, R: Send>(
     isa: (&Isa, &MatrixLoops),
     s: &Shape,
     w: &[f32],
-    dy: &[f32],
+    dy: Input,
     epilogue: impl Fn(usize, &mut [f32]) -> R + Sync,
-) -> (Vec<f32>, Vec<R>) {
-    convolve(isa, s, &Gather::backward_data(s), w, dy.into(), true, epilogue)
+) -> (Vec<T>, Vec<R>) {
+    convolve(isa, s, &Gather::backward_data(s), w, dy, true, epilogue)
 }
 
 /// Packed operands of a task of the weight gradient.
@@ -607,33 +763,33 @@ struct TaskPanels {
 }
 
 /// See [`super::backward_weight`]. The result is `[c_out, c_in, k, k]`.
-pub(super) fn backward_weight((isa, loops): (&Isa, &MatrixLoops), s: &Shape, x: Input, dy: &[f32]) -> Vec<f32> {
+pub(super) fn backward_weight((isa, loops): (&Isa, &MatrixLoops), s: &Shape, x: Input, dy: Values) -> Vec<f32> {
+    if s.n == 0 {
+        return vec![0.0; s.c_out * s.c_in * s.kernel * s.kernel];
+    }
     let gather = &Gather::forward(s);
     let layout = Layout::new(gather);
     let taps = layout.taps(gather, &gather.phases[0], s.kernel, false);
     let [rows, columns] = [s.c_out, taps[0].len() * s.c_in];
-    let [least, most] = PANEL_PIXELS;
-    let grad = WeightGrad {
-        isa,
-        loops,
-        gather,
-        layout,
-        rows,
-        columns,
-        taps: taps.len(),
-        tasks: gather.tasks_of((PANEL_VALUES / (rows + 2 * columns)).clamp(least, most)),
-    };
-    if taps.len() == 1 && layout != Layout::Windows && rows % BLOCK + columns % BLOCK == 0 {
-        return grad.sum_in_place(x, dy);
-    }
-    let length = grad.blocks().iter().product::<usize>() * taps.len() * BLOCK * BLOCK;
-    if length < SHARED_VALUES {
-        unpack_weights(s, &taps, grad.blocks(), &grad.sum_private(length, x, dy))
+    let blocks = [rows, columns].map(|n| n.div_ceil(BLOCK));
+    let length = blocks[0] * blocks[1] * taps.len() * BLOCK * BLOCK;
+    let private = length < SHARED_VALUES;
+    // With more than one tap, x is packed twice.
+    let values = rows + columns * taps.len().min(2);
+    let pixels = (PANEL_VALUES / values).clamp(PANEL_PIXELS[0], PANEL_PIXELS[1]);
+    let tasks = gather.tasks_of(if private { pixels } else { pixels / GROUP_TASKS });
+    let grad = WeightGrad { isa, loops, gather, layout, rows, columns, blocks, taps: taps.len(), tasks };
+    if private {
+        unpack_weights(s, &taps, blocks, &grad.sum_private(length, x, dy))
+    } else if s.kernel == 1 && layout != Layout::Windows && rows % BLOCK + columns % BLOCK == 0 {
+        grad.sum_in_place(x, dy)
     } else {
-        let mut sums = AlignedBuffer::default();
-        let sums = sums.grow::<f32>(length);
+        let mut buffer = SUMS.take();
+        let sums = buffer.grow::<f32>(length);
         grad.sum_shared(sums, x, dy);
-        unpack_weights(s, &taps, grad.blocks(), sums)
+        let dw = unpack_weights(s, &taps, blocks, sums);
+        SUMS.set(buffer);
+        dw
     }
 }
 
@@ -645,33 +801,32 @@ struct WeightGrad<'a> {
     layout: Layout,
     rows: usize,
     columns: usize,
+    /// Number of blocks of rows and of columns.
+    blocks: [usize; 2],
     taps: usize,
     tasks: Vec<Task>,
 }
 
 impl WeightGrad<'_> {
-    /// Number of blocks of rows and of columns.
-    fn blocks(&self) -> [usize; 2] {
-        [self.rows, self.columns].map(|n| n.div_ceil(BLOCK))
-    }
-
     /// Packs the operands of a task.
-    fn pack(&self, task: &Task, x: Input, dy: &[f32], panels: &mut TaskPanels) {
-        let dy = &dy[task.span(self.gather.dest)];
+    fn pack(&self, task: &Task, x: Input, dy: Values, panels: &mut TaskPanels) {
+        let span = task.span(self.gather.dest);
         with_region(self.isa, self.gather, self.layout, task, x, false, |region, views, _| {
-            panels.pack(self.loops, self.gather.dest.c, region, &views[0], self.columns, dy);
+            let (loops, channels) = (self.loops, self.gather.dest.c);
+            match dy {
+                Values::F32(dy) => panels.pack_left(loops.transpose, channels, &views[0], &dy[span]),
+                Values::Bf16(dy) => panels.pack_left(loops.transpose_bf16, channels, &views[0], &dy[span]),
+            }
+            panels.pack_right(loops, region, &views[0], self.columns);
         });
     }
 
     /// Packs the tasks group by group and calls `sum` with the panels of each group, and with
     /// whether it is not the first.
-    fn for_each_group(&self, x: Input, dy: &[f32], mut sum: impl FnMut(&[TaskPanels], bool)) {
-        let pixels = self.tasks.first().map_or(0, |task| task.span(self.gather.dest).len() / self.rows);
-        let values = (self.rows + 2 * self.columns) * pixels;
-        let group = (GROUP_VALUES / values.max(1)).clamp(1, self.tasks.len().max(1));
+    fn for_each_group(&self, x: Input, dy: Values, mut sum: impl FnMut(&[TaskPanels], bool)) {
         let mut panels = PANELS.take();
-        panels.resize_with(panels.len().max(group), TaskPanels::default);
-        for (i, tasks) in self.tasks.chunks(group).enumerate() {
+        panels.resize_with(panels.len().max(GROUP_TASKS), TaskPanels::default);
+        for (i, tasks) in self.tasks.chunks(GROUP_TASKS).enumerate() {
             let panels = &mut panels[..tasks.len()];
             panels.par_iter_mut().zip(tasks).for_each(|(panels, task)| self.pack(task, x, dy, panels));
             sum(panels, i > 0);
@@ -681,8 +836,8 @@ impl WeightGrad<'_> {
 
     /// Sums parts of the tasks into private gradients, `[blocks, taps, 32, 32]`, which are added at
     /// the end: for small weights. Each task's panels are summed while they are in the cache.
-    fn sum_private(&self, length: usize, x: Input, dy: &[f32]) -> Vec<f32> {
-        let blocks = self.blocks();
+    fn sum_private(&self, length: usize, x: Input, dy: Values) -> Vec<f32> {
+        let blocks = self.blocks;
         let parts: Vec<Vec<f32>> = self
             .tasks
             .par_chunks(self.tasks.len().div_ceil(PARTS).max(1))
@@ -692,9 +847,14 @@ impl WeightGrad<'_> {
                 all_panels.resize_with(all_panels.len().max(1), TaskPanels::default);
                 for (i, task) in tasks.iter().enumerate() {
                     self.pack(task, x, dy, &mut all_panels[0]);
+                    let unit = Unit::new(self.loops);
                     for (block, sums) in sums.chunks_exact_mut(self.taps * BLOCK * BLOCK).enumerate() {
                         let block = [block / blocks[1], block % blocks[1]];
-                        self.sum_taps(&all_panels[..1], block, 0..self.taps, i > 0, sums);
+                        for (tap, sums) in sums.chunks_exact_mut(BLOCK * BLOCK).enumerate() {
+                            // SAFETY: the sum writes numbers only.
+                            let sums = unsafe { as_uninit(sums) };
+                            self.sum(&unit, &all_panels[..1], block, tap, i > 0, (sums, BLOCK));
+                        }
                     }
                 }
                 PANELS.set(all_panels);
@@ -702,81 +862,80 @@ impl WeightGrad<'_> {
             })
             .collect();
         let mut sum = vec![0.0f32; length];
-        for part in parts {
-            sum.iter_mut().zip(part).for_each(|(s, p)| *s += p);
-        }
+        sum.par_chunks_mut(BLOCK * BLOCK).enumerate().for_each(|(i, sum)| {
+            for part in &parts {
+                sum.iter_mut().zip(&part[i * BLOCK * BLOCK..]).for_each(|(s, p)| *s += p);
+            }
+        });
         sum
     }
 
     /// Sums all tasks into one gradient, `[blocks, taps, 32, 32]`, that the threads divide among
     /// them: for large weights.
-    fn sum_shared(&self, sums: &mut [f32], x: Input, dy: &[f32]) {
-        let blocks = self.blocks();
-        // All taps of a block at a time, unless there are too few blocks for the threads.
-        let few = blocks[0] * blocks[1] < 2 * rayon::current_num_threads();
-        let taps = if few { 1 } else { self.taps };
+    fn sum_shared(&self, sums: &mut [f32], x: Input, dy: Values) {
         self.for_each_group(x, dy, |panels, add| {
-            sums.par_chunks_exact_mut(taps * BLOCK * BLOCK).enumerate().for_each(|(i, sums)| {
-                let (first, block) = (i * taps % self.taps, i * taps / self.taps);
-                self.sum_taps(panels, [block / blocks[1], block % blocks[1]], first..first + taps, add, sums);
-            });
+            let blocks = sums.par_chunks_exact_mut(BLOCK * BLOCK).with_min_len(self.taps).enumerate();
+            blocks.for_each_init(
+                || Unit::new(self.loops),
+                |unit, (i, sums)| {
+                    let (tap, block) = (i % self.taps, i / self.taps);
+                    let block = [block / self.blocks[1], block % self.blocks[1]];
+                    // SAFETY: the sum writes numbers only.
+                    self.sum(unit, panels, block, tap, add, (unsafe { as_uninit(sums) }, BLOCK));
+                },
+            );
         });
     }
 
     /// Sums all tasks of a single tap into `[rows, columns]`, both whole blocks.
-    fn sum_in_place(&self, x: Input, dy: &[f32]) -> Vec<f32> {
-        let mut dw = vec![0.0f32; self.rows * self.columns];
+    fn sum_in_place(&self, x: Input, dy: Values) -> Vec<f32> {
+        let mut dw = uninit_vec(self.rows * self.columns);
         self.for_each_group(x, dy, |panels, add| {
             dw.par_chunks_exact_mut(BLOCK * self.columns).enumerate().for_each(|(row, dw)| {
+                let unit = Unit::new(self.loops);
                 for column in 0..self.columns / BLOCK {
-                    self.sum(panels, [row, column], 0, add, &mut dw[column * BLOCK..], self.columns);
+                    self.sum(&unit, panels, [row, column], 0, add, (&mut dw[column * BLOCK..], self.columns));
                 }
             });
         });
-        dw
-    }
-
-    /// Sums some panels for some taps of a block, `[taps, 32, 32]`, a chunk of panels at a time.
-    fn sum_taps(&self, panels: &[TaskPanels], block: [usize; 2], taps: Range<usize>, add: bool, sums: &mut [f32]) {
-        let steps = panels.iter().map(|panels| panels.steps).max().unwrap_or(1).max(1);
-        for (i, chunk) in panels.chunks((CHUNK_PIXELS / (steps * DEPTH)).max(1)).enumerate() {
-            for (tap, sums) in taps.clone().zip(sums.chunks_exact_mut(BLOCK * BLOCK)) {
-                self.sum(chunk, block, tap, add || i > 0, sums, BLOCK);
-            }
-        }
+        // SAFETY: the blocks cover all sums, and the first group overwrites them. There are images,
+        // so there is a group.
+        unsafe { assume_init_vec(dw) }
     }
 
     /// Sums some panels for one tap of a block.
     fn sum(
         &self,
+        Unit(loops): &Unit,
         panels: &[TaskPanels],
         [row, column]: [usize; 2],
         tap: usize,
         add: bool,
-        sums: &mut [f32],
-        sums_step: usize,
+        (sums, sums_step): (&mut [MaybeUninit<f32>], usize),
     ) {
         let tiles = |i: usize, n: usize| (n - i * BLOCK).div_ceil(TILE).min(2);
         let (row_tiles, column_tiles) = (tiles(row, self.rows), tiles(column, self.columns));
         let panels: Vec<Panels> = panels.iter().map(|panels| panels.operands([row, column], row_tiles, tap)).collect();
         assert!((TILE * row_tiles - 1) * sums_step + TILE * column_tiles <= sums.len(), "a block has its shape");
-        let sums = sums.as_mut_ptr();
+        let sums = sums.as_mut_ptr().cast();
         let block = Accumulation { panels: &panels, row_tiles, column_tiles, sums, sums_step, add };
         // SAFETY: the assertion above and those of `operands` bound all operands, and `sums` is
         // borrowed exclusively; an `Isa` exists only for an instruction set of this processor.
-        unsafe { (self.loops.accumulate)(&block) };
+        unsafe { (loops.accumulate)(&block) };
     }
 }
 
 impl TaskPanels {
-    /// Packs the operands of a task. `columns` is the number of values of a row of the region that
-    /// are real, and `dy` are the task's gradients, of `channels` channels.
-    fn pack(&mut self, loops: &MatrixLoops, channels: usize, region: &Region, view: &View, columns: usize, dy: &[f32]) {
-        const ZEROS: [f32; TILE] = [0.0; TILE];
+    /// Packs the left operand of a task: `dy`, its gradients, of `channels` channels.
+    fn pack_left<T: Plain + Default>(
+        &mut self,
+        transpose: unsafe fn(&Rows<T>, usize, *mut Bf16),
+        channels: usize,
+        view: &View,
+        dy: &[T],
+    ) {
+        let zeros = [T::default(); TILE];
         self.steps = view.rows().div_ceil(DEPTH);
-        let pixels = self.steps * DEPTH;
-        self.taps = view.taps.iter().map(|tap| *tap as usize / region.step).collect();
-
         let tile_step = self.steps * TILE_VALUES;
         self.left_len = channels.div_ceil(TILE) * tile_step;
         let left = self.left.grow::<Bf16>(self.left_len);
@@ -796,16 +955,21 @@ impl TaskPanels {
                 let n = TILE.min(channels - channel);
                 let pixels = offsets.map(|offset| match offset {
                     Some(offset) => dy[offset + channel..][..n].as_ptr(),
-                    None => ZEROS.as_ptr(),
+                    None => zeros.as_ptr(),
                 });
                 let to = &mut left[tile * tile_step + step * TILE_VALUES..][..TILE_VALUES];
-                // SAFETY: each pixel has `n` channels, and `to` has a tile's values; an `Isa` exists
-                // only for an instruction set of this processor.
-                unsafe { (loops.transpose)(&pixels, n, to.as_mut_ptr()) };
+                // SAFETY: each pixel has `n` channels, and `to` has a tile's values; an `Isa`
+                // exists only for an instruction set of this processor.
+                unsafe { transpose(&pixels, n, to.as_mut_ptr()) };
             }
         }
+    }
 
-        // The right operand, up to the last pixel that a tap reads.
+    /// Packs the right operand of a task, up to the last pixel that a tap reads. `columns` is the
+    /// number of values of a row of the region that are real. After [`pack_left`](Self::pack_left).
+    fn pack_right(&mut self, loops: &MatrixLoops, region: &Region, view: &View, columns: usize) {
+        let pixels = self.steps * DEPTH;
+        self.taps = view.taps.iter().map(|tap| *tap as usize / region.step).collect();
         let last = self.taps.iter().max().copied().unwrap_or(0);
         let groups = (pixels + last).div_ceil(DEPTH);
         self.right_len = groups * STEP_VALUES;
@@ -822,8 +986,8 @@ impl TaskPanels {
                     let offset = ((first + p) * region.step + column).min(region.values.len() - n);
                     region.values[offset..][..n].as_ptr()
                 });
-                // SAFETY: each pixel has `n` values, and `to` has a step's; an `Isa` exists only for
-                // an instruction set of this processor.
+                // SAFETY: each pixel has `n` values, and `to` has a step's; an `Isa` exists only
+                // for an instruction set of this processor.
                 unsafe { (loops.interleave)(&pixels, n, to.as_mut_ptr()) };
             }
         }
@@ -846,20 +1010,30 @@ impl TaskPanels {
 /// Unpacks weight gradients from `[blocks, taps, 32, 32]` to `[c_out, c_in, k, k]`.
 fn unpack_weights(s: &Shape, taps: &[Vec<usize>], blocks: [usize; 2], sums: &[f32]) -> Vec<f32> {
     let kk = s.kernel * s.kernel;
-    let mut dw = vec![0.0f32; s.c_out * s.c_in * kk];
+    let mut dw = uninit_vec(s.c_out * s.c_in * kk);
     let tap_step = BLOCK * BLOCK;
     dw.par_chunks_mut(BLOCK * s.c_in * kk).enumerate().for_each(|(row, dw)| {
         for (o, dw) in dw.chunks_exact_mut(s.c_in * kk).enumerate() {
             for (tap, places) in taps.iter().enumerate() {
-                for (j, place) in places.iter().enumerate() {
-                    for (c, dw) in dw[*place..].iter_mut().step_by(kk).enumerate() {
-                        let column = j * s.c_in + c;
-                        let block = row * blocks[1] + column / BLOCK;
-                        *dw = sums[(block * taps.len() + tap) * tap_step + o * BLOCK + column % BLOCK];
+                let sums = |column: usize| {
+                    let block = row * blocks[1] + column / BLOCK;
+                    &sums[(block * taps.len() + tap) * tap_step + o * BLOCK + column % BLOCK..]
+                };
+                if let [place] = places[..] {
+                    for first in (0..s.c_in).step_by(BLOCK) {
+                        let dw = dw[first * kk + place..].iter_mut().step_by(kk);
+                        dw.zip(&sums(first)[..BLOCK]).for_each(|(dw, sum)| _ = dw.write(*sum));
+                    }
+                } else {
+                    for (j, place) in places.iter().enumerate() {
+                        for c in 0..s.c_in {
+                            dw[c * kk + place].write(sums(j * s.c_in + c)[0]);
+                        }
                     }
                 }
             }
         }
     });
-    dw
+    // SAFETY: the taps have all places of the kernel, and each writes all channels.
+    unsafe { assume_init_vec(dw) }
 }

@@ -1,10 +1,11 @@
 //! Convolution and its two gradients, channels last.
 //!
-//! There are three algorithms. On processors with a matrix unit, `matrix` multiplies bf16 tiles, for
-//! every shape. Elsewhere `direct` handles every shape, and `winograd`, which needs a quarter of the
-//! multiplications, handles 3x3 kernels with stride 1 and at least 16 channels. The choice depends
-//! on the shape and the instruction set alone. `direct` and `winograd` multiply f32, or bf16 where
-//! the instruction set's table does ([`with_bf16`](crate::isa::with_bf16)); sums are f32.
+//! There are three algorithms. On processors with a matrix unit, `matrix` multiplies bf16 tiles,
+//! for every shape. Elsewhere `direct` handles every shape, and `winograd`, which needs a quarter
+//! of the multiplications, handles 3x3 kernels with stride 1 and at least 16 channels. The choice
+//! depends on the shape and the instruction set alone. `direct` and `winograd` multiply f32, or
+//! bf16 where the instruction set's table does ([`with_bf16`](crate::isa::with_bf16)); sums are
+//! f32.
 //!
 //! The `_fused` variants take an *epilogue*, which gets each finished part of the result while it
 //! is in the cache, together with its offset in values. Parts are whole pixels. What the epilogue
@@ -23,32 +24,39 @@ pub use input::Input;
 use operand::uses_bf16;
 pub use shape::Shape;
 
-use crate::{isa::Isa, simd::Bf16};
+use crate::{
+    isa::Isa,
+    simd::Bf16,
+    storage::{Storage, Values},
+};
 
 /// Computes y = conv(x, w), `[n, h_out, w_out, c_out]`, with an epilogue on y.
 ///
 /// # Panics
 ///
 /// If the length of a slice does not match `s`.
-pub fn forward_fused<R: Send>(
+pub fn forward_fused<T: Storage, R: Send>(
     isa: &Isa,
     s: &Shape,
     x: Input,
     w: &[f32],
     epilogue: impl Fn(usize, &mut [f32]) -> R + Sync,
-) -> (Vec<f32>, Vec<R>) {
+) -> (Vec<T>, Vec<R>) {
     s.check();
     let [x_len, w_len, _] = s.lengths();
     assert_eq!((x.values.len(), w.len()), (x_len, w_len), "{s:?}");
     if let Some(loops) = &isa.matrix {
         return matrix::forward((isa, loops), s, w, x, epilogue);
     }
-    match (winograd::Tiling::for_shape(s), uses_bf16(isa, s.c_in)) {
+    let mut buffer = Vec::new();
+    let x = x.to_f32(isa, &mut buffer);
+    let (y, results) = match (winograd::Tiling::for_shape(s), uses_bf16(isa, s.c_in)) {
         (Some(tiling), false) => winograd::forward::<f32, _>(isa, s, &tiling, w, x, epilogue),
         (Some(tiling), true) => winograd::forward::<Bf16, _>(isa, s, &tiling, w, x, epilogue),
         (None, false) => direct::forward::<f32, _>(isa, s, w, x, epilogue),
         (None, true) => direct::forward::<Bf16, _>(isa, s, w, x, epilogue),
-    }
+    };
+    (T::from_f32(isa, y), results)
 }
 
 /// Computes y = conv(x, w), `[n, h_out, w_out, c_out]`.
@@ -65,25 +73,29 @@ pub fn forward(isa: &Isa, s: &Shape, x: &[f32], w: &[f32]) -> Vec<f32> {
 /// # Panics
 ///
 /// If the length of a slice does not match `s`.
-pub fn backward_data_fused<R: Send>(
+pub fn backward_data_fused<T: Storage, R: Send>(
     isa: &Isa,
     s: &Shape,
     w: &[f32],
-    dy: &[f32],
+    dy: Values,
     epilogue: impl Fn(usize, &mut [f32]) -> R + Sync,
-) -> (Vec<f32>, Vec<R>) {
+) -> (Vec<T>, Vec<R>) {
     s.check();
     let [_, w_len, y_len] = s.lengths();
     assert_eq!((w.len(), dy.len()), (w_len, y_len), "{s:?}");
+    let dy = Input { values: dy, norm: None };
     if let Some(loops) = &isa.matrix {
         return matrix::backward_data((isa, loops), s, w, dy, epilogue);
     }
-    match (winograd::Tiling::for_shape(s), uses_bf16(isa, s.c_out)) {
+    let mut buffer = Vec::new();
+    let dy = dy.to_f32(isa, &mut buffer).values;
+    let (dx, results) = match (winograd::Tiling::for_shape(s), uses_bf16(isa, s.c_out)) {
         (Some(tiling), false) => winograd::backward_data::<f32, _>(isa, s, &tiling, w, dy, epilogue),
         (Some(tiling), true) => winograd::backward_data::<Bf16, _>(isa, s, &tiling, w, dy, epilogue),
         (None, false) => direct::backward_data::<f32, _>(isa, s, w, dy, epilogue),
         (None, true) => direct::backward_data::<Bf16, _>(isa, s, w, dy, epilogue),
-    }
+    };
+    (T::from_f32(isa, dx), results)
 }
 
 /// Computes dx, `[n, h, w, c_in]`, from dy.
@@ -92,7 +104,7 @@ pub fn backward_data_fused<R: Send>(
 ///
 /// If the length of a slice does not match `s`.
 pub fn backward_data(isa: &Isa, s: &Shape, w: &[f32], dy: &[f32]) -> Vec<f32> {
-    backward_data_fused(isa, s, w, dy, |_, _| ()).0
+    backward_data_fused(isa, s, w, Values::F32(dy), |_, _| ()).0
 }
 
 /// Computes dw, `[c_out, c_in, kernel, kernel]`, from x and dy.
@@ -100,13 +112,16 @@ pub fn backward_data(isa: &Isa, s: &Shape, w: &[f32], dy: &[f32]) -> Vec<f32> {
 /// # Panics
 ///
 /// If the length of a slice does not match `s`.
-pub fn backward_weight(isa: &Isa, s: &Shape, x: Input, dy: &[f32]) -> Vec<f32> {
+pub fn backward_weight(isa: &Isa, s: &Shape, x: Input, dy: Values) -> Vec<f32> {
     s.check();
     let [x_len, _, y_len] = s.lengths();
     assert_eq!((x.values.len(), dy.len()), (x_len, y_len), "{s:?}");
     if let Some(loops) = &isa.matrix {
         return matrix::backward_weight((isa, loops), s, x, dy);
     }
+    let [mut x_buffer, mut dy_buffer] = [Vec::new(), Vec::new()];
+    let x = x.to_f32(isa, &mut x_buffer);
+    let dy = Input { values: dy, norm: None }.to_f32(isa, &mut dy_buffer).values;
     // Pixels are paired here, not channels: the number of channels may be odd.
     let packed = match (winograd::Tiling::for_shape(s), uses_bf16(isa, 2)) {
         (Some(tiling), false) => winograd::backward_weight::<f32>(isa, s, &tiling, x, dy),

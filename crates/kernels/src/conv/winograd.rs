@@ -38,7 +38,7 @@ use std::{
 use rayon::prelude::*;
 
 use super::{
-    input::Input,
+    input::F32Input,
     operand::{Operand, grow},
     shape::{FeatureMap, Shape},
     tiles::{Offsets, PanelPair, Windows, blocks, pack_weights},
@@ -180,7 +180,7 @@ impl Tiling {
         isa: &Isa,
         map: FeatureMap,
         [lead, side]: [usize; 2],
-        source: Input<'a>,
+        source: F32Input<'a>,
         band: &Band,
         buffer: &'a mut Vec<f32>,
     ) -> SourceRegion<'a> {
@@ -318,7 +318,7 @@ struct Planes<'a, T> {
 #[derive(Clone, Copy)]
 struct TileTransform<'a, T> {
     tiling: &'a Tiling,
-    source: Input<'a>,
+    source: F32Input<'a>,
     /// Shape of the source.
     map: FeatureMap,
     /// Number of pixels that a tile's square begins before it.
@@ -384,7 +384,7 @@ impl Tiling {
     /// Bᵀ x B of the tiles of x, in groups of `group` tiles.
     fn input_tiles<'a, T: Operand>(
         &'a self,
-        x: Input<'a>,
+        x: F32Input<'a>,
         transforms: [TransformFn<T>; 2],
         group: usize,
     ) -> TileTransform<'a, T> {
@@ -400,7 +400,7 @@ impl Tiling {
         transforms: [TransformFn<T>; 2],
     ) -> TileTransform<'a, T> {
         let (map, channels) = (self.dest, self.dest.c.next_multiple_of(isa.lanes));
-        let (source, group) = (Input::from(dy), T::DEPTH);
+        let (source, group) = (F32Input::from(dy), T::DEPTH);
         TileTransform { tiling: self, source, map, lead: 0, side: TILE, transforms, group, channels }
     }
 }
@@ -411,7 +411,7 @@ pub(super) fn forward<T: Operand, R: Send>(
     s: &Shape,
     tiling: &Tiling,
     w: &[f32],
-    x: Input,
+    x: F32Input,
     epilogue: impl Fn(usize, &mut [f32]) -> R + Sync,
 ) -> (Vec<f32>, Vec<R>) {
     convolve::<T, R>(isa, tiling, transform_weights(isa, s, w, false), x, epilogue)
@@ -434,7 +434,7 @@ fn convolve<T: Operand, R: Send>(
     isa: &Isa,
     t: &Tiling,
     weights: Vec<T>,
-    source: Input,
+    source: F32Input,
     epilogue: impl Fn(usize, &mut [f32]) -> R + Sync,
 ) -> (Vec<f32>, Vec<R>) {
     let tile_values = PLANES * (t.source.c + t.dest.c);
@@ -526,7 +526,7 @@ fn multiply_planes<T: Operand>(
 
 /// Computes the gradient of the weights, packed block by block of channels: `[9, c_in, NV · LANES]`
 /// each.
-pub(super) fn backward_weight<T: Operand>(isa: &Isa, s: &Shape, t: &Tiling, x: Input, dy: &[f32]) -> Vec<f32> {
+pub(super) fn backward_weight<T: Operand>(isa: &Isa, s: &Shape, t: &Tiling, x: F32Input, dy: &[f32]) -> Vec<f32> {
     let (sources, channels) = (s.c_in, s.c_out.next_multiple_of(isa.lanes));
     let length = PLANES * sources * channels;
     let tile_values = PLANES * (sources + channels);

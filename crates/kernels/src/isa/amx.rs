@@ -6,8 +6,8 @@
 //! cycles from the first-level cache. A block of 2 x 2 tiles of sums loads four tiles for four
 //! products, so the loads fit beside the products; a single tile of sums would be bound by them.
 //!
-//! Rust has no stable intrinsics for AMX, and the compiler knows no tile registers: it never uses
-//! them, so they keep their values from one `asm!` to the next.
+//! Rust has no stable intrinsics for AMX. The compiler never allocates tile registers, so they keep
+//! their values from one `asm!` to the next.
 
 use std::{
     arch::{asm, x86_64::*},
@@ -19,13 +19,22 @@ use super::{
     table::{Isa, MatrixLoops},
 };
 use crate::{
-    loops::matrix::{Accumulation, BLOCK, DEPTH, Product, Rows, STEP_VALUES, TILE, TILE_VALUES},
+    loops::matrix::{Accumulation, BLOCK, ChannelRows, DEPTH, Product, Rows, STEP_VALUES, TILE, TILE_VALUES},
     simd::Bf16,
 };
 
 pub(super) static ISA: Isa = Isa {
     name: "avx512 with AMX",
-    matrix: Some(MatrixLoops { multiply, accumulate, transpose, interleave }),
+    matrix: Some(MatrixLoops {
+        configure,
+        release,
+        multiply,
+        accumulate,
+        transpose,
+        transpose_bf16,
+        transpose_pairs,
+        interleave,
+    }),
     ..avx512::BF16
 };
 
@@ -34,15 +43,19 @@ pub(super) static ISA: Isa = Isa {
 pub(super) fn is_available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
     *AVAILABLE.get_or_init(|| {
-        let [avx512, tiles] =
-            [is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512bf16"), has_tiles()];
+        let [avx512, tiles] = [
+            is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512bf16"),
+            has_tiles(),
+        ];
         avx512 && tiles && permitted()
     })
 }
 
 /// Returns whether the processor has `AMX-TILE` and `AMX-BF16`, and the system saves the tiles.
 fn has_tiles() -> bool {
-    // SAFETY: every x86-64 processor has the instruction; leaf 7 is read only if it exists.
+    // Leaf 7 is read only if it exists.
     let features = if __cpuid(0).eax >= 7 { __cpuid_count(7, 0).edx } else { 0 };
     let (bf16, tile, saves) = (features >> 22 & 1, features >> 24 & 1, __cpuid(1).ecx >> 27 & 1);
     if bf16 & tile & saves == 0 {
@@ -87,28 +100,25 @@ static FULL_TILES: TileConfig = TileConfig {
     rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
 };
 
-/// Configures the tiles of this thread until the guard is dropped. Without tiles in use, the system
-/// need not save them when it switches threads.
-struct Tiles;
-
-impl Tiles {
-    /// # Safety
-    ///
-    /// * This process may use AMX.
-    #[inline(always)]
-    unsafe fn configure() -> Tiles {
-        // SAFETY: the operand is a valid configuration.
-        unsafe { asm!("ldtilecfg [{}]", in(reg) &FULL_TILES, options(nostack, readonly)) };
-        Tiles
-    }
+/// Configures the tiles of this thread.
+///
+/// # Safety
+///
+/// * This process may use AMX.
+unsafe fn configure() {
+    // SAFETY: the operand is a valid configuration.
+    unsafe { asm!("ldtilecfg [{}]", in(reg) &FULL_TILES, options(nostack, readonly)) };
 }
 
-impl Drop for Tiles {
-    #[inline(always)]
-    fn drop(&mut self) {
-        // SAFETY: the tiles have been configured.
-        unsafe { asm!("tilerelease", options(nostack, nomem)) };
-    }
+/// Releases the tiles of this thread, so that the system need not save them when it switches
+/// threads.
+///
+/// # Safety
+///
+/// * The tiles are configured.
+unsafe fn release() {
+    // SAFETY: the tiles are configured by the contract.
+    unsafe { asm!("tilerelease", options(nostack, nomem)) };
 }
 
 // The tiles of a block: sums in 0 to 3 (row by row), the left operand in 4 and 5, the right in 6
@@ -231,11 +241,10 @@ unsafe fn load<const ROWS: usize, const COLUMNS: usize>(from: *const f32, step: 
 ///
 /// # Safety
 ///
-/// * As there, and this process may use AMX.
+/// * As there, with tiles configured.
 unsafe fn multiply(p: &Product) {
     // SAFETY: the contract is passed on.
     unsafe {
-        let _tiles = Tiles::configure();
         for tile in (0..p.row_tiles).step_by(2) {
             match ((p.row_tiles - tile).min(2), p.column_tiles) {
                 (2, 2) => multiply_block::<2, 2>(p, tile),
@@ -251,7 +260,7 @@ unsafe fn multiply(p: &Product) {
 ///
 /// # Safety
 ///
-/// * As for [`multiply`], with tiles configured.
+/// * As for [`multiply`].
 #[inline(always)]
 unsafe fn multiply_block<const ROWS: usize, const COLUMNS: usize>(p: &Product, tile: usize) {
     // SAFETY: the offsets are those of the contract.
@@ -276,11 +285,10 @@ unsafe fn multiply_block<const ROWS: usize, const COLUMNS: usize>(p: &Product, t
 ///
 /// # Safety
 ///
-/// * As there, and this process may use AMX.
+/// * As there, with tiles configured.
 unsafe fn accumulate(a: &Accumulation) {
     // SAFETY: the contract is passed on.
     unsafe {
-        let _tiles = Tiles::configure();
         match (a.row_tiles, a.column_tiles) {
             (2, 2) => accumulate_block::<2, 2>(a),
             (2, _) => accumulate_block::<2, 1>(a),
@@ -294,7 +302,7 @@ unsafe fn accumulate(a: &Accumulation) {
 ///
 /// # Safety
 ///
-/// * As for [`accumulate`], with tiles configured.
+/// * As for [`accumulate`].
 #[inline(always)]
 unsafe fn accumulate_block<const ROWS: usize, const COLUMNS: usize>(a: &Accumulation) {
     let sums_step = size_of::<f32>() * a.sums_step;
@@ -336,16 +344,46 @@ unsafe fn transpose(pixels: &Rows<f32>, channels: usize, to: *mut Bf16) {
             let rounded: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(second, first));
             _mm512_permutexvar_epi16(interleaved, rounded)
         });
-        transpose_pairs(&mut rows);
-        for (c, row) in rows.iter().enumerate() {
-            _mm512_storeu_si512(to.add(c * DEPTH).cast(), *row);
-        }
+        store_transposed(&mut rows, to);
+    }
+}
+
+/// [`crate::loops::matrix::transpose_bf16`] with AVX-512.
+///
+/// # Safety
+///
+/// * As there, and the processor has AVX512-BW and AVX512-VL.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn transpose_bf16(pixels: &Rows<Bf16>, channels: usize, to: *mut Bf16) {
+    // SAFETY: the mask keeps loads within `channels`; stores are those of the contract.
+    unsafe {
+        let mask = ((1u32 << channels) - 1) as __mmask16;
+        let mut rows: [__m512i; TILE] = std::array::from_fn(|i| {
+            let [first, second] = [pixels[2 * i], pixels[2 * i + 1]]
+                .map(|p| _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p.cast())));
+            _mm512_or_si512(first, _mm512_slli_epi32::<16>(second))
+        });
+        store_transposed(&mut rows, to);
+    }
+}
+
+/// Transposes 16 rows of pairs and stores them side by side.
+///
+/// # Safety
+///
+/// * `to` holds 16 · 32 values, and nothing else accesses them.
+#[target_feature(enable = "avx512f")]
+unsafe fn store_transposed(rows: &mut [__m512i; TILE], to: *mut Bf16) {
+    transpose_16x16(rows);
+    for (c, row) in rows.iter().enumerate() {
+        // SAFETY: the offsets are those of the contract.
+        unsafe { _mm512_storeu_si512(to.add(c * DEPTH).cast(), *row) };
     }
 }
 
 /// Transposes a matrix of 16 x 16 values of 32 bits.
 #[target_feature(enable = "avx512f")]
-fn transpose_pairs(rows: &mut [__m512i; TILE]) {
+fn transpose_16x16(rows: &mut [__m512i; TILE]) {
     let pairs: [__m512i; TILE] = std::array::from_fn(|i| {
         let (a, b) = (rows[i & !1], rows[i | 1]);
         if i % 2 == 0 { _mm512_unpacklo_epi32(a, b) } else { _mm512_unpackhi_epi32(a, b) }
@@ -368,6 +406,24 @@ fn transpose_pairs(rows: &mut [__m512i; TILE]) {
         rows[8 + c] = _mm512_shuffle_i32x4::<0b11_01_11_01>(ab_even, cd_even);
         rows[4 + c] = _mm512_shuffle_i32x4::<0b10_00_10_00>(ab_odd, cd_odd);
         rows[12 + c] = _mm512_shuffle_i32x4::<0b11_01_11_01>(ab_odd, cd_odd);
+    }
+}
+
+/// [`crate::loops::matrix::transpose_pairs`] with AVX-512.
+///
+/// # Safety
+///
+/// * As there, and the processor has AVX512-BW.
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn transpose_pairs(channels: &ChannelRows, values: usize, to: *mut Bf16) {
+    // SAFETY: the mask keeps loads within `values`; stores are those of the contract.
+    unsafe {
+        let mask = ((1u64 << values) - 1) as __mmask32;
+        let mut rows = channels.map(|channel| _mm512_maskz_loadu_epi16(mask, channel.cast()));
+        transpose_16x16(&mut rows);
+        for (p, row) in rows.iter().enumerate() {
+            _mm512_storeu_si512(to.add(p * 2 * BLOCK).cast(), *row);
+        }
     }
 }
 

@@ -2,8 +2,8 @@
 //!
 //! Each instruction set is one file. It implements `Simd` with its intrinsics, chooses the height
 //! of its tiles, and compiles the table's loops with its target features enabled. To add one, write
-//! the file and add it to [`available`]; to multiply bf16 with it, add it to [`available_bf16`] too,
-//! under a name that begins with the instruction set's.
+//! the file and add it to [`available`]; to multiply bf16 with it, add it to [`available_bf16`]
+//! too, under a name that begins with the instruction set's.
 
 use std::sync::OnceLock;
 

@@ -23,9 +23,13 @@ pub(super) static MATRIX_ISA: Isa = Isa {
     name: "portable with tiles",
     bf16: Some(compile_bf16!(Portable, PortablePairs, pixels: 4, rows: 4, #[cfg(all())])),
     matrix: Some(MatrixLoops {
+        configure: || (),
+        release: || (),
         multiply: matrix::multiply,
         accumulate: matrix::accumulate,
         transpose: matrix::transpose,
+        transpose_bf16: matrix::transpose_bf16,
+        transpose_pairs: matrix::transpose_pairs,
         interleave: matrix::interleave,
     }),
     ..F32

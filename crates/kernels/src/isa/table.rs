@@ -55,21 +55,39 @@ macro_rules! for_each_f32_loop {
             // Batch norm.
 
             norm_moments(y: &[f32], origin: &[f32], sums: &mut [f32], squares: &mut [f32]) = norm::moments;
-            affine_act(rows: norm::AffineRows, out: &mut [MaybeUninit<f32>]) = norm::affine_act;
+            affine_act(rows: norm::AffineRows<f32>, out: &mut [MaybeUninit<f32>]) = norm::affine_act;
+            affine_act_bf16(rows: norm::AffineRows<Bf16>, out: &mut [MaybeUninit<Bf16>]) = norm::affine_act;
             shift_act(shift: &[f32], skip: Option<&[f32]>, relu: bool, y: &mut [f32]) = norm::shift_act;
             norm_grad_sums(
-                rows: norm::BackwardRows,
+                rows: norm::BackwardRows<f32, f32>,
+                gamma_sums: &mut [f32],
+                beta_sums: &mut [f32],
+                masked_grad: Option<&mut [MaybeUninit<f32>]>
+            ) = norm::grad_sums;
+            norm_grad_sums_bf16(
+                rows: norm::BackwardRows<f32, Bf16>,
                 gamma_sums: &mut [f32],
                 beta_sums: &mut [f32],
                 masked_grad: Option<&mut [MaybeUninit<f32>]>
             ) = norm::grad_sums;
             norm_input_grad(
-                rows: norm::BackwardRows,
+                rows: norm::BackwardRows<f32, f32>,
                 by: norm::NormGradCoefficients,
                 dy: &mut [MaybeUninit<f32>]
             ) = norm::input_grad;
+            /// For a map in bf16 with a gradient in f32.
+            norm_input_grad_mixed(
+                rows: norm::BackwardRows<f32, Bf16>,
+                by: norm::NormGradCoefficients,
+                dy: &mut [MaybeUninit<Bf16>]
+            ) = norm::input_grad;
+            norm_input_grad_bf16(
+                rows: norm::BackwardRows<Bf16, Bf16>,
+                by: norm::NormGradCoefficients,
+                dy: &mut [MaybeUninit<Bf16>]
+            ) = norm::input_grad;
             norm_input_grad_in_place(
-                rows: norm::BackwardRows,
+                rows: norm::BackwardRows<f32, f32>,
                 by: norm::NormGradCoefficients,
                 grad: &mut [f32]
             ) = norm::input_grad_in_place;
@@ -77,8 +95,17 @@ macro_rules! for_each_f32_loop {
             // Pooling.
 
             max_pool_row(s: &pool::PoolShape, x: &[f32], y: usize, out: &mut [MaybeUninit<f32>]) = pool::max_row;
+            max_pool_row_bf16(s: &pool::PoolShape, x: &[Bf16], y: usize, out: &mut [MaybeUninit<Bf16>]) =
+                pool::max_row;
             max_pool_backward(s: &pool::PoolShape, x: &[f32], out: &[f32], dout: &[f32], dx: &mut [f32]) =
                 pool::max_backward;
+            max_pool_backward_bf16(s: &pool::PoolShape, x: &[Bf16], out: &[Bf16], dout: &[f32], dx: &mut [f32]) =
+                pool::max_backward;
+
+            // Storage.
+
+            widen(from: &[Bf16], to: &mut [MaybeUninit<f32>]) = bf16::widen;
+            narrow(from: &[f32], to: &mut [MaybeUninit<Bf16>]) = bf16::narrow;
 
             // Optimizer steps.
 
@@ -165,13 +192,22 @@ for_each_bf16_loop!(declare_bf16_table());
 
 /// The loops of a matrix unit ([`crate::loops::matrix`]).
 pub(crate) struct MatrixLoops {
-    /// Product of rows and packed weights.
+    /// Prepares the unit for this thread.
+    pub configure: unsafe fn(),
+    /// Releases the unit, after `configure`.
+    pub release: unsafe fn(),
+    /// Product of rows and packed weights, between `configure` and `release`.
     pub multiply: matrix::MultiplyFn,
-    /// Block of a weight gradient.
+    /// Block of a weight gradient, between `configure` and `release`.
     pub accumulate: matrix::AccumulateFn,
     /// Packing of the left operand of a weight gradient.
     pub transpose: unsafe fn(&matrix::Rows<f32>, channels: usize, to: *mut Bf16),
-    /// Packing of the right operand of a weight gradient.
+    /// The same from values that are rounded already.
+    pub transpose_bf16: unsafe fn(&matrix::Rows<Bf16>, channels: usize, to: *mut Bf16),
+    /// Packing of the weights of a 1x1 kernel.
+    pub transpose_pairs: unsafe fn(&matrix::ChannelRows, values: usize, to: *mut Bf16),
+    /// Packing of the right operand of a weight gradient, and of transposed weights of a 1x1
+    /// kernel.
     pub interleave: unsafe fn(&matrix::Rows<Bf16>, channels: usize, to: *mut Bf16),
 }
 
@@ -182,8 +218,8 @@ macro_rules! compile_f32_table {
     ) => {{
         use std::mem::MaybeUninit;
         use $crate::{
-            loops::{norm, optimizer_step, pack, pool, roofline, tile, winograd},
-            simd::Simd,
+            loops::{bf16, norm, optimizer_step, pack, pool, roofline, tile, winograd},
+            simd::{Bf16, Simd},
         };
 
         type V = $simd;
@@ -255,6 +291,13 @@ macro_rules! compile_bf16 {
     ($($isa:tt)*) => { $crate::isa::table::for_each_bf16_loop!(compile_bf16_table ($($isa)*)) };
 }
 pub(super) use compile_bf16;
+
+impl Isa {
+    /// Returns `true` if its products run on a matrix unit.
+    pub fn has_matrix_unit(&self) -> bool {
+        self.matrix.is_some()
+    }
+}
 
 impl fmt::Debug for Isa {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {

@@ -1,6 +1,26 @@
-//! Conversion of f32 to bf16 operands.
+//! Conversion between f32 and bf16.
+
+use std::mem::MaybeUninit;
 
 use crate::simd::Bf16;
+
+/// Converts each value of `from` into `to`, exactly.
+#[inline(always)]
+pub(crate) fn widen(from: &[Bf16], to: &mut [MaybeUninit<f32>]) {
+    assert_eq!(from.len(), to.len());
+    for (to, from) in to.iter_mut().zip(from) {
+        to.write(from.to_f32());
+    }
+}
+
+/// Rounds each value of `from` into `to`.
+#[inline(always)]
+pub(crate) fn narrow(from: &[f32], to: &mut [MaybeUninit<Bf16>]) {
+    assert_eq!(from.len(), to.len());
+    for (to, from) in to.iter_mut().zip(from) {
+        to.write(Bf16::round(*from));
+    }
+}
 
 /// Rounds each value of `from` into `to`.
 ///

@@ -5,8 +5,8 @@
 //! registers over the summed dimension: each step loads two tiles of either operand for four
 //! products. A block may also be one tile high or one tile wide.
 //!
-//! The right operand is stored in pairs, `[depth / 2, 32, 2]`: the values of two summed rows side by
-//! side, as the unit multiplies them.
+//! The right operand is stored in pairs, `[depth / 2, 32, 2]`: the values of two summed rows side
+//! by side, as the unit multiplies them.
 //!
 //! The functions here define the operations in plain Rust. They serve the portable instruction set,
 //! where tests run them on any processor; `isa/amx.rs` has those that run on a matrix unit.
@@ -87,6 +87,9 @@ pub(crate) type MultiplyFn = unsafe fn(&Product);
 /// Compiled [`accumulate`].
 pub(crate) type AccumulateFn = unsafe fn(&Accumulation);
 
+/// Rows of weights of one tile of channels: a pointer to each.
+pub(crate) type ChannelRows = [*const Bf16; TILE];
+
 /// Pixel rows of a transposition or interleaving: a pointer to the first channel of each pixel.
 pub(crate) type Rows<T> = [*const T; DEPTH];
 
@@ -94,8 +97,8 @@ pub(crate) type Rows<T> = [*const T; DEPTH];
 ///
 /// # Safety
 ///
-/// * `source` holds `(16 · row_tiles − 1) · source_step + tap + 32 · steps` values for each tap, and
-///   `taps` holds `tap_count` offsets.
+/// * `source` holds `(16 · row_tiles − 1) · source_step + tap + 32 · steps` values for each tap,
+///   and `taps` holds `tap_count` offsets.
 /// * `weights` holds `tap_count · steps · STEP_VALUES` values.
 /// * `out` holds `(16 · row_tiles − 1) · out_step + 16 · column_tiles` values, and nothing else
 ///   accesses them.
@@ -172,6 +175,39 @@ pub(crate) unsafe fn transpose(pixels: &Rows<f32>, channels: usize, to: *mut Bf1
             unsafe {
                 let value = if c < channels { Bf16::round(*pixel.add(c)) } else { Bf16::default() };
                 *to.add(c * DEPTH + p) = value;
+            }
+        }
+    }
+}
+
+/// [`transpose`] of values that are rounded already.
+///
+/// # Safety
+///
+/// * As for [`transpose`].
+pub(crate) unsafe fn transpose_bf16(pixels: &Rows<Bf16>, channels: usize, to: *mut Bf16) {
+    for (p, pixel) in pixels.iter().enumerate() {
+        for c in 0..TILE {
+            // SAFETY: the offsets are those of the contract.
+            unsafe { *to.add(c * DEPTH + p) = if c < channels { *pixel.add(c) } else { Bf16::default() } };
+        }
+    }
+}
+
+/// Stores `values` values of 16 channels as 16 rows of 16 pairs, with zeros in place of missing
+/// values: pair p of row c becomes pair c of row p. Rows of the result are 32 pairs apart.
+///
+/// # Safety
+///
+/// * Each of `channels` holds `values` values, at most 32.
+/// * `to` holds `STEP_VALUES − 32` values, and nothing else accesses them.
+pub(crate) unsafe fn transpose_pairs(channels: &ChannelRows, values: usize, to: *mut Bf16) {
+    for (c, channel) in channels.iter().enumerate() {
+        for k in 0..DEPTH {
+            // SAFETY: the offsets are those of the contract.
+            unsafe {
+                let value = if k < values { *channel.add(k) } else { Bf16::default() };
+                *to.add(k / 2 * 2 * BLOCK + 2 * c + k % 2) = value;
             }
         }
     }

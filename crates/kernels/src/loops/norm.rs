@@ -43,34 +43,38 @@
 
 use std::mem::MaybeUninit;
 
+use crate::simd::Value;
+
 /// Mask that a gradient passes on its way back to the norm: the derivative of the operations that
 /// follow it.
 #[derive(Debug, Clone, Copy)]
-pub enum ReluMask<'a> {
+pub enum ReluMask<'a, T = f32> {
     /// Nothing follows the norm: every gradient passes.
     None,
     /// A ReLU follows: gradients pass where scale · y + shift > 0.
     FromNorm,
     /// The sum with a skip and a ReLU follow: gradients pass where this output is positive.
-    FromOutput(&'a [f32]),
+    FromOutput(&'a [T]),
     /// The sum with a skip follows, without a ReLU: every gradient passes, to the skip too.
     NoneWithSkip,
 }
 
-impl<'a> ReluMask<'a> {
+impl<'a, T> ReluMask<'a, T> {
     /// The mask of a range of values.
-    pub(crate) fn slice(self, range: std::ops::Range<usize>) -> ReluMask<'a> {
+    pub(crate) fn slice(self, range: std::ops::Range<usize>) -> ReluMask<'a, T> {
         match self {
             ReluMask::FromOutput(out) => ReluMask::FromOutput(&out[range]),
-            other => other,
+            ReluMask::None => ReluMask::None,
+            ReluMask::FromNorm => ReluMask::FromNorm,
+            ReluMask::NoneWithSkip => ReluMask::NoneWithSkip,
         }
     }
 }
 
 /// Arguments of [`affine_act`]. `scale` and `shift` are rows.
-pub(crate) struct AffineRows<'a> {
-    pub y: &'a [f32],
-    pub skip: Option<&'a [f32]>,
+pub(crate) struct AffineRows<'a, T> {
+    pub y: &'a [T],
+    pub skip: Option<&'a [T]>,
     pub scale: &'a [f32],
     pub shift: &'a [f32],
     pub relu: bool,
@@ -78,12 +82,12 @@ pub(crate) struct AffineRows<'a> {
 
 /// Arguments of the backward loops. `scale`, `shift` and `mean` are rows.
 #[derive(Clone, Copy)]
-pub(crate) struct BackwardRows<'a> {
+pub(crate) struct BackwardRows<'a, D, T> {
     /// Gradient of the output; unused by [`input_grad_in_place`].
-    pub dout: &'a [f32],
+    pub dout: &'a [D],
     /// Input of the norm.
-    pub y: &'a [f32],
-    pub mask: ReluMask<'a>,
+    pub y: &'a [T],
+    pub mask: ReluMask<'a, T>,
     pub scale: &'a [f32],
     pub shift: &'a [f32],
     pub mean: &'a [f32],
@@ -120,7 +124,7 @@ pub(crate) fn moments(y: &[f32], origin: &[f32], sums: &mut [f32], squares: &mut
 
 /// Writes scale · y + shift (+ skip), then max(·, 0) if `relu`, to every value of `out`.
 #[inline(always)]
-pub(crate) fn affine_act(rows: AffineRows, out: &mut [MaybeUninit<f32>]) {
+pub(crate) fn affine_act<T: Value>(rows: AffineRows<T>, out: &mut [MaybeUninit<T>]) {
     let (low, row) = (lower_bound(rows.relu), rows.scale.len());
     for (i, out) in out.chunks_mut(row).enumerate() {
         let range = i * row..i * row + out.len();
@@ -128,12 +132,12 @@ pub(crate) fn affine_act(rows: AffineRows, out: &mut [MaybeUninit<f32>]) {
         match rows.skip {
             Some(skip) => {
                 for ((((o, y), s), b), skip) in values.zip(&skip[range]) {
-                    o.write((y * s + b + skip).max(low));
+                    o.write(T::narrow((y.widen() * s + b + skip.widen()).max(low)));
                 }
             }
             None => {
                 for (((o, y), s), b) in values {
-                    o.write((y * s + b).max(low));
+                    o.write(T::narrow((y.widen() * s + b).max(low)));
                 }
             }
         }
@@ -170,8 +174,8 @@ pub(crate) fn shift_act(shift: &[f32], skip: Option<&[f32]>, relu: bool, y: &mut
 /// If the mask is [`ReluMask::FromOutput`] and there is no `masked_grad`: the gradient of a skip is
 /// always kept.
 #[inline(always)]
-pub(crate) fn grad_sums(
-    rows: BackwardRows,
+pub(crate) fn grad_sums<T: Value>(
+    rows: BackwardRows<f32, T>,
     gamma_sums: &mut [f32],
     beta_sums: &mut [f32],
     mut masked_grad: Option<&mut [MaybeUninit<f32>]>,
@@ -185,6 +189,7 @@ pub(crate) fn grad_sums(
             (ReluMask::FromNorm, _) => {
                 for (((((d, y), mean), (gamma_sum, beta_sum)), scale), shift) in values.zip(rows.scale).zip(rows.shift)
                 {
+                    let y = y.widen();
                     let g = if y * scale + shift > 0.0 { *d } else { 0.0 };
                     *gamma_sum += g * (y - mean);
                     *beta_sum += g;
@@ -194,8 +199,8 @@ pub(crate) fn grad_sums(
                 for (((((d, y), mean), (gamma_sum, beta_sum)), out), kept) in
                     values.zip(&out[range.clone()]).zip(&mut kept[range])
                 {
-                    let g = if *out > 0.0 { *d } else { 0.0 };
-                    *gamma_sum += g * (y - mean);
+                    let g = if out.widen() > 0.0 { *d } else { 0.0 };
+                    *gamma_sum += g * (y.widen() - mean);
                     *beta_sum += g;
                     kept.write(g);
                 }
@@ -203,7 +208,7 @@ pub(crate) fn grad_sums(
             (ReluMask::FromOutput(_), None) => unreachable!("the gradient of a skip is always kept"),
             (ReluMask::None | ReluMask::NoneWithSkip, kept) => {
                 for (((g, y), mean), (gamma_sum, beta_sum)) in values {
-                    *gamma_sum += g * (y - mean);
+                    *gamma_sum += g * (y.widen() - mean);
                     *beta_sum += g;
                 }
                 if let Some(kept) = kept {
@@ -217,7 +222,11 @@ pub(crate) fn grad_sums(
 /// Writes dy to every value. Masks other than [`ReluMask::FromNorm`] must have been applied to
 /// `dout` already.
 #[inline(always)]
-pub(crate) fn input_grad(rows: BackwardRows, by: NormGradCoefficients, dy: &mut [MaybeUninit<f32>]) {
+pub(crate) fn input_grad<D: Value, T: Value>(
+    rows: BackwardRows<D, T>,
+    by: NormGradCoefficients,
+    dy: &mut [MaybeUninit<T>],
+) {
     let row = rows.scale.len();
     for (i, dy) in dy.chunks_mut(row).enumerate() {
         let range = i * row..i * row + dy.len();
@@ -225,12 +234,13 @@ pub(crate) fn input_grad(rows: BackwardRows, by: NormGradCoefficients, dy: &mut 
         let values = values.zip(by.scale).zip(by.slope).zip(by.offset);
         if let ReluMask::FromNorm = rows.mask {
             for ((((((((dy, g), y), mean), a), b), d), scale), shift) in values.zip(rows.scale).zip(rows.shift) {
-                let g = if y * scale + shift > 0.0 { *g } else { 0.0 };
-                dy.write(a * g + b * (y - mean) + d);
+                let (g, y) = (g.widen(), y.widen());
+                let g = if y * scale + shift > 0.0 { g } else { 0.0 };
+                dy.write(T::narrow(a * g + b * (y - mean) + d));
             }
         } else {
             for ((((((dy, g), y), mean), a), b), d) in values {
-                dy.write(a * g + b * (y - mean) + d);
+                dy.write(T::narrow(a * g.widen() + b * (y.widen() - mean) + d));
             }
         }
     }
@@ -238,7 +248,7 @@ pub(crate) fn input_grad(rows: BackwardRows, by: NormGradCoefficients, dy: &mut 
 
 /// Replaces the output gradient by dy, for a norm that is followed by a ReLU alone.
 #[inline(always)]
-pub(crate) fn input_grad_in_place(rows: BackwardRows, by: NormGradCoefficients, grad: &mut [f32]) {
+pub(crate) fn input_grad_in_place(rows: BackwardRows<f32, f32>, by: NormGradCoefficients, grad: &mut [f32]) {
     let row = rows.scale.len();
     for (i, grad) in grad.chunks_mut(row).enumerate() {
         let range = i * row..i * row + grad.len();

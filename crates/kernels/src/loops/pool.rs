@@ -43,7 +43,7 @@ impl PoolShape {
 /// Writes row `y` of the output of image `x` to every value of `out`. Every window must have a
 /// pixel.
 #[inline(always)]
-pub(crate) fn max_row(s: &PoolShape, x: &[f32], y: usize, out: &mut [MaybeUninit<f32>]) {
+pub(crate) fn max_row<T: Copy + PartialOrd>(s: &PoolShape, x: &[T], y: usize, out: &mut [MaybeUninit<T>]) {
     let row_len = s.w * s.c;
     for (i, out) in out.chunks_exact_mut(s.c).enumerate() {
         for (j, row) in s.window(y, s.h).enumerate() {
@@ -55,7 +55,8 @@ pub(crate) fn max_row(s: &PoolShape, x: &[f32], y: usize, out: &mut [MaybeUninit
                     for (o, x) in out.iter_mut().zip(x) {
                         // SAFETY: the window's first pixel has initialized it.
                         let max = unsafe { o.assume_init() };
-                        // The comparison is false for a NaN, so NaN wins and stays.
+                        // The comparison is false for a NaN, so a NaN replaces the maximum; a later
+                        // value replaces the NaN.
                         o.write(if *x <= max { max } else { *x });
                     }
                 }
@@ -67,7 +68,7 @@ pub(crate) fn max_row(s: &PoolShape, x: &[f32], y: usize, out: &mut [MaybeUninit
 /// Adds the gradient of one image to `dx`, given its output and the output's gradient. A window's
 /// gradient goes to the first pixel that holds its maximum.
 #[inline(always)]
-pub(crate) fn max_backward(s: &PoolShape, x: &[f32], out: &[f32], dout: &[f32], dx: &mut [f32]) {
+pub(crate) fn max_backward<T: Copy + PartialEq>(s: &PoolShape, x: &[T], out: &[T], dout: &[f32], dx: &mut [f32]) {
     let row_len = s.w * s.c;
     let mut remaining = vec![0.0f32; s.c];
     for (i, (out, dout)) in out.chunks_exact(s.c).zip(dout.chunks_exact(s.c)).enumerate() {

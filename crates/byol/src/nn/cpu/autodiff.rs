@@ -76,8 +76,8 @@ struct NormAct;
 
 #[derive(Debug, Clone)]
 struct NormActState<B: Backend> {
-    /// Output, for the mask of the ReLU.
-    out: FloatTensor<B>,
+    /// Output, for the mask of the ReLU after a skip.
+    out: Option<FloatTensor<B>>,
     y: FloatTensor<B>,
     norm: NormParams<B>,
     epilogue: EpilogueKind,
@@ -109,7 +109,10 @@ fn norm_act<B: FusedGrads, C: CheckpointStrategy, const N: usize>(
     let kind = epilogue.kind();
     let out = B::norm_act(y.clone(), norm.clone(), epilogue);
     match Backward::<B, N>::prepare::<C>(NormAct, parents).compute_bound().stateful() {
-        OpsKind::Tracked(prep) => prep.finish(NormActState { out: out.clone(), y, norm, epilogue: kind }, out),
+        OpsKind::Tracked(prep) => {
+            let kept = (kind == EpilogueKind::AddRelu).then(|| out.clone());
+            prep.finish(NormActState { out: kept, y, norm, epilogue: kind }, out)
+        }
         OpsKind::UnTracked(prep) => prep.finish(out),
     }
 }

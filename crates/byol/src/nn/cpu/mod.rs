@@ -24,12 +24,19 @@ use ops::{ConvInput, FoldedOps, FusedOps, NormParams};
 pub use ops::{ConvOptions, PoolOptions};
 
 use super::forward_context::{ForwardContext, RunningStats};
-use crate::ranks::Ranks;
+use crate::{device::Precision, ranks::Ranks};
 
 impl ConvOptions {
-    /// Stride and dilation 1, with the moments for a norm.
+    /// Stride and dilation 1, an output in f32, with the moments for a norm.
     pub fn new(ctx: &ForwardContext) -> ConvOptions {
-        ConvOptions { stride: 1, dilation: 1, precision: ctx.precision, ranks: ctx.ranks(), moments: true }
+        ConvOptions {
+            stride: 1,
+            dilation: 1,
+            precision: ctx.precision,
+            storage: Precision::F32,
+            ranks: ctx.ranks(),
+            moments: true,
+        }
     }
 }
 

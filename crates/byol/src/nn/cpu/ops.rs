@@ -9,14 +9,17 @@
 
 use burn::{
     backend::{Backend, ExtensionType, Flex, TensorMetadata, backend_extension, flex::FlexTensor, tensor::FloatTensor},
-    tensor::TensorData,
+    tensor::{DType, TensorData},
 };
 use byol_kernels::{
+    Bf16,
     conv::{self, Input, Shape},
     isa::{self, Isa},
-    norm::{self, Moments, NormBackward, ReluMask},
+    norm::{self, GradTotals, Moments, NormBackward, ReluMask},
     pool::{self, PoolShape},
+    storage::{Storage, Values},
 };
+use half::{bf16, slice::HalfFloatSliceExt, vec::HalfBitsVecExt};
 
 use crate::{
     device::{self, Precision},
@@ -33,6 +36,8 @@ pub struct ConvOptions {
     pub dilation: usize,
     /// Compute precision of the products.
     pub precision: Precision,
+    /// Type of the output in memory: f32 or bf16.
+    pub storage: Precision,
     /// Ranks over which the moments of the output are reduced.
     pub ranks: Ranks,
     /// Also compute the moments of the output, for the norm that follows.
@@ -200,10 +205,10 @@ pub trait FusedGrads: FusedOps {
         needs_input_grad: bool,
     ) -> ConvGradients<Self>;
 
-    /// Gradients of [`FusedOps::norm_act`].
+    /// Gradients of [`FusedOps::norm_act`]. `out` is its output, for [`EpilogueKind::AddRelu`].
     fn norm_act_backward(
         dout: FloatTensor<Self>,
-        out: FloatTensor<Self>,
+        out: Option<FloatTensor<Self>>,
         y: FloatTensor<Self>,
         norm: NormParams<Self>,
         epilogue: EpilogueKind,
@@ -221,9 +226,67 @@ pub trait FusedGrads: FusedOps {
     fn mean_pool_backward(dout: FloatTensor<Self>, size: [usize; 2]) -> FloatTensor<Self>;
 }
 
-/// Elements of a contiguous tensor, row-major.
+/// Elements of a contiguous f32 tensor, row-major.
 fn values(tensor: &FlexTensor) -> &[f32] {
     tensor.as_slice().expect("made contiguous on entry")
+}
+
+/// Elements of a contiguous map, row-major.
+fn map_values(tensor: &FlexTensor) -> Values<'_> {
+    match tensor.dtype() {
+        DType::BF16 => Values::Bf16(Bf16::slice(tensor)),
+        _ => Values::F32(f32::slice(tensor)),
+    }
+}
+
+/// Element types of maps.
+trait Element: Storage {
+    /// Elements of a contiguous tensor, row-major.
+    fn slice(tensor: &FlexTensor) -> &[Self];
+
+    /// A tensor of these elements.
+    fn tensor(values: Vec<Self>, shape: &[usize]) -> FlexTensor;
+
+    /// Gradient of y from `g`, that of relu(norm(y)).
+    fn norm_relu_backward(norm: &NormBackward, totals: &GradTotals, g: Vec<Self>, y: &[Self]) -> Vec<Self>;
+}
+
+impl Element for f32 {
+    fn slice(tensor: &FlexTensor) -> &[f32] {
+        values(tensor)
+    }
+
+    fn tensor(values: Vec<f32>, shape: &[usize]) -> FlexTensor {
+        tensor(values, shape)
+    }
+
+    fn norm_relu_backward(norm: &NormBackward, totals: &GradTotals, mut g: Vec<f32>, y: &[f32]) -> Vec<f32> {
+        norm.input_grad_in_place(isa::current(), totals, &mut g, y);
+        g
+    }
+}
+
+impl Element for Bf16 {
+    fn slice(tensor: &FlexTensor) -> &[Bf16] {
+        let values: &[bf16] = tensor.as_slice().expect("made contiguous on entry");
+        Bf16::from_bits(values.reinterpret_cast())
+    }
+
+    fn tensor(values: Vec<Bf16>, shape: &[usize]) -> FlexTensor {
+        let values: Vec<bf16> = Bf16::into_bits(values).reinterpret_into();
+        FlexTensor::from_data(TensorData::new(values, shape.to_vec()))
+    }
+
+    fn norm_relu_backward(norm: &NormBackward, totals: &GradTotals, g: Vec<Bf16>, y: &[Bf16]) -> Vec<Bf16> {
+        norm.stored_input_grad(isa::current(), totals, &g, y, ReluMask::FromNorm)
+    }
+}
+
+/// Calls a function generic over [`Element`] with the type of a map.
+macro_rules! with_element {
+    ($bf16:expr, $function:ident ( $($argument:expr),* )) => {
+        if $bf16 { $function::<Bf16>($($argument),*) } else { $function::<f32>($($argument),*) }
+    };
 }
 
 fn tensor(values: Vec<f32>, shape: &[usize]) -> FlexTensor {
@@ -288,46 +351,72 @@ impl Epilogue<Flex> {
     }
 }
 
+fn conv_forward<T: Element>(
+    input: ConvInput<Flex>,
+    w: FlexTensor,
+    options: ConvOptions,
+) -> (FlexTensor, OutputMoments<Flex>) {
+    let ((x, norm), w) = (input.into_parts(), w.to_contiguous());
+    let (isa, s) = (options.isa(), options.shape(&x, &w));
+    let deferred = norm.as_ref().map(NormParams::deferred);
+    let input = Input { values: map_values(&x), norm: deferred.as_ref() };
+    let y_shape = [s.n, s.h_out(), s.w_out(), s.c_out];
+    if !options.moments {
+        let (y, _) = conv::forward_fused(isa, &s, input, values(&w), |_, _| ());
+        return (T::tensor(y, &y_shape), None);
+    }
+    let part_moments = |_, y: &mut [f32]| Moments::compute(isa, y, s.c_out);
+    let (y, parts) = conv::forward_fused(isa, &s, input, values(&w), part_moments);
+    let mut moments = Moments::merge(&parts, s.c_out);
+    if options.ranks != Ranks::SINGLE {
+        let mut sums = moments.to_sums();
+        options.ranks.all_reduce_sum(&mut sums);
+        moments = Moments::from_sums(&sums);
+    }
+    let (mean, variance) = moments.mean_variance();
+    (T::tensor(y, &y_shape), Some((tensor(mean, &[s.c_out]), tensor(variance, &[s.c_out]))))
+}
+
+fn norm_act_forward<T: Element>(y: FlexTensor, norm: NormParams<Flex>, epilogue: Epilogue<Flex>) -> FlexTensor {
+    let (relu, skip) = epilogue.into_parts();
+    let (scale, shift) = norm.contiguous().scale_shift();
+    let out = norm::affine_act(isa::current(), T::slice(&y), &scale, &shift, skip.as_ref().map(T::slice), relu);
+    T::tensor(out, &y.shape())
+}
+
+fn max_pool_forward<T: Element>(x: FlexTensor, options: PoolOptions) -> FlexTensor {
+    let s = options.shape(&x);
+    T::tensor(pool::max(isa::current(), &s, T::slice(&x)), &[s.n, s.h_out(), s.w_out(), s.c])
+}
+
+fn mean_pool_forward<T: Element>(x: FlexTensor) -> FlexTensor {
+    let (n, c) = (x.shape()[0], x.shape()[3]);
+    tensor(pool::mean(isa::current(), T::slice(&x), n, c), &[n, c])
+}
+
+/// Returns whether a map is stored as bf16.
+fn is_bf16(map: &FlexTensor) -> bool {
+    map.dtype() == DType::BF16
+}
+
 impl FusedOps for Flex {
     fn conv(input: ConvInput<Self>, w: FlexTensor, options: ConvOptions) -> (FlexTensor, OutputMoments<Self>) {
-        let ((x, norm), w) = (input.into_parts(), w.to_contiguous());
-        let (isa, s) = (options.isa(), options.shape(&x, &w));
-        let deferred = norm.as_ref().map(NormParams::deferred);
-        let input = Input { values: values(&x), norm: deferred.as_ref() };
-        let y_shape = [s.n, s.h_out(), s.w_out(), s.c_out];
-        if !options.moments {
-            let (y, _) = conv::forward_fused(isa, &s, input, values(&w), |_, _| ());
-            return (tensor(y, &y_shape), None);
-        }
-        let part_moments = |_, y: &mut [f32]| Moments::compute(isa, y, s.c_out);
-        let (y, parts) = conv::forward_fused(isa, &s, input, values(&w), part_moments);
-        let mut moments = Moments::merge(&parts, s.c_out);
-        if options.ranks != Ranks::SINGLE {
-            let mut sums = moments.to_sums();
-            options.ranks.all_reduce_sum(&mut sums);
-            moments = Moments::from_sums(&sums);
-        }
-        let (mean, variance) = moments.mean_variance();
-        (tensor(y, &y_shape), Some((tensor(mean, &[s.c_out]), tensor(variance, &[s.c_out]))))
+        with_element!(options.storage == Precision::Bf16, conv_forward(input, w, options))
     }
 
     fn norm_act(y: FlexTensor, norm: NormParams<Self>, epilogue: Epilogue<Self>) -> FlexTensor {
-        let (y, (relu, skip)) = (y.to_contiguous(), epilogue.into_parts());
-        let (scale, shift) = norm.contiguous().scale_shift();
-        let out = norm::affine_act(isa::current(), values(&y), &scale, &shift, skip.as_ref().map(values), relu);
-        tensor(out, &y.shape())
+        let y = y.to_contiguous();
+        with_element!(is_bf16(&y), norm_act_forward(y, norm, epilogue))
     }
 
     fn max_pool(x: FlexTensor, options: PoolOptions) -> FlexTensor {
         let x = x.to_contiguous();
-        let s = options.shape(&x);
-        tensor(pool::max(isa::current(), &s, values(&x)), &[s.n, s.h_out(), s.w_out(), s.c])
+        with_element!(is_bf16(&x), max_pool_forward(x, options))
     }
 
     fn mean_pool(x: FlexTensor) -> FlexTensor {
         let x = x.to_contiguous();
-        let (n, c) = (x.shape()[0], x.shape()[3]);
-        tensor(pool::mean(values(&x), n, c), &[n, c])
+        with_element!(is_bf16(&x), mean_pool_forward(x))
     }
 }
 
@@ -341,7 +430,7 @@ impl FoldedOps for Flex {
     ) -> FlexTensor {
         let ([x, w, shift], (relu, skip)) = ([x, w, shift].map(|t| t.to_contiguous()), epilogue.into_parts());
         let (isa, s) = (options.isa(), options.shape(&x, &w));
-        let (y, _) = conv::forward_fused(isa, &s, values(&x).into(), values(&w), |at, y| {
+        let (y, _) = conv::forward_fused::<f32, _>(isa, &s, values(&x).into(), values(&w), |at, y| {
             let skip = skip.as_ref().map(|skip| &values(skip)[at..at + y.len()]);
             norm::shift_act(isa, y, values(&shift), skip, relu);
         });
@@ -349,6 +438,67 @@ impl FoldedOps for Flex {
     }
 }
 
+/// Gradients of a convolution of relu(norm(x)), where x has elements `T`.
+fn deferred_backward<T: Element>(
+    dy: FlexTensor,
+    x: FlexTensor,
+    params: NormParams<Flex>,
+    w: FlexTensor,
+    options: ConvOptions,
+) -> ConvGradients<Flex> {
+    let (isa, s) = (options.isa(), options.shape(&x, &w));
+    let deferred = params.deferred();
+    let input = Input { values: map_values(&x), norm: Some(&deferred) };
+    let dw = tensor(conv::backward_weight(isa, &s, input, map_values(&dy)), &w.shape());
+    // Through the deferred ReLU and norm: the norm's sums are gathered while dx is in the cache.
+    let (norm, y) = (params.backward(), T::slice(&x));
+    let (g, sums) = conv::backward_data_fused(isa, &s, values(&w), map_values(&dy), |at, g| {
+        norm.grad_sums(isa, g, &y[at..at + g.len()], ReluMask::FromNorm, None)
+    });
+    let totals = norm.grad_totals(&sums, s.n * s.h * s.w, |sums| options.ranks.all_reduce_sum(sums));
+    let dx = T::norm_relu_backward(&norm, &totals, g, y);
+    let per_channel = |v: Vec<f32>| tensor(v, &[s.c_in]);
+    ConvGradients {
+        input: Some(T::tensor(dx, &x.shape())),
+        w: dw,
+        norm: Some([per_channel(totals.dgamma), per_channel(totals.dbeta)]),
+    }
+}
+
+/// Gradients of norm and epilogue of a map y of elements `T`. That of y has the same elements, that
+/// of the skip is f32.
+fn norm_act_gradients<T: Element>(
+    dout: FlexTensor,
+    out: Option<FlexTensor>,
+    y: FlexTensor,
+    params: NormParams<Flex>,
+    epilogue: EpilogueKind,
+) -> NormActGradients<Flex> {
+    let mask = match (epilogue, &out) {
+        (EpilogueKind::None, _) => ReluMask::None,
+        (EpilogueKind::Relu, _) => ReluMask::FromNorm,
+        (EpilogueKind::AddRelu, Some(out)) => ReluMask::FromOutput(T::slice(out)),
+        (EpilogueKind::AddRelu, None) => unreachable!("the output of a skip is kept"),
+    };
+    let norm = params.backward();
+    let all_reduce = |sums: &mut [f64]| params.ranks.all_reduce_sum(sums);
+    let g = norm::backward(isa::current(), values(&dout), mask, &norm, T::slice(&y), all_reduce);
+    let per_channel = |v: Vec<f32>| tensor(v, &params.gamma.shape());
+    NormActGradients {
+        y: T::tensor(g.dy, &y.shape()),
+        gamma: per_channel(g.dgamma),
+        beta: per_channel(g.dbeta),
+        skip: g.dskip.map(|dskip| tensor(dskip, &y.shape())),
+    }
+}
+
+fn max_pool_gradient<T: Element>(dout: FlexTensor, out: FlexTensor, x: FlexTensor, options: PoolOptions) -> FlexTensor {
+    let s = options.shape(&x);
+    tensor(pool::max_backward(isa::current(), &s, T::slice(&x), T::slice(&out), values(&dout)), &x.shape())
+}
+
+/// Gradients of maps are f32, because those of several layers may be added. The gradient of a
+/// convolution's output has one reader and keeps the type of the output.
 impl FusedGrads for Flex {
     fn conv_backward(
         dy: FlexTensor,
@@ -358,59 +508,32 @@ impl FusedGrads for Flex {
         needs_input_grad: bool,
     ) -> ConvGradients<Self> {
         let ((x, norm), [dy, w]) = (input.into_parts(), [dy, w].map(|t| t.to_contiguous()));
-        let (isa, s) = (options.isa(), options.shape(&x, &w));
-        let deferred = norm.as_ref().map(NormParams::deferred);
-        let input = Input { values: values(&x), norm: deferred.as_ref() };
-        let dw = tensor(conv::backward_weight(isa, &s, input, values(&dy)), &w.shape());
-        let Some(params) = norm else {
-            let dx = needs_input_grad.then(|| conv::backward_data(isa, &s, values(&w), values(&dy)));
-            return ConvGradients { input: dx.map(|dx| tensor(dx, &x.shape())), w: dw, norm: None };
-        };
-        // Through the deferred ReLU and norm: the norm's sums are gathered while dx is in the
-        // cache.
-        let norm = params.backward();
-        let (mut g, sums) = conv::backward_data_fused(isa, &s, values(&w), values(&dy), |at, g| {
-            norm.grad_sums(isa, g, &input.values[at..at + g.len()], ReluMask::FromNorm, None)
-        });
-        let totals = norm.grad_totals(&sums, s.n * s.h * s.w, |sums| options.ranks.all_reduce_sum(sums));
-        norm.input_grad_in_place(isa, &totals, &mut g, input.values);
-        let per_channel = |v: Vec<f32>| tensor(v, &[s.c_in]);
-        ConvGradients {
-            input: Some(tensor(g, &x.shape())),
-            w: dw,
-            norm: Some([per_channel(totals.dgamma), per_channel(totals.dbeta)]),
+        if let Some(params) = norm {
+            return with_element!(is_bf16(&x), deferred_backward(dy, x, params, w, options));
         }
+        let (isa, s) = (options.isa(), options.shape(&x, &w));
+        let input = Input { values: map_values(&x), norm: None };
+        let dw = tensor(conv::backward_weight(isa, &s, input, map_values(&dy)), &w.shape());
+        let dx = needs_input_grad
+            .then(|| conv::backward_data_fused::<f32, _>(isa, &s, values(&w), map_values(&dy), |_, _| ()).0);
+        ConvGradients { input: dx.map(|dx| tensor(dx, &x.shape())), w: dw, norm: None }
     }
 
     fn norm_act_backward(
         dout: FlexTensor,
-        out: FlexTensor,
+        out: Option<FlexTensor>,
         y: FlexTensor,
         norm: NormParams<Self>,
         epilogue: EpilogueKind,
     ) -> NormActGradients<Self> {
-        let ([dout, out, y], params) = ([dout, out, y].map(|t| t.to_contiguous()), norm.contiguous());
-        let mask = match epilogue {
-            EpilogueKind::None => ReluMask::None,
-            EpilogueKind::Relu => ReluMask::FromNorm,
-            EpilogueKind::AddRelu => ReluMask::FromOutput(values(&out)),
-        };
-        let norm = params.backward();
-        let all_reduce = |sums: &mut [f64]| params.ranks.all_reduce_sum(sums);
-        let g = norm::backward(isa::current(), values(&dout), mask, &norm, values(&y), all_reduce);
-        let per_channel = |v: Vec<f32>| tensor(v, &params.gamma.shape());
-        NormActGradients {
-            y: tensor(g.dy, &y.shape()),
-            gamma: per_channel(g.dgamma),
-            beta: per_channel(g.dbeta),
-            skip: g.dskip.map(|dskip| tensor(dskip, &y.shape())),
-        }
+        let ([dout, y], params) = ([dout, y].map(|t| t.to_contiguous()), norm.contiguous());
+        let out = out.map(|out| out.to_contiguous());
+        with_element!(is_bf16(&y), norm_act_gradients(dout, out, y, params, epilogue))
     }
 
     fn max_pool_backward(dout: FlexTensor, out: FlexTensor, x: FlexTensor, options: PoolOptions) -> FlexTensor {
         let [dout, out, x] = [dout, out, x].map(|t| t.to_contiguous());
-        let s = options.shape(&x);
-        tensor(pool::max_backward(isa::current(), &s, values(&x), values(&out), values(&dout)), &x.shape())
+        with_element!(is_bf16(&x), max_pool_gradient(dout, out, x, options))
     }
 
     fn mean_pool_backward(dout: FlexTensor, [h, w]: [usize; 2]) -> FlexTensor {

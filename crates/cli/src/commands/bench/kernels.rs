@@ -7,6 +7,7 @@ use byol_kernels::{
     conv::{self, Shape},
     isa::{self, Isa},
     roofline::{self, Roofline},
+    storage::Values,
 };
 use serde_json::{Value, json};
 
@@ -113,7 +114,7 @@ impl Layers {
         let gflop_per_second = [
             speed(&|| conv::forward(isa, shape, &x, &w)),
             speed(&|| conv::backward_data(isa, shape, &w, &dy)),
-            speed(&|| conv::backward_weight(isa, shape, x.as_slice().into(), &dy)),
+            speed(&|| conv::backward_weight(isa, shape, x.as_slice().into(), Values::F32(&dy))),
         ];
         Speed { gflop_per_second, layers: self }
     }

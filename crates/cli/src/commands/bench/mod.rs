@@ -51,7 +51,7 @@ struct NetworkArgs {
     /// Number of threads [default: number of cores]
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     threads: usize,
-    /// Compute precision: f32, bf16 (CPUs with AVX512-BF16, CUDA, ROCm) or f16 (GPUs)
+    /// Compute precision: f32, bf16 (CPUs with AMX or AVX512-BF16, CUDA, ROCm) or f16 (GPUs)
     #[arg(long, value_parser = ["f32", "bf16", "f16"], default_value = "f32", hide_possible_values = true)]
     precision: String,
     /// Print the results as one JSON object

@@ -68,21 +68,24 @@ pub fn run(args: &StepArgs) -> Result<()> {
         format!("heads.projection={}", args.projection),
         "health.images=0".into(),
     ])?;
-    let isa = isa::choose()?;
     device::check(&opened.device, recipe.train.precision)?;
-    // Before the networks exist, so that its buffers do not count as theirs.
-    let roofline = device::has_kernels(&opened.device).then(|| roofline::measure(isa));
+    let on_cpu = device::has_kernels(&opened.device);
+    let isa = if on_cpu { device::kernels(recipe.train.precision)? } else { isa::choose()? };
     let dataset = synthetic::dataset(0, args.batch, 0);
     let data = TrainingData::prepare(dataset, PrepareOptions::from(&recipe), &|_| ())?;
     let plan = Plan::new("bench", recipe, &data, opened.info.choice)?;
+    let times = Bench::new(args, &plan, &opened.device).measure()?;
+    let peak_mb = peak_memory_mb();
     let benchmark = StepBenchmark {
         args,
         threads,
         device: (opened.info.choice, &opened.info.name),
-        isa: device::machine().isa,
-        roofline,
+        isa: isa.name,
+        peak_mb,
+        // After the memory of the steps has been read: its buffers are large.
+        roofline: on_cpu.then(|| roofline::measure(isa)),
         operations: Operations::count(args, &plan.encoder.resnet()),
-        times: Bench::new(args, &plan, &opened.device).measure()?,
+        times,
     };
     match args.network.json {
         true => out!("{}", benchmark.json()),
@@ -223,6 +226,8 @@ struct StepBenchmark<'a> {
     /// Choice and name.
     device: (&'a str, &'a str),
     isa: &'a str,
+    /// Peak memory of the steps in MiB, if the system reports it.
+    peak_mb: Option<f64>,
     /// `None` unless the device has CPU kernels.
     roofline: Option<Roofline>,
     operations: Operations,
@@ -288,7 +293,7 @@ impl StepBenchmark<'_> {
             "peak_gflop_per_second": self.roofline.map(|roofline| roofline.gflops),
             "share_of_peak": self.share_of_peak(),
             "bandwidth_gb_per_second": self.roofline.map(|roofline| roofline.gb_per_second),
-            "peak_mb": peak_memory_mb(), "fresh_blocks": self.times.allocations,
+            "peak_mb": self.peak_mb, "fresh_blocks": self.times.allocations,
         });
         if !args.forward_only {
             let phases = self.phases();
@@ -320,7 +325,7 @@ impl StepBenchmark<'_> {
         );
         if let (Some(roofline), Some(share)) = (self.roofline, self.share_of_peak()) {
             out!(
-                "{} of the peak of {:.0} GFLOP/s; memory bandwidth {:.1} GB/s",
+                "{} of the f32 peak of {:.0} GFLOP/s; memory bandwidth {:.1} GB/s",
                 percent(share),
                 roofline.gflops,
                 roofline.gb_per_second
@@ -336,7 +341,7 @@ impl StepBenchmark<'_> {
                 out!("  {:<9} {:8.1} ms  {share:>6}  {speed}", phase.name, phase.seconds * 1e3);
             }
         }
-        if let Some(mb) = peak_memory_mb() {
+        if let Some(mb) = self.peak_mb {
             out!("peak memory {mb:.0} MiB; {} large allocations in the measured steps", self.times.allocations);
         }
     }
