@@ -56,25 +56,16 @@ pub fn fastest(opened: &OpenedDevice, recipe: &Recipe) -> Precision {
     }
 }
 
-/// Measures the speed of the encoder's layers in bf16 relative to f32, for a second or two.
+/// Measures the speed of the encoder's layers in bf16 relative to f32.
 fn measure(recipe: &Recipe) -> f64 {
     let f32_isa = isa::current();
     let Some(bf16_isa) = isa::with_bf16(f32_isa) else { return 0.0 };
     let (encoder, size) = (&recipe.encoder, recipe.views.size);
     let network = ResNet::new(encoder.architecture, encoder.width, encoder.stem(size), CHANNELS);
     let n = (MULTIPLY_ADDS / network.multiply_adds(size).max(1)).clamp(8, 64) as usize;
-    let mut shapes: Vec<(Shape, usize)> = Vec::new();
-    for (layer, side) in network.input_sides(size) {
-        let (c_in, c_out, kernel, stride) = (layer.c_in, layer.c_out, layer.kernel, layer.stride);
-        let shape = Shape { n, h: side, w: side, c_in, c_out, kernel, stride, padding: kernel / 2, dilation: 1 };
-        match shapes.iter_mut().find(|(other, _)| *other == shape) {
-            Some((_, count)) => *count += 1,
-            None => shapes.push((shape, 1)),
-        }
-    }
     let _awake = KeepAwake::new();
     let (mut f32_seconds, mut bf16_seconds) = (0.0, 0.0);
-    for (shape, count) in shapes {
+    for (shape, count) in distinct_shapes(&network, size, n) {
         // In turn, so that other work on the machine slows both.
         let (mut f32_best, mut bf16_best) = (f64::INFINITY, f64::INFINITY);
         for _ in 0..RUNS {
@@ -85,6 +76,21 @@ fn measure(recipe: &Recipe) -> f64 {
         bf16_seconds += count as f64 * bf16_best;
     }
     f32_seconds / bf16_seconds
+}
+
+/// Returns the distinct convolution shapes of a network for `n` images of side `size`, with the
+/// number of layers of each.
+pub fn distinct_shapes(network: &ResNet, size: usize, n: usize) -> Vec<(Shape, usize)> {
+    let mut shapes: Vec<(Shape, usize)> = Vec::new();
+    for (layer, side) in network.input_sides(size) {
+        let (c_in, c_out, kernel, stride) = (layer.c_in, layer.c_out, layer.kernel, layer.stride);
+        let shape = Shape { n, h: side, w: side, c_in, c_out, kernel, stride, padding: kernel / 2, dilation: 1 };
+        match shapes.iter_mut().find(|(other, _)| *other == shape) {
+            Some((_, count)) => *count += 1,
+            None => shapes.push((shape, 1)),
+        }
+    }
+    shapes
 }
 
 /// Times a layer forward and backward: convolution, norm and ReLU, with maps stored as `T`.

@@ -83,15 +83,9 @@ fn convolve<T: Operand, R: Send>(
         T::convert_weights(isa, places.len() * gather.source.c, pack_weights(isa, s, &places, w, transposed))
     };
     let weights: Vec<Vec<T>> = gather.phases.iter().map(phase_weights).collect();
-    let reaches_all = gather.phases.len() == gather.dest_step * gather.dest_step;
-    let mut rest = &mut out[..];
-    let mut parts = Vec::new();
-    for task in gather.tasks() {
-        let (part, after) = rest.split_at_mut(task.span(gather.dest).len());
-        parts.push((task, part));
-        rest = after;
-    }
-    let results = parts
+    let reaches_all = gather.reaches_all();
+    let results = gather
+        .split(gather.tasks(), &mut out)
         .into_par_iter()
         .map(|(task, out)| {
             if !reaches_all {

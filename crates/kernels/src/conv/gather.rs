@@ -168,6 +168,22 @@ impl Gather {
         (0..self.n).flat_map(|i| (0..self.dest.h).step_by(height).map(move |y| band(i, y))).collect()
     }
 
+    /// Returns whether every pixel of the destination has a tap.
+    pub fn reaches_all(&self) -> bool {
+        self.phases.len() == self.dest_step * self.dest_step
+    }
+
+    /// Splits the values of the destination by task.
+    pub fn split<'a, T>(&self, tasks: Vec<Task>, mut values: &'a mut [T]) -> Vec<(Task, &'a mut [T])> {
+        let mut parts = Vec::new();
+        for task in tasks {
+            let (part, rest) = values.split_at_mut(task.span(self.dest).len());
+            parts.push((task, part));
+            values = rest;
+        }
+        parts
+    }
+
     /// Rows of the source, counted from its margin on, that a task reads.
     pub fn source_rows(&self, task: &Task) -> Range<usize> {
         let (mut first, mut end) = (usize::MAX, 0);

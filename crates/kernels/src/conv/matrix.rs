@@ -216,7 +216,7 @@ impl Grid {
         let (image_rows, pitch, total) = if step == 1 {
             let zeros_above = top.saturating_sub(rows.start);
             let zeros_below = rows.end.saturating_sub(top + gather.source.h);
-            // With a padding beyond the kernel, an image has more places than its padded source.
+            // If the padding exceeds the kernel, the output has more rows than the padded source.
             let most = gather.phases.iter().map(|phase| gather.steps(phase, task).len()).max().unwrap_or(0);
             let image_rows = (rows.len() - zeros_above.min(zeros_below)).max(most.min(rows.len()));
             // The last row of an image that shares no margin with another.
@@ -689,15 +689,9 @@ fn convolve<T: Storage, R: Send>(
         rest = after;
     }
     let mut out = uninit_vec(gather.n * gather.dest.len());
-    let reaches_all = gather.phases.len() == gather.dest_step * gather.dest_step;
-    let mut rest = &mut out[..];
-    let mut parts = Vec::new();
-    for task in output_tasks(gather) {
-        let (part, after) = rest.split_at_mut(task.span(gather.dest).len());
-        parts.push((task, part));
-        rest = after;
-    }
-    let results = parts
+    let reaches_all = gather.reaches_all();
+    let results = gather
+        .split(output_tasks(gather), &mut out)
         .into_par_iter()
         .map(|(task, out)| {
             let mut buffer = OUT.take();

@@ -2,7 +2,7 @@
 
 use std::{hint::black_box, time::Instant};
 
-use byol::{data::CHANNELS, device, nn::ResNet};
+use byol::{data::CHANNELS, device, nn::ResNet, train::precision};
 use byol_kernels::{
     conv::{self, Shape},
     isa::{self, Isa},
@@ -44,9 +44,10 @@ pub fn run(args: &Args) -> Result<()> {
     let (isa, encoder) = (device::kernels(recipe.train.precision)?, recipe.encoder);
     let stem = encoder.stem(args.network.size);
     let network = ResNet::new(encoder.architecture, encoder.width, stem, CHANNELS);
-    let layers = distinct_layers(&network, args);
+    let shapes = precision::distinct_shapes(&network, args.network.size, args.batch);
+    let layers = shapes.into_iter().map(|(shape, count)| Layers { shape, count });
     if args.network.json {
-        let shapes: Vec<Value> = layers.into_iter().map(|layer| layer.measure(isa).json()).collect();
+        let shapes: Vec<Value> = layers.map(|layer| layer.measure(isa).json()).collect();
         out!(
             "{}",
             json!({
@@ -57,7 +58,7 @@ pub fn run(args: &Args) -> Result<()> {
         return Ok(());
     }
     print_head(args, threads, isa, roofline);
-    layers.into_iter().for_each(|layer| layer.measure(isa).print(roofline));
+    layers.for_each(|layer| layer.measure(isa).print(roofline));
     Ok(())
 }
 
@@ -65,29 +66,6 @@ pub fn run(args: &Args) -> Result<()> {
 struct Layers {
     shape: Shape,
     count: usize,
-}
-
-/// Distinct convolution shapes of the network, with the number of layers of each.
-fn distinct_layers(network: &ResNet, args: &Args) -> Vec<Layers> {
-    let mut layers: Vec<Layers> = Vec::new();
-    for (conv, side) in network.input_sides(args.network.size) {
-        let shape = Shape {
-            n: args.batch,
-            h: side,
-            w: side,
-            c_in: conv.c_in,
-            c_out: conv.c_out,
-            kernel: conv.kernel,
-            stride: conv.stride,
-            padding: conv.kernel / 2,
-            dilation: 1,
-        };
-        match layers.iter_mut().find(|layer| layer.shape == shape) {
-            Some(layer) => layer.count += 1,
-            None => layers.push(Layers { shape, count: 1 }),
-        }
-    }
-    layers
 }
 
 /// Speed of a convolution shape: forward, gradient of the input, gradient of the weight, in
