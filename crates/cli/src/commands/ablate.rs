@@ -9,7 +9,7 @@ use std::{
 use byol::{
     apply::chart::{self, Point},
     data::Levels,
-    device::OpenedDevice,
+    device::{OpenedDevice, Precision},
     eval::{
         effective_rank::rankme,
         linear, logistic,
@@ -98,16 +98,22 @@ struct Context<'a> {
 }
 
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let overrides = args.overrides()?;
+    let mut overrides = args.overrides()?;
     let threads = set_threads(args.flags.compute.threads)?;
     let opened = open_device(args.flags.compute.device)?;
     let checked = overrides.check()?;
     let dataset = args.data_flags.open(&args.data, Levels::default())?;
     let data = load_training_data(dataset.clone(), &checked, 1)?;
+    let folder = args.out.clone().unwrap_or_else(|| Path::new("byol-runs").join(&args.study));
+    if overrides.name == "auto" && !overrides.contains("train.precision") {
+        // Measured again, the faster precision may be another one.
+        if let Some(precision) = recorded_precision(&folder)? {
+            overrides.insert("train.precision", precision.name(), "the first run of the study")?;
+        }
+    }
     let (base, _) = auto::resolve(&overrides, &data.train, &opened)?;
     let labeled = eval::labeled(dataset, base.train.limit)?;
     let study = ablations::all(base.train.batch).into_iter().find(|s| s.name == args.study).expect("clap checks names");
-    let folder = args.out.clone().unwrap_or_else(|| Path::new("byol-runs").join(study.name));
     if args.study == "views" && base.views.first.blur == 0.0 && base.views.second.blur == 0.0 {
         terminal::warning(
             "the recipe has no blur, so `no blur` repeats `all`\n\
@@ -133,6 +139,13 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         baseline.into_iter().map(|row| ResultRow { name: format!("random initialization: {}", row.name), ..row }),
     );
     write_results(&context, &study, &folder, rows, &points)
+}
+
+/// Returns the precision of the runs in the folder of a study; `None` if it has none yet.
+fn recorded_precision(folder: &Path) -> Result<Option<Precision>> {
+    let Ok(entries) = folder.read_dir() else { return Ok(None) };
+    let mut runs = entries.flatten().map(|entry| entry.path()).filter(|run| run.join("plan.toml").is_file());
+    Ok(runs.next().map(|run| read_plan(&run)).transpose()?.map(|plan| plan.recipe.train.precision))
 }
 
 /// Point of the plot, in percent.
