@@ -59,7 +59,6 @@ impl Moments {
     /// Computes the moments of `y`, `[m, c]`, in one pass. Deviations are taken from the first
     /// pixel, which is near enough to the mean for f32.
     pub fn compute(isa: &Isa, y: &[f32], c: usize) -> Moments {
-        let mut all = Moments { n: 0.0, mean: vec![0.0; c], squares: vec![0.0; c] };
         let row = row_len(c);
         let origin = repeat_to_row(&y[..c.min(y.len())]);
         let (mut row_sums, mut row_squares) = (vec![0.0f32; row], vec![0.0f32; row]);
@@ -72,13 +71,18 @@ impl Moments {
             fold_row(&mut sums, &row_sums);
             fold_row(&mut squares, &row_squares);
         }
-        let n = (y.len() / c.max(1)) as f64;
-        if n > 0.0 {
-            all.n = n;
+        Moments::from_deviations(y.len() / c.max(1), &origin, &sums, &squares)
+    }
+
+    /// Creates the moments of `n` pixels from Σ (y − origin) and Σ (y − origin)² by channel.
+    pub(crate) fn from_deviations(n: usize, origin: &[f32], sums: &[f64], squares: &[f64]) -> Moments {
+        let c = sums.len();
+        let mut all = Moments { n: n as f64, mean: vec![0.0; c], squares: vec![0.0; c] };
+        if n > 0 {
             for k in 0..c {
-                let mean = sums[k] / n;
+                let mean = sums[k] / all.n;
                 all.mean[k] = f64::from(origin[k]) + mean;
-                all.squares[k] = (squares[k] - n * mean * mean).max(0.0);
+                all.squares[k] = (squares[k] - all.n * mean * mean).max(0.0);
             }
         }
         all
@@ -232,9 +236,9 @@ pub struct NormBackward {
 #[derive(Debug, Clone)]
 pub struct GradSums {
     /// Σ g (y − mean), `[c]`.
-    gamma: Vec<f64>,
+    pub(crate) gamma: Vec<f64>,
     /// Σ g, `[c]`.
-    beta: Vec<f64>,
+    pub(crate) beta: Vec<f64>,
 }
 
 /// Gradients of γ and β, and the coefficients of the input gradient.
@@ -265,7 +269,12 @@ impl NormBackward {
         NormBackward { c: gamma.len(), inverse_std: inverse_std.to_vec(), scale, shift, mean }
     }
 
-    fn rows<'a, D, T>(&'a self, dout: &'a [D], y: &'a [T], mask: ReluMask<'a, T>) -> BackwardRows<'a, D, T> {
+    /// Scale, shift and mean, each `[c]`.
+    pub(crate) fn vectors(&self) -> [&[f32]; 3] {
+        [&self.scale, &self.shift, &self.mean].map(|row| &row[..self.c])
+    }
+
+    fn rows<'a, T>(&'a self, dout: &'a [T], y: &'a [T], mask: ReluMask<'a, T>) -> BackwardRows<'a, T> {
         BackwardRows { dout, y, mask, scale: &self.scale, shift: &self.shift, mean: &self.mean }
     }
 
@@ -278,10 +287,10 @@ impl NormBackward {
     pub fn grad_sums<T: Storage>(
         &self,
         isa: &Isa,
-        dout: &[f32],
+        dout: &[T],
         y: &[T],
         mask: ReluMask<T>,
-        mut masked_grad: Option<&mut [MaybeUninit<f32>]>,
+        mut masked_grad: Option<&mut [MaybeUninit<T>]>,
     ) -> GradSums {
         assert_eq!(dout.len(), y.len(), "a gradient has the shape of its map");
         let c = self.c;
@@ -340,35 +349,7 @@ impl NormBackward {
         &self,
         isa: &Isa,
         totals: &GradTotals,
-        dout: &[f32],
-        y: &[T],
-        mask: ReluMask<T>,
-    ) -> Vec<T> {
-        self.input_grad_by(T::loops(isa).input_grad, totals, dout, y, mask)
-    }
-
-    /// [`input_grad`](NormBackward::input_grad) with the gradient of the output in the type of the
-    /// map.
-    ///
-    /// # Panics
-    ///
-    /// If `dout` and `y` differ in length.
-    pub fn stored_input_grad<T: Storage>(
-        &self,
-        isa: &Isa,
-        totals: &GradTotals,
         dout: &[T],
-        y: &[T],
-        mask: ReluMask<T>,
-    ) -> Vec<T> {
-        self.input_grad_by(T::loops(isa).stored_input_grad, totals, dout, y, mask)
-    }
-
-    fn input_grad_by<D: Storage, T: Storage>(
-        &self,
-        compiled: unsafe fn(BackwardRows<D, T>, NormGradCoefficients, &mut [MaybeUninit<T>]),
-        totals: &GradTotals,
-        dout: &[D],
         y: &[T],
         mask: ReluMask<T>,
     ) -> Vec<T> {
@@ -379,7 +360,7 @@ impl NormBackward {
         tasks.for_each(|(i, ((dy, dout), y))| {
             let rows = self.rows(dout, y, mask.slice(i * n..i * n + y.len()));
             // SAFETY: an `Isa` exists only for an instruction set of this processor.
-            unsafe { compiled(rows, self.coefficients(totals), dy) };
+            unsafe { (T::loops(isa).input_grad)(rows, self.coefficients(totals), dy) };
         });
         // SAFETY: the loop has written every value of each task.
         unsafe { assume_init_vec(dy) }
@@ -409,7 +390,7 @@ pub struct Gradients<T> {
     pub dy: Vec<T>,
     /// Gradient of the skip, `[m, c]`: the output gradient behind the ReLU mask. `None` without a
     /// skip.
-    pub dskip: Option<Vec<f32>>,
+    pub dskip: Option<Vec<T>>,
     /// Gradient of γ, `[c]`.
     pub dgamma: Vec<f32>,
     /// Gradient of β, `[c]`.
@@ -420,7 +401,7 @@ pub struct Gradients<T> {
 /// `all_reduce` as in [`NormBackward::grad_totals`].
 pub fn backward<T: Storage>(
     isa: &Isa,
-    dout: &[f32],
+    dout: &[T],
     mask: ReluMask<T>,
     norm: &NormBackward,
     y: &[T],
@@ -429,7 +410,7 @@ pub fn backward<T: Storage>(
     let n = task_len(norm.c);
     let with_skip = matches!(mask, ReluMask::FromOutput(_) | ReluMask::NoneWithSkip);
     let mut dskip = uninit_vec(if with_skip { y.len() } else { 0 });
-    let task = |i: usize, masked_grad: Option<&mut [MaybeUninit<f32>]>| {
+    let task = |i: usize, masked_grad: Option<&mut [MaybeUninit<T>]>| {
         let range = i * n..(i * n + n).min(y.len());
         norm.grad_sums(isa, &dout[range.clone()], &y[range.clone()], mask.slice(range), masked_grad)
     };

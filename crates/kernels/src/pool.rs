@@ -48,17 +48,27 @@ pub fn max<T: Storage>(isa: &Isa, s: &PoolShape, x: &[T]) -> Vec<T> {
 /// # Panics
 ///
 /// If the length of a slice does not match `s`.
-pub fn max_backward<T: Storage>(isa: &Isa, s: &PoolShape, x: &[T], out: &[T], dout: &[f32]) -> Vec<f32> {
+pub fn max_backward<T: Storage>(isa: &Isa, s: &PoolShape, x: &[T], out: &[T], dout: &[T]) -> Vec<T> {
     check(s, x.len());
     let [image, image_out] = image_lengths(s);
     assert_eq!([out.len(), dout.len()], [s.n * image_out; 2], "{s:?}");
-    let mut dx = vec![0.0f32; x.len()];
+    let mut dx = uninit_vec(x.len());
     let images = dx.par_chunks_mut(image).zip(x.par_chunks(image));
-    images.zip(out.par_chunks(image_out).zip(dout.par_chunks(image_out))).for_each(|((dx, x), (out, dout))| {
-        // SAFETY: an `Isa` exists only for an instruction set of this processor.
-        unsafe { (T::loops(isa).max_pool_backward)(s, x, out, dout, dx) };
-    });
-    dx
+    let images = images.zip(out.par_chunks(image_out).zip(dout.par_chunks(image_out)));
+    images.for_each_init(
+        || (Vec::new(), Vec::new()),
+        |(sums, buffer), ((dx, x), (out, dout))| {
+            // Windows overlap: their gradients are added in f32.
+            sums.clear();
+            sums.resize(image, 0.0);
+            let dout = T::load(isa, dout, buffer);
+            // SAFETY: an `Isa` exists only for an instruction set of this processor.
+            unsafe { (T::loops(isa).max_pool_backward)(s, x, out, dout, sums) };
+            T::narrow(isa, sums, dx);
+        },
+    );
+    // SAFETY: every image has been written as a whole.
+    unsafe { assume_init_vec(dx) }
 }
 
 /// Computes the mean of each channel over the pixels of each of `n` maps: `[n, pixels, c]` →
@@ -90,15 +100,12 @@ pub fn mean<T: Storage>(isa: &Isa, x: &[T], n: usize, c: usize) -> Vec<f32> {
 /// # Panics
 ///
 /// If `dout` is not whole pixels.
-pub fn mean_backward(dout: &[f32], pixels: usize, c: usize) -> Vec<f32> {
+pub fn mean_backward<T: Storage>(isa: &Isa, dout: &[f32], pixels: usize, c: usize) -> Vec<T> {
     assert!(c > 0 && dout.len().is_multiple_of(c), "{} values are not pixels of {c} channels", dout.len());
     let mut dx = uninit_vec(dout.len() * pixels);
     dx.par_chunks_mut((pixels * c).max(1)).zip(dout.par_chunks(c)).for_each(|(dx, dout)| {
-        for pixel in dx.chunks_exact_mut(c) {
-            for (d, v) in pixel.iter_mut().zip(dout) {
-                d.write(v / pixels as f32);
-            }
-        }
+        let shared: Vec<f32> = dout.iter().map(|v| v / pixels as f32).collect();
+        dx.chunks_exact_mut(c).for_each(|pixel| T::narrow(isa, &shared, pixel));
     });
     // SAFETY: every image has been written as a whole.
     unsafe { assume_init_vec(dx) }

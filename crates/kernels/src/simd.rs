@@ -100,18 +100,35 @@ impl<S: Simd> Product for S {
     }
 }
 
-/// Stores of f32 registers rounded to bf16.
+/// Loads and stores of maps in bf16, and what the operations on maps need.
 ///
 /// # Safety
 ///
 /// Callers of any method guarantee that
 ///
 /// * the processor has the instruction set;
-/// * `store_bf16` gets a pointer to `LANES` values, the other two to `LANES` pairs of values;
-/// * the first values of the pairs are initialized before `store_pair_second`.
-pub(crate) trait StoreBf16: Simd {
-    /// Stores the lanes side by side.
+/// * `load_bf16` and `store_bf16` get a pointer to `LANES` values, of any alignment.
+pub(crate) trait Maps: Simd {
+    /// Loads a register from values in bf16.
+    unsafe fn load_bf16(from: *const Bf16) -> Self::V;
+    /// Stores a register, rounded as by [`Bf16::round`]. Subnormal values may become 0.
     unsafe fn store_bf16(to: *mut Bf16, value: Self::V);
+    /// The greater of a and b; b if a is NaN.
+    unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
+    /// Value where the condition is positive, else 0.
+    unsafe fn where_positive(condition: Self::V, value: Self::V) -> Self::V;
+}
+
+/// Stores of f32 registers as pairs of bf16.
+///
+/// # Safety
+///
+/// Callers of any method guarantee that
+///
+/// * the processor has the instruction set;
+/// * the methods get a pointer to `LANES` pairs of values;
+/// * the first values of the pairs are initialized before `store_pair_second`.
+pub(crate) trait StoreBf16: Maps {
     /// Stores each lane as the first value of a pair, with 0 as the second.
     unsafe fn store_pair_first(to: *mut Bf16, value: Self::V);
     /// Stores each lane as the second value of a pair and keeps the first.
@@ -180,6 +197,19 @@ pub(crate) trait Value: Copy {
     fn widen(self) -> f32;
     /// Rounds to this type.
     fn narrow(value: f32) -> Self;
+    /// Loads a register.
+    ///
+    /// # Safety
+    ///
+    /// * The processor has the instruction set of `V`.
+    /// * `from` points to `LANES` values, of any alignment.
+    unsafe fn load<V: Maps>(from: *const Self) -> V::V;
+    /// Stores a register, rounded to this type.
+    ///
+    /// # Safety
+    ///
+    /// * As for [`load`](Value::load).
+    unsafe fn store<V: Maps>(to: *mut Self, value: V::V);
 }
 
 impl Value for f32 {
@@ -192,6 +222,18 @@ impl Value for f32 {
     fn narrow(value: f32) -> f32 {
         value
     }
+
+    #[inline(always)]
+    unsafe fn load<V: Maps>(from: *const f32) -> V::V {
+        // SAFETY: the contract is the same.
+        unsafe { V::load(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn store<V: Maps>(to: *mut f32, value: V::V) {
+        // SAFETY: the contract is the same.
+        unsafe { V::store(to, value) }
+    }
 }
 
 impl Value for Bf16 {
@@ -203,6 +245,18 @@ impl Value for Bf16 {
     #[inline(always)]
     fn narrow(value: f32) -> Bf16 {
         Bf16::round(value)
+    }
+
+    #[inline(always)]
+    unsafe fn load<V: Maps>(from: *const Bf16) -> V::V {
+        // SAFETY: the contract is the same.
+        unsafe { V::load_bf16(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn store<V: Maps>(to: *mut Bf16, value: V::V) {
+        // SAFETY: the contract is the same.
+        unsafe { V::store_bf16(to, value) }
     }
 }
 
@@ -251,13 +305,31 @@ impl Simd for Scalar {
     }
 }
 
-// SAFETY of the implementation: pointers hold one value, or one pair, by the contract.
-impl StoreBf16 for Scalar {
+// SAFETY of the methods: pointers hold one value by the contract.
+impl Maps for Scalar {
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const Bf16) -> f32 {
+        unsafe { (*from).to_f32() }
+    }
+
     #[inline(always)]
     unsafe fn store_bf16(to: *mut Bf16, value: f32) {
         unsafe { *to = Bf16::round(value) }
     }
 
+    #[inline(always)]
+    unsafe fn max(a: f32, b: f32) -> f32 {
+        a.max(b)
+    }
+
+    #[inline(always)]
+    unsafe fn where_positive(condition: f32, value: f32) -> f32 {
+        if condition > 0.0 { value } else { 0.0 }
+    }
+}
+
+// SAFETY of the implementation: pointers hold one pair by the contract.
+impl StoreBf16 for Scalar {
     #[inline(always)]
     unsafe fn store_pair_first(to: *mut Bf16, value: f32) {
         unsafe { to.cast::<[Bf16; 2]>().write([Bf16::round(value), Bf16::default()]) }

@@ -5,8 +5,9 @@ use std::mem::MaybeUninit;
 use rayon::prelude::*;
 
 use crate::{
-    isa::Isa,
+    isa::{Isa, MatrixLoops},
     loops::{
+        block::FinishFn,
         norm::{AffineRows, BackwardRows, NormGradCoefficients},
         pool::PoolShape,
     },
@@ -46,19 +47,8 @@ pub trait Storage: Plain + Default {
     /// Returns values as f32. Those of another type are converted into `buffer`.
     fn load<'a>(isa: &Isa, values: &'a [Self], buffer: &'a mut Vec<f32>) -> &'a [f32];
 
-    /// Stores what `f` writes: `f` gets room for as many f32 values as `out` has. `buffer` holds
-    /// those of another type.
-    ///
-    /// # Safety
-    ///
-    /// * `f` writes every value, and only numbers.
-    #[doc(hidden)]
-    unsafe fn store<R>(
-        isa: &Isa,
-        out: &mut [MaybeUninit<Self>],
-        buffer: &mut Vec<f32>,
-        f: impl FnOnce(&mut [MaybeUninit<f32>]) -> R,
-    ) -> R;
+    /// Converts f32 values into `to`, on the calling thread.
+    fn narrow(isa: &Isa, values: &[f32], to: &mut [MaybeUninit<Self>]);
 
     /// Converts f32 values.
     fn from_f32(isa: &Isa, values: Vec<f32>) -> Vec<Self>;
@@ -69,6 +59,11 @@ pub trait Storage: Plain + Default {
     /// The loops of [`norm`](crate::norm) and [`pool`](crate::pool) for this type.
     #[doc(hidden)]
     fn loops(isa: &Isa) -> MapLoops<Self>;
+
+    /// The last loop of a matrix unit's convolution.
+    #[doc(hidden)]
+    #[allow(private_interfaces, reason = "internal")]
+    fn finish(loops: &MatrixLoops) -> FinishFn<Self>;
 }
 
 /// Compiled loops over maps of one type.
@@ -76,11 +71,8 @@ pub trait Storage: Plain + Default {
 #[allow(missing_debug_implementations, missing_docs, clippy::type_complexity, reason = "internal")]
 pub struct MapLoops<T> {
     pub(crate) affine_act: unsafe fn(AffineRows<T>, &mut [MaybeUninit<T>]),
-    pub(crate) grad_sums: unsafe fn(BackwardRows<f32, T>, &mut [f32], &mut [f32], Option<&mut [MaybeUninit<f32>]>),
-    /// With the gradient of the output in f32.
-    pub(crate) input_grad: unsafe fn(BackwardRows<f32, T>, NormGradCoefficients, &mut [MaybeUninit<T>]),
-    /// With the gradient of the output in the type of the map.
-    pub(crate) stored_input_grad: unsafe fn(BackwardRows<T, T>, NormGradCoefficients, &mut [MaybeUninit<T>]),
+    pub(crate) grad_sums: unsafe fn(BackwardRows<T>, &mut [f32], &mut [f32], Option<&mut [MaybeUninit<T>]>),
+    pub(crate) input_grad: unsafe fn(BackwardRows<T>, NormGradCoefficients, &mut [MaybeUninit<T>]),
     pub(crate) max_pool_row: unsafe fn(&PoolShape, &[T], usize, &mut [MaybeUninit<T>]),
     pub(crate) max_pool_backward: unsafe fn(&PoolShape, &[T], &[T], &[f32], &mut [f32]),
 }
@@ -90,13 +82,8 @@ impl Storage for f32 {
         values
     }
 
-    unsafe fn store<R>(
-        _: &Isa,
-        out: &mut [MaybeUninit<f32>],
-        _: &mut Vec<f32>,
-        f: impl FnOnce(&mut [MaybeUninit<f32>]) -> R,
-    ) -> R {
-        f(out)
+    fn narrow(_: &Isa, values: &[f32], to: &mut [MaybeUninit<f32>]) {
+        to.write_copy_of_slice(values);
     }
 
     fn from_f32(_: &Isa, values: Vec<f32>) -> Vec<f32> {
@@ -112,10 +99,14 @@ impl Storage for f32 {
             affine_act: isa.affine_act,
             grad_sums: isa.norm_grad_sums,
             input_grad: isa.norm_input_grad,
-            stored_input_grad: isa.norm_input_grad,
             max_pool_row: isa.max_pool_row,
             max_pool_backward: isa.max_pool_backward,
         }
+    }
+
+    #[allow(private_interfaces, reason = "internal")]
+    fn finish(loops: &MatrixLoops) -> FinishFn<f32> {
+        loops.finish
     }
 }
 
@@ -129,27 +120,15 @@ impl Storage for Bf16 {
         buffer
     }
 
-    unsafe fn store<R>(
-        isa: &Isa,
-        out: &mut [MaybeUninit<Bf16>],
-        buffer: &mut Vec<f32>,
-        f: impl FnOnce(&mut [MaybeUninit<f32>]) -> R,
-    ) -> R {
-        buffer.resize(out.len().max(buffer.len()), 0.0);
-        let buffer = &mut buffer[..out.len()];
-        // SAFETY: `f` writes numbers only by the contract.
-        let result = f(unsafe { as_uninit(buffer) });
+    fn narrow(isa: &Isa, values: &[f32], to: &mut [MaybeUninit<Bf16>]) {
         // SAFETY: an `Isa` exists only for an instruction set of this processor.
-        unsafe { (isa.narrow)(buffer, out) };
-        result
+        unsafe { (isa.narrow)(values, to) };
     }
 
     fn from_f32(isa: &Isa, values: Vec<f32>) -> Vec<Bf16> {
         let mut out = uninit_vec(values.len());
-        out.par_chunks_mut(PART).zip(values.par_chunks(PART)).for_each(|(out, values)| {
-            // SAFETY: an `Isa` exists only for an instruction set of this processor.
-            unsafe { (isa.narrow)(values, out) };
-        });
+        let parts = out.par_chunks_mut(PART).zip(values.par_chunks(PART));
+        parts.for_each(|(out, values)| Bf16::narrow(isa, values, out));
         // SAFETY: the loop has written every value.
         unsafe { assume_init_vec(out) }
     }
@@ -162,11 +141,15 @@ impl Storage for Bf16 {
         MapLoops {
             affine_act: isa.affine_act_bf16,
             grad_sums: isa.norm_grad_sums_bf16,
-            input_grad: isa.norm_input_grad_mixed,
-            stored_input_grad: isa.norm_input_grad_bf16,
+            input_grad: isa.norm_input_grad_bf16,
             max_pool_row: isa.max_pool_row_bf16,
             max_pool_backward: isa.max_pool_backward_bf16,
         }
+    }
+
+    #[allow(private_interfaces, reason = "internal")]
+    fn finish(loops: &MatrixLoops) -> FinishFn<Bf16> {
+        loops.finish_bf16
     }
 }
 

@@ -3,7 +3,10 @@
 
 use byol_kernels::{
     Bf16,
-    conv::{Input, Shape, backward_data, backward_data_fused, backward_weight, forward, forward_fused},
+    conv::{
+        AddMap, Input, NoEpilogue, Shape, ShiftAct, SumNormGrads, TakeMoments, backward_data, backward_data_fused,
+        backward_weight, forward, forward_fused,
+    },
     isa::{self, Isa},
     norm::{self, DeferredNorm, NormBackward, ReluMask},
     pool::{self, PoolShape},
@@ -167,7 +170,7 @@ fn deferred_norm_equals_norm_applied_before() {
                 let norm = DeferredNorm::new(&scale, &shift, relu);
                 let deferred = Input { values: Values::F32(&x), norm: Some(&norm) };
                 let applied = norm::affine_act(isa, &x[..], &scale, &shift, None, relu);
-                let y = forward_fused::<f32, _>(isa, &s, deferred, &w, |_, _| ()).0;
+                let y = forward_fused::<f32, _>(isa, &s, deferred, &w, &NoEpilogue).0;
                 assert_eq!(y, forward(isa, &s, &applied, &w), "{isa:?} {s:?}");
                 let dw = backward_weight(isa, &s, deferred, Values::F32(&dy));
                 assert_eq!(dw, backward_weight(isa, &s, applied.as_slice().into(), Values::F32(&dy)), "{isa:?} {s:?}");
@@ -195,16 +198,68 @@ fn maps_stored_as_bf16_have_the_same_results_rounded() {
             let (x_f32, dy_f32) = (Values::F32(&x_wide), Values::F32(&dy_wide));
             for norm in [None, Some(&norm)] {
                 let [stored, wide] = [Values::Bf16(&x), x_f32].map(|values| Input { values, norm });
-                let sums = |_: usize, y: &mut [f32]| y.iter().sum::<f32>();
-                let (y, parts) = forward_fused::<Bf16, _>(isa, &s, stored, &w, sums);
-                let (expected, expected_parts) = forward_fused::<f32, _>(isa, &s, wide, &w, sums);
-                assert_eq!((y, parts), (Bf16::from_f32(isa, expected), expected_parts), "{isa:?} {s:?} y");
+                let (y, _) = forward_fused::<Bf16, _>(isa, &s, stored, &w, &NoEpilogue);
+                let (expected, _) = forward_fused::<f32, _>(isa, &s, wide, &w, &NoEpilogue);
+                assert_eq!(y, Bf16::from_f32(isa, expected), "{isa:?} {s:?} y");
                 let dw = backward_weight(isa, &s, stored, Values::Bf16(&dy));
                 assert_eq!(dw, backward_weight(isa, &s, wide, dy_f32), "{isa:?} {s:?} dw");
             }
-            let dx = backward_data_fused::<Bf16, _>(isa, &s, &w, Values::Bf16(&dy), |_, _| ()).0;
-            let expected = backward_data_fused::<f32, _>(isa, &s, &w, dy_f32, |_, _| ()).0;
+            let dx = backward_data_fused::<Bf16, _>(isa, &s, &w, Values::Bf16(&dy), &NoEpilogue).0;
+            let expected = backward_data_fused::<f32, _>(isa, &s, &w, dy_f32, &NoEpilogue).0;
             assert_eq!(dx, Bf16::from_f32(isa, expected), "{isa:?} {s:?} dx");
+        }
+    }
+}
+
+/// Checks that epilogues compute what separate passes over the result do, with maps stored as `T`.
+fn check_epilogues<T: Storage + PartialEq + std::fmt::Debug>(isa: &Isa, s: &Shape) {
+    let [x_len, w_len, y_len] = s.lengths();
+    let (x, w, dy) = (noise(x_len, 1), noise(w_len, 2), noise(y_len, 3));
+    let (x_stored, dy_stored) = (T::from_f32(isa, x.clone()), T::from_f32(isa, dy));
+    let (x, dy) = (Input::from(&x_stored[..]), T::values(&dy_stored));
+    let wide = |map: &[T]| T::load(isa, map, &mut Vec::new()).to_vec();
+    let as_f64 = |values: &[f32]| values.iter().map(|v| f64::from(*v)).collect::<Vec<_>>();
+    let y = forward_fused::<f32, _>(isa, s, x, &w, &NoEpilogue).0;
+    let rounded_y = T::from_f32(isa, y.clone());
+
+    let (moments_y, parts) = forward_fused::<T, _>(isa, s, x, &w, &TakeMoments { c: s.c_out });
+    assert_eq!(moments_y, rounded_y, "{isa:?} {s:?} moments");
+    let (mean, variance) = norm::Moments::merge(&parts, s.c_out).mean_variance();
+    let expected = norm::moments(isa, &y, s.c_out);
+    assert_close(&format!("{isa:?} {s:?} mean"), &mean, &as_f64(&expected.0));
+    assert_close(&format!("{isa:?} {s:?} variance"), &variance, &as_f64(&expected.1));
+
+    let (shift, skip) = (noise(s.c_out, 4), T::from_f32(isa, noise(y_len, 5)));
+    for (skip, relu) in [(None, true), (Some(&skip[..]), true), (Some(&skip[..]), false)] {
+        let actual = forward_fused::<T, _>(isa, s, x, &w, &ShiftAct { shift: &shift, skip, relu }).0;
+        let mut expected = y.clone();
+        norm::shift_act(isa, &mut expected, &shift, skip.map(wide).as_deref(), relu);
+        assert_eq!(actual, T::from_f32(isa, expected), "{isa:?} {s:?} shift");
+    }
+
+    let dx = backward_data_fused::<f32, _>(isa, s, &w, dy, &NoEpilogue).0;
+    let sum = backward_data_fused::<T, _>(isa, s, &w, dy, &AddMap(&x_stored)).0;
+    let expected: Vec<f32> = dx.iter().zip(wide(&x_stored)).map(|(d, x)| d + x).collect();
+    assert_eq!(sum, T::from_f32(isa, expected), "{isa:?} {s:?} sum");
+
+    let vectors = [4, 5, 6, 7].map(|seed| noise(s.c_in, seed));
+    let norm = NormBackward::new(&vectors[0], &vectors[1], &vectors[2], &vectors[3]);
+    let (g, parts) = backward_data_fused::<T, _>(isa, s, &w, dy, &SumNormGrads { norm: &norm, y: &x_stored });
+    assert_eq!(g, T::from_f32(isa, dx.clone()), "{isa:?} {s:?} gradient of a norm");
+    let pixels = x_len / s.c_in;
+    let totals = norm.grad_totals(&parts, pixels, |_| ());
+    let whole = norm.grad_sums(isa, &dx, &wide(&x_stored), ReluMask::FromNorm, None);
+    let expected = norm.grad_totals(&[whole], pixels, |_| ());
+    assert_close(&format!("{isa:?} {s:?} gamma"), &totals.dgamma, &as_f64(&expected.dgamma));
+    assert_close(&format!("{isa:?} {s:?} beta"), &totals.dbeta, &as_f64(&expected.dbeta));
+}
+
+#[test]
+fn epilogues_equal_separate_passes() {
+    for s in shapes() {
+        for isa in isa::available().into_iter().chain(isa::available_bf16()).filter(|isa| !is_slow(isa, &s)) {
+            check_epilogues::<f32>(isa, &s);
+            check_epilogues::<Bf16>(isa, &s);
         }
     }
 }
@@ -215,7 +270,8 @@ fn norms_and_pools_of_bf16_maps_have_the_same_results_rounded() {
     let (scale, shift, mean, inverse_std) = (noise(c, 1), noise(c, 2), noise(c, 3), vec![2.0; c]);
     let (y, skip, dout) = (noise(m * c, 4), noise(m * c, 5), noise(m * c, 6));
     for isa in isa::available() {
-        let ((y, y_wide), (skip, skip_wide)) = (rounded(isa, &y), rounded(isa, &skip));
+        let ((y, y_wide), (skip, skip_wide), (dout, dout_wide)) =
+            (rounded(isa, &y), rounded(isa, &skip), rounded(isa, &dout));
         let out = norm::affine_act(isa, &y[..], &scale, &shift, Some(&skip[..]), true);
         let expected = norm::affine_act(isa, &y_wide[..], &scale, &shift, Some(&skip_wide[..]), true);
         assert_eq!(out, Bf16::from_f32(isa, expected), "{isa:?}");
@@ -225,18 +281,23 @@ fn norms_and_pools_of_bf16_maps_have_the_same_results_rounded() {
             (ReluMask::FromNorm, ReluMask::FromNorm),
             (ReluMask::FromOutput(&out[..]), ReluMask::FromOutput(&out_wide[..])),
         ] {
-            let g = norm::backward(isa, &dout, mask, &backward, &y[..], |_| ());
-            let expected = norm::backward(isa, &dout, wide_mask, &backward, &y_wide[..], |_| ());
+            let g = norm::backward(isa, &dout[..], mask, &backward, &y[..], |_| ());
+            let expected = norm::backward(isa, &dout_wide[..], wide_mask, &backward, &y_wide[..], |_| ());
             assert_eq!(g.dy, Bf16::from_f32(isa, expected.dy), "{isa:?}");
-            assert_eq!((g.dskip, g.dgamma), (expected.dskip, expected.dgamma), "{isa:?}");
+            assert_eq!(g.dskip, expected.dskip.map(|dskip| Bf16::from_f32(isa, dskip)), "{isa:?}");
+            assert_eq!((g.dgamma, g.dbeta), (expected.dgamma, expected.dbeta), "{isa:?}");
         }
         let s = PoolShape { n: 3, h: 20, w: 150, c, kernel: 3, stride: 2, padding: 1 };
         let (pooled, pooled_wide) = (pool::max(isa, &s, &y[..]), pool::max(isa, &s, &y_wide[..]));
         assert_eq!(pooled, Bf16::from_f32(isa, pooled_wide.clone()), "{isa:?}");
         let dpooled = &dout[..pooled.len()];
         let dx = pool::max_backward(isa, &s, &y[..], &pooled[..], dpooled);
-        assert_eq!(dx, pool::max_backward(isa, &s, &y_wide[..], &pooled_wide[..], dpooled), "{isa:?}");
+        let expected = pool::max_backward(isa, &s, &y_wide[..], &pooled_wide[..], &dout_wide[..pooled.len()]);
+        assert_eq!(dx, Bf16::from_f32(isa, expected), "{isa:?}");
         assert_eq!(pool::mean(isa, &y[..], 3, c), pool::mean(isa, &y_wide[..], 3, c), "{isa:?}");
+        let dmean = pool::mean_backward::<Bf16>(isa, &dout_wide[..3 * c], 35, c);
+        let expected = pool::mean_backward::<f32>(isa, &dout_wide[..3 * c], 35, c);
+        assert_eq!(dmean, Bf16::from_f32(isa, expected), "{isa:?}");
     }
 }
 
@@ -247,7 +308,7 @@ fn in_place_input_gradient_is_identical() {
     for isa in isa::available() {
         let (mean, var) = norm::moments(isa, &y, c);
         let norm = NormBackward::new(&gamma, &beta, &mean, &norm::inverse_std(&var, 1e-5));
-        let totals = norm.grad_totals(&[norm.grad_sums(isa, &dout, &y[..], ReluMask::FromNorm, None)], m, |_| ());
+        let totals = norm.grad_totals(&[norm.grad_sums(isa, &dout[..], &y[..], ReluMask::FromNorm, None)], m, |_| ());
         let mut grad = dout.clone();
         norm.input_grad_in_place(isa, &totals, &mut grad, &y);
         assert_eq!(grad, norm.input_grad(isa, &totals, &dout, &y[..], ReluMask::FromNorm), "{isa:?}");
@@ -374,7 +435,7 @@ fn pooling_and_gradients_match_the_reference() {
             let expected = channel.map(|v| f64::from(*v)).sum::<f64>() / (h * w) as f64;
             assert!((f64::from(*m) - expected).abs() < 1e-6);
         }
-        let dx = pool::mean_backward(&mean, h * w, c);
+        let dx = pool::mean_backward::<f32>(isa::available()[0], &mean, h * w, c);
         assert!((0..dx.len()).all(|i| dx[i] == mean[i / (h * w * c) * c + i % c] / (h * w) as f32));
     }
 }

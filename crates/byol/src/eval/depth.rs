@@ -77,7 +77,7 @@ impl Head for UpProjectionHead {
 
     fn forward(&self, context: &mut ForwardContext, map: Tensor<4>) -> Tensor<4> {
         let up_project = |context: &mut ForwardContext, x: Tensor<4>, [first, second, short]: &[ConvNorm; 3]| {
-            let skip = up_conv_norm_act(context, short, x.clone(), false).into_tensor();
+            let skip = up_conv_norm_act(context, short, x.clone(), false);
             let y = up_conv_norm_act(context, first, x, true);
             conv_norm_act(context, second, y, Epilogue::AddRelu(skip)).into_tensor()
         };

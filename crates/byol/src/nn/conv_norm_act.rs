@@ -155,7 +155,7 @@ pub fn composed(ctx: &mut ForwardContext, layer: &ConvNorm, x: Tensor<4>, epilog
     let y = match epilogue {
         Epilogue::None => y,
         Epilogue::Relu => relu(y),
-        Epilogue::AddRelu(skip) => relu(y + skip.permute([0, 3, 1, 2])),
+        Epilogue::AddRelu(skip) => relu(y + skip.into_tensor().permute([0, 3, 1, 2])),
     };
     y.permute([0, 2, 3, 1])
 }

@@ -315,12 +315,13 @@ impl ResNet {
 
 impl ResidualBlock {
     fn forward(&self, ctx: &mut ForwardContext, x: Tensor<4>) -> Tensor<4> {
+        let x = FeatureMap::from(x);
         let skip = match &self.projection {
-            Some(projection) => conv_norm_act(ctx, projection, x.clone(), Epilogue::None).into_tensor(),
+            Some(projection) => conv_norm_act(ctx, projection, x.clone(), Epilogue::None),
             None => x.clone(),
         };
         let (last, inner) = self.convs.split_last().expect("a block has convolutions");
-        let y = inner.iter().fold(FeatureMap::from(x), |y, conv| conv_norm_act(ctx, conv, y, Epilogue::Relu));
+        let y = inner.iter().fold(x, |y, conv| conv_norm_act(ctx, conv, y, Epilogue::Relu));
         conv_norm_act(ctx, last, y, Epilogue::AddRelu(skip)).into_tensor()
     }
 }

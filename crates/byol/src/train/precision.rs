@@ -8,7 +8,7 @@ use std::{hint::black_box, time::Instant};
 
 use byol_kernels::{
     Bf16,
-    conv::{self, Input, Shape},
+    conv::{self, Input, NoEpilogue, Shape, TakeMoments},
     isa::{self, Isa},
     norm::{self, Moments, NormBackward, ReluMask},
     spin::KeepAwake,
@@ -97,18 +97,17 @@ pub fn distinct_shapes(network: &ResNet, size: usize, n: usize) -> Vec<(Shape, u
 fn seconds<T: Storage>(isa: &Isa, s: &Shape) -> f64 {
     let values = |n: usize| (0..n).map(|i| ((i * 7919) % 1009) as f32 / 1009.0 - 0.5).collect::<Vec<f32>>();
     let [x_len, w_len, y_len] = s.lengths();
-    let (x, w, dout) = (T::from_f32(isa, values(x_len)), values(w_len), values(y_len));
+    let (x, w, dout) = (T::from_f32(isa, values(x_len)), values(w_len), T::from_f32(isa, values(y_len)));
     let start = Instant::now();
-    let moments = |_: usize, y: &mut [f32]| Moments::compute(isa, y, s.c_out);
-    let (y, parts) = conv::forward_fused::<T, _>(isa, s, Input::from(&x[..]), &w, moments);
+    let (y, parts) = conv::forward_fused::<T, _>(isa, s, Input::from(&x[..]), &w, &TakeMoments { c: s.c_out });
     let (mean, variance) = Moments::merge(&parts, s.c_out).mean_variance();
     let (gamma, beta, inverse_std) = (vec![1.0; s.c_out], vec![0.0; s.c_out], norm::inverse_std(&variance, 1e-5));
     let (scale, shift) = norm::scale_shift(&gamma, &beta, &mean, &inverse_std);
     black_box(norm::affine_act(isa, &y[..], &scale, &shift, None, true));
     let backward = NormBackward::new(&gamma, &beta, &mean, &inverse_std);
-    let dy = norm::backward(isa, &dout, ReluMask::FromNorm, &backward, &y[..], |_| ()).dy;
+    let dy = norm::backward(isa, &dout[..], ReluMask::FromNorm, &backward, &y[..], |_| ()).dy;
     black_box(conv::backward_weight(isa, s, Input::from(&x[..]), T::values(&dy)));
-    black_box(conv::backward_data_fused::<T, _>(isa, s, &w, T::values(&dy), |_, _| ()).0);
+    black_box(conv::backward_data_fused::<T, _>(isa, s, &w, T::values(&dy), &NoEpilogue).0);
     start.elapsed().as_secs_f64()
 }
 

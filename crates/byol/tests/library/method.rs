@@ -243,7 +243,7 @@ fn fused_layer_matches_composed() {
             };
             let x = tensor(noise(3 * h * w * 5, 4), [3, h, w, 5]);
             let skip = tensor(noise(3 * h_out * w_out * 6, 5), [3, h_out, w_out, 6]);
-            let epilogue = if with_skip { Epilogue::AddRelu(skip.clone()) } else { Epilogue::Relu };
+            let epilogue = if with_skip { Epilogue::AddRelu(skip.clone().into()) } else { Epilogue::Relu };
             let chain = |ctx: &mut ForwardContext, x: Tensor<4>, epilogue: Epilogue| match fused {
                 true => {
                     let inner = conv_norm_act(ctx, &first, x, Epilogue::Relu);
@@ -275,7 +275,7 @@ fn fused_layer_matches_composed() {
                 mode: Mode::Eval(&statistics),
             };
             let skip = plain(noise(3 * h_out * w_out * 6, 5), [3, h_out, w_out, 6]);
-            let epilogue = if with_skip { Epilogue::AddRelu(skip) } else { Epilogue::None };
+            let epilogue = if with_skip { Epilogue::AddRelu(skip.into()) } else { Epilogue::None };
             all.push(host(chain(&mut ctx, plain(noise(3 * h * w * 5, 4), [3, h, w, 5]), epilogue)));
             all
         };

@@ -22,13 +22,17 @@ use std::{cell::RefCell, mem::MaybeUninit, ops::Range};
 use rayon::prelude::*;
 
 use super::{
+    epilogue::{BlockKind, Epilogue, Totals},
     gather::{Gather, OutputPhase, Task, pixel_offsets, source_region, tap_runs},
     input::{Input, ReadOperands},
     shape::Shape,
 };
 use crate::{
     isa::{Isa, MatrixLoops},
-    loops::matrix::{Accumulation, BLOCK, DEPTH, Panels, Product, Rows, STEP_VALUES, TILE, TILE_VALUES},
+    loops::{
+        block::{BlockValues, Finish, Run},
+        matrix::{Accumulation, BLOCK, DEPTH, Panels, Product, Rows, STEP_VALUES, TILE, TILE_VALUES},
+    },
     memory::{AlignedBuffer, Plain, as_uninit, assume_init_vec, uninit_vec},
     simd::Bf16,
     storage::{Storage, Values},
@@ -40,6 +44,16 @@ const MIN_CHANNELS: usize = 16;
 /// Number of bytes that a task of the output reads and writes: a quarter of a core's second-level
 /// cache.
 const TASK_BYTES: usize = 1 << 19;
+
+/// Number of sums that are computed before they are stored: 64 KiB.
+const CHUNK_SUMS: usize = 1 << 14;
+
+/// Least and greatest number of their rows, multiples of 32.
+const CHUNK_ROWS: [usize; 2] = [32, 128];
+
+/// Number of bytes of weights whose channels are computed together: a quarter of a core's
+/// second-level cache.
+const CACHED_WEIGHTS: usize = 1 << 19;
 
 /// Least and greatest number of pixels in a task of the output.
 const TASK_PIXELS: [usize; 2] = [256, 2048];
@@ -91,8 +105,6 @@ thread_local! {
     static WEIGHTS: RefCell<AlignedBuffer> = RefCell::default();
     /// Shared sums of the weight gradient that this thread computes.
     static SUMS: RefCell<AlignedBuffer> = RefCell::default();
-    /// Output of a task before it is rounded.
-    static OUT: RefCell<Vec<f32>> = RefCell::default();
     /// Panels of the weight gradient that this thread computes.
     static PANELS: RefCell<Vec<TaskPanels>> = RefCell::default();
 }
@@ -137,44 +149,72 @@ fn merges(gather: &Gather, phase: &OutputPhase, pixel: usize) -> bool {
     adjacent && gather.source_step == 1 && pixel == gather.source.c && !pixel.is_multiple_of(DEPTH)
 }
 
-/// A run of destination pixels whose rows in the region are adjacent.
-#[derive(Debug, Clone, Copy)]
-struct Segment {
-    /// First row of the region.
-    row: usize,
-    /// Number of pixels.
-    pixels: usize,
-    /// Offset of the first pixel in the task's destination, in values.
-    out: usize,
-}
-
 /// A phase of a task as rows of the region.
 struct View {
     /// Offset of each tap from a row, in values.
     taps: Vec<u32>,
-    /// The destination pixels, in the order of their rows.
-    segments: Vec<Segment>,
-    /// Distance between neighboring pixels of a segment in the destination, in values.
+    /// The destination pixels, in the order of their rows in the region. Offsets are those in the
+    /// task's destination.
+    runs: Vec<Run>,
+    /// Distance between neighboring pixels of a run in the destination, in values.
     out_step: usize,
 }
 
 impl View {
     /// Number of rows, from the first to the last pixel.
     fn rows(&self) -> usize {
-        self.segments.last().map_or(0, |segment| segment.row + segment.pixels)
+        self.runs.last().map_or(0, |run| run.row + run.pixels)
     }
 
-    /// Appends a segment, or extends the last one by it.
-    fn push(&mut self, segment: Segment) {
-        if let Some(last) = self.segments.last_mut() {
-            let adjacent = last.row + last.pixels == segment.row;
-            if adjacent && last.out + last.pixels * self.out_step == segment.out {
-                last.pixels += segment.pixels;
+    /// Appends a run, or extends the last one by it.
+    fn push(&mut self, run: Run) {
+        if let Some(last) = self.runs.last_mut() {
+            let adjacent = last.row + last.pixels == run.row;
+            if adjacent && last.at + last.pixels * self.out_step == run.at {
+                last.pixels += run.pixels;
                 return;
             }
         }
-        self.segments.push(segment);
+        self.runs.push(run);
     }
+
+    /// Splits the rows into chunks of up to `rows` rows. Rows without a pixel may lie between them.
+    fn chunks(&self, rows: usize) -> Vec<Chunk> {
+        let mut chunks: Vec<Chunk> = Vec::new();
+        for run in &self.runs {
+            let mut done = 0;
+            while done < run.pixels {
+                let row = run.row + done;
+                let first_row = match chunks.last() {
+                    Some(chunk) if row < chunk.first_row + rows => chunk.first_row,
+                    _ => {
+                        chunks.push(Chunk { first_row: row, rows: 0, runs: Vec::new(), last: 0 });
+                        row
+                    }
+                };
+                let pixels = (run.pixels - done).min(first_row + rows - row);
+                let at = run.at + done * self.out_step;
+                let chunk = chunks.last_mut().expect("a chunk has been pushed");
+                chunk.runs.push(Run { row: row - first_row, pixels, at });
+                chunk.rows = row + pixels - first_row;
+                chunk.last = chunk.last.max(at + (pixels - 1) * self.out_step);
+                done += pixels;
+            }
+        }
+        chunks
+    }
+}
+
+/// Rows of a view that are multiplied before their sums are stored.
+struct Chunk {
+    /// First row in the region.
+    first_row: usize,
+    /// Number of rows.
+    rows: usize,
+    /// The pixels. Rows count from the first.
+    runs: Vec<Run>,
+    /// Greatest offset of a pixel in the task's destination.
+    last: usize,
 }
 
 /// The grid of pixels of a task's source.
@@ -241,7 +281,7 @@ impl Grid {
         let (step, steps) = (gather.source_step, gather.steps(phase, task));
         let [[top, _], [left, _]] = gather.margin;
         let cols = if merge && merges(gather, phase, self.pixel) { &phase.cols[..1] } else { &phase.cols[..] };
-        let mut view = View { taps: Vec::new(), segments: Vec::new(), out_step: gather.dest_step * gather.dest.c };
+        let mut view = View { taps: Vec::new(), runs: Vec::new(), out_step: gather.dest_step * gather.dest.c };
         let columns = gather.dest.w.saturating_sub(phase.first[1]).div_ceil(gather.dest_step);
         if steps.is_empty() || columns == 0 {
             return view;
@@ -257,8 +297,8 @@ impl Grid {
             for j in steps.clone() {
                 let row = (image * self.image_rows + j - steps.start) * self.pitch;
                 let y = phase.first[0] + j * gather.dest_step - task.rows.start;
-                let out = ((image * task.rows.len() + y) * gather.dest.w + phase.first[1]) * gather.dest.c;
-                view.push(Segment { row, pixels: columns, out });
+                let at = ((image * task.rows.len() + y) * gather.dest.w + phase.first[1]) * gather.dest.c;
+                view.push(Run { row, pixels: columns, at });
             }
         }
         view
@@ -403,9 +443,9 @@ fn with_region<R>(
                         to_row[runs.len() * run..].fill(Bf16::default());
                     }
                     let out_step = gather.dest_step * gather.dest.c;
-                    let mut view = View { taps: vec![(first * step) as u32], segments: Vec::new(), out_step };
-                    for (row, out) in outs.iter().enumerate() {
-                        view.push(Segment { row, pixels: 1, out: *out as usize });
+                    let mut view = View { taps: vec![(first * step) as u32], runs: Vec::new(), out_step };
+                    for (row, at) in outs.iter().enumerate() {
+                        view.push(Run { row, pixels: 1, at: *at as usize });
                     }
                     view
                 })
@@ -434,41 +474,34 @@ fn copy_run(from: &[Bf16], to: &mut [Bf16], n: usize) {
 /// Packs the weights of a phase block by block of channels: `[taps, steps, 16, 32, 2]` each, with
 /// zeros in place of missing channels.
 ///
-/// `w` is `[c_out, c_in, k, k]`, and `taps` are places in the kernel. With `transposed`, for the
+/// `w` is `[c_out, k · k, c_in]`, and `taps` are places in the kernel. With `transposed`, for the
 /// gradient of the input, the source is dy.
 fn pack_weights(loops: &MatrixLoops, s: &Shape, taps: &[Vec<usize>], w: &[Bf16], transposed: bool, to: &mut [Bf16]) {
     let (sources, channels) = if transposed { (s.c_out, s.c_in) } else { (s.c_in, s.c_out) };
-    let kk = s.kernel * s.kernel;
-    // Distance between sources and between channels in `w`.
-    let (source_step, channel_step) = if transposed { (s.c_in * kk, kk) } else { (kk, s.c_in * kk) };
+    let row_len = s.kernel * s.kernel * s.c_in;
     let steps = steps(taps, sources);
     let block = taps.len() * steps * STEP_VALUES;
     assert!(to.len() == channels.div_ceil(BLOCK) * block, "packed weights have their shape");
     to.par_chunks_mut(block).enumerate().for_each(|(i, to)| {
         let first = i * BLOCK;
         let channels = BLOCK.min(channels - first);
-        if kk == 1 {
-            for (begin, to) in (0..sources).step_by(DEPTH).zip(to.chunks_exact_mut(STEP_VALUES)) {
-                let sources = [begin, DEPTH.min(sources - begin)];
-                pack_step(loops, w, [first, channels], sources, transposed, s.c_in, to);
+        for (places, to) in taps.iter().zip(to.chunks_exact_mut(steps * STEP_VALUES)) {
+            if let [place] = places[..] {
+                let w = &w[place * s.c_in..];
+                for (begin, to) in (0..sources).step_by(DEPTH).zip(to.chunks_exact_mut(STEP_VALUES)) {
+                    let sources = [begin, DEPTH.min(sources - begin)];
+                    pack_step(loops, w, [first, channels], sources, transposed, row_len, to);
+                }
+                continue;
             }
-            return;
-        }
-        if channels < BLOCK || !(taps[0].len() * sources).is_multiple_of(DEPTH) {
+            // Places side by side, of few sources.
             to.fill(Bf16::default());
-        }
-        // A step's sources at a time, so that what is written for them stays in the first-level
-        // cache.
-        for begin in (0..sources).step_by(DEPTH) {
-            for channel in 0..channels {
-                for (tap, places) in taps.iter().enumerate() {
-                    for (j, place) in places.iter().enumerate() {
-                        let from = &w[(first + channel) * channel_step + place..];
-                        for source in begin..(begin + DEPTH).min(sources) {
-                            let row = j * sources + source;
-                            let row = (tap * steps * DEPTH + row) / 2 * 2 * BLOCK + row % 2;
-                            to[row + 2 * channel] = from[source * source_step];
-                        }
+            for (j, place) in places.iter().enumerate() {
+                for channel in 0..channels {
+                    for source in 0..sources {
+                        let [o, c] = if transposed { [source, first + channel] } else { [first + channel, source] };
+                        let row = j * sources + source;
+                        to[row / 2 * 2 * BLOCK + row % 2 + 2 * channel] = w[o * row_len + place * s.c_in + c];
                     }
                 }
             }
@@ -476,8 +509,9 @@ fn pack_weights(loops: &MatrixLoops, s: &Shape, taps: &[Vec<usize>], w: &[Bf16],
     });
 }
 
-/// Packs one step of the weights of a 1x1 kernel: some channels and some sources, each given by the
-/// first and their number. `w` is `[channels, sources]`, or with `transposed` the other way around.
+/// Packs one step of the weights of a place: some channels and some sources, each given by the
+/// first and their number. `w` is `[channels, sources]`, or with `transposed` the other way around,
+/// in rows `row_len` values apart.
 fn pack_step(
     loops: &MatrixLoops,
     w: &[Bf16],
@@ -515,7 +549,8 @@ fn steps(taps: &[Vec<usize>], c: usize) -> usize {
     (taps[0].len() * c).div_ceil(DEPTH)
 }
 
-/// Computes rows · weights for one block of channels: some tiles of rows, from row `first` on.
+/// Computes rows · weights for one block of channels: some tiles of rows, from row `first` on. The
+/// rows of the sums are 32 values apart.
 ///
 /// # Panics
 ///
@@ -527,7 +562,7 @@ fn multiply(
     taps: &[u32],
     weights: &[Bf16],
     columns: usize,
-    (out, out_step): (&mut [MaybeUninit<f32>], usize),
+    sums: &mut [f32],
 ) {
     if row_tiles == 0 || taps.is_empty() {
         return;
@@ -542,7 +577,7 @@ fn multiply(
         "rows lie in the region"
     );
     assert!(weights.len() == taps.len() * steps * STEP_VALUES && column_tiles <= 2, "a block of weights has its shape");
-    assert!(last_row * out_step + TILE * column_tiles <= out.len(), "sums lie in the destination");
+    assert!(TILE * row_tiles * BLOCK <= sums.len(), "sums lie in their buffer");
     let product = Product {
         source: region.values[first * region.step..].as_ptr(),
         source_step: region.step,
@@ -552,86 +587,132 @@ fn multiply(
         steps,
         weights: weights.as_ptr(),
         column_tiles,
-        out: out.as_mut_ptr().cast(),
-        out_step,
+        out: sums.as_mut_ptr(),
     };
-    // SAFETY: the assertions above bound all operands, and `out` is borrowed exclusively; an `Isa`
+    // SAFETY: the assertions above bound all operands, and `sums` is borrowed exclusively; an `Isa`
     // exists only for an instruction set of this processor.
     unsafe { (loops.multiply)(&product) };
 }
 
-/// Computes one phase of a task: all channels of its pixels.
-fn multiply_view(
-    unit: &Unit,
-    region: &Region,
-    view: &View,
+/// The destination of a task, while it is computed.
+struct Destination<'a, T> {
+    values: &'a mut [MaybeUninit<T>],
     channels: usize,
-    weights: &[Bf16],
-    sums: &mut AlignedBuffer,
-    out: &mut [MaybeUninit<f32>],
-) {
-    let rows = view.rows();
-    if rows == 0 {
-        return;
-    }
-    let block_len = weights.len() / channels.div_ceil(BLOCK);
-    for (i, weights) in weights.chunks_exact(block_len).enumerate() {
-        let first = i * BLOCK;
-        let columns = BLOCK.min(channels - first);
-        // Whole tiles go to their place if the pixels are adjacent there.
-        let direct = match view.segments[..] {
-            [Segment { row: 0, out: at, .. }] if view.out_step == channels && columns.is_multiple_of(TILE) => {
-                let tiles = rows / TILE;
-                multiply(unit, region, [0, tiles], &view.taps, weights, columns, (&mut out[at + first..], channels));
-                tiles * TILE
-            }
-            _ => 0,
-        };
-        let tiles = (rows - direct).div_ceil(TILE);
-        let sums = sums.grow::<f32>(tiles * TILE * BLOCK);
-        // SAFETY: the product writes numbers only.
-        let uninit = unsafe { as_uninit(sums) };
-        multiply(unit, region, [direct, tiles], &view.taps, weights, columns, (uninit, BLOCK));
-        let sums = &*sums;
-        for segment in &view.segments {
-            let skip = direct.saturating_sub(segment.row);
-            if skip >= segment.pixels {
-                continue;
-            }
-            let from = &sums[(segment.row + skip - direct) * BLOCK..];
-            let to = &mut out[segment.out + skip * view.out_step + first..];
-            let n = segment.pixels - skip;
-            match columns {
-                BLOCK => copy_pixels::<BLOCK>(from, n, to, view.out_step),
-                TILE => copy_pixels::<TILE>(from, n, to, view.out_step),
-                _ => {
-                    for (from, to) in from.chunks_exact(BLOCK).take(n).zip(to.chunks_mut(view.out_step)) {
-                        to[..columns].write_copy_of_slice(&from[..columns]);
+    epilogue: BlockKind<'a, T>,
+    /// The part of the epilogue's map that the task covers; empty without a map.
+    map: &'a [T],
+    totals: Totals,
+}
+
+impl<T: Storage> Destination<'_, T> {
+    /// Computes one phase of the task: all channels of its pixels.
+    fn multiply(&mut self, unit: &Unit, region: &Region, view: &View, weights: &[Bf16], sums: &mut AlignedBuffer) {
+        let blocks = self.channels.div_ceil(BLOCK);
+        let block_len = weights.len() / blocks;
+        let group = (CACHED_WEIGHTS / (size_of::<Bf16>() * block_len)).clamp(1, blocks);
+        let rows = (CHUNK_SUMS / (group * BLOCK) / BLOCK * BLOCK).clamp(CHUNK_ROWS[0], CHUNK_ROWS[1]);
+        let chunks = view.chunks(rows);
+        let sums = sums.grow::<f32>(group * rows * BLOCK);
+        let mut values: Vec<_> = (0..group).map(|_| BlockValues::default()).collect();
+        for (i, weights) in weights.chunks(group * block_len).enumerate() {
+            let all = self.channels;
+            let channels = move |block: usize| {
+                let first = (i * group + block) * BLOCK;
+                [first, BLOCK.min(all - first)]
+            };
+            let values = &mut values[..weights.len() / block_len];
+            for (j, chunk) in chunks.iter().enumerate() {
+                let blocks = weights.chunks_exact(block_len).zip(sums.chunks_exact_mut(rows * BLOCK));
+                for (block, ((weights, sums), values)) in blocks.zip(&mut *values).enumerate() {
+                    let tiles = [chunk.first_row, chunk.rows.div_ceil(TILE)];
+                    multiply(unit, region, tiles, &view.taps, weights, channels(block)[1], sums);
+                    if j == 0 {
+                        self.epilogue.set(values, channels(block), sums);
                     }
                 }
+                self.finish(unit, chunk, view.out_step, i * group * BLOCK, (sums, rows * BLOCK), values);
+                values.iter_mut().enumerate().for_each(|(block, values)| self.totals.add(channels(block), values));
             }
         }
     }
-}
 
-/// Copies the first `N` channels of `n` pixels. As arrays their length is a constant.
-fn copy_pixels<const N: usize>(from: &[f32], n: usize, to: &mut [MaybeUninit<f32>], step: usize) {
-    for (from, to) in from.chunks_exact(BLOCK).take(n).zip(to.chunks_mut(step)) {
-        let from: &[f32; N] = from.first_chunk().expect("a block has its channels");
-        *to.first_chunk_mut().expect("a pixel has its channels") = from.map(MaybeUninit::new);
+    /// Applies the epilogue to the sums of some blocks and stores their pixels. `first` is the
+    /// first channel, `block_step` the distance between the blocks' sums.
+    ///
+    /// # Panics
+    ///
+    /// If a pixel lies outside the destination.
+    fn finish(
+        &mut self,
+        Unit(loops): &Unit,
+        chunk: &Chunk,
+        step: usize,
+        first: usize,
+        (sums, block_step): (&[f32], usize),
+        blocks: &mut [BlockValues],
+    ) {
+        let channels = (blocks.len() * BLOCK).min(self.channels - first);
+        // The bounds of every pointer below.
+        assert!(
+            chunk.rows * BLOCK <= block_step && blocks.len() * block_step <= sums.len(),
+            "sums lie in their buffer"
+        );
+        assert!(chunk.last + first + channels <= self.values.len(), "pixels lie in the destination");
+        assert!([0, self.values.len()].contains(&self.map.len()), "a map has the shape of the destination");
+        let block = Finish {
+            sums: sums.as_ptr(),
+            block_step,
+            runs: &chunk.runs,
+            channels,
+            map: self.values[first..].as_mut_ptr().cast(),
+            step,
+            epilogue: self.epilogue.epilogue(self.map.as_ptr().wrapping_add(first)),
+            blocks,
+        };
+        // SAFETY: the assertions above bound all pixels, the runs of a chunk lie within its rows,
+        // and the destination is borrowed exclusively. An epilogue reads a map only if it has one.
+        // An `Isa` exists only for an instruction set of this processor.
+        unsafe { T::finish(loops)(block) };
     }
 }
 
-/// Rounds all weights.
-fn rounded(isa: &Isa, w: &[f32]) -> Vec<Bf16> {
+/// Rounds all weights, `[c_out, c_in, k · k]`, to `[c_out, k · k, c_in]`.
+fn rounded(isa: &Isa, s: &Shape, w: &[f32]) -> Vec<Bf16> {
     const PART: usize = 1 << 16;
+    let kk = s.kernel * s.kernel;
+    let row = s.c_in * kk;
+    let part = row * (PART / row).max(1);
     let mut to = uninit_vec(w.len());
-    to.par_chunks_mut(PART).zip(w.par_chunks(PART)).for_each(|(to, from)| {
-        // SAFETY: an `Isa` exists only for an instruction set of this processor.
-        unsafe { (isa.narrow)(from, to) };
+    to.par_chunks_mut(part).zip(w.par_chunks(part)).for_each_init(Vec::new, |buffer, (to, from)| {
+        if kk == 1 {
+            return Bf16::narrow(isa, from, to);
+        }
+        buffer.resize(from.len(), Bf16::default());
+        // SAFETY: the conversion writes numbers only.
+        Bf16::narrow(isa, from, unsafe { as_uninit(buffer) });
+        for (to, from) in to.chunks_exact_mut(row).zip(buffer.chunks_exact(row)) {
+            if kk == 9 {
+                transpose_places::<9>(from, to);
+                continue;
+            }
+            for (c, from) in from.chunks_exact(kk).enumerate() {
+                from.iter().enumerate().for_each(|(place, w)| _ = to[place * s.c_in + c].write(*w));
+            }
+        }
     });
-    // SAFETY: the loop has written every value.
+    // SAFETY: every part has been written as a whole.
     unsafe { assume_init_vec(to) }
+}
+
+/// Transposes `[c_in, KK]` to `[KK, c_in]`. With a constant the loop over places is unrolled.
+fn transpose_places<const KK: usize>(from: &[Bf16], to: &mut [MaybeUninit<Bf16>]) {
+    let mut rows = to.chunks_exact_mut(from.len() / KK);
+    let mut rows: [&mut [MaybeUninit<Bf16>]; KK] = std::array::from_fn(|_| rows.next().expect("a row per place"));
+    for (c, from) in from.as_chunks::<KK>().0.iter().enumerate() {
+        for (row, w) in rows.iter_mut().zip(from) {
+            row[c].write(*w);
+        }
+    }
 }
 
 /// The matrix unit, in use by this thread until it is dropped. Configuring it takes as long as some
@@ -662,17 +743,17 @@ fn output_tasks(gather: &Gather) -> Vec<Task> {
 }
 
 /// Computes the destination of a gather, task by task. Pixels that no tap reaches are 0.
-fn convolve<T: Storage, R: Send>(
+fn convolve<T: Storage, E: Epilogue<T>>(
     (isa, loops): (&Isa, &MatrixLoops),
     s: &Shape,
     gather: &Gather,
     w: &[f32],
     source: Input,
     transposed: bool,
-    epilogue: impl Fn(usize, &mut [f32]) -> R + Sync,
-) -> (Vec<T>, Vec<R>) {
+    epilogue: &E,
+) -> (Vec<T>, Vec<E::Part>) {
     let layout = Layout::new(gather);
-    let w = rounded(isa, w);
+    let w = rounded(isa, s, w);
     let taps = |phase: &OutputPhase| layout.taps(gather, phase, s.kernel, true);
     let taps: Vec<_> = gather.phases.iter().map(taps).collect();
     let length = |taps: &Vec<Vec<usize>>| {
@@ -689,55 +770,57 @@ fn convolve<T: Storage, R: Send>(
         rest = after;
     }
     let mut out = uninit_vec(gather.n * gather.dest.len());
-    let reaches_all = gather.reaches_all();
-    let results = gather
+    let (channels, kind) = (gather.dest.c, epilogue.block_kind());
+    assert!(kind.map().is_none_or(|map| map.len() == out.len()), "a map has the shape of the result");
+    let parts = gather
         .split(output_tasks(gather), &mut out)
         .into_par_iter()
-        .map(|(task, out)| {
-            let mut buffer = OUT.take();
-            let compute = |out: &mut [MaybeUninit<f32>]| {
-                if !reaches_all {
-                    out.fill(MaybeUninit::new(0.0));
+        .map(|(task, values)| {
+            let map = kind.map().map_or(&[][..], |map| &map[task.span(gather.dest)]);
+            if !gather.reaches_all() {
+                match kind {
+                    BlockKind::Add(_) => _ = values.write_copy_of_slice(map),
+                    _ => values.fill(MaybeUninit::new(T::default())),
                 }
-                with_region(isa, gather, layout, &task, source, true, |region, views, sums| {
-                    let unit = Unit::new(loops);
-                    for (view, weights) in views.iter().zip(&weights) {
-                        multiply_view(&unit, region, view, gather.dest.c, weights, sums, out);
-                    }
-                });
-                // SAFETY: the phases cover all pixels of the task, or it has been filled with 0.
-                epilogue(task.span(gather.dest).start, unsafe { out.assume_init_mut() })
-            };
-            // SAFETY: `compute` writes every value.
-            let result = unsafe { T::store(isa, out, &mut buffer, compute) };
-            OUT.set(buffer);
-            result
+            }
+            let pixels = values.len() / channels;
+            let totals =
+                Totals { pixels, origin: vec![0.0; channels], sums: [vec![0.0; channels], vec![0.0; channels]] };
+            let mut destination = Destination { values, channels, epilogue: kind, map, totals };
+            with_region(isa, gather, layout, &task, source, true, |region, views, sums| {
+                let unit = Unit::new(loops);
+                for (view, weights) in views.iter().zip(&weights) {
+                    destination.multiply(&unit, region, view, weights, sums);
+                }
+            });
+            epilogue.part(destination.totals)
         })
         .collect();
     WEIGHTS.set(buffer);
-    // SAFETY: the tasks cover the destination.
-    (unsafe { assume_init_vec(out) }, results)
+    // SAFETY: the tasks cover the destination. The phases cover all pixels of a task, or it has been
+    // filled before.
+    (unsafe { assume_init_vec(out) }, parts)
 }
 
 /// See [`super::forward_fused`].
-pub(super) fn forward<T: Storage, R: Send>(
+pub(super) fn forward<T: Storage, E: Epilogue<T>>(
     isa: (&Isa, &MatrixLoops),
     s: &Shape,
     w: &[f32],
     x: Input,
-    epilogue: impl Fn(usize, &mut [f32]) -> R + Sync,
-) -> (Vec<T>, Vec<R>) {
+    epilogue: &E,
+) -> (Vec<T>, Vec<E::Part>) {
     convolve(isa, s, &Gather::forward(s), w, x, false, epilogue)
 }
 
 /// See [`super::backward_data_fused`].
-pub(super) fn backward_data<T: Storage, R: Send>(
+pub(super) fn backward_data<T: Storage, E: Epilogue<T>>(
     isa: (&Isa, &MatrixLoops),
     s: &Shape,
     w: &[f32],
     dy: Input,
-    epilogue: impl Fn(usize, &mut [f32]) -> R + Sync,
-) -> (Vec<T>, Vec<R>) {
+    epilogue: &E,
+) -> (Vec<T>, Vec<E::Part>) {
     convolve(isa, s, &Gather::backward_data(s), w, dy, true, epilogue)
 }
 
@@ -933,15 +1016,15 @@ impl TaskPanels {
         let tile_step = self.steps * TILE_VALUES;
         self.left_len = channels.div_ceil(TILE) * tile_step;
         let left = self.left.grow::<Bf16>(self.left_len);
-        let mut segments =
-            view.segments.iter().flat_map(|s| (0..s.pixels).map(|p| (s.row + p, s.out + p * view.out_step)));
-        let mut next = segments.next();
+        let mut pixels =
+            view.runs.iter().flat_map(|run| (0..run.pixels).map(|p| (run.row + p, run.at + p * view.out_step)));
+        let mut next = pixels.next();
         for step in 0..self.steps {
             // Offsets of the pixels; `None` in the margins.
             let offsets: [Option<usize>; DEPTH] = std::array::from_fn(|p| {
                 let (row, offset) = next?;
                 (row == step * DEPTH + p).then(|| {
-                    next = segments.next();
+                    next = pixels.next();
                     offset
                 })
             });
@@ -1008,26 +1091,45 @@ fn unpack_weights(s: &Shape, taps: &[Vec<usize>], blocks: [usize; 2], sums: &[f3
     let tap_step = BLOCK * BLOCK;
     dw.par_chunks_mut(BLOCK * s.c_in * kk).enumerate().for_each(|(row, dw)| {
         for (o, dw) in dw.chunks_exact_mut(s.c_in * kk).enumerate() {
-            for (tap, places) in taps.iter().enumerate() {
-                let sums = |column: usize| {
-                    let block = row * blocks[1] + column / BLOCK;
-                    &sums[(block * taps.len() + tap) * tap_step + o * BLOCK + column % BLOCK..]
-                };
-                if let [place] = places[..] {
-                    for first in (0..s.c_in).step_by(BLOCK) {
-                        let dw = dw[first * kk + place..].iter_mut().step_by(kk);
-                        dw.zip(&sums(first)[..BLOCK]).for_each(|(dw, sum)| _ = dw.write(*sum));
-                    }
-                } else {
-                    for (j, place) in places.iter().enumerate() {
-                        for c in 0..s.c_in {
-                            dw[c * kk + place].write(sums(j * s.c_in + c)[0]);
+            // The sums of all taps for a column: neighboring columns are adjacent, taps `tap_step`
+            // apart.
+            let sums = |column: usize| {
+                let block = row * blocks[1] + column / BLOCK;
+                &sums[block * taps.len() * tap_step + o * BLOCK + column % BLOCK..]
+            };
+            if taps.len() == kk {
+                for (first, dw) in (0..).step_by(BLOCK).zip(dw.chunks_mut(BLOCK * kk)) {
+                    match kk {
+                        1 => interleave_places::<1>(sums(first), dw),
+                        9 => interleave_places::<9>(sums(first), dw),
+                        _ => {
+                            for (c, dw) in dw.chunks_exact_mut(kk).enumerate() {
+                                dw.iter_mut()
+                                    .zip(sums(first + c).iter().step_by(tap_step))
+                                    .for_each(|(dw, s)| _ = dw.write(*s));
+                            }
                         }
                     }
+                }
+            } else {
+                // One tap of all places side by side.
+                for (column, (place, c)) in taps[0].iter().flat_map(|p| (0..s.c_in).map(move |c| (p, c))).enumerate() {
+                    dw[c * kk + place].write(sums(column)[0]);
                 }
             }
         }
     });
     // SAFETY: the taps have all places of the kernel, and each writes all channels.
     unsafe { assume_init_vec(dw) }
+}
+
+/// Interleaves the sums of `KK` places for the columns of a block. With a constant the loop over
+/// places is unrolled.
+fn interleave_places<const KK: usize>(sums: &[f32], dw: &mut [MaybeUninit<f32>]) {
+    let places: [&[f32]; KK] = std::array::from_fn(|place| &sums[place * BLOCK * BLOCK..][..dw.len() / KK]);
+    for (c, dw) in dw.as_chunks_mut::<KK>().0.iter_mut().enumerate() {
+        for (dw, sums) in dw.iter_mut().zip(places) {
+            dw.write(sums[c]);
+        }
+    }
 }

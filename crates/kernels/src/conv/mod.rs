@@ -7,11 +7,12 @@
 //! bf16 where the instruction set's table does ([`with_bf16`](crate::isa::with_bf16)); sums are
 //! f32.
 //!
-//! The `_fused` variants take an *epilogue*, which gets each finished part of the result while it
-//! is in the cache, together with its offset in values. Parts are whole pixels. What the epilogue
-//! returns for each part comes back in the order of the parts, which depends on the shape alone.
+//! The `_fused` variants take an [`Epilogue`], which gets the result while it is in the cache. What
+//! it computes from each part of the pixels comes back in the order of the parts, which depends on
+//! the shape alone.
 
 mod direct;
+mod epilogue;
 mod gather;
 mod input;
 mod matrix;
@@ -20,6 +21,7 @@ mod shape;
 mod tiles;
 mod winograd;
 
+pub use epilogue::{AddMap, Epilogue, NoEpilogue, ShiftAct, SumNormGrads, TakeMoments};
 pub use input::Input;
 use operand::uses_bf16;
 pub use shape::Shape;
@@ -35,28 +37,29 @@ use crate::{
 /// # Panics
 ///
 /// If the length of a slice does not match `s`.
-pub fn forward_fused<T: Storage, R: Send>(
+pub fn forward_fused<T: Storage, E: Epilogue<T>>(
     isa: &Isa,
     s: &Shape,
     x: Input,
     w: &[f32],
-    epilogue: impl Fn(usize, &mut [f32]) -> R + Sync,
-) -> (Vec<T>, Vec<R>) {
+    epilogue: &E,
+) -> (Vec<T>, Vec<E::Part>) {
     s.check();
     let [x_len, w_len, _] = s.lengths();
     assert_eq!((x.values.len(), w.len()), (x_len, w_len), "{s:?}");
     if let Some(loops) = &isa.matrix {
         return matrix::forward((isa, loops), s, w, x, epilogue);
     }
+    let epilogue = |at: usize, y: &mut [f32]| epilogue.apply(isa, at, y);
     let mut buffer = Vec::new();
     let x = x.to_f32(isa, &mut buffer);
-    let (y, results) = match (winograd::Tiling::for_shape(s), uses_bf16(isa, s.c_in)) {
+    let (y, parts) = match (winograd::Tiling::for_shape(s), uses_bf16(isa, s.c_in)) {
         (Some(tiling), false) => winograd::forward::<f32, _>(isa, s, &tiling, w, x, epilogue),
         (Some(tiling), true) => winograd::forward::<Bf16, _>(isa, s, &tiling, w, x, epilogue),
         (None, false) => direct::forward::<f32, _>(isa, s, w, x, epilogue),
         (None, true) => direct::forward::<Bf16, _>(isa, s, w, x, epilogue),
     };
-    (T::from_f32(isa, y), results)
+    (T::from_f32(isa, y), parts)
 }
 
 /// Computes y = conv(x, w), `[n, h_out, w_out, c_out]`.
@@ -65,7 +68,7 @@ pub fn forward_fused<T: Storage, R: Send>(
 ///
 /// If the length of a slice does not match `s`.
 pub fn forward(isa: &Isa, s: &Shape, x: &[f32], w: &[f32]) -> Vec<f32> {
-    forward_fused(isa, s, x.into(), w, |_, _| ()).0
+    forward_fused(isa, s, x.into(), w, &NoEpilogue).0
 }
 
 /// Computes dx, `[n, h, w, c_in]`, from dy, with an epilogue on dx.
@@ -73,13 +76,13 @@ pub fn forward(isa: &Isa, s: &Shape, x: &[f32], w: &[f32]) -> Vec<f32> {
 /// # Panics
 ///
 /// If the length of a slice does not match `s`.
-pub fn backward_data_fused<T: Storage, R: Send>(
+pub fn backward_data_fused<T: Storage, E: Epilogue<T>>(
     isa: &Isa,
     s: &Shape,
     w: &[f32],
     dy: Values,
-    epilogue: impl Fn(usize, &mut [f32]) -> R + Sync,
-) -> (Vec<T>, Vec<R>) {
+    epilogue: &E,
+) -> (Vec<T>, Vec<E::Part>) {
     s.check();
     let [_, w_len, y_len] = s.lengths();
     assert_eq!((w.len(), dy.len()), (w_len, y_len), "{s:?}");
@@ -87,15 +90,16 @@ pub fn backward_data_fused<T: Storage, R: Send>(
     if let Some(loops) = &isa.matrix {
         return matrix::backward_data((isa, loops), s, w, dy, epilogue);
     }
+    let epilogue = |at: usize, dx: &mut [f32]| epilogue.apply(isa, at, dx);
     let mut buffer = Vec::new();
     let dy = dy.to_f32(isa, &mut buffer).values;
-    let (dx, results) = match (winograd::Tiling::for_shape(s), uses_bf16(isa, s.c_out)) {
+    let (dx, parts) = match (winograd::Tiling::for_shape(s), uses_bf16(isa, s.c_out)) {
         (Some(tiling), false) => winograd::backward_data::<f32, _>(isa, s, &tiling, w, dy, epilogue),
         (Some(tiling), true) => winograd::backward_data::<Bf16, _>(isa, s, &tiling, w, dy, epilogue),
         (None, false) => direct::backward_data::<f32, _>(isa, s, w, dy, epilogue),
         (None, true) => direct::backward_data::<Bf16, _>(isa, s, w, dy, epilogue),
     };
-    (T::from_f32(isa, dx), results)
+    (T::from_f32(isa, dx), parts)
 }
 
 /// Computes dx, `[n, h, w, c_in]`, from dy.
@@ -104,7 +108,7 @@ pub fn backward_data_fused<T: Storage, R: Send>(
 ///
 /// If the length of a slice does not match `s`.
 pub fn backward_data(isa: &Isa, s: &Shape, w: &[f32], dy: &[f32]) -> Vec<f32> {
-    backward_data_fused(isa, s, w, Values::F32(dy), |_, _| ()).0
+    backward_data_fused(isa, s, w, Values::F32(dy), &NoEpilogue).0
 }
 
 /// Computes dw, `[c_out, c_in, kernel, kernel]`, from x and dy.

@@ -15,11 +15,14 @@ use std::{
 };
 
 use super::{
-    avx512,
+    avx512::{self, Avx512},
     table::{Isa, MatrixLoops},
 };
 use crate::{
-    loops::matrix::{Accumulation, BLOCK, ChannelRows, DEPTH, Product, Rows, STEP_VALUES, TILE, TILE_VALUES},
+    loops::{
+        block::{self, Finish},
+        matrix::{Accumulation, BLOCK, ChannelRows, DEPTH, Product, Rows, STEP_VALUES, TILE, TILE_VALUES},
+    },
     simd::Bf16,
 };
 
@@ -30,6 +33,8 @@ pub(super) static ISA: Isa = Isa {
         release,
         multiply,
         accumulate,
+        finish,
+        finish_bf16,
         transpose,
         transpose_bf16,
         transpose_pairs,
@@ -277,7 +282,7 @@ unsafe fn multiply_block<const ROWS: usize, const COLUMNS: usize>(p: &Product, t
                 weights = weights.wrapping_add(STEP_VALUES);
             }
         }
-        store::<ROWS, COLUMNS>(p.out.add(tile * TILE * p.out_step), size_of::<f32>() * p.out_step);
+        store::<ROWS, COLUMNS>(p.out.add(tile * TILE * BLOCK), size_of::<f32>() * BLOCK);
     }
 }
 
@@ -324,6 +329,28 @@ unsafe fn accumulate_block<const ROWS: usize, const COLUMNS: usize>(a: &Accumula
         }
         store::<ROWS, COLUMNS>(a.sums, sums_step);
     }
+}
+
+/// [`block::finish`] of an f32 map with AVX-512.
+///
+/// # Safety
+///
+/// * As there, and the processor has AVX512-BF16.
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn finish(f: Finish<f32>) {
+    // SAFETY: the contract is passed on.
+    unsafe { block::finish::<Avx512<true>, f32, 2>(f) };
+}
+
+/// [`block::finish`] of a bf16 map with AVX-512.
+///
+/// # Safety
+///
+/// * As there, and the processor has AVX512-BF16.
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn finish_bf16(f: Finish<Bf16>) {
+    // SAFETY: the contract is passed on.
+    unsafe { block::finish::<Avx512<true>, Bf16, 2>(f) };
 }
 
 /// [`crate::loops::matrix::transpose`] with AVX-512: a transposition of 16 x 16 pairs.

@@ -3,8 +3,11 @@
 
 use super::table::{Isa, MatrixLoops, compile_bf16, compile_f32};
 use crate::{
-    loops::matrix,
-    simd::{Bf16, Product, Simd, StoreBf16},
+    loops::{
+        block,
+        matrix::{self, BLOCK},
+    },
+    simd::{Bf16, Maps, Product, Scalar, Simd, StoreBf16},
 };
 
 // `cfg(all())` is always true: the place of the target features, of which there are none.
@@ -27,6 +30,8 @@ pub(super) static MATRIX_ISA: Isa = Isa {
         release: || (),
         multiply: matrix::multiply,
         accumulate: matrix::accumulate,
+        finish: block::finish::<Scalar, f32, BLOCK>,
+        finish_bf16: block::finish::<Scalar, Bf16, BLOCK>,
         transpose: matrix::transpose,
         transpose_bf16: matrix::transpose_bf16,
         transpose_pairs: matrix::transpose_pairs,
@@ -64,13 +69,31 @@ impl Product for PortablePairs {
     }
 }
 
-// SAFETY of the methods: pointers hold four values, or four pairs, by the trait's contract.
-impl StoreBf16 for Portable {
+// SAFETY of the methods: pointers hold four values by the trait's contract.
+impl Maps for Portable {
     #[inline(always)]
-    unsafe fn store_bf16(to: *mut Bf16, value: [f32; 4]) {
-        unsafe { to.cast::<[Bf16; 4]>().write(value.map(Bf16::round)) }
+    unsafe fn load_bf16(from: *const Bf16) -> [f32; 4] {
+        unsafe { from.cast::<[Bf16; 4]>().read_unaligned().map(Bf16::to_f32) }
     }
 
+    #[inline(always)]
+    unsafe fn store_bf16(to: *mut Bf16, value: [f32; 4]) {
+        unsafe { to.cast::<[Bf16; 4]>().write_unaligned(value.map(Bf16::round)) }
+    }
+
+    #[inline(always)]
+    unsafe fn max(a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
+        std::array::from_fn(|i| a[i].max(b[i]))
+    }
+
+    #[inline(always)]
+    unsafe fn where_positive(condition: [f32; 4], value: [f32; 4]) -> [f32; 4] {
+        std::array::from_fn(|i| if condition[i] > 0.0 { value[i] } else { 0.0 })
+    }
+}
+
+// SAFETY of the methods: pointers hold four pairs by the trait's contract.
+impl StoreBf16 for Portable {
     #[inline(always)]
     unsafe fn store_pair_first(to: *mut Bf16, value: [f32; 4]) {
         unsafe { to.cast::<[[Bf16; 2]; 4]>().write(value.map(|v| [Bf16::round(v), Bf16::default()])) }

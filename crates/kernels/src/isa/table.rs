@@ -12,7 +12,7 @@
 use std::{fmt, mem::MaybeUninit};
 
 use crate::{
-    loops::{matrix, norm, optimizer_step, pool, tile, winograd},
+    loops::{block, matrix, norm, optimizer_step, pool, tile, winograd},
     simd::Bf16,
 };
 
@@ -59,35 +59,29 @@ macro_rules! for_each_f32_loop {
             affine_act_bf16(rows: norm::AffineRows<Bf16>, out: &mut [MaybeUninit<Bf16>]) = norm::affine_act;
             shift_act(shift: &[f32], skip: Option<&[f32]>, relu: bool, y: &mut [f32]) = norm::shift_act;
             norm_grad_sums(
-                rows: norm::BackwardRows<f32, f32>,
+                rows: norm::BackwardRows<f32>,
                 gamma_sums: &mut [f32],
                 beta_sums: &mut [f32],
                 masked_grad: Option<&mut [MaybeUninit<f32>]>
-            ) = norm::grad_sums;
+            ) = norm::grad_sums::<V, f32>;
             norm_grad_sums_bf16(
-                rows: norm::BackwardRows<f32, Bf16>,
+                rows: norm::BackwardRows<Bf16>,
                 gamma_sums: &mut [f32],
                 beta_sums: &mut [f32],
-                masked_grad: Option<&mut [MaybeUninit<f32>]>
-            ) = norm::grad_sums;
+                masked_grad: Option<&mut [MaybeUninit<Bf16>]>
+            ) = norm::grad_sums::<V, Bf16>;
             norm_input_grad(
-                rows: norm::BackwardRows<f32, f32>,
+                rows: norm::BackwardRows<f32>,
                 by: norm::NormGradCoefficients,
                 dy: &mut [MaybeUninit<f32>]
             ) = norm::input_grad;
-            /// For a map in bf16 with a gradient in f32.
-            norm_input_grad_mixed(
-                rows: norm::BackwardRows<f32, Bf16>,
-                by: norm::NormGradCoefficients,
-                dy: &mut [MaybeUninit<Bf16>]
-            ) = norm::input_grad;
             norm_input_grad_bf16(
-                rows: norm::BackwardRows<Bf16, Bf16>,
+                rows: norm::BackwardRows<Bf16>,
                 by: norm::NormGradCoefficients,
                 dy: &mut [MaybeUninit<Bf16>]
             ) = norm::input_grad;
             norm_input_grad_in_place(
-                rows: norm::BackwardRows<f32, f32>,
+                rows: norm::BackwardRows<f32>,
                 by: norm::NormGradCoefficients,
                 grad: &mut [f32]
             ) = norm::input_grad_in_place;
@@ -200,14 +194,17 @@ pub(crate) struct MatrixLoops {
     pub multiply: matrix::MultiplyFn,
     /// Block of a weight gradient, between `configure` and `release`.
     pub accumulate: matrix::AccumulateFn,
+    /// Epilogue of a block and its storage in an f32 map.
+    pub finish: block::FinishFn<f32>,
+    /// The same in a bf16 map.
+    pub finish_bf16: block::FinishFn<Bf16>,
     /// Packing of the left operand of a weight gradient.
     pub transpose: unsafe fn(&matrix::Rows<f32>, channels: usize, to: *mut Bf16),
     /// The same from values that are rounded already.
     pub transpose_bf16: unsafe fn(&matrix::Rows<Bf16>, channels: usize, to: *mut Bf16),
-    /// Packing of the weights of a 1x1 kernel.
+    /// Packing of weights.
     pub transpose_pairs: unsafe fn(&matrix::ChannelRows, values: usize, to: *mut Bf16),
-    /// Packing of the right operand of a weight gradient, and of transposed weights of a 1x1
-    /// kernel.
+    /// Packing of the right operand of a weight gradient, and of transposed weights.
     pub interleave: unsafe fn(&matrix::Rows<Bf16>, channels: usize, to: *mut Bf16),
 }
 

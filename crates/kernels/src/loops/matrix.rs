@@ -46,10 +46,8 @@ pub(crate) struct Product {
     pub weights: *const Bf16,
     /// Number of tiles of columns to compute: 1 or 2.
     pub column_tiles: usize,
-    /// The sums, `[16 · row_tiles, 16 · column_tiles]`.
+    /// The sums: 16 · row_tiles rows, 32 values apart.
     pub out: *mut f32,
-    /// Distance between rows of the sums, in values.
-    pub out_step: usize,
 }
 
 /// A part of the summed dimension of an [`Accumulation`].
@@ -100,13 +98,12 @@ pub(crate) type Rows<T> = [*const T; DEPTH];
 /// * `source` holds `(16 · row_tiles − 1) · source_step + tap + 32 · steps` values for each tap,
 ///   and `taps` holds `tap_count` offsets.
 /// * `weights` holds `tap_count · steps · STEP_VALUES` values.
-/// * `out` holds `(16 · row_tiles − 1) · out_step + 16 · column_tiles` values, and nothing else
-///   accesses them.
+/// * `out` holds `32 · 16 · row_tiles` values, and nothing else accesses them.
 pub(crate) unsafe fn multiply(p: &Product) {
     // SAFETY: every offset is one that the contract bounds.
     unsafe {
         for row in 0..TILE * p.row_tiles {
-            let out = p.out.add(row * p.out_step);
+            let out = p.out.add(row * BLOCK);
             for column in 0..TILE * p.column_tiles {
                 let mut sum = 0.0;
                 for tap in 0..p.tap_count {

@@ -9,6 +9,7 @@
 //! uses plain loops, and closures contain single loads at most.
 
 pub(crate) mod bf16;
+pub(crate) mod block;
 pub(crate) mod matrix;
 pub(crate) mod norm;
 pub(crate) mod optimizer_step;

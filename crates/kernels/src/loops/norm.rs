@@ -43,7 +43,7 @@
 
 use std::mem::MaybeUninit;
 
-use crate::simd::Value;
+use crate::simd::{Maps, Scalar, Value};
 
 /// Mask that a gradient passes on its way back to the norm: the derivative of the operations that
 /// follow it.
@@ -82,9 +82,9 @@ pub(crate) struct AffineRows<'a, T> {
 
 /// Arguments of the backward loops. `scale`, `shift` and `mean` are rows.
 #[derive(Clone, Copy)]
-pub(crate) struct BackwardRows<'a, D, T> {
+pub(crate) struct BackwardRows<'a, T> {
     /// Gradient of the output; unused by [`input_grad_in_place`].
-    pub dout: &'a [D],
+    pub dout: &'a [T],
     /// Input of the norm.
     pub y: &'a [T],
     pub mask: ReluMask<'a, T>,
@@ -169,64 +169,104 @@ pub(crate) fn shift_act(shift: &[f32], skip: Option<&[f32]>, relu: bool, y: &mut
 /// Adds g (y − mean) to `gamma_sums` and g to `beta_sums`, and writes g to every value of
 /// `masked_grad` if there is one.
 ///
+/// In registers, because the compiler does not know that so many slices are disjoint, and would not
+/// vectorize the loop.
+///
+/// # Safety
+///
+/// * The processor has the instruction set of `V`.
+///
 /// # Panics
 ///
-/// If the mask is [`ReluMask::FromOutput`] and there is no `masked_grad`: the gradient of a skip is
-/// always kept.
+/// If lengths do not match, or if the mask is [`ReluMask::FromOutput`] and there is no
+/// `masked_grad`: the gradient of a skip is always kept.
 #[inline(always)]
-pub(crate) fn grad_sums<T: Value>(
-    rows: BackwardRows<f32, T>,
+pub(crate) unsafe fn grad_sums<V: Maps, T: Value>(
+    rows: BackwardRows<T>,
     gamma_sums: &mut [f32],
     beta_sums: &mut [f32],
-    mut masked_grad: Option<&mut [MaybeUninit<f32>]>,
+    masked_grad: Option<&mut [MaybeUninit<T>]>,
 ) {
-    let row = rows.scale.len();
-    for (i, dout) in rows.dout.chunks(row).enumerate() {
-        let range = i * row..i * row + dout.len();
-        let y = &rows.y[range.clone()];
-        let values = dout.iter().zip(y).zip(rows.mean).zip(gamma_sums.iter_mut().zip(beta_sums.iter_mut()));
-        match (rows.mask, &mut masked_grad) {
-            (ReluMask::FromNorm, _) => {
-                for (((((d, y), mean), (gamma_sum, beta_sum)), scale), shift) in values.zip(rows.scale).zip(rows.shift)
-                {
-                    let y = y.widen();
-                    let g = if y * scale + shift > 0.0 { *d } else { 0.0 };
-                    *gamma_sum += g * (y - mean);
-                    *beta_sum += g;
-                }
+    let (row, n) = (rows.scale.len(), rows.dout.len());
+    let kept = match (rows.mask, &masked_grad) {
+        (ReluMask::FromOutput(_), None) => unreachable!("the gradient of a skip is always kept"),
+        (ReluMask::FromOutput(out), _) => {
+            assert_eq!(out.len(), n, "an output has the shape of its gradient");
+            masked_grad
+        }
+        (ReluMask::NoneWithSkip | ReluMask::None, _) => {
+            if let Some(kept) = masked_grad {
+                kept.write_copy_of_slice(rows.dout);
             }
-            (ReluMask::FromOutput(out), Some(kept)) => {
-                for (((((d, y), mean), (gamma_sum, beta_sum)), out), kept) in
-                    values.zip(&out[range.clone()]).zip(&mut kept[range])
-                {
-                    let g = if out.widen() > 0.0 { *d } else { 0.0 };
-                    *gamma_sum += g * (y.widen() - mean);
-                    *beta_sum += g;
-                    kept.write(g);
-                }
+            None
+        }
+        (ReluMask::FromNorm, _) => None,
+    };
+    // The bounds of every pointer below.
+    assert!(rows.y.len() == n && kept.as_ref().is_none_or(|kept| kept.len() == n), "maps have the same shape");
+    assert!(
+        [rows.shift.len(), rows.mean.len(), gamma_sums.len(), beta_sums.len()] == [row; 4],
+        "rows are equally long"
+    );
+    let kept = kept.map_or(std::ptr::null_mut(), |kept| kept.as_mut_ptr().cast::<T>());
+    let pointers =
+        GradPointers { rows: &rows, gamma_sums: gamma_sums.as_mut_ptr(), beta_sums: beta_sums.as_mut_ptr(), kept };
+    for first in (0..n).step_by(row.max(1)) {
+        let length = row.min(n - first);
+        let whole = length / V::LANES * V::LANES;
+        // SAFETY: positions lie within a row and within the maps, whose lengths are asserted above.
+        unsafe {
+            for i in (0..whole).step_by(V::LANES) {
+                add_grads::<V, T>(&pointers, i, first + i);
             }
-            (ReluMask::FromOutput(_), None) => unreachable!("the gradient of a skip is always kept"),
-            (ReluMask::None | ReluMask::NoneWithSkip, kept) => {
-                for (((g, y), mean), (gamma_sum, beta_sum)) in values {
-                    *gamma_sum += g * (y.widen() - mean);
-                    *beta_sum += g;
-                }
-                if let Some(kept) = kept {
-                    kept[range].write_copy_of_slice(dout);
-                }
+            for i in whole..length {
+                add_grads::<Scalar, T>(&pointers, i, first + i);
             }
         }
+    }
+}
+
+/// What [`grad_sums`] reads and writes.
+struct GradPointers<'a, T> {
+    rows: &'a BackwardRows<'a, T>,
+    gamma_sums: *mut f32,
+    beta_sums: *mut f32,
+    /// Null if the gradient is not kept.
+    kept: *mut T,
+}
+
+/// [`grad_sums`] of a register: values from `i` on of a row, and from `at` on of the maps.
+///
+/// # Safety
+///
+/// * The processor has the instruction set of `V`.
+/// * Rows and maps hold `LANES` values from there on.
+#[inline(always)]
+unsafe fn add_grads<V: Maps, T: Value>(p: &GradPointers<T>, i: usize, at: usize) {
+    // SAFETY: the offsets are those of the contract.
+    unsafe {
+        let (mut g, y) = (T::load::<V>(p.rows.dout.as_ptr().add(at)), T::load::<V>(p.rows.y.as_ptr().add(at)));
+        match p.rows.mask {
+            ReluMask::FromNorm => {
+                let (scale, shift) = (V::load(p.rows.scale.as_ptr().add(i)), V::load(p.rows.shift.as_ptr().add(i)));
+                g = V::where_positive(V::add(V::mul(y, scale), shift), g);
+            }
+            ReluMask::FromOutput(out) => {
+                g = V::where_positive(T::load::<V>(out.as_ptr().add(at)), g);
+                T::store::<V>(p.kept.add(at), g);
+            }
+            ReluMask::None | ReluMask::NoneWithSkip => {}
+        }
+        let (gamma, beta) = (p.gamma_sums.add(i), p.beta_sums.add(i));
+        V::store(gamma, V::fma(g, V::sub(y, V::load(p.rows.mean.as_ptr().add(i))), V::load(gamma)));
+        V::store(beta, V::add(V::load(beta), g));
     }
 }
 
 /// Writes dy to every value. Masks other than [`ReluMask::FromNorm`] must have been applied to
 /// `dout` already.
 #[inline(always)]
-pub(crate) fn input_grad<D: Value, T: Value>(
-    rows: BackwardRows<D, T>,
-    by: NormGradCoefficients,
-    dy: &mut [MaybeUninit<T>],
-) {
+pub(crate) fn input_grad<T: Value>(rows: BackwardRows<T>, by: NormGradCoefficients, dy: &mut [MaybeUninit<T>]) {
     let row = rows.scale.len();
     for (i, dy) in dy.chunks_mut(row).enumerate() {
         let range = i * row..i * row + dy.len();
@@ -248,7 +288,7 @@ pub(crate) fn input_grad<D: Value, T: Value>(
 
 /// Replaces the output gradient by dy, for a norm that is followed by a ReLU alone.
 #[inline(always)]
-pub(crate) fn input_grad_in_place(rows: BackwardRows<f32, f32>, by: NormGradCoefficients, grad: &mut [f32]) {
+pub(crate) fn input_grad_in_place(rows: BackwardRows<f32>, by: NormGradCoefficients, grad: &mut [f32]) {
     let row = rows.scale.len();
     for (i, grad) in grad.chunks_mut(row).enumerate() {
         let range = i * row..i * row + grad.len();

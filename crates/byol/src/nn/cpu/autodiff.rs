@@ -15,9 +15,11 @@ use burn::backend::{
     },
     tensor::FloatTensor,
 };
+use burn::tensor::DType;
 
 use super::ops::{
     ConvInput, ConvOptions, Epilogue, EpilogueKind, FusedGrads, FusedOps, NormParams, OutputMoments, PoolOptions,
+    Readers,
 };
 
 /// Separates the values of a norm's parameters from the nodes of γ and β.
@@ -45,8 +47,15 @@ impl<B: FusedGrads, const N: usize> Backward<B, N> for Conv {
     fn backward(self, ops: Ops<Self::State, N>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dy = grads.consume::<B>(&ops.node);
         let ConvState { input, w, options } = ops.state;
+        let others = match (&input, &ops.parents[0]) {
+            // The gradient of a leaf, which has no parents, cannot be taken out.
+            (ConvInput::Map { readers, .. }, Some(node)) if !node.parents.is_empty() && readers.register() => {
+                Some(grads.consume::<B>(node))
+            }
+            _ => None,
+        };
         let needs_input_grad = ops.parents[0].is_some();
-        let g = B::conv_backward(dy, input, w, options, needs_input_grad);
+        let g = B::conv_backward(dy, input, w, options, needs_input_grad, others);
         let gradients = [g.input, Some(g.w)].into_iter().chain(g.norm.into_iter().flatten().map(Some));
         for (node, gradient) in ops.parents.into_iter().zip(gradients) {
             if let (Some(node), Some(gradient)) = (node, gradient) {
@@ -81,6 +90,8 @@ struct NormActState<B: Backend> {
     y: FloatTensor<B>,
     norm: NormParams<B>,
     epilogue: EpilogueKind,
+    /// Readers of the skip.
+    readers: Option<Readers>,
 }
 
 /// Parents: y, γ, β, and the skip if there is one.
@@ -89,8 +100,11 @@ impl<B: FusedGrads, const N: usize> Backward<B, N> for NormAct {
 
     fn backward(self, ops: Ops<Self::State, N>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dout = grads.consume::<B>(&ops.node);
-        let NormActState { out, y, norm, epilogue } = ops.state;
+        let NormActState { out, y, norm, epilogue, readers } = ops.state;
         let g = B::norm_act_backward(dout, out, y, norm, epilogue);
+        if let (Some(readers), Some(Some(_))) = (readers, ops.parents.get(3)) {
+            readers.register();
+        }
         let gradients = [g.y, g.gamma, g.beta].into_iter().chain(g.skip);
         for (node, gradient) in ops.parents.into_iter().zip(gradients) {
             if let Some(node) = node {
@@ -107,11 +121,15 @@ fn norm_act<B: FusedGrads, C: CheckpointStrategy, const N: usize>(
     epilogue: Epilogue<B>,
 ) -> FloatTensor<Autodiff<B, C>> {
     let kind = epilogue.kind();
+    let readers = match &epilogue {
+        Epilogue::AddRelu { readers, .. } => Some(readers.clone()),
+        Epilogue::None | Epilogue::Relu => None,
+    };
     let out = B::norm_act(y.clone(), norm.clone(), epilogue);
     match Backward::<B, N>::prepare::<C>(NormAct, parents).compute_bound().stateful() {
         OpsKind::Tracked(prep) => {
             let kept = (kind == EpilogueKind::AddRelu).then(|| out.clone());
-            prep.finish(NormActState { out: kept, y, norm, epilogue: kind }, out)
+            prep.finish(NormActState { out: kept, y, norm, epilogue: kind, readers }, out)
         }
         OpsKind::UnTracked(prep) => prep.finish(out),
     }
@@ -143,13 +161,14 @@ impl<B: FusedGrads> Backward<B, 1> for MaxPool {
 struct MeanPool;
 
 impl<B: FusedGrads> Backward<B, 1> for MeanPool {
-    /// Height and width of the maps.
-    type State = [usize; 2];
+    /// Height and width of the maps, and their type.
+    type State = ([usize; 2], DType);
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dout = grads.consume::<B>(&ops.node);
         if let [Some(node)] = ops.parents {
-            grads.register::<B>(node.id, B::mean_pool_backward(dout, ops.state));
+            let (size, dtype) = ops.state;
+            grads.register::<B>(node.id, B::mean_pool_backward(dout, size, dtype));
         }
     }
 }
@@ -162,9 +181,9 @@ impl<B: FusedGrads, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
     ) -> (FloatTensor<Self>, OutputMoments<Self>) {
         let (w, w_node) = w.into_parts();
         match input {
-            ConvInput::Map(x) => {
+            ConvInput::Map { x, readers } => {
                 let (x, x_node) = x.into_parts();
-                conv::<B, C, 2>([x_node, w_node], ConvInput::Map(x), w, options)
+                conv::<B, C, 2>([x_node, w_node], ConvInput::Map { x, readers }, w, options)
             }
             ConvInput::Deferred { y, norm } => {
                 let ((y, y_node), (norm, [gamma_node, beta_node])) = (y.into_parts(), split_norm(norm));
@@ -180,10 +199,10 @@ impl<B: FusedGrads, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         match epilogue {
             Epilogue::None => norm_act::<B, C, 3>(parents, y, norm, Epilogue::None),
             Epilogue::Relu => norm_act::<B, C, 3>(parents, y, norm, Epilogue::Relu),
-            Epilogue::AddRelu(skip) => {
+            Epilogue::AddRelu { skip, readers } => {
                 let ([y_node, gamma_node, beta_node], (skip, skip_node)) = (parents, skip.into_parts());
                 let parents = [y_node, gamma_node, beta_node, skip_node];
-                norm_act::<B, C, 4>(parents, y, norm, Epilogue::AddRelu(skip))
+                norm_act::<B, C, 4>(parents, y, norm, Epilogue::AddRelu { skip, readers })
             }
         }
     }
@@ -199,10 +218,10 @@ impl<B: FusedGrads, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
 
     fn mean_pool(x: FloatTensor<Self>) -> FloatTensor<Self> {
         let (x, node) = x.into_parts();
-        let size = [x.shape()[1], x.shape()[2]];
+        let state = ([x.shape()[1], x.shape()[2]], x.dtype());
         let out = B::mean_pool(x);
         match Backward::<B, 1>::prepare::<C>(MeanPool, [node]).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish(size, out),
+            OpsKind::Tracked(prep) => prep.finish(state, out),
             OpsKind::UnTracked(prep) => prep.finish(out),
         }
     }

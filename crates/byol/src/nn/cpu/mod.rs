@@ -20,7 +20,7 @@ use burn::{
     tensor::Tensor,
 };
 
-use ops::{ConvInput, FoldedOps, FusedOps, NormParams};
+use ops::{ConvInput, FoldedOps, FusedOps, NormParams, Readers};
 pub use ops::{ConvOptions, PoolOptions};
 
 use super::forward_context::{ForwardContext, RunningStats};
@@ -87,20 +87,23 @@ impl UnnormalizedMap {
 
 /// A map of features between two layers: complete, or with norm and ReLU left to the layer that
 /// reads it.
+///
+/// Where several layers read a complete map, clones of one `FeatureMap` let the kernels add their
+/// gradients.
 #[derive(Debug, Clone)]
 pub struct FeatureMap(Repr);
 
 #[derive(Debug, Clone)]
 #[allow(clippy::large_enum_variant, reason = "passed once by value; a box would be an allocation per layer")]
 enum Repr {
-    Complete(Tensor<4>),
+    Complete(Tensor<4>, Readers),
     /// relu(norm(y)).
     Deferred(UnnormalizedMap),
 }
 
 impl From<Tensor<4>> for FeatureMap {
     fn from(x: Tensor<4>) -> Self {
-        FeatureMap(Repr::Complete(x))
+        FeatureMap(Repr::Complete(x, Readers::default()))
     }
 }
 
@@ -114,14 +117,21 @@ impl FeatureMap {
     /// Returns the map with norm and ReLU applied, `[N, H, W, C]`.
     pub fn into_tensor(self) -> Tensor<4> {
         match self.0 {
-            Repr::Complete(x) => x,
+            Repr::Complete(x, _) => x,
             Repr::Deferred(y) => norm_act(y, Epilogue::Relu),
+        }
+    }
+
+    fn into_complete(self) -> (Tensor<4>, Readers) {
+        match self.0 {
+            Repr::Complete(x, readers) => (x, readers),
+            Repr::Deferred(_) => (self.into_tensor(), Readers::default()),
         }
     }
 
     fn into_dispatch(self) -> ConvInput<Dispatch> {
         match self.0 {
-            Repr::Complete(x) => ConvInput::Map(x.into_dispatch()),
+            Repr::Complete(x, readers) => ConvInput::Map { x: x.into_dispatch(), readers },
             Repr::Deferred(y) => {
                 let (y, norm) = y.into_dispatch();
                 ConvInput::Deferred { y, norm }
@@ -139,7 +149,7 @@ pub enum Epilogue {
     /// max(y, 0).
     Relu,
     /// max(y + skip, 0); the skip has the shape of y.
-    AddRelu(Tensor<4>),
+    AddRelu(FeatureMap),
 }
 
 impl Epilogue {
@@ -147,7 +157,10 @@ impl Epilogue {
         match self {
             Epilogue::None => ops::Epilogue::None,
             Epilogue::Relu => ops::Epilogue::Relu,
-            Epilogue::AddRelu(skip) => ops::Epilogue::AddRelu(skip.into_dispatch()),
+            Epilogue::AddRelu(skip) => {
+                let (skip, readers) = skip.into_complete();
+                ops::Epilogue::AddRelu { skip: skip.into_dispatch(), readers }
+            }
         }
     }
 }

@@ -7,13 +7,21 @@
 // `#[backend_extension]` needs the result types spelled out.
 #![allow(clippy::type_complexity)]
 
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+
 use burn::{
-    backend::{Backend, ExtensionType, Flex, TensorMetadata, backend_extension, flex::FlexTensor, tensor::FloatTensor},
-    tensor::{DType, TensorData},
+    backend::{
+        Backend, ExtensionType, Flex, TensorMetadata, backend_extension, flex::FlexTensor, ops::FloatTensorOps,
+        tensor::FloatTensor,
+    },
+    tensor::{DType, FloatDType, TensorData},
 };
 use byol_kernels::{
     Bf16,
-    conv::{self, Input, Shape},
+    conv::{self, AddMap, Input, NoEpilogue, Shape, ShiftAct, SumNormGrads, TakeMoments},
     isa::{self, Isa},
     norm::{self, GradTotals, Moments, NormBackward, ReluMask},
     pool::{self, PoolShape},
@@ -97,7 +105,12 @@ pub struct NormParams<B: Backend> {
 #[allow(clippy::large_enum_variant, reason = "passed once by value; a box would be an allocation per layer")]
 pub enum ConvInput<B: Backend> {
     /// A map.
-    Map(FloatTensor<B>),
+    Map {
+        /// The map.
+        x: FloatTensor<B>,
+        /// Its readers.
+        readers: Readers,
+    },
     /// relu(norm(y)), computed while the convolution reads y.
     Deferred {
         /// Output of the previous convolution.
@@ -116,7 +129,26 @@ pub enum Epilogue<B: Backend> {
     /// max(y, 0).
     Relu,
     /// max(y + skip, 0).
-    AddRelu(FloatTensor<B>),
+    AddRelu {
+        /// The skip.
+        skip: FloatTensor<B>,
+        /// Its readers.
+        readers: Readers,
+    },
+}
+
+/// The layers that read one map. Each adds to its gradient; a convolution can do so while it writes
+/// its own part, which saves a pass over both.
+#[derive(Debug, Clone, Default)]
+pub struct Readers(Arc<AtomicBool>);
+
+impl Readers {
+    /// Notes that a reader has registered its part of the gradient. Returns whether another one had
+    /// done so.
+    pub(crate) fn register(&self) -> bool {
+        // The backward passes of a graph run one after the other.
+        self.0.swap(true, Ordering::Relaxed)
+    }
 }
 
 /// An [`Epilogue`] without its tensor.
@@ -196,13 +228,15 @@ pub struct NormActGradients<B: Backend> {
 
 /// Backward passes of [`FusedOps`].
 pub trait FusedGrads: FusedOps {
-    /// Gradients of [`FusedOps::conv`].
+    /// Gradients of [`FusedOps::conv`]. `others` is the sum of those of the input that its other
+    /// readers have registered; it is added to that of this one.
     fn conv_backward(
         dy: FloatTensor<Self>,
         input: ConvInput<Self>,
         w: FloatTensor<Self>,
         options: ConvOptions,
         needs_input_grad: bool,
+        others: Option<FloatTensor<Self>>,
     ) -> ConvGradients<Self>;
 
     /// Gradients of [`FusedOps::norm_act`]. `out` is its output, for [`EpilogueKind::AddRelu`].
@@ -222,8 +256,8 @@ pub trait FusedGrads: FusedOps {
         options: PoolOptions,
     ) -> FloatTensor<Self>;
 
-    /// dx of [`FusedOps::mean_pool`] for maps of `[h, w]` pixels.
-    fn mean_pool_backward(dout: FloatTensor<Self>, size: [usize; 2]) -> FloatTensor<Self>;
+    /// dx of [`FusedOps::mean_pool`] for maps of `[h, w]` pixels of this type.
+    fn mean_pool_backward(dout: FloatTensor<Self>, size: [usize; 2], dtype: DType) -> FloatTensor<Self>;
 }
 
 /// Elements of a contiguous f32 tensor, row-major.
@@ -247,6 +281,9 @@ trait Element: Storage {
     /// A tensor of these elements.
     fn tensor(values: Vec<Self>, shape: &[usize]) -> FlexTensor;
 
+    /// Converts a gradient to these elements, if a reader of the map computes with others.
+    fn convert(gradient: FlexTensor) -> FlexTensor;
+
     /// Gradient of y from `g`, that of relu(norm(y)).
     fn norm_relu_backward(norm: &NormBackward, totals: &GradTotals, g: Vec<Self>, y: &[Self]) -> Vec<Self>;
 }
@@ -258,6 +295,10 @@ impl Element for f32 {
 
     fn tensor(values: Vec<f32>, shape: &[usize]) -> FlexTensor {
         tensor(values, shape)
+    }
+
+    fn convert(gradient: FlexTensor) -> FlexTensor {
+        if is_bf16(&gradient) { Flex::float_cast(gradient, FloatDType::F32) } else { gradient }.to_contiguous()
     }
 
     fn norm_relu_backward(norm: &NormBackward, totals: &GradTotals, mut g: Vec<f32>, y: &[f32]) -> Vec<f32> {
@@ -277,8 +318,12 @@ impl Element for Bf16 {
         FlexTensor::from_data(TensorData::new(values, shape.to_vec()))
     }
 
+    fn convert(gradient: FlexTensor) -> FlexTensor {
+        if is_bf16(&gradient) { gradient } else { Flex::float_cast(gradient, FloatDType::BF16) }.to_contiguous()
+    }
+
     fn norm_relu_backward(norm: &NormBackward, totals: &GradTotals, g: Vec<Bf16>, y: &[Bf16]) -> Vec<Bf16> {
-        norm.stored_input_grad(isa::current(), totals, &g, y, ReluMask::FromNorm)
+        norm.input_grad(isa::current(), totals, &g, y, ReluMask::FromNorm)
     }
 }
 
@@ -323,7 +368,7 @@ impl ConvInput<Flex> {
     /// The tensor to read, with the norm to apply to it.
     fn into_parts(self) -> (FlexTensor, Option<NormParams<Flex>>) {
         match self {
-            ConvInput::Map(x) => (x.to_contiguous(), None),
+            ConvInput::Map { x, .. } => (x.to_contiguous(), None),
             ConvInput::Deferred { y, norm } => (y.to_contiguous(), Some(norm.contiguous())),
         }
     }
@@ -335,7 +380,7 @@ impl<B: Backend> Epilogue<B> {
         match self {
             Epilogue::None => EpilogueKind::None,
             Epilogue::Relu => EpilogueKind::Relu,
-            Epilogue::AddRelu(_) => EpilogueKind::AddRelu,
+            Epilogue::AddRelu { .. } => EpilogueKind::AddRelu,
         }
     }
 }
@@ -346,7 +391,7 @@ impl Epilogue<Flex> {
         match self {
             Epilogue::None => (false, None),
             Epilogue::Relu => (true, None),
-            Epilogue::AddRelu(skip) => (true, Some(skip.to_contiguous())),
+            Epilogue::AddRelu { skip, .. } => (true, Some(skip.to_contiguous())),
         }
     }
 }
@@ -362,11 +407,10 @@ fn conv_forward<T: Element>(
     let input = Input { values: map_values(&x), norm: deferred.as_ref() };
     let y_shape = [s.n, s.h_out(), s.w_out(), s.c_out];
     if !options.moments {
-        let (y, _) = conv::forward_fused(isa, &s, input, values(&w), |_, _| ());
+        let (y, _) = conv::forward_fused(isa, &s, input, values(&w), &NoEpilogue);
         return (T::tensor(y, &y_shape), None);
     }
-    let part_moments = |_, y: &mut [f32]| Moments::compute(isa, y, s.c_out);
-    let (y, parts) = conv::forward_fused(isa, &s, input, values(&w), part_moments);
+    let (y, parts) = conv::forward_fused(isa, &s, input, values(&w), &TakeMoments { c: s.c_out });
     let mut moments = Moments::merge(&parts, s.c_out);
     if options.ranks != Ranks::SINGLE {
         let mut sums = moments.to_sums();
@@ -430,10 +474,8 @@ impl FoldedOps for Flex {
     ) -> FlexTensor {
         let ([x, w, shift], (relu, skip)) = ([x, w, shift].map(|t| t.to_contiguous()), epilogue.into_parts());
         let (isa, s) = (options.isa(), options.shape(&x, &w));
-        let (y, _) = conv::forward_fused::<f32, _>(isa, &s, values(&x).into(), values(&w), |at, y| {
-            let skip = skip.as_ref().map(|skip| &values(skip)[at..at + y.len()]);
-            norm::shift_act(isa, y, values(&shift), skip, relu);
-        });
+        let epilogue = ShiftAct { shift: values(&shift), skip: skip.as_ref().map(values), relu };
+        let (y, _) = conv::forward_fused::<f32, _>(isa, &s, values(&x).into(), values(&w), &epilogue);
         tensor(y, &[s.n, s.h_out(), s.w_out(), s.c_out])
     }
 }
@@ -452,9 +494,7 @@ fn deferred_backward<T: Element>(
     let dw = tensor(conv::backward_weight(isa, &s, input, map_values(&dy)), &w.shape());
     // Through the deferred ReLU and norm: the norm's sums are gathered while dx is in the cache.
     let (norm, y) = (params.backward(), T::slice(&x));
-    let (g, sums) = conv::backward_data_fused(isa, &s, values(&w), map_values(&dy), |at, g| {
-        norm.grad_sums(isa, g, &y[at..at + g.len()], ReluMask::FromNorm, None)
-    });
+    let (g, sums) = conv::backward_data_fused(isa, &s, values(&w), map_values(&dy), &SumNormGrads { norm: &norm, y });
     let totals = norm.grad_totals(&sums, s.n * s.h * s.w, |sums| options.ranks.all_reduce_sum(sums));
     let dx = T::norm_relu_backward(&norm, &totals, g, y);
     let per_channel = |v: Vec<f32>| tensor(v, &[s.c_in]);
@@ -465,8 +505,23 @@ fn deferred_backward<T: Element>(
     }
 }
 
-/// Gradients of norm and epilogue of a map y of elements `T`. That of y has the same elements, that
-/// of the skip is f32.
+/// Gradient of the input of a convolution of x, which has elements `T`, plus `others`.
+fn input_gradient<T: Element>(
+    dy: &FlexTensor,
+    x: &FlexTensor,
+    w: &FlexTensor,
+    options: ConvOptions,
+    others: Option<FlexTensor>,
+) -> FlexTensor {
+    let (isa, s) = (options.isa(), options.shape(x, w));
+    let dx = match others.map(T::convert) {
+        None => conv::backward_data_fused(isa, &s, values(w), map_values(dy), &NoEpilogue).0,
+        Some(others) => conv::backward_data_fused(isa, &s, values(w), map_values(dy), &AddMap(T::slice(&others))).0,
+    };
+    T::tensor(dx, &x.shape())
+}
+
+/// Gradients of norm and epilogue of a map y of elements `T`.
 fn norm_act_gradients<T: Element>(
     dout: FlexTensor,
     out: Option<FlexTensor>,
@@ -480,25 +535,31 @@ fn norm_act_gradients<T: Element>(
         (EpilogueKind::AddRelu, Some(out)) => ReluMask::FromOutput(T::slice(out)),
         (EpilogueKind::AddRelu, None) => unreachable!("the output of a skip is kept"),
     };
-    let norm = params.backward();
+    let (norm, dout) = (params.backward(), T::convert(dout));
     let all_reduce = |sums: &mut [f64]| params.ranks.all_reduce_sum(sums);
-    let g = norm::backward(isa::current(), values(&dout), mask, &norm, T::slice(&y), all_reduce);
+    let g = norm::backward(isa::current(), T::slice(&dout), mask, &norm, T::slice(&y), all_reduce);
     let per_channel = |v: Vec<f32>| tensor(v, &params.gamma.shape());
     NormActGradients {
         y: T::tensor(g.dy, &y.shape()),
         gamma: per_channel(g.dgamma),
         beta: per_channel(g.dbeta),
-        skip: g.dskip.map(|dskip| tensor(dskip, &y.shape())),
+        skip: g.dskip.map(|dskip| T::tensor(dskip, &y.shape())),
     }
 }
 
 fn max_pool_gradient<T: Element>(dout: FlexTensor, out: FlexTensor, x: FlexTensor, options: PoolOptions) -> FlexTensor {
-    let s = options.shape(&x);
-    tensor(pool::max_backward(isa::current(), &s, T::slice(&x), T::slice(&out), values(&dout)), &x.shape())
+    let (s, dout) = (options.shape(&x), T::convert(dout));
+    let dx = pool::max_backward(isa::current(), &s, T::slice(&x), T::slice(&out), T::slice(&dout));
+    T::tensor(dx, &x.shape())
 }
 
-/// Gradients of maps are f32, because those of several layers may be added. The gradient of a
-/// convolution's output has one reader and keeps the type of the output.
+fn mean_pool_gradient<T: Element>(dout: FlexTensor, [h, w]: [usize; 2]) -> FlexTensor {
+    let dout = f32::convert(dout);
+    let (n, c) = (dout.shape()[0], dout.shape()[1]);
+    T::tensor(pool::mean_backward(isa::current(), values(&dout), h * w, c), &[n, h, w, c])
+}
+
+/// The gradient of a map has its type.
 impl FusedGrads for Flex {
     fn conv_backward(
         dy: FlexTensor,
@@ -506,6 +567,7 @@ impl FusedGrads for Flex {
         w: FlexTensor,
         options: ConvOptions,
         needs_input_grad: bool,
+        others: Option<FlexTensor>,
     ) -> ConvGradients<Self> {
         let ((x, norm), [dy, w]) = (input.into_parts(), [dy, w].map(|t| t.to_contiguous()));
         if let Some(params) = norm {
@@ -514,9 +576,8 @@ impl FusedGrads for Flex {
         let (isa, s) = (options.isa(), options.shape(&x, &w));
         let input = Input { values: map_values(&x), norm: None };
         let dw = tensor(conv::backward_weight(isa, &s, input, map_values(&dy)), &w.shape());
-        let dx = needs_input_grad
-            .then(|| conv::backward_data_fused::<f32, _>(isa, &s, values(&w), map_values(&dy), |_, _| ()).0);
-        ConvGradients { input: dx.map(|dx| tensor(dx, &x.shape())), w: dw, norm: None }
+        let dx = needs_input_grad.then(|| with_element!(is_bf16(&x), input_gradient(&dy, &x, &w, options, others)));
+        ConvGradients { input: dx, w: dw, norm: None }
     }
 
     fn norm_act_backward(
@@ -536,9 +597,7 @@ impl FusedGrads for Flex {
         with_element!(is_bf16(&x), max_pool_gradient(dout, out, x, options))
     }
 
-    fn mean_pool_backward(dout: FlexTensor, [h, w]: [usize; 2]) -> FlexTensor {
-        let dout = dout.to_contiguous();
-        let (n, c) = (dout.shape()[0], dout.shape()[1]);
-        tensor(pool::mean_backward(values(&dout), h * w, c), &[n, h, w, c])
+    fn mean_pool_backward(dout: FlexTensor, size: [usize; 2], dtype: DType) -> FlexTensor {
+        with_element!(dtype == DType::BF16, mean_pool_gradient(dout, size))
     }
 }
