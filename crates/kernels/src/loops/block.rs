@@ -71,9 +71,12 @@ pub(crate) struct BlockValues {
 /// Compiled [`finish`].
 pub(crate) type FinishFn<T> = unsafe fn(Finish<T>);
 
-/// Number of pixels that are stored with all channels before the next ones: the processor
-/// recognizes writes in order and fetches the lines that follow.
-const PIXELS: usize = 8;
+/// Number of values that are stored before those of the next pixels: the processor recognizes
+/// writes in order and fetches the lines that follow.
+const VALUES: usize = 4096;
+
+/// Least number of their pixels, which share the loads of vectors and totals.
+const MIN_PIXELS: usize = 16;
 
 /// Applies the epilogue and stores the pixels. `R` registers hold a block's channels.
 ///
@@ -89,13 +92,14 @@ pub(crate) unsafe fn finish<V: Maps, T: Value, const R: usize>(f: Finish<T>) {
     const { assert!(R * V::LANES == BLOCK, "the registers hold a block") }
     let Finish { sums, block_step, runs, channels, map, step, epilogue, blocks } = f;
     let (whole, rest) = (channels / BLOCK, channels % BLOCK);
+    let group = (VALUES / channels.max(1)).max(MIN_PIXELS);
     for Run { row, pixels, at } in runs {
-        for first in (0..*pixels).step_by(PIXELS) {
+        for first in (0..*pixels).step_by(group) {
             // SAFETY: the contract is passed on.
             unsafe {
                 let part = Part {
                     epilogue,
-                    pixels: PIXELS.min(pixels - first),
+                    pixels: group.min(pixels - first),
                     sums: sums.add((row + first) * BLOCK),
                     map,
                     at: at + first * step,
