@@ -797,8 +797,8 @@ fn convolve<T: Storage, E: Epilogue<T>>(
         })
         .collect();
     WEIGHTS.set(buffer);
-    // SAFETY: the tasks cover the destination. The phases cover all pixels of a task, or it has been
-    // filled before.
+    // SAFETY: the tasks cover the destination. The phases cover all pixels of a task, or it has
+    // been filled before.
     (unsafe { assume_init_vec(out) }, parts)
 }
 
