@@ -133,7 +133,7 @@ fn shape(line: &str, processor: &str) -> Option<String> {
             }
         }
         let number = number.strip_prefix('-').filter(|rest| rest.starts_with('0')).unwrap_or(&number).to_owned();
-        let is_unit_of_time = ["s", "min", "h", "day", "days"].contains(&number.as_str());
+        let is_unit_of_time = ["s", "min", "h", "day", "days"].contains(&number.trim_end_matches([';', ',']));
         match words.last_mut() {
             Some(last) if is_unit_of_time && last == "0" => *last = "TIME".into(),
             _ => words.push(number),
@@ -276,6 +276,7 @@ fn shapes_ignore_numbers_and_durations() {
     assert_eq!(shape("epoch 12/24  loss 0.5951"), shape("epoch 1/4 loss 2"));
     assert_ne!(shape("epoch 12/24  loss 0.5951"), shape("epoch 12/24  Loss 0.5951"));
     assert_eq!(shape("took 1 h 12 min for 3 steps"), shape("took 40.1 s for 33 steps"));
+    assert_eq!(shape("finished in 1 min 12 s; next"), shape("finished in 40 s; next"));
     assert_eq!(shape("Some CPU, 2 threads"), shape("AMD EPYC, 1 thread"));
     assert_eq!(shape("α-ReQ  -1.5"), shape("α-ReQ 2"));
     assert_eq!(shape("warning: few images"), "");
