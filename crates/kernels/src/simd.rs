@@ -100,7 +100,7 @@ impl<S: Simd> Product for S {
     }
 }
 
-/// Loads and stores of maps in bf16, and what the operations on maps need.
+/// Operations on maps: loads and stores in bf16, and those of a ReLU and its gradient.
 ///
 /// # Safety
 ///

@@ -60,7 +60,7 @@ pub trait Storage: Plain + Default {
     #[doc(hidden)]
     fn loops(isa: &Isa) -> MapLoops<Self>;
 
-    /// The last loop of a matrix unit's convolution.
+    /// The loop that applies an epilogue to the sums of a matrix unit and stores them.
     #[doc(hidden)]
     #[allow(private_interfaces, reason = "internal")]
     fn finish(loops: &MatrixLoops) -> FinishFn<Self>;

@@ -1,4 +1,4 @@
-//! Epilogues: what is done with the result of a convolution while it is in the cache.
+//! Epilogues: operations on the result of a convolution while it is in the cache.
 
 use crate::{
     isa::Isa,
@@ -9,13 +9,13 @@ use crate::{
 
 /// Operation on the f32 result of a convolution, before it is stored as `T`.
 pub trait Epilogue<T: Storage>: Sync {
-    /// What is computed from a part of the pixels.
+    /// Value computed from a part of the pixels.
     type Part: Send;
 
     /// Processes whole pixels, from value `at` of the map on.
     fn apply(&self, isa: &Isa, at: usize, values: &mut [f32]) -> Self::Part;
 
-    /// The epilogue as a matrix unit's blocks apply it.
+    /// The epilogue for a matrix unit, which applies it block by block.
     #[doc(hidden)]
     fn block_kind(&self) -> BlockKind<'_, T>;
 
@@ -24,7 +24,7 @@ pub trait Epilogue<T: Storage>: Sync {
     fn part(&self, totals: Totals) -> Self::Part;
 }
 
-/// An epilogue of blocks: its maps and vectors are those of all pixels and channels.
+/// Epilogue for a matrix unit, with the maps and vectors of all pixels and channels.
 #[doc(hidden)]
 #[derive(Debug, Clone, Copy)]
 pub enum BlockKind<'a, T> {
@@ -132,8 +132,8 @@ impl<T: Storage> Epilogue<T> for ShiftAct<'_, T> {
     fn part(&self, _: Totals) {}
 }
 
-/// Computes the sums of the norm and ReLU that the result is the gradient of: for the gradient of a
-/// convolution's input, relu(norm(y)).
+/// Computes the sums for the backward pass of a norm, where the result is the gradient of
+/// relu(norm(y)).
 #[derive(Debug, Clone, Copy)]
 pub struct SumNormGrads<'a, T> {
     /// The norm.

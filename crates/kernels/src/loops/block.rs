@@ -1,8 +1,7 @@
-//! What follows the sums of a block of a matrix unit: an epilogue, and storing them in a map.
+//! Epilogue and storage of the sums that a matrix unit computes.
 //!
-//! A block has 32 columns, the channels of a map from some channel on, and some rows: runs of
-//! pixels and rows between them that are dropped. The sums are in the first-level cache; the map is
-//! written once.
+//! A block of sums has 32 columns, each a channel of a map, and rows that are pixels or lie between
+//! runs of pixels and are dropped. The sums are in the first-level cache; the map is written once.
 
 use crate::{
     loops::matrix::BLOCK,
@@ -37,7 +36,7 @@ pub(crate) struct Finish<'a, T> {
     pub map: *mut T,
     /// Distance between the pixels of a run in all maps, in values.
     pub step: usize,
-    /// What to do before.
+    /// The operation on the sums before they are stored.
     pub epilogue: BlockEpilogue<T>,
     /// Vectors and totals of the epilogue by block.
     pub blocks: &'a mut [BlockValues],
@@ -71,11 +70,11 @@ pub(crate) struct BlockValues {
 /// Compiled [`finish`].
 pub(crate) type FinishFn<T> = unsafe fn(Finish<T>);
 
-/// Number of values that are stored before those of the next pixels: the processor recognizes
-/// writes in order and fetches the lines that follow.
+/// Number of values in a group of pixels, which is stored with all its channels before the next
+/// group: hardware prefetchers follow writes in order.
 const VALUES: usize = 4096;
 
-/// Least number of their pixels, which share the loads of vectors and totals.
+/// Least number of pixels in a group. Its pixels share the loads of vectors and totals.
 const MIN_PIXELS: usize = 16;
 
 /// Applies the epilogue and stores the pixels. `R` registers hold a block's channels.
@@ -206,8 +205,7 @@ unsafe fn store<V: Maps, T: Value, const R: usize>(to: *mut T, values: [V::V; R]
     }
 }
 
-/// Runs a block of code for each pixel: with its sums, which are stored afterwards, and its offset
-/// in the maps.
+/// Runs code for each pixel, given its sums and its offset in the maps, and stores the sums.
 macro_rules! for_each_pixel {
     ($part:ident, $channel:ident, |$y:ident, $at:ident| $body:block) => {
         for p in 0..$part.pixels {

@@ -169,8 +169,8 @@ pub(crate) fn shift_act(shift: &[f32], skip: Option<&[f32]>, relu: bool, y: &mut
 /// Adds g (y − mean) to `gamma_sums` and g to `beta_sums`, and writes g to every value of
 /// `masked_grad` if there is one.
 ///
-/// In registers, because the compiler does not know that so many slices are disjoint, and would not
-/// vectorize the loop.
+/// The vector operations are explicit: the compiler cannot prove that this many slices are disjoint
+/// and leaves a plain loop scalar.
 ///
 /// # Safety
 ///

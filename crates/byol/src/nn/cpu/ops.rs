@@ -137,8 +137,8 @@ pub enum Epilogue<B: Backend> {
     },
 }
 
-/// The layers that read one map. Each adds to its gradient; a convolution can do so while it writes
-/// its own part, which saves a pass over both.
+/// State shared by the layers that read one map. Each adds its part to the gradient of the map; a
+/// convolution adds the earlier parts while it writes its own, which saves a pass over both.
 #[derive(Debug, Clone, Default)]
 pub struct Readers(Arc<AtomicBool>);
 
@@ -228,8 +228,8 @@ pub struct NormActGradients<B: Backend> {
 
 /// Backward passes of [`FusedOps`].
 pub trait FusedGrads: FusedOps {
-    /// Gradients of [`FusedOps::conv`]. `others` is the sum of those of the input that its other
-    /// readers have registered; it is added to that of this one.
+    /// Gradients of [`FusedOps::conv`]. `others`, the gradient of the input from its other readers
+    /// so far, is added to dx.
     fn conv_backward(
         dy: FloatTensor<Self>,
         input: ConvInput<Self>,
@@ -281,7 +281,7 @@ trait Element: Storage {
     /// A tensor of these elements.
     fn tensor(values: Vec<Self>, shape: &[usize]) -> FlexTensor;
 
-    /// Converts a gradient to these elements, if a reader of the map computes with others.
+    /// Converts a gradient to these elements; another reader of the map may compute with others.
     fn convert(gradient: FlexTensor) -> FlexTensor;
 
     /// Gradient of y from `g`, that of relu(norm(y)).
