@@ -6,8 +6,14 @@ use rayon::prelude::*;
 
 use super::CROP_VIEW;
 use crate::{
+    device::has_kernels,
     image::{CHANNELS, Image},
-    nn::{Encoder, ForwardContext, Leaf, Mode, Precision, Statistics, Tree, conv_norm_act::ConvNorm, init},
+    nn::{
+        Encoder, ForwardContext, Leaf, Mode, Precision, Statistics, Tree,
+        conv_norm_act::ConvNorm,
+        cpu::{self, ConvOptions},
+        init,
+    },
     optim::{Optimizer, Rule, Sgd},
     random::{self, Domain},
     ranks::Ranks,
@@ -55,8 +61,12 @@ pub(super) struct OutputLayer {
 
 impl OutputLayer {
     /// Maps `[N, H, W, inputs]` to `[N, H, W, outputs]`.
-    pub fn forward(&self, context: &ForwardContext, x: Tensor<4>) -> Tensor<4> {
+    pub fn forward(&self, context: &mut ForwardContext, x: Tensor<4>) -> Tensor<4> {
         let ([n, h, w, _], OutputLayer { name, inputs, outputs }) = (x.dims(), *self);
+        if has_kernels(&x.device()) {
+            let bias = context.params.get::<1>(&format!("{name}.bias")).reshape([1, 1, 1, outputs]);
+            return cpu::conv(x.into(), context.weight(name), ConvOptions::new(context)) + bias;
+        }
         let weight = context.params.get::<4>(&format!("{name}.weight")).reshape([outputs, inputs]).transpose();
         let bias = context.params.get::<1>(&format!("{name}.bias")).reshape([1, outputs]);
         (x.reshape([n * h * w, inputs]).matmul(weight) + bias).reshape([n, h, w, outputs])
@@ -144,20 +154,16 @@ pub(super) fn train<H: Head>(
         let (x, labels) = crops::<H>(samples, &draws, p, &device);
         let theta = params.tracked();
         let frozen_map = p.frozen.then(|| {
-            let mut context = ForwardContext {
-                params: &encoder.weights.params,
-                norm: &norm,
-                precision: Precision::F32,
-                mode: Mode::Eval(&encoder.weights.statistics),
-            };
+            let mut context = ForwardContext::new(
+                &encoder.weights.params,
+                &norm,
+                Precision::F32,
+                Mode::Eval(&encoder.weights.statistics),
+            );
             encoder.feature_map(&mut context, x.clone()).autodiff()
         });
-        let mut context = ForwardContext {
-            params: &theta,
-            norm: &norm,
-            precision: Precision::F32,
-            mode: Mode::Train(&mut statistics, Ranks::SINGLE),
-        };
+        let mut context =
+            ForwardContext::new(&theta, &norm, Precision::F32, Mode::Train(&mut statistics, Ranks::SINGLE));
         let map = frozen_map.unwrap_or_else(|| encoder.feature_map(&mut context, x.autodiff()));
         let output = head.forward(&mut context, map);
         let loss = H::loss(upsample(output, p.crop, p.crop), &labels);
@@ -181,12 +187,7 @@ impl<H: Head> Trained<H> {
         let pixels = resize::crop_resize(image, whole, h, w).interleaved();
         let x = Tensor::from_data(TensorData::new(pixels, [1, h, w, CHANNELS]), &self.encoder.device());
         let norm = self.encoder.spec.norm();
-        let mut context = ForwardContext {
-            params: &self.params,
-            norm: &norm,
-            precision: Precision::F32,
-            mode: Mode::Eval(&self.statistics),
-        };
+        let mut context = ForwardContext::new(&self.params, &norm, Precision::F32, Mode::Eval(&self.statistics));
         let map = self.encoder.feature_map(&mut context, x);
         upsample(self.head.forward(&mut context, map), h, w)
     }
@@ -226,34 +227,106 @@ fn crops<H: Head>(
     (Tensor::from_data(TensorData::new(pixels.concat(), shape), device), labels.concat())
 }
 
-/// Bilinear interpolation weights from `n` to `to` positions with half-pixel centers: `[to, n]`.
-fn interpolation_weights(n: usize, to: usize, device: &Device) -> Tensor<2> {
-    let mut weights = vec![0.0f32; to * n];
-    for (i, row) in weights.chunks_exact_mut(n).enumerate() {
+/// Source positions of bilinear interpolation with half-pixel centers.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Position {
+    lower: usize,
+    upper: usize,
+    /// Weight of `upper`.
+    fraction: f32,
+}
+
+/// Positions of `to` values in `n`.
+fn positions(n: usize, to: usize) -> Vec<Position> {
+    let position = |i: usize| {
         let position = ((i as f64 + 0.5) * n as f64 / to as f64 - 0.5).clamp(0.0, (n - 1) as f64);
-        let (lower, fraction) = (position.floor() as usize, position.fract() as f32);
-        row[lower] += 1.0 - fraction;
-        row[(lower + 1).min(n - 1)] += fraction;
-    }
-    Tensor::from_data(TensorData::new(weights, [to, n]), device)
+        let lower = position.floor() as usize;
+        Position { lower, upper: (lower + 1).min(n - 1), fraction: position.fract() as f32 }
+    };
+    (0..to).map(position).collect()
 }
 
 /// Resizes `[N, h, w, K]` to `[N, height, width, K]` by bilinear interpolation.
 fn upsample(x: Tensor<4>, height: usize, width: usize) -> Tensor<4> {
     let ([n, h, w, k], device) = (x.dims(), x.device());
+    let (rows, columns) = (positions(h, height), positions(w, width));
+    if has_kernels(&device) {
+        return cpu::apply(x, Bilinear { shape: [h, w, k], rows, columns }, [n, height, width, k]);
+    }
     let tracked = x.is_autodiff();
-    let constant = |t: Tensor<2>| if tracked { t.autodiff() } else { t };
-    let rows = constant(interpolation_weights(h, height, &device));
-    let columns = constant(interpolation_weights(w, width, &device));
-    let x = rows.reshape([1, height, h]).matmul(x.reshape([n, h, w * k]));
-    let x = columns.reshape([1, width, w]).matmul(x.reshape([n * height, w, k]));
+    let matrix = |positions: &[Position], n: usize| {
+        let mut weights = vec![0.0f32; positions.len() * n];
+        for (row, p) in weights.chunks_exact_mut(n).zip(positions) {
+            row[p.lower] += 1.0 - p.fraction;
+            row[p.upper] += p.fraction;
+        }
+        let matrix = Tensor::<3>::from_data(TensorData::new(weights, [1, positions.len(), n]), &device);
+        if tracked { matrix.autodiff() } else { matrix }
+    };
+    let x = matrix(&rows, h).matmul(x.reshape([n, h, w * k]));
+    let x = matrix(&columns, w).matmul(x.reshape([n * height, w, k]));
     x.reshape([n, height, width, k])
+}
+
+/// [`upsample`] on slices.
+#[derive(Debug)]
+struct Bilinear {
+    /// Height, width and channels of a map.
+    shape: [usize; 3],
+    rows: Vec<Position>,
+    columns: Vec<Position>,
+}
+
+impl cpu::Function for Bilinear {
+    fn forward(&self, x: &[f32]) -> Vec<f32> {
+        let [h, w, k] = self.shape;
+        let (height, width) = (self.rows.len(), self.columns.len());
+        let mut out = vec![0.0; x.len() / (h * w) * height * width];
+        out.par_chunks_exact_mut(width * k).enumerate().for_each(|(row, out)| {
+            let (map, r) = (&x[row / height * h * w * k..], self.rows[row % height]);
+            let (lower, upper) = (&map[r.lower * w * k..][..w * k], &map[r.upper * w * k..][..w * k]);
+            let mix = |(a, b): (&f32, &f32)| (1.0 - r.fraction) * a + r.fraction * b;
+            let mixed: Vec<f32> = lower.iter().zip(upper).map(mix).collect();
+            for (out, c) in out.chunks_exact_mut(k).zip(&self.columns) {
+                let (lower, upper) = (&mixed[c.lower * k..][..k], &mixed[c.upper * k..][..k]);
+                for ((out, a), b) in out.iter_mut().zip(lower).zip(upper) {
+                    *out = (1.0 - c.fraction) * a + c.fraction * b;
+                }
+            }
+        });
+        out
+    }
+
+    fn backward(&self, dy: &[f32]) -> Vec<f32> {
+        let [h, w, k] = self.shape;
+        let (height, width) = (self.rows.len(), self.columns.len());
+        let mut dx = vec![0.0; dy.len() / (height * width) * h * w];
+        let maps = dx.par_chunks_exact_mut(h * w * k).zip(dy.par_chunks_exact(height * width * k));
+        maps.for_each(|(dx, dy)| {
+            let mut mixed = vec![0.0; w * k];
+            for (dy, r) in dy.chunks_exact(width * k).zip(&self.rows) {
+                mixed.fill(0.0);
+                for (dy, c) in dy.chunks_exact(k).zip(&self.columns) {
+                    add_scaled(&mut mixed[c.lower * k..][..k], dy, 1.0 - c.fraction);
+                    add_scaled(&mut mixed[c.upper * k..][..k], dy, c.fraction);
+                }
+                add_scaled(&mut dx[r.lower * w * k..][..w * k], &mixed, 1.0 - r.fraction);
+                add_scaled(&mut dx[r.upper * w * k..][..w * k], &mixed, r.fraction);
+            }
+        });
+        dx
+    }
+}
+
+/// sum += factor · x.
+fn add_scaled(sum: &mut [f32], x: &[f32], factor: f32) {
+    sum.iter_mut().zip(x).for_each(|(sum, x)| *sum += factor * x);
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::nn::tree::host;
+    use crate::nn::{cpu::Function, tree::host};
 
     #[test]
     fn upsample_preserves_constants_and_interpolates() {
@@ -261,5 +334,17 @@ mod tests {
         let x = Tensor::<4>::from_data(TensorData::new(vec![0.0f32, 4.0], [1, 1, 2, 1]), &device);
         assert_eq!(host(upsample(x.clone(), 1, 4)), [0.0, 1.0, 3.0, 4.0]);
         assert_eq!(host(upsample(x.ones_like(), 5, 7)), [1.0; 35]);
+    }
+
+    #[test]
+    fn gradient_of_bilinear_interpolation_is_its_transpose() {
+        let (shape, n) = ([3, 4, 2], 2);
+        let f = Bilinear { shape, rows: positions(3, 7), columns: positions(4, 5) };
+        let mut rng = random::stream(&[3]);
+        let mut draw = |len: usize| (0..len).map(|_| random::normal(&mut rng) as f32).collect::<Vec<f32>>();
+        let (x, dy) = (draw(n * 24), draw(n * 7 * 5 * 2));
+        let product = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a * b)).sum::<f64>();
+        let (forward, backward) = (product(&f.forward(&x), &dy), product(&x, &f.backward(&dy)));
+        assert!((forward - backward).abs() < 1e-4, "{forward} and {backward}");
     }
 }

@@ -14,10 +14,12 @@ use super::{
 };
 use crate::{
     data::dense_labels::{DepthMap, DepthPair},
+    device::has_kernels,
     image::Image,
     nn::{
         Encoder, ForwardContext,
         conv_norm_act::{ConvNorm, Epilogue, conv_norm_act, up_conv_norm_act},
+        cpu,
         tree::host,
     },
 };
@@ -118,6 +120,22 @@ impl DepthNet {
 /// Reverse Huber loss, averaged over the pixels of known depth: |e| up to c, (e² + c²) / 2c above,
 /// where c is a fifth of the largest |e|. `depth`: `[N, H, W, 1]`, tracked.
 fn reverse_huber(depth: Tensor<4>, truth: &[f32]) -> Tensor<1> {
+    if !has_kernels(&depth.device()) {
+        return composed_reverse_huber(depth, truth);
+    }
+    let error = |(d, t): (f32, &f32)| if *t > 0.0 { f64::from(d - t) } else { 0.0 };
+    let errors: Vec<f64> = host(depth.clone()).into_iter().zip(truth).map(error).collect();
+    let pixels = truth.iter().filter(|t| **t > 0.0).count().max(1) as f64;
+    // NaN is not the largest of anything, but is in the sum.
+    let c = 0.2 * errors.iter().fold(0.0, |max: f64, e| max.max(e.abs())).max(1e-6);
+    let term = |e: &f64| if e.abs() > c { (e * e + c * c) / (2.0 * c) } else { e.abs() };
+    let slope = |e: &f64| if e.abs() > c || *e == 0.0 { e / c } else { e.signum() };
+    let gradient = errors.iter().map(|e| (slope(e) / pixels) as f32).collect();
+    cpu::loss(depth, errors.iter().map(term).sum::<f64>() / pixels, gradient)
+}
+
+/// [`reverse_huber`] composed of Burn's operations.
+fn composed_reverse_huber(depth: Tensor<4>, truth: &[f32]) -> Tensor<1> {
     let (shape, device) = (depth.dims(), depth.device());
     let constant = |values: Vec<f32>| {
         let t = Tensor::<4>::from_data(TensorData::new(values, shape), &device);
@@ -177,7 +195,14 @@ mod tests {
         let device = Device::flex();
         // Errors 0.1, 1 and one unknown: c = 0.2, losses 0.1 and (1 + 0.04) / 0.4 = 2.6.
         let depth = Tensor::<4>::from_data(TensorData::new(vec![1.1f32, 3.0, 7.0], [1, 1, 3, 1]), &device).autodiff();
-        let loss = f64::from(reverse_huber(depth, &[1.0, 2.0, 0.0]).without_autodiff().into_scalar::<f32>());
-        assert!((loss - (0.1 + 2.6) / 2.0).abs() < 1e-5, "{loss}");
+        let depth = depth.require_grad();
+        for loss in [reverse_huber, composed_reverse_huber] {
+            let loss = loss(depth.clone(), &[1.0, 2.0, 0.0]);
+            let value = f64::from(loss.clone().without_autodiff().into_scalar::<f32>());
+            assert!((value - (0.1 + 2.6) / 2.0).abs() < 1e-5, "{value}");
+            let gradient = host(depth.grad_remove(&mut loss.backward()).unwrap());
+            let difference = gradient.iter().zip([0.5f32, 2.5, 0.0]).map(|(a, b)| (a - b).abs());
+            assert!(difference.fold(0.0, f32::max) < 1e-5, "{gradient:?}");
+        }
     }
 }

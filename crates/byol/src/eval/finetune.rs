@@ -189,12 +189,8 @@ fn fit(
         let x = random_crops(images, &draws, start.spec.size, p.seed, &device)?;
         let batch_labels: Vec<&[usize]> = draws.iter().map(|(_, i)| labels.classes(*i)).collect();
         let theta = params.tracked();
-        let mut context = ForwardContext {
-            params: &theta,
-            norm: &norm,
-            precision: Precision::F32,
-            mode: Mode::Train(&mut statistics, Ranks::SINGLE),
-        };
+        let mut context =
+            ForwardContext::new(&theta, &norm, Precision::F32, Mode::Train(&mut statistics, Ranks::SINGLE));
         let y = start.forward(&mut context, x.autodiff());
         let logits = y.matmul(theta.get::<2>(HEAD[0]).transpose()) + theta.get::<1>(HEAD[1]).reshape([1, classes]);
         let loss = match labels {

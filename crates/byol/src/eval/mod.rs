@@ -27,8 +27,9 @@ use rayon::prelude::*;
 
 use crate::{
     data::{Error, Images},
+    device::has_kernels,
     image::CHANNELS,
-    nn::{Encoder, EncoderSpec, tree::host},
+    nn::{Encoder, EncoderSpec, cpu::loss, tree::host},
     views::{Policy, view},
 };
 
@@ -76,16 +77,39 @@ fn render_views(images: &Images, requests: &[ViewRequest], size: usize, device: 
 /// Mean softmax cross-entropy over the labeled rows of `logits`, `[N, classes]`.
 fn cross_entropy(logits: Tensor<2>, labels: impl Iterator<Item = Option<usize>>) -> Tensor<1> {
     let [n, classes] = logits.dims();
-    let (mut one_hot, mut labeled) = (vec![0.0f32; n * classes], 0usize);
+    let labels: Vec<Option<usize>> = labels.collect();
+    let labeled = labels.iter().flatten().count().max(1) as f64;
+    if has_kernels(&logits.device()) {
+        let mut gradient = host(logits.clone());
+        let rows = gradient.par_chunks_exact_mut(classes).zip(&labels);
+        let losses: Vec<f64> = rows.map(|(row, label)| row_cross_entropy(row, *label, 1.0 / labeled)).collect();
+        return loss(logits, losses.iter().sum::<f64>() / labeled, gradient);
+    }
+    let mut one_hot = vec![0.0f32; n * classes];
     for (row, label) in one_hot.chunks_exact_mut(classes).zip(labels) {
         if let Some(label) = label {
             row[label] = 1.0;
-            labeled += 1;
         }
     }
     let one_hot = Tensor::<2>::from_data(TensorData::new(one_hot, [n, classes]), &logits.device());
     let one_hot = if logits.is_autodiff() && !one_hot.is_autodiff() { one_hot.autodiff() } else { one_hot };
-    (log_softmax(logits, 1) * one_hot).sum().div_scalar(-(labeled.max(1) as f64))
+    (log_softmax(logits, 1) * one_hot).sum().div_scalar(-labeled)
+}
+
+/// Cross-entropy of one row of logits, 0 without a label. Replaces the logits by its gradient times
+/// `weight`.
+fn row_cross_entropy(row: &mut [f32], label: Option<usize>, weight: f64) -> f64 {
+    let Some(label) = label else {
+        row.fill(0.0);
+        return 0.0;
+    };
+    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let exp = |x: f32| f64::from(x - max).exp();
+    let (own, sum) = (f64::from(row[label] - max), row.iter().map(|x| exp(*x)).sum::<f64>());
+    for (class, x) in row.iter_mut().enumerate() {
+        *x = (weight * (exp(*x) / sum - f64::from(u8::from(class == label)))) as f32;
+    }
+    sum.ln() - own
 }
 
 /// Calls `f` with the evaluation views of `images`, batch by batch: `[n, size, size, C]` in 0..1.

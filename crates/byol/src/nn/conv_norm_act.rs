@@ -37,10 +37,6 @@ pub struct ConvNorm {
 }
 
 impl ConvNorm {
-    fn weight(&self, ctx: &ForwardContext) -> Tensor<4> {
-        ctx.params.get::<4>(&format!("{}.weight", self.conv))
-    }
-
     fn norm(&self, ctx: &ForwardContext) -> Norm {
         let get = |suffix: &str| ctx.params.get::<1>(&format!("{}.{suffix}", self.norm));
         Norm { gamma: get("weight"), beta: get("bias"), eps: ctx.norm.eps }
@@ -58,8 +54,8 @@ pub fn conv_norm_act(
     x: impl Into<FeatureMap>,
     epilogue: Epilogue,
 ) -> FeatureMap {
-    let (x, w) = (x.into(), layer.weight(ctx));
-    if !has_kernels(&w.device()) {
+    let (x, w) = (x.into(), ctx.weight(&layer.conv));
+    if !has_kernels(&w.tensor.device()) {
         return composed(ctx, layer, x.into_tensor(), epilogue).into();
     }
     let norm = layer.norm(ctx);
@@ -67,10 +63,10 @@ pub fn conv_norm_act(
     if let Mode::Eval(statistics) = &ctx.mode {
         let x = x.into_tensor();
         // The folded layer has no gradient.
-        if x.is_autodiff() || w.is_autodiff() {
+        if x.is_autodiff() || w.tensor.is_autodiff() {
             return composed(ctx, layer, x, epilogue).into();
         }
-        return cpu::folded(x, w, norm, statistics.get(&layer.norm), epilogue, options).into();
+        return cpu::folded(x, w.tensor, norm, statistics.get(&layer.norm), epilogue, options).into();
     }
     // The maps of a training step take most of its memory.
     let y = cpu::conv_norm(x, w, norm, ConvOptions { storage: ctx.precision, ..options });
@@ -95,12 +91,12 @@ pub fn conv_norm_act(
 /// Unless the layer has kernel 5, stride 1 and dilation 1.
 pub fn up_conv_norm_act(ctx: &mut ForwardContext, layer: &ConvNorm, x: Tensor<4>, apply_relu: bool) -> FeatureMap {
     assert_eq!((layer.kernel, layer.stride, layer.dilation), (5, 1, 1), "shape of an up-convolution");
-    let w = four_kernels(layer.weight(ctx));
+    let w = four_kernels(ctx.weight(&layer.conv).tensor);
     let (norm, options) = (layer.norm(ctx), ConvOptions::new(ctx));
     let epilogue = if apply_relu { Epilogue::Relu } else { Epilogue::None };
     match &ctx.mode {
         Mode::Train(..) if has_kernels(&w.device()) => {
-            let y = cpu::conv_norm(x.into(), w, norm, options).merge_four_maps(four_to_one);
+            let y = cpu::conv_norm(x.into(), w.into(), norm, options).merge_four_maps(four_to_one);
             ctx.update_running_stats(&layer.norm, y.mean.clone(), y.variance.clone());
             if apply_relu { y.into() } else { cpu::norm_act(y, epilogue).into() }
         }
@@ -128,6 +124,9 @@ pub fn up_conv_norm_act(ctx: &mut ForwardContext, layer: &ConvNorm, x: Tensor<4>
 /// Both are integers for every other k.
 fn four_kernels(w: Tensor<4>) -> Tensor<4> {
     let [c_out, c_in, ..] = w.dims();
+    if has_kernels(&w.device()) {
+        return cpu::apply(w, FourKernels { c_out, c_in }, [4 * c_out, c_in, 3, 3]);
+    }
     let w = w.pad([(1, 0), (1, 0)], PadMode::Constant(0.0));
     // With the padding, taps 1, 3, 5 belong to even outputs, and 0, 2, 4 to odd ones.
     let w = w.reshape([c_out, c_in, 3, 2, 3, 2]).permute([3, 5, 0, 1, 2, 4]).flip([0, 1]);
@@ -138,15 +137,92 @@ fn four_kernels(w: Tensor<4>) -> Tensor<4> {
 /// `[N, 2 H, 2 W, C]`.
 fn four_to_one(x: Tensor<4>) -> Tensor<4> {
     let [n, h, w, c] = x.dims();
+    if has_kernels(&x.device()) {
+        return cpu::apply(x, FourToOne { w, c: c / 4 }, [n, 2 * h, 2 * w, c / 4]);
+    }
     let x = x.reshape([n, h, w, 2, 2, c / 4]).permute([0, 1, 3, 2, 4, 5]);
     x.reshape([n, 2 * h, 2 * w, c / 4])
+}
+
+/// [`four_kernels`] on slices.
+#[derive(Debug)]
+struct FourKernels {
+    c_out: usize,
+    c_in: usize,
+}
+
+impl FourKernels {
+    /// Calls `f` with the index of each tap of the 5×5 kernel and its index in the four 3×3 ones.
+    fn for_each_tap(&self, mut f: impl FnMut(usize, usize)) {
+        let &FourKernels { c_out, c_in } = self;
+        // Parity of the output, and the tap in its kernel.
+        let position = |tap: usize| [tap % 2, tap.div_ceil(2)];
+        for o in 0..c_out {
+            for i in 0..c_in {
+                for tap in 0..25 {
+                    let ([y, row], [x, column]) = (position(tap / 5), position(tap % 5));
+                    let map = (2 * y + x) * c_out + o;
+                    f((o * c_in + i) * 25 + tap, (map * c_in + i) * 9 + 3 * row + column);
+                }
+            }
+        }
+    }
+}
+
+impl cpu::Function for FourKernels {
+    fn forward(&self, x: &[f32]) -> Vec<f32> {
+        let mut y = vec![0.0; x.len() / 25 * 36];
+        self.for_each_tap(|from, to| y[to] = x[from]);
+        y
+    }
+
+    fn backward(&self, dy: &[f32]) -> Vec<f32> {
+        let mut dx = vec![0.0; dy.len() / 36 * 25];
+        self.for_each_tap(|from, to| dx[from] = dy[to]);
+        dx
+    }
+}
+
+/// [`four_to_one`] on slices, for maps `[.., w, 4 c]`.
+#[derive(Debug)]
+struct FourToOne {
+    w: usize,
+    c: usize,
+}
+
+impl FourToOne {
+    /// Calls `f` with the offsets of each `c` values in the four maps and in the merged one.
+    fn for_each_pixel(&self, len: usize, mut f: impl FnMut(usize, usize)) {
+        let &FourToOne { w, c } = self;
+        for pixel in 0..len / (4 * c) {
+            let (row, column) = (pixel / w, pixel % w);
+            for part in 0..4 {
+                let (y, x) = (2 * row + part / 2, 2 * column + part % 2);
+                f((4 * pixel + part) * c, (y * 2 * w + x) * c);
+            }
+        }
+    }
+}
+
+impl cpu::Function for FourToOne {
+    fn forward(&self, x: &[f32]) -> Vec<f32> {
+        let mut y = vec![0.0; x.len()];
+        self.for_each_pixel(x.len(), |from, to| y[to..][..self.c].copy_from_slice(&x[from..][..self.c]));
+        y
+    }
+
+    fn backward(&self, dy: &[f32]) -> Vec<f32> {
+        let mut dx = vec![0.0; dy.len()];
+        self.for_each_pixel(dy.len(), |from, to| dx[from..][..self.c].copy_from_slice(&dy[to..][..self.c]));
+        dx
+    }
 }
 
 /// [`conv_norm_act`] composed of Burn's operations, for every device. Convolution, skip and ReLU
 /// run in the compute precision, the norm in f32.
 pub fn composed(ctx: &mut ForwardContext, layer: &ConvNorm, x: Tensor<4>, epilogue: Epilogue) -> Tensor<4> {
     // Burn expects [N, C, H, W]. The permutations are views, and cancel between two layers.
-    let w = layer.weight(ctx);
+    let w = ctx.weight(&layer.conv).tensor;
     let (s, d) = (layer.stride, layer.dilation);
     let p = d * (layer.kernel / 2);
     let (x, w) = (ctx.to_compute_precision(x), ctx.to_compute_precision(w));
@@ -158,4 +234,35 @@ pub fn composed(ctx: &mut ForwardContext, layer: &ConvNorm, x: Tensor<4>, epilog
         Epilogue::AddRelu(skip) => relu(y + skip.into_tensor().permute([0, 3, 1, 2])),
     };
     y.permute([0, 2, 3, 1])
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::{Device, TensorData};
+
+    use super::{super::tree::host, cpu::Function, *};
+
+    /// The definition, by Burn's operations.
+    fn split(w: Tensor<4>) -> Tensor<4> {
+        let [c_out, c_in, ..] = w.dims();
+        let w = w.pad([(1, 0), (1, 0)], PadMode::Constant(0.0));
+        let w = w.reshape([c_out, c_in, 3, 2, 3, 2]).permute([3, 5, 0, 1, 2, 4]).flip([0, 1]);
+        w.reshape([4 * c_out, c_in, 3, 3])
+    }
+
+    #[test]
+    fn parts_of_an_up_convolution_match_their_definition() {
+        let tensor = |dims: [usize; 4]| {
+            let values: Vec<f32> = (1..=dims.iter().product::<usize>()).map(|i| i as f32).collect();
+            Tensor::<4>::from_data(TensorData::new(values, dims), &Device::flex())
+        };
+        let (w, x) = (tensor([2, 3, 5, 5]), tensor([2, 3, 2, 8]));
+        assert_eq!(host(four_kernels(w.clone())), host(split(w.clone())));
+        let merged = x.clone().reshape([2, 3, 2, 2, 2, 2]).permute([0, 1, 3, 2, 4, 5]).reshape([2, 6, 4, 2]);
+        assert_eq!(host(four_to_one(x.clone())), host(merged));
+        // The transpose of a permutation is its inverse.
+        let (kernels, pixels) = (FourKernels { c_out: 2, c_in: 3 }, FourToOne { w: 2, c: 2 });
+        assert_eq!(kernels.backward(&kernels.forward(&host(w.clone()))), host(w));
+        assert_eq!(pixels.backward(&pixels.forward(&host(x.clone()))), host(x));
+    }
 }

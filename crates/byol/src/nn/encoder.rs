@@ -1,16 +1,18 @@
 //! The frozen encoder: description, weights and inference.
 
 use burn::tensor::{Device, Tensor, TensorData};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::{
+    cpu,
     forward_context::{ForwardContext, Mode, NormConfig, Statistics},
     resnet::{Architecture, ResNet, Stem},
     tree::{self, Tree},
 };
 use crate::{
     data::Levels,
-    device::Precision,
+    device::{Precision, has_kernels},
     image::Image,
     views::{View, evaluation_view, resize::center_antialiased},
 };
@@ -35,11 +37,42 @@ impl Default for Normalization {
 impl Normalization {
     /// Computes (x − mean) / std per channel. `x`: `[N, H, W, C]` in 0..1.
     pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
+        if has_kernels(&x.device()) {
+            let shape = x.dims();
+            return cpu::apply(x, self.clone(), shape);
+        }
         let (device, c) = (x.device(), self.mean.len());
         let per_channel = |values: Vec<f32>| Tensor::<4>::from_data(TensorData::new(values, [1, 1, 1, c]), &device);
         let inverse = self.std.iter().map(|s| 1.0 / s).collect();
         (x - per_channel(self.mean.clone())) * per_channel(inverse)
     }
+}
+
+impl cpu::Function for Normalization {
+    fn forward(&self, x: &[f32]) -> Vec<f32> {
+        let inverse: Vec<f32> = self.std.iter().map(|s| 1.0 / s).collect();
+        by_pixel(x, self.mean.len(), |i, x| (x - self.mean[i]) * inverse[i])
+    }
+
+    fn backward(&self, dy: &[f32]) -> Vec<f32> {
+        let inverse: Vec<f32> = self.std.iter().map(|s| 1.0 / s).collect();
+        by_pixel(dy, self.mean.len(), |i, dy| dy * inverse[i])
+    }
+}
+
+/// f(channel, value) for the values of pixels of `c` channels.
+fn by_pixel(values: &[f32], c: usize, f: impl Fn(usize, f32) -> f32 + Sync) -> Vec<f32> {
+    /// Pixels per task.
+    const BLOCK: usize = 1 << 12;
+    let mut out = vec![0.0; values.len()];
+    out.par_chunks_mut(BLOCK * c).zip(values.par_chunks(BLOCK * c)).for_each(|(out, values)| {
+        for (out, values) in out.chunks_exact_mut(c).zip(values.chunks_exact(c)) {
+            for (i, (out, value)) in out.iter_mut().zip(values).enumerate() {
+                *out = f(i, *value);
+            }
+        }
+    });
+    out
 }
 
 /// Description of an encoder: everything but its weights. Stored in the encoder file.
@@ -182,7 +215,7 @@ impl Encoder {
         let norm = self.spec.norm();
         let mode = Mode::Eval(&self.weights.statistics);
         let params = &self.weights.params;
-        self.forward(&mut ForwardContext { params, norm: &norm, precision: Precision::F32, mode }, x)
+        self.forward(&mut ForwardContext::new(params, &norm, Precision::F32, mode), x)
     }
 
     /// Computes the representation of one view: `spec.size`² pixels, row-major with interleaved

@@ -1,12 +1,15 @@
 //! The inputs of a forward pass besides the images: weights, compute precision, and the state of
 //! batch norm.
 
+use std::collections::HashMap;
+
 use burn::tensor::{Device, Tensor};
 use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 
 use super::{
     batch_norm,
+    readers::Weight,
     tree::{Leaf, Tree},
 };
 use crate::{device::Precision, ranks::Ranks};
@@ -126,12 +129,27 @@ pub struct ForwardContext<'a> {
     pub precision: Precision,
     /// Training or evaluation.
     pub mode: Mode<'a>,
+    /// Weights that a layer has read.
+    weights: HashMap<String, Weight>,
 }
 
-impl ForwardContext<'_> {
-    /// Returns `true` if batch norm uses the statistics of the batch.
-    pub(crate) fn is_training(&self) -> bool {
-        matches!(self.mode, Mode::Train(..))
+impl<'a> ForwardContext<'a> {
+    /// Context of one or more passes with the same weights: both views of a step.
+    pub fn new(params: &'a Tree, norm: &'a NormConfig, precision: Precision, mode: Mode<'a>) -> Self {
+        ForwardContext { params, norm, precision, mode, weights: HashMap::new() }
+    }
+
+    /// Weight `NAME.weight` of a convolution or linear layer, `[C_out, C_in, K, K]`. All passes of
+    /// the context share it.
+    pub(crate) fn weight(&mut self, name: &str) -> Weight {
+        if let Some(weight) = self.weights.get(name) {
+            return weight.clone();
+        }
+        let leaf = self.params.leaf(&format!("{name}.weight")).unwrap_or_else(|| panic!("no weight of {name}"));
+        let side = |axis: usize| leaf.shape.get(axis).copied().unwrap_or(1);
+        let weight = Weight::from(leaf.value.clone().reshape([side(0), side(1), side(2), side(3)]));
+        self.weights.insert(name.to_owned(), weight.clone());
+        weight
     }
 
     /// Ranks over which batch norm computes its statistics.

@@ -6,8 +6,8 @@
 use burn::tensor::{Device, FloatDType, Tensor, activation::relu};
 
 use super::{
-    cpu::{self, ConvOptions, Norm},
-    forward_context::{ForwardContext, Statistics},
+    cpu::{self, ConvOptions, Epilogue, Norm},
+    forward_context::{ForwardContext, Mode, RunningStats, Statistics},
     init::{self, Init},
     tree::{Leaf, Tree},
 };
@@ -73,8 +73,14 @@ impl Mlp {
     /// # Shapes
     /// `x`: `[N, d_in]`; returns `[N, d_out]`.
     pub fn forward(&self, ctx: &mut ForwardContext, x: Tensor<2>) -> Tensor<2> {
-        if has_kernels(&x.device()) && ctx.is_training() {
-            return self.forward_fused(ctx, x);
+        let is_constant = |ctx: &ForwardContext| ctx.params.iter().all(|(_, leaf)| !leaf.value.is_autodiff());
+        match &ctx.mode {
+            Mode::Train(..) if has_kernels(&x.device()) => return self.forward_fused(ctx, x),
+            Mode::Eval(statistics) if has_kernels(&x.device()) && !x.is_autodiff() && is_constant(ctx) => {
+                let running = statistics.get(&self.norm_name()).clone();
+                return self.forward_folded(ctx, x, running);
+            }
+            _ => {}
         }
         let linear = |ctx: &ForwardContext, x: Tensor<2>, suffix: &str| {
             let w = ctx.params.get::<2>(&format!("{}.{suffix}", self.name)).transpose();
@@ -89,21 +95,35 @@ impl Mlp {
     /// Training on the CPU: a linear layer is a convolution of maps of one pixel.
     fn forward_fused(&self, ctx: &mut ForwardContext, x: Tensor<2>) -> Tensor<2> {
         let (n, norm_name) = (x.dims()[0], self.norm_name());
-        let weight = |ctx: &ForwardContext, suffix: &str, c_out: usize, c_in: usize| {
-            ctx.params.get::<2>(&format!("{}.{suffix}", self.name)).reshape([c_out, c_in, 1, 1])
-        };
-        let get = |name: String| ctx.params.get::<1>(&name);
-        let bias = get(format!("{}.fc1.bias", self.name));
-        let (gamma, beta) = (get(format!("{norm_name}.weight")), get(format!("{norm_name}.bias")));
+        let (bias, Norm { gamma, beta, eps }) = self.bias_and_norm(ctx);
         // The norm cancels the bias, which affects only the running mean. Its gradient is 0.
-        let beta = beta + bias.clone().mul_scalar(0.0);
-        let norm = Norm { gamma, beta, eps: ctx.norm.eps };
+        let norm = Norm { gamma, beta: beta + bias.clone().mul_scalar(0.0), eps };
         let x = x.reshape([n, 1, 1, self.d_in]);
-        let w = weight(ctx, "fc1.weight", self.hidden, self.d_in);
-        let h = cpu::conv_norm(x.into(), w, norm, ConvOptions::new(ctx));
+        let h = cpu::conv_norm(x.into(), ctx.weight(&self.layer(1)), norm, ConvOptions::new(ctx));
         ctx.update_running_stats(&norm_name, h.mean.clone() + bias, h.variance.clone());
-        let w = weight(ctx, "fc2.weight", self.d_out, self.hidden);
-        cpu::conv(h.into(), w, ConvOptions::new(ctx)).reshape([n, self.d_out])
+        cpu::conv(h.into(), ctx.weight(&self.layer(2)), ConvOptions::new(ctx)).reshape([n, self.d_out])
+    }
+
+    /// Evaluation on the CPU, with the norm folded into the first layer.
+    fn forward_folded(&self, ctx: &mut ForwardContext, x: Tensor<2>, running: RunningStats) -> Tensor<2> {
+        let (n, options) = (x.dims()[0], ConvOptions::new(ctx));
+        let (bias, norm) = self.bias_and_norm(ctx);
+        // norm(x Wᵀ + b) is a norm of x Wᵀ with another mean.
+        let running = RunningStats { mean: running.mean - bias, ..running };
+        let x = x.reshape([n, 1, 1, self.d_in]);
+        let h = cpu::folded(x, ctx.weight(&self.layer(1)).tensor, norm, &running, Epilogue::Relu, options);
+        cpu::conv(h.into(), ctx.weight(&self.layer(2)), options).reshape([n, self.d_out])
+    }
+
+    /// Bias of the first layer and the norm that follows.
+    fn bias_and_norm(&self, ctx: &ForwardContext) -> (Tensor<1>, Norm) {
+        let get = |name: String| ctx.params.get::<1>(&name);
+        let [gamma, beta] = ["weight", "bias"].map(|suffix| get(format!("{}.{suffix}", self.norm_name())));
+        (get(format!("{}.bias", self.layer(1))), Norm { gamma, beta, eps: ctx.norm.eps })
+    }
+
+    fn layer(&self, i: usize) -> String {
+        format!("{}.fc{i}", self.name)
     }
 
     fn norm_name(&self) -> String {

@@ -4,7 +4,7 @@
 //! Imports go one way, from right to left:
 //!
 //! ```text
-//! tree, batch_norm, init
+//! tree, batch_norm, init, readers
 //!   ← forward_context
 //!     ← cpu
 //!       ← pool, conv_norm_act
@@ -16,7 +16,7 @@
 mod batch_norm;
 #[doc(hidden)]
 pub mod conv_norm_act;
-mod cpu;
+pub(crate) mod cpu;
 pub mod encoder;
 #[doc(hidden)]
 pub mod forward_context;
@@ -26,6 +26,7 @@ pub mod mlp;
 pub mod network;
 #[doc(hidden)]
 pub mod pool;
+mod readers;
 pub mod resnet;
 pub mod tree;
 pub mod weights;

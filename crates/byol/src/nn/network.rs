@@ -142,7 +142,7 @@ impl Network {
     /// Context of a forward pass in training mode, which updates `statistics`.
     pub fn training<'a>(&'a self, params: &'a Tree, statistics: &'a mut Statistics) -> ForwardContext<'a> {
         let mode = Mode::Train(statistics, self.ranks);
-        ForwardContext { params, norm: &self.norm, precision: self.precision, mode }
+        ForwardContext::new(params, &self.norm, self.precision, mode)
     }
 
     /// y = f(v): representations, `[N, F]`. `v`: `[N, H, W, C]` in 0..1.

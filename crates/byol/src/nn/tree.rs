@@ -8,7 +8,7 @@
 use burn::tensor::{Device, Gradients, Tensor, TensorData};
 use indexmap::IndexMap;
 
-use crate::ranks::Ranks;
+use crate::{device::has_kernels, ranks::Ranks};
 
 /// One named tensor. Stored flat; [`Tree::get`] restores its shape (a view, no copy).
 #[derive(Debug, Clone)]
@@ -39,6 +39,14 @@ impl Leaf {
 /// Copies the elements of a tensor to the host, row-major.
 pub fn host<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     tensor.without_autodiff().into_data_as::<f32>().try_into_vec::<f32>().expect("float tensors are read back as f32")
+}
+
+/// Changes the elements of a tensor on the host.
+fn on_host(tensor: Tensor<1>, f: impl FnOnce(&mut [f32])) -> Tensor<1> {
+    let (device, n) = (tensor.device(), tensor.dims()[0]);
+    let mut values = host(tensor);
+    f(&mut values);
+    Tensor::from_data(TensorData::new(values, [n]), &device)
 }
 
 /// A set of weights: an ordered map from torchvision's parameter names to tensors.
@@ -159,10 +167,37 @@ impl Tree {
         })
     }
 
-    /// L2 norm over all leaves, in f64 on the host. For statistics, not for the update.
+    /// Adds another tree leaf by leaf.
+    ///
+    /// # Panics
+    /// If `other` lacks a leaf of `self`.
+    pub(crate) fn add(&self, other: &Tree) -> Tree {
+        self.zip(other, |_, a, b| match has_kernels(&a.device()) {
+            true => {
+                let b = host(b);
+                on_host(a, |values| values.iter_mut().zip(&b).for_each(|(a, b)| *a += b))
+            }
+            false => a + b,
+        })
+    }
+
+    /// Divides all leaves by `n`.
+    pub(crate) fn div(&self, n: f64) -> Tree {
+        self.map(|_, a| match has_kernels(&a.device()) {
+            true => on_host(a, |values| values.iter_mut().for_each(|a| *a /= n as f32)),
+            false => a.div_scalar(n),
+        })
+    }
+
+    /// L2 norm over all leaves, summed in f64 on the host. For statistics, not for the update.
+    /// Infinite if the square of a value exceeds the range of f32.
     pub fn norm(&self) -> f64 {
         if self.is_empty() {
             return 0.0;
+        }
+        if self.0.values().all(|leaf| has_kernels(&leaf.value.device())) {
+            let squares = |leaf: &Leaf| -> f64 { leaf.to_vec().iter().map(|v| f64::from(v * v)).sum() };
+            return self.0.values().map(squares).sum::<f64>().sqrt();
         }
         // One transfer for all leaves: each would wait for the device.
         let squares = self.0.values().map(|leaf| leaf.value.clone().square().sum()).collect();

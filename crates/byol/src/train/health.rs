@@ -345,8 +345,7 @@ fn forward(byol: &Byol, images: &Images, spec: &EncoderSpec, device: &Device) ->
     let (mut y_all, mut z_all) = (Vec::new(), Vec::new());
     eval::for_each_batch(images, spec, device, |x: Tensor<4>| {
         let mode = Mode::Eval(&byol.online.statistics);
-        let mut context =
-            ForwardContext { params: &byol.online.params, norm: &net.norm, precision: Precision::F32, mode };
+        let mut context = ForwardContext::new(&byol.online.params, &net.norm, Precision::F32, mode);
         let y = net.encode(&mut context, x);
         z_all.extend(host(l2_normalize(net.projector.forward(&mut context, y.clone()))));
         y_all.extend(host(y));

@@ -111,13 +111,13 @@ impl Stepper {
             on_phase(Phase::Backward);
             sum = Some(match sum {
                 None => (value, grads),
-                Some((total, sum)) => (total + value, sum.zip(&grads, |_, a, b| a + b)),
+                Some((total, sum)) => (total + value, sum.add(&grads)),
             });
         }
         let (mut loss, mut grads) = sum.expect("a step has at least one micro-batch");
         if self.micro_batches > 1 {
             let n = self.micro_batches as f64;
-            (loss, grads) = (loss / n, grads.map(|_, g| g.div_scalar(n)));
+            (loss, grads) = (loss / n, grads.div(n));
         }
         if self.ranks != Ranks::SINGLE {
             let mut mean = [loss / self.ranks.world_size() as f64];

@@ -232,12 +232,8 @@ fn fused_layer_matches_composed() {
         let compute = |fused: bool| {
             let tracked = params.tracked();
             let mut statistics = Statistics::new([("bn0", 5), ("bn1", 6)], &device);
-            let mut ctx = ForwardContext {
-                params: &tracked,
-                norm: &norm,
-                precision: Precision::F32,
-                mode: Mode::Train(&mut statistics, Ranks::SINGLE),
-            };
+            let mut ctx =
+                ForwardContext::new(&tracked, &norm, Precision::F32, Mode::Train(&mut statistics, Ranks::SINGLE));
             let tensor = |values, shape: [usize; 4]| {
                 Tensor::<4>::from_data(TensorData::new(values, shape), &device).autodiff().require_grad()
             };
@@ -268,12 +264,7 @@ fn fused_layer_matches_composed() {
             }
             // Evaluation with the running statistics of the pass above.
             let plain = |values, shape: [usize; 4]| Tensor::<4>::from_data(TensorData::new(values, shape), &device);
-            let mut ctx = ForwardContext {
-                params: &params,
-                norm: &norm,
-                precision: Precision::F32,
-                mode: Mode::Eval(&statistics),
-            };
+            let mut ctx = ForwardContext::new(&params, &norm, Precision::F32, Mode::Eval(&statistics));
             let skip = plain(noise(3 * h_out * w_out * 6, 5), [3, h_out, w_out, 6]);
             let epilogue = if with_skip { Epilogue::AddRelu(skip.into()) } else { Epilogue::None };
             all.push(host(chain(&mut ctx, plain(noise(3 * h * w * 5, 4), [3, h, w, 5]), epilogue)));
@@ -314,7 +305,7 @@ fn up_convolution_matches_convolution_of_upsampled_map() {
         let tracked = params.tracked();
         let mut statistics = Statistics::new([("bn", c_out)], &device);
         let mode = Mode::Train(&mut statistics, Ranks::SINGLE);
-        let mut ctx = ForwardContext { params: &tracked, norm: &norm, precision: Precision::F32, mode };
+        let mut ctx = ForwardContext::new(&tracked, &norm, Precision::F32, mode);
         let x = Tensor::<4>::from_data(TensorData::new(noise(n * h * w * c_in, 4), [n, h, w, c_in]), &device);
         let leaf = x.clone().autodiff().require_grad();
         let y = forward(&mut ctx, leaf.clone());
@@ -327,7 +318,7 @@ fn up_convolution_matches_convolution_of_upsampled_map() {
         // In evaluation: folded, and composed for tracked weights.
         for params in [&params, &tracked] {
             let mode = Mode::Eval(&statistics);
-            let mut ctx = ForwardContext { params, norm: &norm, precision: Precision::F32, mode };
+            let mut ctx = ForwardContext::new(params, &norm, Precision::F32, mode);
             let x = if params.get::<1>("bn.bias").is_autodiff() { x.clone().autodiff() } else { x.clone() };
             all.push(host(forward(&mut ctx, x)));
         }

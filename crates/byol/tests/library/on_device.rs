@@ -110,7 +110,7 @@ fn norm(ranks: Ranks, x: &[f32], t: &[f32], c: usize) -> [Vec<f32>; 4] {
     let params = params.tracked();
     let mut statistics = Statistics::new([("bn", c)], &device);
     let mode = Mode::Train(&mut statistics, ranks);
-    let mut ctx = ForwardContext { params: &params, norm: &config, precision: Precision::F32, mode };
+    let mut ctx = ForwardContext::new(&params, &config, Precision::F32, mode);
     let x = matrix(x).autodiff().require_grad();
     let y = ctx.batch_norm("bn", x.clone());
     let mut grads = (y.clone() * matrix(t).autodiff()).sum().backward();
@@ -166,7 +166,7 @@ fn half_precision_layer_computes_norms_in_f32() {
     let forward = |precision: Precision| {
         let mut statistics = Statistics::new([("bn", 16)], &device);
         let mode = Mode::Train(&mut statistics, Ranks::SINGLE);
-        let mut ctx = ForwardContext { params: &params, norm: &config, precision, mode };
+        let mut ctx = ForwardContext::new(&params, &config, precision, mode);
         let x = Tensor::from_data(TensorData::new(noise(2, 4 * 6 * 6 * 8), [4, 6, 6, 8]), &device);
         let y = composed(&mut ctx, &layer, x, Epilogue::Relu);
         assert_eq!(FloatDType::from(y.dtype()), precision.dtype());

@@ -214,12 +214,7 @@ fn batch_norm() {
         let params = params.tracked();
         let (mut statistics, norm) = (initial(c), plain_norm());
         let x = flat("x").autodiff().require_grad();
-        let mut ctx = ForwardContext {
-            params: &params,
-            norm: &norm,
-            precision: Precision::F32,
-            mode: Mode::Train(&mut statistics, Ranks::SINGLE),
-        };
+        let mut ctx = ForwardContext::new(&params, &norm, Precision::F32, Mode::Train(&mut statistics, Ranks::SINGLE));
         let y = ctx.batch_norm("bn", x.clone());
         case.check("y", &host(y.clone()));
         let mut grads = (y * flat("dy").autodiff()).sum().backward();
@@ -237,12 +232,7 @@ fn batch_norm() {
     params.insert("bn.weight", Leaf::new(vec![1.0; 3], &[3], &device));
     params.insert("bn.bias", Leaf::new(vec![0.0; 3], &[3], &device));
     for t in 1..=3 {
-        let mut ctx = ForwardContext {
-            params: &params,
-            norm: &norm,
-            precision: Precision::F32,
-            mode: Mode::Train(&mut statistics, Ranks::SINGLE),
-        };
+        let mut ctx = ForwardContext::new(&params, &norm, Precision::F32, Mode::Train(&mut statistics, Ranks::SINGLE));
         ctx.batch_norm("bn", case_.tensor::<2>(&format!("x{t}"), &device));
         case_.check(&format!("mean{t}"), &host(statistics.get("bn").mean.clone()));
         case_.check(&format!("var{t}"), &host(statistics.get("bn").var.clone()));
@@ -257,8 +247,7 @@ fn batch_norm() {
         "bn",
         RunningStats { mean: case.tensor("mean", &device), var: case.tensor("var", &device), batches: 1 },
     );
-    let mut ctx =
-        ForwardContext { params: &params, norm: &norm, precision: Precision::F32, mode: Mode::Eval(&statistics) };
+    let mut ctx = ForwardContext::new(&params, &norm, Precision::F32, Mode::Eval(&statistics));
     let y = ctx.batch_norm("bn", case.tensor::<4>("x", &device).permute([0, 3, 1, 2]));
     case.check("y", &host(y.permute([0, 2, 3, 1])));
 }
@@ -269,12 +258,7 @@ fn check_resnet(name: &str, net: &ResNet) {
     let mut statistics = net.statistics(&device);
     let nchw = case.tensor::<4>("x", &device).autodiff().require_grad();
     let x = nchw.clone().permute([0, 2, 3, 1]);
-    let mut ctx = ForwardContext {
-        params: &params,
-        norm: &norm,
-        precision: Precision::F32,
-        mode: Mode::Train(&mut statistics, Ranks::SINGLE),
-    };
+    let mut ctx = ForwardContext::new(&params, &norm, Precision::F32, Mode::Train(&mut statistics, Ranks::SINGLE));
     let y = net.forward(&mut ctx, x.clone());
     case.check("features_train", &host(y.clone()));
 
@@ -299,8 +283,7 @@ fn check_resnet(name: &str, net: &ResNet) {
         case.check(&format!("stats.{name}.running_mean"), &host(r.mean.clone()));
         case.check(&format!("stats.{name}.running_var_biased"), &host(r.var.clone()));
     }
-    let mut ctx =
-        ForwardContext { params: &params, norm: &norm, precision: Precision::F32, mode: Mode::Eval(&statistics) };
+    let mut ctx = ForwardContext::new(&params, &norm, Precision::F32, Mode::Eval(&statistics));
     case.check("features_eval_biased", &host(net.forward(&mut ctx, x)));
 }
 

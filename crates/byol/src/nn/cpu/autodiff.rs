@@ -18,9 +18,10 @@ use burn::backend::{
 use burn::tensor::DType;
 
 use super::ops::{
-    ConvInput, ConvOptions, Epilogue, EpilogueKind, FusedGrads, FusedOps, NormParams, OutputMoments, PoolOptions,
-    Readers,
+    ConvInput, ConvOptions, Epilogue, EpilogueKind, FusedGrads, FusedOps, NormParams, OtherGradients, OutputMoments,
+    PoolOptions,
 };
+use crate::nn::readers::Readers;
 
 /// Separates the values of a norm's parameters from the nodes of γ and β.
 fn split_norm<B: Backend, C: CheckpointStrategy>(norm: NormParams<Autodiff<B, C>>) -> (NormParams<B>, [NodeGuard; 2]) {
@@ -37,6 +38,7 @@ struct Conv;
 struct ConvState<B: Backend> {
     input: ConvInput<B>,
     w: FloatTensor<B>,
+    w_readers: Readers,
     options: ConvOptions,
 }
 
@@ -46,13 +48,19 @@ impl<B: FusedGrads, const N: usize> Backward<B, N> for Conv {
 
     fn backward(self, ops: Ops<Self::State, N>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dy = grads.consume::<B>(&ops.node);
-        let ConvState { input, w, options } = ops.state;
-        let others = match (&input, &ops.parents[0]) {
-            // The gradient of a leaf, which has no parents, cannot be taken out.
-            (ConvInput::Map { readers, .. }, Some(node)) if !node.parents.is_empty() && readers.register() => {
-                Some(grads.consume::<B>(node))
-            }
-            _ => None,
+        let ConvState { input, w, w_readers, options } = ops.state;
+        // The gradient that another reader has registered; that of a leaf, which has no parents, cannot be
+        // taken out.
+        let mut take_registered = |readers: &Readers, parent: usize| {
+            let node = ops.parents[parent].as_ref().filter(|node| !node.parents.is_empty())?;
+            readers.register().then(|| grads.consume::<B>(node))
+        };
+        let others = OtherGradients {
+            input: match &input {
+                ConvInput::Map { readers, .. } => take_registered(readers, 0),
+                ConvInput::Deferred { .. } => None,
+            },
+            w: take_registered(&w_readers, 1),
         };
         let needs_input_grad = ops.parents[0].is_some();
         let g = B::conv_backward(dy, input, w, options, needs_input_grad, others);
@@ -68,12 +76,12 @@ impl<B: FusedGrads, const N: usize> Backward<B, N> for Conv {
 fn conv<B: FusedGrads, C: CheckpointStrategy, const N: usize>(
     parents: [NodeGuard; N],
     input: ConvInput<B>,
-    w: FloatTensor<B>,
+    (w, w_readers): (FloatTensor<B>, Readers),
     options: ConvOptions,
 ) -> (FloatTensor<Autodiff<B, C>>, OutputMoments<Autodiff<B, C>>) {
-    let (y, moments) = B::conv(input.clone(), w.clone(), options);
+    let (y, moments) = B::conv(input.clone(), w.clone(), w_readers.clone(), options);
     let y = match Backward::<B, N>::prepare::<C>(Conv, parents).compute_bound().stateful() {
-        OpsKind::Tracked(prep) => prep.finish(ConvState { input, w, options }, y),
+        OpsKind::Tracked(prep) => prep.finish(ConvState { input, w, w_readers, options }, y),
         OpsKind::UnTracked(prep) => prep.finish(y),
     };
     let constant = |t: FloatTensor<B>| <Autodiff<B, C> as AutodiffBackend>::from_inner(t);
@@ -177,9 +185,11 @@ impl<B: FusedGrads, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
     fn conv(
         input: ConvInput<Self>,
         w: FloatTensor<Self>,
+        w_readers: Readers,
         options: ConvOptions,
     ) -> (FloatTensor<Self>, OutputMoments<Self>) {
         let (w, w_node) = w.into_parts();
+        let w = (w, w_readers);
         match input {
             ConvInput::Map { x, readers } => {
                 let (x, x_node) = x.into_parts();

@@ -9,10 +9,11 @@
 //!
 //! In evaluation the norm is folded into the weights, and a layer is a single pass ([`folded`]).
 //!
-//! `ops.rs` has the passes of one tensor, `autodiff.rs` their graph nodes, this file the functions
-//! of Burn's `Tensor` that dispatch to both.
+//! `ops.rs` has the passes of one tensor, `autodiff.rs` their graph nodes, `function.rs` the functions
+//! on slices, this file those of Burn's `Tensor` that dispatch to them.
 
 mod autodiff;
+mod function;
 mod ops;
 
 use burn::{
@@ -20,10 +21,14 @@ use burn::{
     tensor::Tensor,
 };
 
-use ops::{ConvInput, FoldedOps, FusedOps, NormParams, Readers};
+pub(crate) use function::{Function, apply, loss};
+use ops::{ConvInput, FoldedOps, FusedOps, NormParams};
 pub use ops::{ConvOptions, PoolOptions};
 
-use super::forward_context::{ForwardContext, RunningStats};
+use super::{
+    forward_context::{ForwardContext, RunningStats},
+    readers::{Readers, Weight},
+};
 use crate::{device::Precision, ranks::Ranks};
 
 impl ConvOptions {
@@ -169,18 +174,18 @@ impl Epilogue {
 ///
 /// # Shapes
 /// `x`: `[N, H, W, C_in]`; `w`: `[C_out, C_in, K, K]`; `norm`: `[C_out]`.
-pub(crate) fn conv_norm(x: FeatureMap, w: Tensor<4>, norm: Norm, options: ConvOptions) -> UnnormalizedMap {
+pub(crate) fn conv_norm(x: FeatureMap, w: Weight, norm: Norm, options: ConvOptions) -> UnnormalizedMap {
     let options = ConvOptions { moments: true, ..options };
-    let (y, moments) = Dispatch::conv(x.into_dispatch(), w.into_dispatch(), options);
+    let (y, moments) = Dispatch::conv(x.into_dispatch(), w.tensor.into_dispatch(), w.readers, options);
     let (mean, variance) = moments.expect("requested by the options");
     let [mean, variance] = [mean, variance].map(Tensor::from_dispatch);
     UnnormalizedMap { y: Tensor::from_dispatch(y), norm, mean, variance, ranks: options.ranks }
 }
 
 /// Convolution alone. Shapes as for [`conv_norm`].
-pub fn conv(x: FeatureMap, w: Tensor<4>, options: ConvOptions) -> Tensor<4> {
+pub fn conv(x: FeatureMap, w: Weight, options: ConvOptions) -> Tensor<4> {
     let options = ConvOptions { moments: false, ..options };
-    Tensor::from_dispatch(Dispatch::conv(x.into_dispatch(), w.into_dispatch(), options).0)
+    Tensor::from_dispatch(Dispatch::conv(x.into_dispatch(), w.tensor.into_dispatch(), w.readers, options).0)
 }
 
 /// epilogue(norm(y)), `[N, H, W, C]`.
@@ -204,10 +209,8 @@ pub fn folded(
 ) -> Tensor<4> {
     let scale = norm.gamma / running.var.clone().add_scalar(norm.eps).sqrt();
     let shift = norm.beta - running.mean.clone() * scale.clone();
-    let [c_out] = scale.dims();
-    let w = w * scale.reshape([c_out, 1, 1, 1]);
-    let (x, w, shift) = (x.into_dispatch(), w.into_dispatch(), shift.into_dispatch());
-    Tensor::from_dispatch(Dispatch::conv_shift_act(x, w, shift, epilogue.into_dispatch(), options))
+    let ([x, w], [scale, shift]) = ([x, w].map(Tensor::into_dispatch), [scale, shift].map(Tensor::into_dispatch));
+    Tensor::from_dispatch(Dispatch::conv_scale_shift_act(x, w, scale, shift, epilogue.into_dispatch(), options))
 }
 
 /// Maximum of each window, `[N, H, W, C]` to `[N, H', W', C]`.

@@ -7,11 +7,6 @@
 // `#[backend_extension]` needs the result types spelled out.
 #![allow(clippy::type_complexity)]
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
-};
-
 use burn::{
     backend::{
         Backend, ExtensionType, Flex, TensorMetadata, backend_extension, flex::FlexTensor, ops::FloatTensorOps,
@@ -28,9 +23,11 @@ use byol_kernels::{
     storage::{Storage, Values},
 };
 use half::{bf16, slice::HalfFloatSliceExt, vec::HalfBitsVecExt};
+use rayon::prelude::*;
 
 use crate::{
     device::{self, Precision},
+    nn::readers::Readers,
     ranks::Ranks,
 };
 
@@ -137,20 +134,6 @@ pub enum Epilogue<B: Backend> {
     },
 }
 
-/// State shared by the layers that read one map. Each adds its part to the gradient of the map; a
-/// convolution adds the earlier parts while it writes its own, which saves a pass over both.
-#[derive(Debug, Clone, Default)]
-pub struct Readers(Arc<AtomicBool>);
-
-impl Readers {
-    /// Notes that a reader has registered its part of the gradient. Returns whether another one had
-    /// done so.
-    pub(crate) fn register(&self) -> bool {
-        // The backward passes of a graph run one after the other.
-        self.0.swap(true, Ordering::Relaxed)
-    }
-}
-
 /// An [`Epilogue`] without its tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EpilogueKind {
@@ -169,9 +152,11 @@ pub type OutputMoments<B> = Option<(FloatTensor<B>, FloatTensor<B>)>;
 #[backend_extension(Autodiff, Flex)]
 pub trait FusedOps: Backend {
     /// conv(input, w), with the moments of the output over all ranks if `options.moments`.
+    /// `w_readers` are the convolutions with the same weight.
     fn conv(
         #[extension_type] input: ConvInput<Self>,
         w: FloatTensor<Self>,
+        w_readers: Readers,
         options: ConvOptions,
     ) -> (FloatTensor<Self>, Option<(FloatTensor<Self>, FloatTensor<Self>)>);
 
@@ -192,10 +177,11 @@ pub trait FusedOps: Backend {
 /// Forward passes without a gradient.
 #[backend_extension(Flex)]
 pub trait FoldedOps: Backend {
-    /// epilogue(conv(x, w) + shift).
-    fn conv_shift_act(
+    /// epilogue(conv(x, scale · w) + shift).
+    fn conv_scale_shift_act(
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
+        scale: FloatTensor<Self>,
         shift: FloatTensor<Self>,
         #[extension_type] epilogue: Epilogue<Self>,
         options: ConvOptions,
@@ -213,6 +199,15 @@ pub struct ConvGradients<B: Backend> {
     pub norm: Option<[FloatTensor<B>; 2]>,
 }
 
+/// Gradients that the other readers of a convolution's input and weight have registered so far.
+#[derive(Debug)]
+pub struct OtherGradients<B: Backend> {
+    /// Gradient of the input, unless its norm is deferred.
+    pub input: Option<FloatTensor<B>>,
+    /// Gradient of the weight.
+    pub w: Option<FloatTensor<B>>,
+}
+
 /// Gradients of norm and epilogue.
 #[derive(Debug)]
 pub struct NormActGradients<B: Backend> {
@@ -228,15 +223,14 @@ pub struct NormActGradients<B: Backend> {
 
 /// Backward passes of [`FusedOps`].
 pub trait FusedGrads: FusedOps {
-    /// Gradients of [`FusedOps::conv`]. `others`, the gradient of the input from its other readers
-    /// so far, is added to dx.
+    /// Gradients of [`FusedOps::conv`], plus those of other readers so far.
     fn conv_backward(
         dy: FloatTensor<Self>,
         input: ConvInput<Self>,
         w: FloatTensor<Self>,
         options: ConvOptions,
         needs_input_grad: bool,
-        others: Option<FloatTensor<Self>>,
+        others: OtherGradients<Self>,
     ) -> ConvGradients<Self>;
 
     /// Gradients of [`FusedOps::norm_act`]. `out` is its output, for [`EpilogueKind::AddRelu`].
@@ -444,7 +438,12 @@ fn is_bf16(map: &FlexTensor) -> bool {
 }
 
 impl FusedOps for Flex {
-    fn conv(input: ConvInput<Self>, w: FlexTensor, options: ConvOptions) -> (FlexTensor, OutputMoments<Self>) {
+    fn conv(
+        input: ConvInput<Self>,
+        w: FlexTensor,
+        _: Readers,
+        options: ConvOptions,
+    ) -> (FlexTensor, OutputMoments<Self>) {
         with_element!(options.storage == Precision::Bf16, conv_forward(input, w, options))
     }
 
@@ -465,19 +464,42 @@ impl FusedOps for Flex {
 }
 
 impl FoldedOps for Flex {
-    fn conv_shift_act(
+    fn conv_scale_shift_act(
         x: FlexTensor,
         w: FlexTensor,
+        scale: FlexTensor,
         shift: FlexTensor,
         epilogue: Epilogue<Self>,
         options: ConvOptions,
     ) -> FlexTensor {
-        let ([x, w, shift], (relu, skip)) = ([x, w, shift].map(|t| t.to_contiguous()), epilogue.into_parts());
+        let ([x, w, scale, shift], (relu, skip)) =
+            ([x, w, scale, shift].map(|t| t.to_contiguous()), epilogue.into_parts());
         let (isa, s) = (options.isa(), options.shape(&x, &w));
+        let mut scaled = values(&w).to_vec();
+        let rows = scaled.par_chunks_exact_mut(s.c_in * s.kernel * s.kernel);
+        rows.zip(values(&scale)).for_each(|(row, scale)| row.iter_mut().for_each(|w| *w *= scale));
         let epilogue = ShiftAct { shift: values(&shift), skip: skip.as_ref().map(values), relu };
-        let (y, _) = conv::forward_fused::<f32, _>(isa, &s, values(&x).into(), values(&w), &epilogue);
+        let (y, _) = conv::forward_fused::<f32, _>(isa, &s, values(&x).into(), &scaled, &epilogue);
         tensor(y, &[s.n, s.h_out(), s.w_out(), s.c_out])
     }
+}
+
+/// Gradient of the weight of a convolution, plus `others`.
+fn weight_gradient(
+    options: ConvOptions,
+    s: &Shape,
+    input: Input,
+    dy: &FlexTensor,
+    others: Option<FlexTensor>,
+) -> FlexTensor {
+    /// Elements per task.
+    const BLOCK: usize = 1 << 14;
+    let mut dw = conv::backward_weight(options.isa(), s, input, map_values(dy));
+    if let Some(others) = others.map(|others| others.to_contiguous()) {
+        let blocks = dw.par_chunks_mut(BLOCK).zip(values(&others).par_chunks(BLOCK));
+        blocks.for_each(|(dw, others)| dw.iter_mut().zip(others).for_each(|(dw, other)| *dw += other));
+    }
+    tensor(dw, &[s.c_out, s.c_in, s.kernel, s.kernel])
 }
 
 /// Gradients of a convolution of relu(norm(x)), where x has elements `T`.
@@ -487,11 +509,12 @@ fn deferred_backward<T: Element>(
     params: NormParams<Flex>,
     w: FlexTensor,
     options: ConvOptions,
+    w_others: Option<FlexTensor>,
 ) -> ConvGradients<Flex> {
     let (isa, s) = (options.isa(), options.shape(&x, &w));
     let deferred = params.deferred();
     let input = Input { values: map_values(&x), norm: Some(&deferred) };
-    let dw = tensor(conv::backward_weight(isa, &s, input, map_values(&dy)), &w.shape());
+    let dw = weight_gradient(options, &s, input, &dy, w_others);
     // Through the deferred ReLU and norm: the norm's sums are gathered while dx is in the cache.
     let (norm, y) = (params.backward(), T::slice(&x));
     let (g, sums) = conv::backward_data_fused(isa, &s, values(&w), map_values(&dy), &SumNormGrads { norm: &norm, y });
@@ -567,16 +590,16 @@ impl FusedGrads for Flex {
         w: FlexTensor,
         options: ConvOptions,
         needs_input_grad: bool,
-        others: Option<FlexTensor>,
+        others: OtherGradients<Self>,
     ) -> ConvGradients<Self> {
         let ((x, norm), [dy, w]) = (input.into_parts(), [dy, w].map(|t| t.to_contiguous()));
         if let Some(params) = norm {
-            return with_element!(is_bf16(&x), deferred_backward(dy, x, params, w, options));
+            return with_element!(is_bf16(&x), deferred_backward(dy, x, params, w, options, others.w));
         }
-        let (isa, s) = (options.isa(), options.shape(&x, &w));
         let input = Input { values: map_values(&x), norm: None };
-        let dw = tensor(conv::backward_weight(isa, &s, input, map_values(&dy)), &w.shape());
-        let dx = needs_input_grad.then(|| with_element!(is_bf16(&x), input_gradient(&dy, &x, &w, options, others)));
+        let dw = weight_gradient(options, &options.shape(&x, &w), input, &dy, others.w);
+        let dx =
+            needs_input_grad.then(|| with_element!(is_bf16(&x), input_gradient(&dy, &x, &w, options, others.input)));
         ConvGradients { input: dx, w: dw, norm: None }
     }
 
