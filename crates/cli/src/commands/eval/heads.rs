@@ -1,7 +1,7 @@
 //! Dense evaluations, segmentation and depth: their arguments, the training of a head, the
 //! prediction of the test images, and the picture.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Instant};
 
 use byol::{
     apply::sheet::{self, Tile},
@@ -12,6 +12,9 @@ use byol::{
 
 use super::{CommonArgs, RANDOM};
 use crate::terminal::{self, Result, plural};
+
+/// Steps after the first that the time of a training is estimated from.
+const TIMED_STEPS: u64 = 3;
 
 /// Arguments of a dense evaluation.
 #[derive(Debug, clap::Args)]
@@ -117,8 +120,23 @@ impl DenseArgs {
     fn train<Net>(&self, suffix: &str, train: impl FnOnce(&mut dyn FnMut(f64)) -> Net) -> Result<Net> {
         let bar = terminal::progress_bar(&format!("training the head{suffix}"), self.steps as u64);
         let mut diverged = None;
+        let mut first_step = None;
         let net = train(&mut |loss| {
             bar.inc(1);
+            let step = bar.position();
+            let started = *first_step.get_or_insert_with(Instant::now);
+            // The other network takes as long.
+            if step == 1 + TIMED_STEPS && suffix.is_empty() && self.steps as u64 >= 4 * step {
+                let seconds = started.elapsed().as_secs_f64() / TIMED_STEPS as f64;
+                let left = 2 * self.steps as u64 - step;
+                bar.suspend(|| {
+                    terminal::note(format!(
+                        "estimated time left: {} for {left} training steps of two networks (measured over the first \
+                         {step})",
+                        terminal::duration(seconds * left as f64)
+                    ));
+                });
+            }
             if !loss.is_finite() {
                 diverged = diverged.or(Some(bar.position()));
             }
