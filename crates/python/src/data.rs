@@ -287,7 +287,7 @@ impl From<byol::Dataset> for Dataset {
 }
 
 impl Dataset {
-    /// The same data set for one run. Threads that outlive the run do not call the Python
+    /// The data set for one run. Threads that outlive the run do not call the Python
     /// object after the session has ended.
     pub fn session(&self) -> Session {
         let calls = Arc::<Calls>::default();

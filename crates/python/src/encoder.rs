@@ -1,11 +1,14 @@
 //! Frozen encoders.
 
-use std::path::PathBuf;
+use std::{
+    path::PathBuf,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use byol::{
     DeviceChoice, Image, OpenError,
     apply::export,
-    data::{Images, synthetic},
+    data::{Error, Images, synthetic},
     device, eval,
     nn::weights,
     train::{Plan, run::read_plan},
@@ -17,6 +20,7 @@ use rayon::prelude::*;
 use crate::{
     data::{Dataset, Item, Source},
     errors::{self, detached},
+    interrupt::interruptible,
 };
 
 /// A frozen encoder.
@@ -50,7 +54,7 @@ impl Encoder {
         Ok(Encoder { inner: py.detach(parse)?, plan: None })
     }
 
-    /// The same network with random initialization.
+    /// This network with random initialization.
     fn random(&self, py: Python, seed: u64) -> PyResult<Encoder> {
         let create = || Ok(byol::Encoder::random(self.inner.spec.clone(), seed, &self.inner.device()));
         Ok(Encoder { inner: detached(py, create)?, plan: self.plan.clone() })
@@ -85,7 +89,7 @@ impl Encoder {
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Bound<'py, PyArray2<f32>>> {
         let images = dataset.split(split)?;
-        to_array(py, detached(py, || embed_images(&self.inner, images, progress.as_ref()))?)
+        to_array(py, interruptible(py, |stop| embed_images(&self.inner, images, progress.as_ref(), stop))?)
     }
 
     /// Evaluation view of an image: `float32 [3, S, S]`, values from 0 to 1.
@@ -127,22 +131,28 @@ fn to_array(py: Python, features: eval::Features) -> PyResult<Bound<PyArray2<f32
     PyArray1::from_vec(py, features.values).reshape([features.n, features.dim])
 }
 
-/// Representations of images. `progress` is called with the number of images done; Ctrl-C stops.
+/// Representations of images. `progress` is called with the number of images done.
+///
+/// # Errors
+/// Those of the images and of `progress`, and an error once `stop` is set.
 pub fn embed_images(
     encoder: &byol::Encoder,
     images: &Images,
     progress: Option<&Py<PyAny>>,
+    stop: &AtomicBool,
 ) -> PyResult<eval::Features> {
-    let (mut done, mut interrupted) = (0, Ok(()));
-    let features = eval::embed(encoder, images, |n| {
-        done += n;
-        if interrupted.is_ok() {
-            interrupted = Python::attach(|py| {
-                py.check_signals()?;
-                progress.map_or(Ok(()), |progress| progress.call1(py, (done,)).map(|_| ()))
-            });
+    let mut features = eval::Features { n: 0, dim: encoder.features(), values: Vec::new() };
+    let all: Vec<usize> = (0..images.len()).collect();
+    for batch in all.chunks(eval::batch_size(encoder.spec.size)) {
+        if stop.load(Ordering::Relaxed) {
+            return Err(errors::data(Error::Stopped));
         }
-    });
-    interrupted?;
-    features.map_err(errors::data)
+        let part = eval::embed(encoder, &images.subset(batch), |_| ()).map_err(errors::data)?;
+        features.n += part.n;
+        features.values.extend(part.values);
+        if let Some(progress) = progress {
+            Python::attach(|py| progress.call1(py, (features.n,)))?;
+        }
+    }
+    Ok(features)
 }

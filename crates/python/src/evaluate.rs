@@ -1,5 +1,10 @@
 //! Evaluations of frozen encoders.
 
+use std::{
+    ops::ControlFlow::{self, Break, Continue},
+    sync::atomic::{AtomicBool, Ordering},
+};
+
 use byol::{
     data::{Dataset as ByolDataset, Images},
     device,
@@ -15,7 +20,8 @@ use pyo3::prelude::*;
 use crate::{
     data::Dataset,
     encoder::{Encoder, embed_images},
-    errors::{self, detached},
+    errors,
+    interrupt::interruptible,
 };
 
 /// Value and 95 % interval.
@@ -24,12 +30,17 @@ type Estimate = (f64, f64, f64);
 /// Accuracy with its interval, the predicted classes, and the true ones.
 type Classified = (Estimate, Vec<usize>, Vec<usize>);
 
+/// Ends the reading of images once `stop` is set.
+fn on_image(stop: &AtomicBool) -> impl Fn() -> ControlFlow<()> + Sync {
+    || if stop.load(Ordering::Relaxed) { Break(()) } else { Continue(()) }
+}
+
 /// Training and test images with labels, as in `byol eval`, and the number of classes.
-fn labeled(dataset: &ByolDataset, limit: usize) -> PyResult<(Images, Images, usize)> {
+fn labeled(dataset: &ByolDataset, limit: usize, stop: &AtomicBool) -> PyResult<(Images, Images, usize)> {
     let root = dataset.root.clone();
     let split = || -> Result<LabeledSplit, split::Error> {
         let dataset = split::train_and_test(dataset.clone(), limit, &mut |_| ())?;
-        let split = LabeledSplit::checked(dataset.check(cache_bytes(device::machine().free_mb), &|| ())?)?;
+        let split = LabeledSplit::checked(dataset.check(cache_bytes(device::machine().free_mb), &on_image(stop))?)?;
         split.ensure_single_labels(&root)?;
         Ok(split)
     };
@@ -41,8 +52,8 @@ fn labels(images: &Images) -> &[usize] {
     images.labels().expect("checked by `labeled`")
 }
 
-fn finite(encoder: &Encoder, images: &Images) -> PyResult<Features> {
-    let features = embed_images(&encoder.inner, images, None)?;
+fn finite(encoder: &Encoder, images: &Images, stop: &AtomicBool) -> PyResult<Features> {
+    let features = embed_images(&encoder.inner, images, None, stop)?;
     match features.is_finite() {
         true => Ok(features),
         false => Err(errors::encoder("the encoder outputs NaN or infinity: its training has diverged")),
@@ -69,9 +80,9 @@ pub fn knn(
     if k == 0 || temperature.is_nan() || temperature < 0.01 {
         return Err(errors::byol("`k` must be at least 1 and `temperature` at least 0.01"));
     }
-    detached(py, || {
-        let (train, test, classes) = labeled(&dataset.inner, limit)?;
-        let (bank, queries) = (finite(encoder, &train)?, finite(encoder, &test)?);
+    interruptible(py, |stop| {
+        let (train, test, classes) = labeled(&dataset.inner, limit, stop)?;
+        let (bank, queries) = (finite(encoder, &train, stop)?, finite(encoder, &test, stop)?);
         let result =
             nearest_neighbors::classify(&bank, labels(&train), &queries, labels(&test), classes, k, temperature);
         Ok(classified(seed, result.predicted, labels(&test)))
@@ -81,9 +92,9 @@ pub fn knn(
 /// Logistic regression on the features, with the L2 strength selected on held-out images.
 #[pyfunction]
 pub fn linear(py: Python, encoder: &Encoder, dataset: &Dataset, limit: usize, seed: u64) -> PyResult<Classified> {
-    detached(py, || {
-        let (train, test, classes) = labeled(&dataset.inner, limit)?;
-        let (features, queries) = (finite(encoder, &train)?, finite(encoder, &test)?);
+    interruptible(py, |stop| {
+        let (train, test, classes) = labeled(&dataset.inner, limit, stop)?;
+        let (features, queries) = (finite(encoder, &train, stop)?, finite(encoder, &test, stop)?);
         let held_out = probe::held_out_mask(labels(&train), seed);
         let fit = logistic::fit_best(&features, labels(&train), classes, &logistic::strengths(), &held_out);
         if !fit.classifier.is_finite() {
@@ -108,16 +119,16 @@ pub fn label_free(
     seed: u64,
 ) -> PyResult<String> {
     let images = dataset.split(split)?;
-    detached(py, || {
+    interruptible(py, |stop| {
         let images = if limit == 0 { images.clone() } else { images.sample_random(limit) };
-        let (images, _) = images.readable().map_err(errors::data)?;
+        let (images, _) = images.readable(&on_image(stop)).map_err(errors::data)?;
         if images.len() < MIN_IMAGES {
             return Err(errors::data_text(format!(
                 "too few images: {} (at least {MIN_IMAGES} are needed)",
                 images.len()
             )));
         }
-        let representations = finite(encoder, &images)?;
+        let representations = finite(encoder, &images, stop)?;
         let (policies, size) = match &encoder.plan {
             Some(plan) => ([plan.recipe.views.first.clone(), plan.recipe.views.second.clone()], plan.recipe.views.size),
             None => ([Policy::default(), Policy::second()], encoder.inner.spec.size),

@@ -6,6 +6,7 @@ mod encoder;
 mod errors;
 mod evaluate;
 mod index;
+mod interrupt;
 mod train;
 
 use std::{ffi::OsString, process::ExitCode};

@@ -7,7 +7,6 @@ use std::{
         mpsc::{self, RecvTimeoutError},
     },
     thread,
-    time::Duration,
 };
 
 use byol::{
@@ -21,6 +20,7 @@ use serde_json::{Map, Value, json};
 use crate::{
     data::Dataset,
     errors::{self, detached},
+    interrupt::{POLL, StopOnDrop},
 };
 
 /// Pretrains in the folder `out`. `settings` are recipe keys as `KEY=VALUE`; `callback` is called
@@ -102,7 +102,7 @@ pub fn plan(folder: PathBuf) -> PyResult<String> {
     Ok(serde_json::to_string(&plan).expect("a plan is plain data"))
 }
 
-/// What a run has learned, in one sentence, and whether that is worse than before; `None` if it was
+/// Verdict on a run, in one sentence, and whether that is worse than before; `None` if it was
 /// not measured.
 #[pyfunction]
 pub fn verdict(folder: PathBuf) -> PyResult<Option<(String, bool)>> {
@@ -113,9 +113,6 @@ pub fn verdict(folder: PathBuf) -> PyResult<Option<(String, bool)>> {
 
 /// Names of data that are not files.
 const IN_PROGRAM: [&str; 2] = ["images in memory", "custom image source"];
-
-/// Time between two checks for Ctrl-C.
-const POLL: Duration = Duration::from_millis(50);
 
 /// Trains in another thread, without holding the interpreter lock. This thread calls `callback` and
 /// waits for Ctrl-C. Either of them stops the run: before the first step at the next image, later
@@ -182,15 +179,6 @@ fn train(
             Err(error)
         }
         (None, outcome) => outcome,
-    }
-}
-
-/// Stops a run when it is dropped.
-struct StopOnDrop<'a>(&'a AtomicBool);
-
-impl Drop for StopOnDrop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
     }
 }
 

@@ -150,6 +150,18 @@ def test_ctrl_c_stops_the_reading_of_images(tmp_path, python_handles_ctrl_c):
     assert photos.reads == reads
 
 
+@pytest.mark.parametrize("evaluate", [byol.evaluate.knn, byol.evaluate.linear, byol.evaluate.label_free])
+def test_ctrl_c_stops_an_evaluation(run, python_handles_ctrl_c, evaluate):
+    photos = Slow(n=1000)
+    data = byol.Dataset.from_sequence(photos, labels=[i % 3 for i in range(1000)])
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(run.encoder, data)
+    reads = photos.reads
+    assert reads < 200
+    time.sleep(0.2)
+    assert photos.reads == reads
+
+
 def test_sequence_is_not_read_after_an_interrupted_run(tmp_path):
     photos = Photos()
     data = byol.Dataset.from_sequence(photos)

@@ -643,13 +643,14 @@ impl Images {
     }
 
     /// Separates unreadable images. Decodes each image of shards and programs; returns all others
-    /// unchanged, since they have been checked before.
+    /// unchanged, since they have been checked before. `on_image` is called once per decoded image;
+    /// `Break` ends the check.
     ///
     /// # Errors
-    /// [`Error::Read`], [`Error::Shard`].
-    pub fn readable(&self) -> Result<(Images, Vec<Skipped>), Error> {
+    /// [`Error::Read`], [`Error::Shard`], [`Error::Stopped`].
+    pub fn readable(&self, on_image: OnImage) -> Result<(Images, Vec<Skipped>), Error> {
         match self.source {
-            Source::Shards(_) | Source::Custom(_) if self.decoded.is_none() => self.check(0, &|| Continue(())),
+            Source::Shards(_) | Source::Custom(_) if self.decoded.is_none() => self.check(0, on_image),
             _ => Ok((self.clone(), Vec::new())),
         }
     }
@@ -934,25 +935,22 @@ impl Dataset {
 
     /// Decodes every image once and drops the unreadable ones. Small data stay decoded in memory,
     /// up to `cache_bytes` for the training images and a quarter of it for each other split.
+    /// `on_image` is called once per image; `Break` ends the check.
     ///
     /// # Errors
     /// [`Error::MostlyBad`] if more than half of the training images are unreadable,
     /// [`Error::Empty`] if none is left; [`Error::Read`], [`Error::Shard`] if the machine cannot
-    /// read an image.
-    pub fn check(self, cache_bytes: usize, on_progress: &(dyn Fn() + Sync)) -> Result<Dataset, Error> {
-        let on_image = || {
-            on_progress();
-            Continue(())
-        };
-        let (n_checked, train) = (self.train.len(), self.train.check(cache_bytes, &on_image)?);
-        self.checked(n_checked, train, cache_bytes, &on_image)
+    /// read an image; [`Error::Stopped`].
+    pub fn check(self, cache_bytes: usize, on_image: OnImage) -> Result<Dataset, Error> {
+        let (n_checked, train) = (self.train.len(), self.train.check(cache_bytes, on_image)?);
+        self.checked(n_checked, train, cache_bytes, on_image)
     }
 
     /// [`Dataset::check`] for training, which skips unreadable images in shards as it meets them:
     /// decodes only the first training images of shards.
     ///
     /// # Errors
-    /// Those of [`Dataset::check`]; [`Error::Stopped`].
+    /// Those of [`Dataset::check`].
     pub(crate) fn check_for_training(self, cache_bytes: usize, on_image: OnImage) -> Result<Dataset, Error> {
         let (n_checked, train) =
             (self.train.n_checked_for_training(), self.train.check_for_training(cache_bytes, on_image)?);

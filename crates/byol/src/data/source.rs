@@ -82,7 +82,7 @@ impl ImageSource for Concatenated {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
+    use std::{ops::ControlFlow::Continue, sync::Arc};
 
     use super::*;
     use crate::data::{CHANNELS, Dataset, Error};
@@ -111,11 +111,11 @@ mod tests {
 
     #[test]
     fn unusable_images_are_skipped_and_failures_end_the_check() {
-        let checked = dataset(4, 99).check(0, &|| ()).unwrap();
+        let checked = dataset(4, 99).check(0, &|| Continue(())).unwrap();
         assert_eq!((checked.train.len(), checked.skipped.len(), checked.classes.len()), (9, 1, 3));
         assert!(checked.skipped[0].to_string().starts_with("image 4: "), "{}", checked.skipped[0]);
         assert_eq!(checked.train.get(4).unwrap().pixels[0], 5);
-        let failed = dataset(4, 7).check(0, &|| ()).unwrap_err();
+        let failed = dataset(4, 7).check(0, &|| Continue(())).unwrap_err();
         assert!(matches!(&failed, Error::Read { .. }), "{failed}");
         assert_eq!(failed.to_string(), "cannot read image 7: no connection");
         let panicked = Dataset::from_source(Arc::new(Images { short: 99, failing: 99 }), 91, None).train.get(90);
@@ -129,7 +129,7 @@ mod tests {
         assert_eq!((both.len(), both.name(5), both.labels()), (6, "image 7".into(), Some(&[1, 1, 1, 1, 1, 1][..])));
         assert_eq!(both.get(4).unwrap().pixels[0], 4);
         assert!(both.get(1).is_err());
-        let (readable, skipped) = both.subset(&[0, 1, 3, 4]).readable().unwrap();
+        let (readable, skipped) = both.subset(&[0, 1, 3, 4]).readable(&|| Continue(())).unwrap();
         assert_eq!((readable.len(), skipped.len()), (3, 1));
     }
 

@@ -38,7 +38,8 @@ pub(crate) use features::dot;
 
 /// Images per evaluation batch for views of `size` pixels: large enough to keep a device busy,
 /// small enough for its memory.
-pub(crate) fn batch_size(size: usize) -> usize {
+#[doc(hidden)]
+pub fn batch_size(size: usize) -> usize {
     (256 * 32 * 32 / (size * size)).clamp(32, 256)
 }
 
@@ -78,6 +79,7 @@ fn render_views(images: &Images, requests: &[ViewRequest], size: usize, device: 
 fn cross_entropy(logits: Tensor<2>, labels: impl Iterator<Item = Option<usize>>) -> Tensor<1> {
     let [n, classes] = logits.dims();
     let labels: Vec<Option<usize>> = labels.collect();
+    assert_eq!(labels.len(), n, "one label for each row of logits");
     let labeled = labels.iter().flatten().count().max(1) as f64;
     if has_kernels(&logits.device()) {
         let mut gradient = host(logits.clone());
@@ -96,8 +98,8 @@ fn cross_entropy(logits: Tensor<2>, labels: impl Iterator<Item = Option<usize>>)
     (log_softmax(logits, 1) * one_hot).sum().div_scalar(-labeled)
 }
 
-/// Cross-entropy of one row of logits, 0 without a label. Replaces the logits by its gradient times
-/// `weight`.
+/// Cross-entropy of one row of logits; 0 without a label. Replaces the logits with their gradient,
+/// times `weight`.
 fn row_cross_entropy(row: &mut [f32], label: Option<usize>, weight: f64) -> f64 {
     let Some(label) = label else {
         row.fill(0.0);

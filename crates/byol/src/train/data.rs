@@ -1,6 +1,9 @@
 //! Data prepared for a run: the training images, and the monitoring images set aside.
 
-use std::{ops::ControlFlow, path::PathBuf};
+use std::{
+    ops::ControlFlow::{self, Continue},
+    path::PathBuf,
+};
 
 use super::{
     Error, Plan,
@@ -69,7 +72,7 @@ impl TrainingData {
     ) -> Result<TrainingData, Error> {
         TrainingData::prepare_unless_stopped(dataset, options, &|total| {
             on_progress(total);
-            ControlFlow::Continue(())
+            Continue(())
         })
     }
 
@@ -97,7 +100,7 @@ impl TrainingData {
                 0 | 1 => (train, None),
                 n => {
                     let (rest, held_out) = train.split_off(n);
-                    let (held_out, unusable) = held_out.readable()?;
+                    let (held_out, unusable) = held_out.readable(&|| Continue(()))?;
                     skipped.extend(unusable);
                     (rest, (held_out.len() > 1).then_some(held_out))
                 }

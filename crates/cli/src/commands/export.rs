@@ -1,6 +1,7 @@
 //! `byol export ENCODER -o FILE`
 
 use std::{
+    ops::ControlFlow::Continue,
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -206,6 +207,6 @@ fn comparison_images(args: &Args, levels: Levels) -> Result<(Images, String)> {
         return Ok((synthetic::dataset(0, IMAGES, 0).train, "synthetic images".into()));
     };
     let dataset = Dataset::open_with(&data, &OpenOptions { levels, ..OpenOptions::default() })?;
-    let dataset = Dataset { held_out: None, test: None, ..dataset }.limit(IMAGES).check(0, &|| ())?;
+    let dataset = Dataset { held_out: None, test: None, ..dataset }.limit(IMAGES).check(0, &|| Continue(()))?;
     Ok((dataset.train, format!("images of {}", data.display())))
 }

@@ -3,6 +3,7 @@
 use std::{
     fmt::Write,
     fs,
+    ops::ControlFlow::Continue,
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -107,7 +108,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let dataset = data_args::open_moved(args.data.as_ref().unwrap_or(&plan.data), &plan)?;
     let dataset = Dataset { held_out: None, test: None, ..dataset }.limit(args.limit);
     let bar = terminal::progress_bar("embedding", dataset.train.len() as u64);
-    let dataset = dataset.check(cache_bytes(device::machine().free_mb), &|| ())?;
+    let dataset = dataset.check(cache_bytes(device::machine().free_mb), &|| Continue(()))?;
     let features = embed(&encoder, &dataset.train, |n| bar.inc(n as u64))?;
     bar.finish_and_clear();
     let index = Index::new(features);

@@ -1,6 +1,6 @@
 //! `byol views DATA -o SHEET.png`
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{ops::ControlFlow::Continue, path::PathBuf, process::ExitCode};
 
 use byol::{
     apply::sheet::{self, Tile},
@@ -60,7 +60,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     must_be_new(&args.out, args.overwrite)?;
     let dataset = args.data_flags.open(&args.data, Levels::default())?;
     let dataset = Dataset { held_out: None, test: None, ..dataset }.limit(args.count);
-    let dataset = dataset.check(usize::MAX, &|| ())?;
+    let dataset = dataset.check(usize::MAX, &|| Continue(()))?;
     for image in &dataset.skipped {
         terminal::warning(format!("skipped {}: {}", image.name, image.reason));
     }

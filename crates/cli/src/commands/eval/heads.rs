@@ -13,7 +13,7 @@ use byol::{
 use super::{CommonArgs, RANDOM};
 use crate::terminal::{self, Result, plural};
 
-/// Steps after the first that the time of a training is estimated from.
+/// Steps timed after the first, to estimate the time of a training.
 const TIMED_STEPS: u64 = 3;
 
 /// Arguments of a dense evaluation.
@@ -131,7 +131,7 @@ impl DenseArgs {
                 let left = 2 * self.steps as u64 - step;
                 bar.suspend(|| {
                     terminal::note(format!(
-                        "estimated time left: {} for {left} training steps of two networks (measured over the first \
+                        "estimated time left: {} for {left} training steps of two networks (measured over steps 2 to \
                          {step})",
                         terminal::duration(seconds * left as f64)
                     ));

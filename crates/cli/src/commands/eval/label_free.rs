@@ -1,6 +1,6 @@
 //! `byol eval label-free ENCODER|RUN DATA`
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{ops::ControlFlow::Continue, path::PathBuf, process::ExitCode};
 
 use byol::{
     data::{Dataset, Images, Levels},
@@ -199,7 +199,11 @@ fn images(args: &Args, levels: Levels) -> Result<Images> {
     };
     let bar = terminal::progress_bar("checking images", args.limit as u64);
     let dataset = Dataset { train: images.sample_random(args.limit), held_out: None, test: None, ..dataset };
-    let dataset = dataset.check(cache_bytes(device::machine().free_mb), &|| bar.inc(1))?;
+    let on_image = || {
+        bar.inc(1);
+        Continue(())
+    };
+    let dataset = dataset.check(cache_bytes(device::machine().free_mb), &on_image)?;
     bar.finish_and_clear();
     if dataset.train.len() < MIN_IMAGES {
         let images = plural(dataset.train.len(), "readable image");

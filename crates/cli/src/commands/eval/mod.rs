@@ -11,6 +11,7 @@ mod segment;
 mod transfer;
 
 use std::{
+    ops::ControlFlow::Continue,
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -276,7 +277,11 @@ fn split(dataset: Dataset, limit: usize) -> Result<LabeledSplit> {
     let bar = terminal::progress_bar("checking images", 0);
     let dataset = split::train_and_test(dataset, limit, &mut |note| terminal::note(note))?;
     bar.set_length(dataset.n_images() as u64);
-    let dataset = dataset.check(cache_bytes(device::machine().free_mb), &|| bar.inc(1))?;
+    let on_image = || {
+        bar.inc(1);
+        Continue(())
+    };
+    let dataset = dataset.check(cache_bytes(device::machine().free_mb), &on_image)?;
     bar.finish_and_clear();
     let skipped: Vec<String> =
         dataset.skipped.iter().map(|image| format!("{}: {}", image.name, image.reason)).collect();
