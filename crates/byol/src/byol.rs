@@ -65,7 +65,7 @@ pub struct Byol {
 /// Statistics of one step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct StepStats {
-    /// Mean loss over the batch, in [0, 8] and about 4 for unrelated directions. With negatives
+    /// Mean loss over the batch, in [0, 8] and about 4 for uncorrelated projections. With negatives
     /// (β > 0) the range differs.
     pub loss: f64,
     /// η

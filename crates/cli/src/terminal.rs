@@ -70,7 +70,7 @@ pub fn set_verbosity(verbosity: Verbosity) {
     VERBOSITY.get_or_init(|| verbosity);
 }
 
-/// Whether output of this verbosity is shown.
+/// Returns true if output of this verbosity is shown.
 fn shows(verbosity: Verbosity) -> bool {
     is_root() && verbosity <= *VERBOSITY.get().unwrap_or(&Verbosity::Normal)
 }

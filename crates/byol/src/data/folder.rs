@@ -335,7 +335,7 @@ pub(super) fn images_beside(root: &Path, source: &str) -> Result<Vec<Unused>, Er
 /// Otherwise a folder such as `train` is a class, for example of vehicles.
 fn find_splits(root: &Path, base: &Path, found: &FolderScan) -> Result<Option<Splits>, Error> {
     let Some(training) = training_folder(base)? else { return Ok(None) };
-    // Each on its own: links between splits are no repetitions.
+    // Each on its own: links between splits are not duplicates.
     let part = |folder: PathBuf| FolderScan::scan(&folder).map(|found| Part { folder, found });
     let parts = subfolders(base)?.into_iter().map(part).collect::<Result<Vec<_>, _>>()?;
     let mut parts: Vec<Part> = parts.into_iter().filter(|part| !part.found.images.is_empty()).collect();

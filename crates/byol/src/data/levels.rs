@@ -33,7 +33,7 @@ impl Levels {
         *self == Levels::legacy()
     }
 
-    /// The same levels for 16-bit and floating-point images.
+    /// One pair of levels for 16-bit and floating-point images.
     pub fn uniform(black: f32, white: f32) -> Levels {
         Levels { int16: Some([black, white]), float: Some([black, white]) }
     }

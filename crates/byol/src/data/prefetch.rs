@@ -18,7 +18,7 @@ use crate::views::{self, Augmentation, Draw, Policy, Scratch};
 
 /// Two views of each image of a micro-batch.
 ///
-/// Either finished views, `[n, size, size, channels]` in 0..1, or crops, `[n, channels, size,
+/// Either augmented views, `[n, size, size, channels]` in 0..1, or crops, `[n, channels, size,
 /// size]` in 0..1, that the device still has to augment.
 #[derive(Debug, Clone, PartialEq)]
 pub struct MicroBatch {
@@ -33,7 +33,7 @@ pub struct MicroBatch {
     /// Views of the second policy.
     pub v2: Vec<f32>,
     /// Augmentations that the device still has to apply to the crops `v` and `v2`, per image;
-    /// `None` if the views are finished.
+    /// `None` if the views are augmented.
     pub draws: Option<[Vec<Draw>; 2]>,
 }
 

@@ -126,7 +126,7 @@ fn reverse_huber(depth: Tensor<4>, truth: &[f32]) -> Tensor<1> {
     let error = |(d, t): (f32, &f32)| if *t > 0.0 { f64::from(d - t) } else { 0.0 };
     let errors: Vec<f64> = host(depth.clone()).into_iter().zip(truth).map(error).collect();
     let pixels = truth.iter().filter(|t| **t > 0.0).count().max(1) as f64;
-    // NaN is not the largest of anything, but is in the sum.
+    // `max` ignores NaN; the sum does not.
     let c = 0.2 * errors.iter().fold(0.0, |max: f64, e| max.max(e.abs())).max(1e-6);
     let term = |e: &f64| if e.abs() > c { (e * e + c * c) / (2.0 * c) } else { e.abs() };
     let slope = |e: &f64| if e.abs() > c || *e == 0.0 { e / c } else { e.signum() };

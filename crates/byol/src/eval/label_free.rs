@@ -202,7 +202,7 @@ pub(crate) fn mean_cosine(x: &Features) -> f64 {
     if x.n > 1 { (sum_squared - squares) / (n * (n - 1.0)) } else { 0.0 }
 }
 
-/// How an encoder compares with another one.
+/// Comparison of an encoder with another one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Comparison {
     /// All images have nearly the same representation.

@@ -60,7 +60,7 @@ impl cpu::Function for Normalization {
     }
 }
 
-/// f(channel, value) for the values of pixels of `c` channels.
+/// Applies `f(channel, value)` to the values of pixels of `c` channels.
 fn by_pixel(values: &[f32], c: usize, f: impl Fn(usize, f32) -> f32 + Sync) -> Vec<f32> {
     /// Pixels per task.
     const BLOCK: usize = 1 << 12;

@@ -129,12 +129,13 @@ pub struct ForwardContext<'a> {
     pub precision: Precision,
     /// Training or evaluation.
     pub mode: Mode<'a>,
-    /// Weights that a layer has read.
+    /// Weights of layers by name, shared by all passes of the context.
     weights: HashMap<String, Weight>,
 }
 
 impl<'a> ForwardContext<'a> {
-    /// Context of one or more passes with the same weights: both views of a step.
+    /// Context of forward passes with the same weights, such as both views of a step, and of at
+    /// most one backward pass through all of them.
     pub fn new(params: &'a Tree, norm: &'a NormConfig, precision: Precision, mode: Mode<'a>) -> Self {
         ForwardContext { params, norm, precision, mode, weights: HashMap::new() }
     }

@@ -139,7 +139,8 @@ impl Network {
         Weights { params, statistics }
     }
 
-    /// Context of a forward pass in training mode, which updates `statistics`.
+    /// Context of forward passes in training mode, which update `statistics`, and of at most one
+    /// backward pass.
     pub fn training<'a>(&'a self, params: &'a Tree, statistics: &'a mut Statistics) -> ForwardContext<'a> {
         let mode = Mode::Train(statistics, self.ranks);
         ForwardContext::new(params, &self.norm, self.precision, mode)

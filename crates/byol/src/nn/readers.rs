@@ -1,4 +1,4 @@
-//! Tensors that several layers read, whose gradients the kernels of the CPU add.
+//! Gradient accumulation for tensors that several layers read, in the kernels of the CPU.
 
 use std::sync::{
     Arc,

@@ -7,6 +7,7 @@
 
 use burn::tensor::{Device, Gradients, Tensor, TensorData};
 use indexmap::IndexMap;
+use rayon::prelude::*;
 
 use crate::{device::has_kernels, ranks::Ranks};
 
@@ -167,7 +168,7 @@ impl Tree {
         })
     }
 
-    /// Adds another tree leaf by leaf.
+    /// Returns the sum with another tree, leaf by leaf.
     ///
     /// # Panics
     /// If `other` lacks a leaf of `self`.
@@ -175,22 +176,22 @@ impl Tree {
         self.zip(other, |_, a, b| match has_kernels(&a.device()) {
             true => {
                 let b = host(b);
-                on_host(a, |values| values.iter_mut().zip(&b).for_each(|(a, b)| *a += b))
+                on_host(a, |values| values.par_iter_mut().zip(&b).for_each(|(a, b)| *a += b))
             }
             false => a + b,
         })
     }
 
-    /// Divides all leaves by `n`.
+    /// Returns the tree divided by `n`.
     pub(crate) fn div(&self, n: f64) -> Tree {
         self.map(|_, a| match has_kernels(&a.device()) {
-            true => on_host(a, |values| values.iter_mut().for_each(|a| *a /= n as f32)),
+            true => on_host(a, |values| values.par_iter_mut().for_each(|a| *a /= n as f32)),
             false => a.div_scalar(n),
         })
     }
 
-    /// L2 norm over all leaves, summed in f64 on the host. For statistics, not for the update.
-    /// Infinite if the square of a value exceeds the range of f32.
+    /// L2 norm over all leaves. For statistics, not for the update. Not finite if the square of a
+    /// value exceeds the range of f32, on every device.
     pub fn norm(&self) -> f64 {
         if self.is_empty() {
             return 0.0;

@@ -36,7 +36,7 @@ const MESSAGE_BYTES: usize = 1 << 30;
 struct Mpi {
     rank: usize,
     world_size: usize,
-    /// Communication so far. Also serializes the calls of several threads, which MPI was promised
+    /// Communication so far. Also serializes calls from different threads, which MPI was promised
     /// (`Threading::Serialized`).
     stats: Mutex<CommStats>,
     start: Instant,

@@ -34,7 +34,7 @@ pub struct AutoInputs {
     pub kind: Kind,
     /// Hardware threads.
     pub cores: usize,
-    /// How to determine the speed of bf16, if the device supports it.
+    /// Measurement of the speed of bf16, if the device supports it.
     pub bf16: Option<Bf16Speed>,
     /// The CPU's kernels use AVX-512.
     pub avx512: bool,

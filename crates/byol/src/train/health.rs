@@ -133,7 +133,7 @@ const EARLY_DIRECTIONS: f64 = 1.2;
 /// images. Healthy runs have 0.5 or less.
 const MAX_COSINE: f64 = 0.75;
 
-/// Loss of unrelated directions.
+/// Loss of uncorrelated projections.
 const CHANCE_LOSS: f64 = 4.0;
 
 impl Health {
@@ -214,12 +214,12 @@ impl Health {
     }
 }
 
-/// What a run has learned: its last epoch against the weights it began with.
+/// Comparison of a run's last epoch with the weights it began with.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Verdict {
     /// The comparison.
     pub comparison: Comparison,
-    /// The same in words, with the values.
+    /// The comparison in words, with the values.
     pub text: String,
 }
 

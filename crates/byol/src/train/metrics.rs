@@ -121,7 +121,7 @@ pub fn read_health(path: &Path) -> Vec<Health> {
     epochs.filter(|epoch| epoch.collapse.is_none()).map(|epoch| epoch.health).collect()
 }
 
-/// What a run has learned, from the records of its first and last epoch. `None` if there are fewer
+/// Verdict on a run, from the records of its first and last epoch. `None` if there are fewer
 /// than two, or too few monitoring images.
 pub fn read_verdict(run: &Path, plan: &Plan) -> Option<Verdict> {
     match read_health(&run.join("metrics.jsonl")).as_slice() {

@@ -214,7 +214,7 @@ fn occupied(path: &Path, run: bool) -> String {
 }
 
 impl Error {
-    /// Whether all ranks return this error together, so that one message is enough.
+    /// Returns true if all ranks return this error together, so that one message is enough.
     pub fn is_collective(&self) -> bool {
         use Error::*;
         matches!(self, Collapsed { .. } | Diverged { .. } | Overflow { .. } | Ranks { .. } | OtherRank { .. })

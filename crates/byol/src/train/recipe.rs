@@ -657,7 +657,7 @@ impl RecipeOverrides {
         self.apply_to(&base)
     }
 
-    /// Whether the key is set.
+    /// Returns true if the key is set.
     pub fn contains(&self, key: &str) -> bool {
         self.get(key).is_some()
     }

@@ -128,7 +128,7 @@ impl Stepper {
         Ok((loss, grads))
     }
 
-    /// Whether the gradient is within the range of f16. Adapts the loss scale.
+    /// Returns true if the gradient is within the range of f16. Adapts the loss scale.
     fn is_finite(&mut self, grads: &Tree) -> bool {
         let finite = self.loss_scale.is_none() || grads.norm().is_finite();
         self.loss_scale = self.loss_scale.map(|scale| scale.after(finite));

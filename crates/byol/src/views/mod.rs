@@ -68,7 +68,7 @@ pub struct View {
     pub pixels: Vec<f32>,
 }
 
-/// The same range of pixels of every channel.
+/// One range of pixels in every channel.
 pub type Chunk<'a> = [&'a mut [f32]];
 
 /// Pixels per chunk: all channels of a chunk fit the L1 cache.

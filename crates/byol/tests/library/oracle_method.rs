@@ -35,7 +35,7 @@ fn tree(case: &Case, prefix: &str, shapes: &[(String, Vec<usize>)]) -> Tree {
 }
 
 #[test]
-fn schedules() {
+fn schedules_match_the_oracle() {
     for case in cases("schedule_") {
         let s = Schedule {
             peak: case.number("base_lr") * case.number("batch") / 256.0,
@@ -84,7 +84,7 @@ fn check_optimizer(case: &Case, rule: Rule, steps: usize, eta: impl Fn(usize) ->
 }
 
 #[test]
-fn lars() {
+fn lars_step_matches_the_oracle() {
     for case in cases("lars_") {
         let rule = Lars {
             momentum: case.number("momentum"),
@@ -98,7 +98,7 @@ fn lars() {
 }
 
 #[test]
-fn sgd() {
+fn sgd_step_matches_the_oracle() {
     for case in cases("sgd_") {
         let rule = Sgd {
             momentum: case.number("momentum"),
@@ -110,7 +110,7 @@ fn sgd() {
 }
 
 #[test]
-fn adamw() {
+fn adamw_step_matches_the_oracle() {
     for case in cases("adamw_") {
         let rule = AdamW {
             beta1: case.number("beta1"),
@@ -123,7 +123,7 @@ fn adamw() {
 }
 
 #[test]
-fn moving_average() {
+fn moving_average_matches_the_oracle() {
     for case in cases("ema_") {
         let read = |key: &str| {
             let mut tree = Tree::new();
@@ -136,7 +136,7 @@ fn moving_average() {
 }
 
 #[test]
-fn loss_and_its_gradient() {
+fn loss_and_its_gradient_match_the_oracle() {
     for case in cases("regression_") {
         let device = device();
         let q = case.tensor::<2>("prediction", &device).autodiff().require_grad();
@@ -165,7 +165,7 @@ fn loss_and_its_gradient() {
 /// The loss with α and β of the paper's appendix, and with projections on both sides that of
 /// SimCLR.
 #[test]
-fn negatives_of_the_batch() {
+fn negatives_match_the_oracle() {
     let device = device();
     for case in cases("info_nce_") {
         let read = |key: &str| case.tensor::<2>(key, &device);
@@ -199,7 +199,7 @@ fn negatives_of_the_batch() {
 }
 
 #[test]
-fn batch_norm() {
+fn batch_norm_matches_the_oracle() {
     let device = device();
     let initial = |c: usize| Statistics::new([("bn", c)], &device);
     for name in ["bn_rows", "bn_pair", "bn_image", "bn_single_image", "bn_offset", "bn_wide"] {
@@ -298,7 +298,7 @@ fn resnet50_with_the_imagenet_stem() {
 }
 
 #[test]
-fn parameter_counts() {
+fn parameter_counts_match_the_oracle() {
     let case = case("parameter_counts");
     for row in case.f64("rows").chunks(7) {
         let [depth, width, projection, features, encoder, projector, predictor] = row else { panic!("seven columns") };

@@ -160,7 +160,7 @@ fn groups_of<'a>(images: &'a RowImages, groups: &[Vec<usize>], pairs: &[Pair]) -
     groups.iter().zip(captions).map(group).collect()
 }
 
-/// Why two images are near-duplicates.
+/// Evidence that two images are near-duplicates.
 fn describe_evidence(pair: &Pair) -> String {
     pair.evidence.map_or("unverified".into(), |evidence| evidence.describe())
 }

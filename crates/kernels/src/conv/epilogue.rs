@@ -112,7 +112,7 @@ pub struct ShiftAct<'a, T> {
     pub shift: &'a [f32],
     /// A map.
     pub skip: Option<&'a [T]>,
-    /// Whether a ReLU follows.
+    /// True if a ReLU follows.
     pub relu: bool,
 }
 

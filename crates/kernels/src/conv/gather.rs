@@ -1,4 +1,4 @@
-//! Which source pixels each destination pixel of a convolution reads, and the tasks that the
+//! The source pixels that each destination pixel of a convolution reads, and the tasks that the
 //! destination is split into.
 //!
 //! The forward pass and the gradient of the input are the same operation: every pixel of a

@@ -109,7 +109,7 @@ thread_local! {
     static PANELS: RefCell<Vec<TaskPanels>> = RefCell::default();
 }
 
-/// How the operands of a gather are laid out.
+/// Layout of the operands of a gather.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Layout {
     /// Pixels in a grid, this many values apart.

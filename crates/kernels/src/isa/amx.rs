@@ -43,8 +43,8 @@ pub(super) static ISA: Isa = Isa {
     ..avx512::BF16
 };
 
-/// Returns whether this process may use AMX. Linux saves the tiles of a process only after it has
-/// asked for permission, once.
+/// Returns whether this process may use AMX: not with `BYOL_AMX=0`. Linux saves the tiles of a
+/// process only after it has asked for permission, once.
 pub(super) fn is_available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
     *AVAILABLE.get_or_init(|| {
@@ -54,7 +54,8 @@ pub(super) fn is_available() -> bool {
                 && is_x86_feature_detected!("avx512bf16"),
             has_tiles(),
         ];
-        avx512 && tiles && permitted()
+        let allowed = std::env::var_os("BYOL_AMX").is_none_or(|value| value != "0");
+        avx512 && tiles && allowed && permitted()
     })
 }
 

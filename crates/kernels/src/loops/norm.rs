@@ -226,7 +226,7 @@ pub(crate) unsafe fn grad_sums<V: Maps, T: Value>(
     }
 }
 
-/// What [`grad_sums`] reads and writes.
+/// Inputs and outputs of [`grad_sums`].
 struct GradPointers<'a, T> {
     rows: &'a BackwardRows<'a, T>,
     gamma_sums: *mut f32,

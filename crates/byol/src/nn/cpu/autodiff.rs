@@ -49,8 +49,8 @@ impl<B: FusedGrads, const N: usize> Backward<B, N> for Conv {
     fn backward(self, ops: Ops<Self::State, N>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dy = grads.consume::<B>(&ops.node);
         let ConvState { input, w, w_readers, options } = ops.state;
-        // The gradient that another reader has registered; that of a leaf, which has no parents, cannot be
-        // taken out.
+        // The gradient that another reader has registered. That of a leaf, which has no parents,
+        // cannot be taken out.
         let mut take_registered = |readers: &Readers, parent: usize| {
             let node = ops.parents[parent].as_ref().filter(|node| !node.parents.is_empty())?;
             readers.register().then(|| grads.consume::<B>(node))

@@ -1,5 +1,5 @@
-//! Differentiable functions of one tensor on slices: whatever has neither a kernel nor enough work
-//! for one. Burn composes such functions of several passes over strided views.
+//! Differentiable functions of one tensor, on slices: operations too small for a kernel. Composed
+//! of Burn's operations, each would take several passes over strided views.
 
 // `#[backend_extension]` needs the result types spelled out.
 #![allow(clippy::type_complexity)]
@@ -30,14 +30,14 @@ pub(crate) trait Function: Debug + Send + Sync {
     fn backward(&self, dy: &[f32]) -> Vec<f32>;
 }
 
-/// A scalar whose gradient is computed with its value: a loss.
+/// A loss whose gradient is computed with its value.
 #[derive(Debug)]
-struct Loss {
+struct KnownGradient {
     value: f32,
     gradient: Vec<f32>,
 }
 
-impl Function for Loss {
+impl Function for KnownGradient {
     fn forward(&self, _: &[f32]) -> Vec<f32> {
         vec![self.value]
     }
@@ -54,7 +54,7 @@ trait FunctionOps: Backend {
 }
 
 fn values(tensor: &FlexTensor) -> &[f32] {
-    tensor.as_slice().expect("made contiguous by the caller")
+    tensor.as_slice().expect("f32, and made contiguous by the caller")
 }
 
 impl FunctionOps for Flex {
@@ -63,7 +63,7 @@ impl FunctionOps for Flex {
     }
 }
 
-/// Backward passes, for Flex alone: a gradient has no gradient.
+/// Backward passes, only for Flex: second derivatives are not supported.
 trait FunctionGrads: FunctionOps {
     fn apply_backward(dy: FloatTensor<Self>, f: &dyn Function, shape: Vec<usize>) -> FloatTensor<Self>;
 }
@@ -113,5 +113,5 @@ pub(crate) fn apply<const D: usize, const E: usize>(
 
 /// A loss, `[1]`, from its value and its gradient at x.
 pub(crate) fn loss<const D: usize>(x: Tensor<D>, value: f64, gradient: Vec<f32>) -> Tensor<1> {
-    apply(x, Loss { value: value as f32, gradient }, [1])
+    apply(x, KnownGradient { value: value as f32, gradient }, [1])
 }

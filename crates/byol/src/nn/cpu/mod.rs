@@ -9,8 +9,9 @@
 //!
 //! In evaluation the norm is folded into the weights, and a layer is a single pass ([`folded`]).
 //!
-//! `ops.rs` has the passes of one tensor, `autodiff.rs` their graph nodes, `function.rs` the functions
-//! on slices, this file those of Burn's `Tensor` that dispatch to them.
+//! `ops.rs` has the passes of one tensor and `autodiff.rs` their graph nodes; `function.rs` has
+//! operations without kernels. The functions of this file take Burn's `Tensor` and dispatch to
+//! them.
 
 mod autodiff;
 mod function;

@@ -152,7 +152,7 @@ pub type OutputMoments<B> = Option<(FloatTensor<B>, FloatTensor<B>)>;
 #[backend_extension(Autodiff, Flex)]
 pub trait FusedOps: Backend {
     /// conv(input, w), with the moments of the output over all ranks if `options.moments`.
-    /// `w_readers` are the convolutions with the same weight.
+    /// `w_readers` is shared by the convolutions with this weight.
     fn conv(
         #[extension_type] input: ConvInput<Self>,
         w: FloatTensor<Self>,
