@@ -18,6 +18,21 @@ const MAX_LINE: usize = 100;
 /// matches any ending.
 const BANNED: &[&str] = &[
     // Unidiomatic phrases.
+    "a kill leaves none",
+    "all that a run is",
+    "another byol is training",
+    "is of use",
+    "never stopped",
+    "proves itself",
+    "spread out",
+    "takes images as they come",
+    "the way of",
+    "views of your own",
+    "watches itself",
+    "what is kept",
+    "what it tells the others",
+    "where it stands",
+    "whoever keeps the time",
     "a line each",
     "a vector an image",
     "apart at most",
