@@ -63,13 +63,14 @@ impl OutputLayer {
     /// Maps `[N, H, W, inputs]` to `[N, H, W, outputs]`.
     pub fn forward(&self, context: &mut ForwardContext, x: Tensor<4>) -> Tensor<4> {
         let ([n, h, w, _], OutputLayer { name, inputs, outputs }) = (x.dims(), *self);
-        if has_kernels(&x.device()) {
-            let bias = context.params.get::<1>(&format!("{name}.bias")).reshape([1, 1, 1, outputs]);
-            return cpu::conv(x.into(), context.weight(name), ConvOptions::new(context)) + bias;
-        }
-        let weight = context.params.get::<4>(&format!("{name}.weight")).reshape([outputs, inputs]).transpose();
-        let bias = context.params.get::<1>(&format!("{name}.bias")).reshape([1, outputs]);
-        (x.reshape([n * h * w, inputs]).matmul(weight) + bias).reshape([n, h, w, outputs])
+        let bias = context.params.get::<1>(&format!("{name}.bias")).reshape([1, 1, 1, outputs]);
+        let y = if has_kernels(&x.device()) {
+            cpu::conv(x.into(), context.weight(name), ConvOptions::new(context))
+        } else {
+            let weight = context.params.get::<4>(&format!("{name}.weight")).reshape([outputs, inputs]).transpose();
+            x.reshape([n * h * w, inputs]).matmul(weight).reshape([n, h, w, outputs])
+        };
+        y + bias
     }
 }
 

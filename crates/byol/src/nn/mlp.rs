@@ -73,10 +73,11 @@ impl Mlp {
     /// # Shapes
     /// `x`: `[N, d_in]`; returns `[N, d_out]`.
     pub fn forward(&self, ctx: &mut ForwardContext, x: Tensor<2>) -> Tensor<2> {
-        let is_constant = |ctx: &ForwardContext| ctx.params.iter().all(|(_, leaf)| !leaf.value.is_autodiff());
+        let weight = ctx.params.get::<2>(&format!("{}.weight", self.layer(1)));
+        let is_constant = !x.is_autodiff() && !weight.is_autodiff();
         match &ctx.mode {
             Mode::Train(..) if has_kernels(&x.device()) => return self.forward_fused(ctx, x),
-            Mode::Eval(statistics) if has_kernels(&x.device()) && !x.is_autodiff() && is_constant(ctx) => {
+            Mode::Eval(statistics) if has_kernels(&x.device()) && is_constant => {
                 let running = statistics.get(&self.norm_name()).clone();
                 return self.forward_folded(ctx, x, running);
             }

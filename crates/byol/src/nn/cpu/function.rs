@@ -18,8 +18,10 @@ use burn::{
         flex::FlexTensor,
         tensor::FloatTensor,
     },
-    tensor::{Tensor, TensorData},
+    tensor::Tensor,
 };
+
+use super::ops::{tensor, values};
 
 /// A function of the elements of a tensor, row-major, with its gradient.
 pub(crate) trait Function: Debug + Send + Sync {
@@ -53,13 +55,9 @@ trait FunctionOps: Backend {
     fn apply(x: FloatTensor<Self>, f: Arc<dyn Function>, shape: Vec<usize>) -> FloatTensor<Self>;
 }
 
-fn values(tensor: &FlexTensor) -> &[f32] {
-    tensor.as_slice().expect("f32, and made contiguous by the caller")
-}
-
 impl FunctionOps for Flex {
     fn apply(x: FlexTensor, f: Arc<dyn Function>, shape: Vec<usize>) -> FlexTensor {
-        FlexTensor::from_data(TensorData::new(f.forward(values(&x.to_contiguous())), shape))
+        tensor(f.forward(values(&x.to_contiguous())), &shape)
     }
 }
 
@@ -70,7 +68,7 @@ trait FunctionGrads: FunctionOps {
 
 impl FunctionGrads for Flex {
     fn apply_backward(dy: FlexTensor, f: &dyn Function, shape: Vec<usize>) -> FlexTensor {
-        FlexTensor::from_data(TensorData::new(f.backward(values(&dy.to_contiguous())), shape))
+        tensor(f.backward(values(&dy.to_contiguous())), &shape)
     }
 }
 

@@ -255,7 +255,7 @@ pub trait FusedGrads: FusedOps {
 }
 
 /// Elements of a contiguous f32 tensor, row-major.
-fn values(tensor: &FlexTensor) -> &[f32] {
+pub(super) fn values(tensor: &FlexTensor) -> &[f32] {
     tensor.as_slice().expect("made contiguous on entry")
 }
 
@@ -328,7 +328,8 @@ macro_rules! with_element {
     };
 }
 
-fn tensor(values: Vec<f32>, shape: &[usize]) -> FlexTensor {
+/// An f32 tensor of these elements, row-major.
+pub(super) fn tensor(values: Vec<f32>, shape: &[usize]) -> FlexTensor {
     FlexTensor::from_data(TensorData::new(values, shape.to_vec()))
 }
 
