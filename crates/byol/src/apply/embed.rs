@@ -213,6 +213,27 @@ impl Origin {
 }
 
 /// Embedding job.
+///
+/// # Examples
+///
+/// ```no_run
+/// use std::{path::Path, sync::atomic::AtomicBool};
+///
+/// use byol::{
+///     Dataset, Encoder,
+///     apply::{embed::{Items, Job, Outcome, Split}, embeddings::Origin},
+/// };
+///
+/// let (file, data) = (Path::new("byol-runs/photos/encoder.safetensors"), Path::new("photos"));
+/// let encoder = Encoder::open(file)?;
+/// let items = Items::new(Dataset::open(data)?, Split::All);
+/// let origin = Origin::new(file, data, &items, None)?;
+/// let job = Job { encoder: &encoder, items: &items, origin, out: Path::new("photos.parquet") };
+/// if let Outcome::Finished { rows, skipped } = job.run(&AtomicBool::new(false), |_, _| ())? {
+///     println!("{rows} rows, {} images skipped", skipped.len());
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct Job<'a> {
     /// The encoder.

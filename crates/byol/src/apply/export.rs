@@ -69,6 +69,17 @@ const MAX_RELATIVE_DIFFERENCE: f64 = 1e-3;
 ///
 /// # Errors
 /// Any [`Error`].
+///
+/// # Examples
+///
+/// ```no_run
+/// use byol::{Dataset, Encoder, apply::export};
+///
+/// let encoder = Encoder::open("byol-runs/photos")?;
+/// let images = Dataset::open("photos")?.train.sample_random(8);
+/// export::write(&encoder, "encoder.onnx".as_ref(), true, &images)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn write(encoder: &Encoder, path: &Path, normalize: bool, images: &Images) -> Result<Check, Error> {
     let extension = path.extension().and_then(|e| e.to_str()).map(str::to_ascii_lowercase);
     let spec = &encoder.spec;

@@ -1,4 +1,17 @@
 //! APPLICATION: embedding files, export, and search, duplicates, outliers and maps of embeddings.
+//!
+//! # Examples
+//!
+//! ```no_run
+//! use byol::apply::{embeddings::Embeddings, search::Index};
+//!
+//! let embeddings = Embeddings::open("photos.parquet".as_ref())?;
+//! let index = Index::new(embeddings.features);
+//! for (row, cosine) in index.nearest(index.rows().row(0), 5) {
+//!     println!("{cosine:.3} {}", embeddings.paths[row]);
+//! }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 #[doc(hidden)]
 pub mod chart;

@@ -7,6 +7,18 @@ use super::neighbors;
 use crate::eval::{Features, dot, knn};
 
 /// Searchable set of embeddings.
+///
+/// # Examples
+///
+/// ```
+/// use byol::{apply::search::Index, eval::Features};
+///
+/// let values = vec![1.0, 0.0, 0.9, 0.1, 0.0, 1.0, -1.0, 0.2];
+/// let index = Index::new(Features { n: 4, dim: 2, values });
+/// let neighbors = index.nearest(index.rows().row(0), 2);
+/// assert_eq!([neighbors[0].0, neighbors[1].0], [0, 1]);
+/// assert_eq!(index.select_diverse(2).len(), 2);
+/// ```
 #[derive(Debug, Clone)]
 pub struct Index {
     mean: Vec<f32>,

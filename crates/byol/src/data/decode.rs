@@ -21,7 +21,7 @@ pub(crate) use self::unread::unread_content;
 pub(crate) use self::unread::unread_format;
 use super::{
     CHANNELS, Image, Levels,
-    levels::{Kind, Range},
+    levels::{Range, SampleKind},
 };
 use crate::catch_panic::catch_panic;
 
@@ -112,7 +112,7 @@ pub fn file(path: &Path, levels: &Levels) -> Result<Image, DecodeError> {
 /// # Errors
 /// Any but [`DecodeError::Read`].
 pub fn bytes(bytes: &[u8], levels: &Levels) -> Result<Image, DecodeError> {
-    guarded(|| decode(bytes)?.into_image(levels))
+    without_panics(|| decode(bytes)?.into_image(levels))
 }
 
 /// Range of the values of an image of more than 8 bits; `None` for other images.
@@ -120,19 +120,19 @@ pub fn bytes(bytes: &[u8], levels: &Levels) -> Result<Image, DecodeError> {
 /// # Errors
 /// Those of [`bytes`].
 pub(super) fn range(bytes: &[u8]) -> Result<Option<Range>, DecodeError> {
-    guarded(|| decode(bytes)?.range())
+    without_panics(|| decode(bytes)?.range())
 }
 
 /// Kind of an image, if it has more than 8 bits, from its header. `None` if it is damaged.
 ///
 /// # Errors
 /// I/O errors.
-pub(super) fn kind(mut reader: impl Read + Seek) -> io::Result<Option<Kind>> {
+pub(super) fn kind(mut reader: impl Read + Seek) -> io::Result<Option<SampleKind>> {
     let mut head = Vec::with_capacity(HEAD);
     reader.by_ref().take(HEAD as u64).read_to_end(&mut head)?;
     if head.starts_with(b"\x89PNG\r\n\x1a\n") {
         // The first chunk of a PNG has the bits per sample behind the width and the height.
-        return Ok((head.get(24) == Some(&16)).then_some(Kind::Int16));
+        return Ok((head.get(24) == Some(&16)).then_some(SampleKind::Int16));
     }
     if !tiff::is_tiff(&head) {
         return Ok(None);
@@ -145,7 +145,7 @@ pub(super) fn kind(mut reader: impl Read + Seek) -> io::Result<Option<Kind>> {
 const HEAD: usize = 32;
 
 /// Runs a decoder. Some panic on damaged data.
-fn guarded<T>(decode: impl FnOnce() -> Result<T, DecodeError>) -> Result<T, DecodeError> {
+fn without_panics<T>(decode: impl FnOnce() -> Result<T, DecodeError>) -> Result<T, DecodeError> {
     catch_panic(decode).unwrap_or_else(|reason| Err(DecodeError::Broken { format: "image", reason }))
 }
 
@@ -239,12 +239,14 @@ impl Raw {
     fn range(&self) -> Result<Option<Range>, DecodeError> {
         Ok(Some(match self.deep() {
             None => return Ok(None),
-            Some(Deep::Int16(values, channels)) => Range::new(Kind::Int16, colors(values, channels).map(f32::from)),
+            Some(Deep::Int16(values, channels)) => {
+                Range::new(SampleKind::Int16, colors(values, channels).map(f32::from))
+            }
             Some(Deep::Float(values, channels)) => {
                 if colors(values, channels).any(|v| !v.is_finite()) {
                     return Err(DecodeError::NotFinite);
                 }
-                Range::new(Kind::Float, colors(values, channels))
+                Range::new(SampleKind::Float, colors(values, channels))
             }
         }))
     }
@@ -254,9 +256,9 @@ impl Raw {
         let mut image = match self.deep() {
             None => self.image,
             Some(deep) => {
-                let kind = if matches!(deep, Deep::Int16(..)) { Kind::Int16 } else { Kind::Float };
+                let kind = if matches!(deep, Deep::Int16(..)) { SampleKind::Int16 } else { SampleKind::Float };
                 // Also refuses NaN.
-                let range = if kind == Kind::Float || levels.get(kind).is_none() { self.range()? } else { None };
+                let range = if kind == SampleKind::Float || levels.get(kind).is_none() { self.range()? } else { None };
                 let image_levels = match (levels.get(kind), range) {
                     (Some(levels), _) => levels,
                     (None, Some(range)) => range.levels().map_err(DecodeError::UnknownLevels)?,

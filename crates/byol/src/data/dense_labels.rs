@@ -392,6 +392,7 @@ fn decode_raw(bytes: &[u8]) -> Result<DynamicImage, DecodeError> {
 ///
 /// # Errors
 /// Any [`DecodeError`].
+#[doc(hidden)]
 pub fn parse_mask(bytes: &[u8]) -> Result<Mask, DecodeError> {
     if let Some(mask) = parse_indexed_png(bytes)? {
         return Ok(mask);
@@ -441,6 +442,7 @@ fn parse_indexed_png(bytes: &[u8]) -> Result<Option<Mask>, DecodeError> {
 ///
 /// # Errors
 /// Any [`DecodeError`].
+#[doc(hidden)]
 pub fn parse_depth(bytes: &[u8]) -> Result<DepthMap, DecodeError> {
     if let Some(depth) = parse_float_tiff(bytes)? {
         return match depth.meters.iter().any(|m| !m.is_finite() || *m < 0.0) {

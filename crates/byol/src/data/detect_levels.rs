@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use super::{
     DecodeError, Error, Images, Source, decode,
-    levels::{Kind, Levels, Range},
+    levels::{Levels, Range, SampleKind},
     stratified_positions,
 };
 
@@ -39,7 +39,7 @@ pub(super) fn complete(levels: Levels, splits: &[&Images], root: &Path) -> Resul
             deep.extend(find_deep(split)?.into_iter().map(|(position, kind)| (*split, position, kind)));
         }
     }
-    let detect = |kind: Kind| -> Result<Option<[f32; 2]>, Error> {
+    let detect = |kind: SampleKind| -> Result<Option<[f32; 2]>, Error> {
         let mut images: Vec<_> = deep.iter().filter(|(_, _, image_kind)| *image_kind == kind).collect();
         if images.len() > MAX_DECODED {
             images = stratified_positions(images.len(), SAMPLE).into_iter().map(|i| images[i]).collect();
@@ -52,7 +52,7 @@ pub(super) fn complete(levels: Levels, splits: &[&Images], root: &Path) -> Resul
         let invalid = |reason| Error::Levels { root: root.to_owned(), reason };
         range.map(|range| range.levels()).transpose().map_err(invalid)
     };
-    let [int16, float] = [Kind::Int16, Kind::Float].map(|kind| match levels.get(kind) {
+    let [int16, float] = [SampleKind::Int16, SampleKind::Float].map(|kind| match levels.get(kind) {
         Some(known) => Ok(Some(known)),
         None => detect(kind),
     });
@@ -60,7 +60,7 @@ pub(super) fn complete(levels: Levels, splits: &[&Images], root: &Path) -> Resul
 }
 
 /// Positions of images of more than 8 bits in a sample of a split, with their kinds.
-fn find_deep(images: &Images) -> Result<Vec<(usize, Kind)>, Error> {
+fn find_deep(images: &Images) -> Result<Vec<(usize, SampleKind)>, Error> {
     let positions: Vec<usize> = match &images.source {
         Source::Memory(_) | Source::Custom(_) => return Ok(Vec::new()),
         // Few shards should be opened.
@@ -71,7 +71,7 @@ fn find_deep(images: &Images) -> Result<Vec<(usize, Kind)>, Error> {
             stratified_positions(all.len(), n).into_iter().map(|i| all[i]).collect()
         }
     };
-    let kind = |i: usize| -> io::Result<Option<Kind>> {
+    let kind = |i: usize| -> io::Result<Option<SampleKind>> {
         match &images.source {
             Source::Files(paths) => decode::kind(BufReader::new(fs::File::open(&paths[images.indices[i]])?)),
             _ => images.encoded_bytes(i).map_or(Ok(None), |bytes| decode::kind(Cursor::new(bytes?))),
@@ -81,7 +81,7 @@ fn find_deep(images: &Images) -> Result<Vec<(usize, Kind)>, Error> {
         Ok(kind) => Ok(kind.map(|kind| (i, kind))),
         Err(e) => ignore_unreadable(images, i, DecodeError::Read(e)),
     };
-    let found: Vec<Option<(usize, Kind)>> = positions.into_par_iter().map(find).collect::<Result<_, _>>()?;
+    let found: Vec<Option<(usize, SampleKind)>> = positions.into_par_iter().map(find).collect::<Result<_, _>>()?;
     Ok(found.into_iter().flatten().collect())
 }
 
@@ -116,7 +116,7 @@ mod tests {
     use crate::data::{Dataset, OpenOptions};
 
     fn float_levels(values: &[f32]) -> Result<[f32; 2], String> {
-        Range::new(Kind::Float, values.iter().copied()).levels()
+        Range::new(SampleKind::Float, values.iter().copied()).levels()
     }
 
     #[test]
@@ -132,7 +132,7 @@ mod tests {
             (16384.0, 65535.0),
             (65535.0, 65535.0),
         ] {
-            assert_eq!(Range::new(Kind::Int16, [0.0, max].into_iter()).levels(), Ok([0.0, white]), "{max}");
+            assert_eq!(Range::new(SampleKind::Int16, [0.0, max].into_iter()).levels(), Ok([0.0, white]), "{max}");
         }
     }
 

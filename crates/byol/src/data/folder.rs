@@ -53,7 +53,7 @@ const TEXTS: [&str; 14] =
 
 /// Kind of files or folders that are not read.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-enum Kind {
+enum UnreadKind {
     /// Image format.
     Format(&'static str),
     /// Archive with this ending.
@@ -76,46 +76,49 @@ enum Kind {
     Special,
 }
 
-impl Kind {
+impl UnreadKind {
     /// Name of `n` of them.
     fn name(&self, n: usize) -> String {
         let plural = if n == 1 { "" } else { "s" };
         match self {
-            Kind::Format(format) => format!("{format} file{plural}"),
-            Kind::Archive(ending) | Kind::Shard(ending) | Kind::Container(ending) | Kind::Video(ending) => {
+            UnreadKind::Format(format) => format!("{format} file{plural}"),
+            UnreadKind::Archive(ending)
+            | UnreadKind::Shard(ending)
+            | UnreadKind::Container(ending)
+            | UnreadKind::Video(ending) => {
                 format!(".{ending} file{plural}")
             }
-            Kind::Hidden => format!("hidden image{plural}"),
-            Kind::Run => format!("image{plural} in run folders"),
-            Kind::BrokenLink => format!("broken link{plural}"),
-            Kind::Repeated => format!("linked folder{plural}"),
-            Kind::Special => format!("special file{plural}"),
+            UnreadKind::Hidden => format!("hidden image{plural}"),
+            UnreadKind::Run => format!("image{plural} in run folders"),
+            UnreadKind::BrokenLink => format!("broken link{plural}"),
+            UnreadKind::Repeated => format!("linked folder{plural}"),
+            UnreadKind::Special => format!("special file{plural}"),
         }
     }
 
     fn reason(&self) -> String {
         match self {
-            Kind::Format(_) => format!("unsupported format; {}", self.remedy()),
-            Kind::Archive(_) => format!("archives are not read; {}", self.remedy()),
-            Kind::Shard(_) => format!("not read beside image files; {}", self.remedy()),
-            Kind::Container(_) => format!("not read; {}", self.remedy()),
-            Kind::Video(_) => format!("videos are not read; {}", self.remedy()),
-            Kind::Hidden => "names that start with a dot are not read".into(),
-            Kind::Run => "run folders are excluded".into(),
-            Kind::BrokenLink => "the linked file does not exist".into(),
-            Kind::Repeated => "read already under another name".into(),
-            Kind::Special => "named pipes, sockets and devices are not read".into(),
+            UnreadKind::Format(_) => format!("unsupported format; {}", self.remedy()),
+            UnreadKind::Archive(_) => format!("archives are not read; {}", self.remedy()),
+            UnreadKind::Shard(_) => format!("not read beside image files; {}", self.remedy()),
+            UnreadKind::Container(_) => format!("not read; {}", self.remedy()),
+            UnreadKind::Video(_) => format!("videos are not read; {}", self.remedy()),
+            UnreadKind::Hidden => "names that start with a dot are not read".into(),
+            UnreadKind::Run => "run folders are excluded".into(),
+            UnreadKind::BrokenLink => "the linked file does not exist".into(),
+            UnreadKind::Repeated => "read already under another name".into(),
+            UnreadKind::Special => "named pipes, sockets and devices are not read".into(),
         }
     }
 
     fn remedy(&self) -> &'static str {
         match self {
-            Kind::Format(_) => "convert them to JPEG or PNG",
-            Kind::Archive(_) => "unpack them",
-            Kind::Shard(_) => "pass them on their own",
-            Kind::Container(_) => "save the images in them as JPEG or PNG",
-            Kind::Video(_) => "save their frames as JPEG or PNG",
-            Kind::Hidden => "rename them",
+            UnreadKind::Format(_) => "convert them to JPEG or PNG",
+            UnreadKind::Archive(_) => "unpack them",
+            UnreadKind::Shard(_) => "pass them on their own",
+            UnreadKind::Container(_) => "save the images in them as JPEG or PNG",
+            UnreadKind::Video(_) => "save their frames as JPEG or PNG",
+            UnreadKind::Hidden => "rename them",
             _ => "pass a folder with JPEG, PNG, WebP, BMP, GIF or TIFF files at any depth",
         }
     }
@@ -127,7 +130,7 @@ struct FolderScan {
     /// Image files, in the order of the walk.
     images: Vec<PathBuf>,
     /// Number of files that are not read, and the first of them.
-    unread: BTreeMap<Kind, (usize, PathBuf)>,
+    unread: BTreeMap<UnreadKind, (usize, PathBuf)>,
     /// Files that are reported elsewhere.
     reported: HashSet<PathBuf>,
     /// Real paths of the folders so far. A link to a parent folder would recurse forever.
@@ -153,7 +156,7 @@ impl FolderScan {
         if let Ok(real) = fs::canonicalize(folder)
             && !self.visited.insert(real)
         {
-            self.count(Kind::Repeated, 1, folder);
+            self.count(UnreadKind::Repeated, 1, folder);
             return Ok(());
         }
         for path in list(folder)? {
@@ -161,14 +164,14 @@ impl FolderScan {
             if name.starts_with(b".") {
                 // `._NAME` are metadata of macOS.
                 if !name.starts_with(b"._") && has_image_extension(&path) && path.is_file() {
-                    self.count(Kind::Hidden, 1, &path);
+                    self.count(UnreadKind::Hidden, 1, &path);
                 }
                 continue;
             }
             let metadata = match fs::metadata(&path) {
                 Ok(metadata) => metadata,
                 Err(_) if path.is_symlink() => {
-                    self.count(Kind::BrokenLink, 1, &path);
+                    self.count(UnreadKind::BrokenLink, 1, &path);
                     continue;
                 }
                 Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
@@ -177,7 +180,7 @@ impl FolderScan {
             if metadata.is_dir() {
                 self.walk_unless_run(&path)?;
             } else if !metadata.is_file() {
-                self.count(Kind::Special, 1, &path);
+                self.count(UnreadKind::Special, 1, &path);
             } else {
                 match classify(&path) {
                     File::Image => self.images.push(path),
@@ -195,21 +198,21 @@ impl FolderScan {
             return self.walk(folder);
         }
         let inside = FolderScan::scan(folder)?;
-        let nested = inside.unread.get(&Kind::Run).map_or(0, |(n, _)| *n);
+        let nested = inside.unread.get(&UnreadKind::Run).map_or(0, |(n, _)| *n);
         match inside.images.len() + nested {
             0 => {}
-            n => self.count(Kind::Run, n, folder),
+            n => self.count(UnreadKind::Run, n, folder),
         }
         Ok(())
     }
 
-    fn count(&mut self, kind: Kind, n: usize, path: &Path) {
+    fn count(&mut self, kind: UnreadKind, n: usize, path: &Path) {
         self.unread.entry(kind).or_insert_with(|| (0, path.to_owned())).0 += n;
     }
 
     /// Files that are not read, as groups with paths relative to `root`.
     fn unused(&self, root: &Path) -> Vec<Unused> {
-        let group = |(kind, (n, first)): (&Kind, &(usize, PathBuf))| {
+        let group = |(kind, (n, first)): (&UnreadKind, &(usize, PathBuf))| {
             let first_of = if *n == 1 { "" } else { "first: " };
             let reason = format!("{} ({first_of}{})", kind.reason(), relative(first, root));
             Unused { name: kind.name(*n), count: *n, reason }
@@ -555,7 +558,7 @@ pub(super) fn is_image(path: &Path) -> bool {
 /// Kind of a regular file.
 enum File {
     Image,
-    Unread(Kind),
+    Unread(UnreadKind),
     Other,
 }
 
@@ -568,16 +571,16 @@ fn classify(path: &Path) -> File {
     let extension = name.rsplit_once('.').map_or("", |(_, extension)| extension);
     // Before the first bytes: most raw formats look like TIFF.
     if let Some(format) = decode::unread_format(extension) {
-        return File::Unread(Kind::Format(format));
+        return File::Unread(UnreadKind::Format(format));
     }
     let ending = |endings: &[&'static str]| {
         let has = |ending: &&&str| name.strip_suffix(**ending).is_some_and(|stem| stem.ends_with('.'));
         endings.iter().find(has).copied()
     };
-    let kind = ending(&ARCHIVES).map(Kind::Archive);
-    let kind = kind.or_else(|| ending(&SHARDS).map(Kind::Shard));
-    let kind = kind.or_else(|| ending(&CONTAINERS).map(Kind::Container));
-    if let Some(kind) = kind.or_else(|| ending(&VIDEOS).map(Kind::Video)) {
+    let kind = ending(&ARCHIVES).map(UnreadKind::Archive);
+    let kind = kind.or_else(|| ending(&SHARDS).map(UnreadKind::Shard));
+    let kind = kind.or_else(|| ending(&CONTAINERS).map(UnreadKind::Container));
+    if let Some(kind) = kind.or_else(|| ending(&VIDEOS).map(UnreadKind::Video)) {
         return File::Unread(kind);
     }
     if TEXTS.contains(&extension) {

@@ -44,10 +44,10 @@ impl Levels {
     }
 
     /// Levels of images of this kind.
-    pub(super) fn get(&self, kind: Kind) -> Option<[f32; 2]> {
+    pub(super) fn get(&self, kind: SampleKind) -> Option<[f32; 2]> {
         match kind {
-            Kind::Int16 => self.int16,
-            Kind::Float => self.float,
+            SampleKind::Int16 => self.int16,
+            SampleKind::Float => self.float,
         }
     }
 }
@@ -68,7 +68,7 @@ impl fmt::Display for Levels {
 
 /// Kind of images of more than 8 bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum SampleKind {
     /// Unsigned 16-bit integers.
     Int16,
     /// Floats, and integers of other types.
@@ -78,7 +78,7 @@ pub(super) enum Kind {
 /// Values of images of one kind.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Range {
-    pub kind: Kind,
+    pub kind: SampleKind,
     pub min: f32,
     pub max: f32,
     /// True if all values are integers.
@@ -93,7 +93,7 @@ const MAX_AMBIGUOUS: f32 = 16.0;
 
 impl Range {
     /// Range of values, which must not be NaN.
-    pub fn new(kind: Kind, values: impl Iterator<Item = f32>) -> Range {
+    pub fn new(kind: SampleKind, values: impl Iterator<Item = f32>) -> Range {
         let start = Range { kind, min: f32::INFINITY, max: f32::NEG_INFINITY, is_whole: true };
         values.fold(start, |range, v| Range {
             kind,
@@ -120,7 +120,7 @@ impl Range {
     pub fn levels(&self) -> Result<[f32; 2], String> {
         let Range { min, max, is_whole, .. } = *self;
         let depth = WHITES.into_iter().find(|white| max <= *white).map(|white| [0.0, white]);
-        if self.kind == Kind::Int16 {
+        if self.kind == SampleKind::Int16 {
             return Ok(depth.unwrap_or([0.0, 65535.0]));
         }
         // Interpolation and rounding may exceed the levels by less than half a gray level.

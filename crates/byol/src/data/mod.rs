@@ -5,7 +5,6 @@
 pub mod cifar;
 #[doc(hidden)]
 pub mod decode;
-#[doc(hidden)]
 pub mod dense_labels;
 mod detect_levels;
 #[doc(hidden)]
@@ -829,6 +828,14 @@ impl Dataset {
     ///
     /// # Errors
     /// [`Error::Missing`], [`Error::Empty`], [`Error::Read`], [`Error::Levels`].
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// let data = byol::Dataset::folder("photos")?;
+    /// println!("{} training images", data.train.len());
+    /// # Ok::<(), byol::data::Error>(())
+    /// ```
     pub fn folder(path: impl AsRef<Path>) -> Result<Dataset, Error> {
         let path = path.as_ref();
         if !path.exists() {
@@ -893,6 +900,16 @@ impl Dataset {
     /// # Panics
     /// If an image is not RGB or has the wrong number of pixels, or the number of labels is not
     /// that of the images.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use byol::{Dataset, Image};
+    ///
+    /// let gray = |level: u8| Image { height: 8, width: 8, channels: 3, pixels: vec![level; 8 * 8 * 3] };
+    /// let data = Dataset::from_images(vec![gray(0), gray(128), gray(255)], Some(vec![0, 1, 1]));
+    /// assert_eq!([data.train.len(), data.classes.len()], [3, 2]);
+    /// ```
     pub fn from_images(images: Vec<Image>, labels: Option<Vec<usize>>) -> Dataset {
         for image in &images {
             assert_eq!(image.problem(), None, "unusable image");

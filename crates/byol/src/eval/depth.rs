@@ -9,7 +9,7 @@
 use burn::tensor::{Tensor, TensorData};
 
 use super::{
-    dense_heads::{self, Head, OutputLayer, Protocol, Sample, Trained},
+    dense_heads::{self, Head, OutputLayer, Sample, Trained},
     metrics,
 };
 use crate::{
@@ -23,6 +23,8 @@ use crate::{
         tree::host,
     },
 };
+
+pub use super::dense_heads::Protocol;
 
 /// Channels of the up-projection blocks.
 const BLOCKS: [usize; 4] = [512, 256, 128, 64];

@@ -16,6 +16,16 @@ fn effective_rank(values: &[f64], eps: f64) -> f64 {
 
 /// RankMe (Garrido et al. 2023, arXiv:2210.02885): exp of the entropy of the singular values
 /// normalized to sum 1. From 1 (all rows on a line) to min(N, F).
+///
+/// # Examples
+///
+/// ```
+/// use byol::eval::{Features, effective_rank::rankme};
+///
+/// // All rows on one line: rank 1.
+/// let line = Features { n: 3, dim: 2, values: vec![1.0, 2.0, 2.0, 4.0, 3.0, 6.0] };
+/// assert!((rankme(&line) - 1.0).abs() < 0.01);
+/// ```
 pub fn rankme(features: &Features) -> f64 {
     effective_rank(&singular_values(features), 1e-7)
 }

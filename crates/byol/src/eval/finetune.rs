@@ -55,6 +55,17 @@ pub struct FineTuned {
 /// Returns the sorted indices of a class-balanced random subset of the labels: the same number from
 /// every class, at least one. With the same seed, a smaller `fraction` gives a subset of a larger
 /// one.
+///
+/// # Examples
+///
+/// ```
+/// use byol::eval::finetune::label_subset;
+///
+/// let labels = [0, 0, 0, 0, 1, 1, 1, 1];
+/// let half = label_subset(&labels, 2, 0.5, 7);
+/// assert_eq!(half.iter().filter(|i| labels[**i] == 0).count(), 2);
+/// assert_eq!(half.len(), 4);
+/// ```
 pub fn label_subset(labels: &[usize], classes: usize, fraction: f64, seed: u64) -> Vec<usize> {
     let per_class = (fraction * labels.len() as f64 / classes.max(1) as f64).round().max(1.0) as usize;
     let mut subset = Vec::new();

@@ -65,6 +65,18 @@ pub(crate) fn top_k(values: &[f32], k: usize) -> Vec<(usize, f32)> {
 
 /// Classifies `queries` by their `k` nearest neighbors in `bank`. Labels are in 0..`classes`;
 /// `labels` are those of the queries.
+///
+/// # Examples
+///
+/// ```
+/// use byol::eval::{Features, knn};
+///
+/// let bank = Features { n: 3, dim: 2, values: vec![1.0, 0.0, 0.9, 0.1, 0.0, 1.0] };
+/// let queries = Features { n: 2, dim: 2, values: vec![0.8, 0.2, 0.1, 0.9] };
+/// let result = knn::classify(&bank, &[0, 0, 1], &queries, &[0, 1], 2, 1, 0.07);
+/// assert_eq!(result.predicted, [0, 1]);
+/// assert_eq!(result.accuracy, 1.0);
+/// ```
 pub fn classify(
     bank: &Features,
     bank_labels: &[usize],

@@ -105,6 +105,20 @@ const FIRST_VIEW: u64 = 16;
 ///
 /// # Errors
 /// [`Error::Image`] for an image that can no longer be decoded.
+///
+/// # Examples
+///
+/// ```no_run
+/// use byol::{Dataset, Encoder, Recipe, eval::{self, label_free}};
+///
+/// let encoder = Encoder::open("byol-runs/photos")?;
+/// let images = Dataset::open("photos")?.train.sample_random(512);
+/// let recipe = Recipe::named("photos")?.check()?;
+/// let config = label_free::ViewConfig { policies: [&recipe.views.first, &recipe.views.second], size: 160, seed: 0 };
+/// let metrics = label_free::measure(&encoder, &images, &eval::embed(&encoder, &images, |_| ())?, config)?;
+/// println!("RankMe {:.1}, score {:.3}", metrics.rankme, metrics.score());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn measure(
     encoder: &Encoder,
     images: &Images,

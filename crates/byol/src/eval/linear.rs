@@ -96,6 +96,19 @@ impl Head {
 ///
 /// # Panics
 /// If the images have no labels below `classes`, or a field of `p` is 0 or empty.
+///
+/// # Examples
+///
+/// ```no_run
+/// use byol::{Dataset, Encoder, eval::linear};
+///
+/// let encoder = Encoder::open("byol-runs/cifar10")?;
+/// let data = Dataset::open("cifar-10")?;
+/// let protocol = linear::Protocol { epochs: 10, ..Default::default() };
+/// let probe = linear::train(&encoder, &data.train, data.classes.len(), &protocol, |_| ())?;
+/// println!("base rate {}, held-out accuracy {:.3}", probe.rate, probe.held_out_accuracy);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn train(
     encoder: &Encoder,
     images: &Images,

@@ -1,5 +1,15 @@
 //! Metrics: pure functions of predictions and labels, with the conventions of the paper's
 //! evaluations (§4, appendices D to G).
+//!
+//! # Examples
+//!
+//! ```
+//! use byol::eval::metrics::{ConfusionMatrix, accuracy};
+//!
+//! assert_eq!(accuracy(&[0, 1, 1], &[0, 1, 0]), 2.0 / 3.0);
+//! let pixels = ConfusionMatrix::from_image(&[0, 1, 1, 1], &[0, 0, 1, 1], 2);
+//! assert_eq!(pixels.iou(), [Some(0.5), Some(2.0 / 3.0)]);
+//! ```
 
 /// Fraction of correct predictions, in [0, 1]; 0 for empty input.
 pub fn accuracy(predicted: &[usize], labels: &[usize]) -> f64 {

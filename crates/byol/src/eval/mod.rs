@@ -1,4 +1,19 @@
 //! EVALUATION: one file per evaluation. All take a frozen [`Encoder`] and leave it unchanged.
+//!
+//! # Examples
+//!
+//! ```no_run
+//! use byol::{Dataset, Encoder, eval, eval::knn};
+//!
+//! let encoder = Encoder::open("byol-runs/cifar10")?;
+//! let data = Dataset::open("cifar-10")?;
+//! let test = data.test.as_ref().expect("a test split");
+//! let [bank, queries] = [eval::embed(&encoder, &data.train, |_| ())?, eval::embed(&encoder, test, |_| ())?];
+//! let [bank_labels, labels] = [&data.train, test].map(|images| images.labels().expect("labels"));
+//! let result = knn::classify(&bank, bank_labels, &queries, labels, data.classes.len(), 200, 0.07);
+//! println!("{:.1} %", 100.0 * result.accuracy);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 pub mod alignment_uniformity;
 #[doc(hidden)]

@@ -6,7 +6,7 @@ use burn::tensor::Tensor;
 
 use super::{
     cross_entropy,
-    dense_heads::{self, Head, OutputLayer, Protocol, Sample, Trained},
+    dense_heads::{self, Head, OutputLayer, Sample, Trained},
 };
 use crate::{
     data::dense_labels::{Mask, MaskPair, NO_CLASS},
@@ -17,6 +17,8 @@ use crate::{
         tree::host,
     },
 };
+
+pub use super::dense_heads::Protocol;
 
 /// Channels of the head's convolutions.
 const CHANNELS: usize = 256;
@@ -81,6 +83,23 @@ impl Segmenter {
     ///
     /// # Panics
     /// If `pairs` is empty, or a mask has a class outside 0..`classes`.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use byol::{
+    ///     Encoder,
+    ///     data::{dense_labels, levels::Levels},
+    ///     eval::segment::{Protocol, Segmenter},
+    /// };
+    ///
+    /// let encoder = Encoder::open("byol-runs/streets")?;
+    /// let data = dense_labels::segmentation("streets".as_ref(), 0, Levels::default())?;
+    /// let protocol = Protocol { steps: 1000, batch: 16, crop: 224, rate: 0.02, frozen: false, seed: 0 };
+    /// let segmenter = Segmenter::train(&encoder, &data.train, data.classes.len(), &protocol, |_| ());
+    /// let mask = segmenter.predict(&data.test[0].image);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn train(
         encoder: &Encoder,
         pairs: &[MaskPair],

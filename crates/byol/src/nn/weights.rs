@@ -158,10 +158,10 @@ pub(crate) const HUB_FILE: &str = "model.safetensors";
 /// Returns the path of the encoder in a run folder or a folder in the format of the Hugging Face
 /// hub, or the path itself for a file.
 pub fn resolve(path: &Path) -> PathBuf {
-    let (of_run, of_hub) = (path.join("encoder.safetensors"), path.join(HUB_FILE));
+    let (run_file, hub_file) = (path.join("encoder.safetensors"), path.join(HUB_FILE));
     match path.is_dir() {
-        true if !of_run.exists() && of_hub.exists() => of_hub,
-        true => of_run,
+        true if !run_file.exists() && hub_file.exists() => hub_file,
+        true => run_file,
         false => path.to_owned(),
     }
 }

@@ -6,6 +6,32 @@
 //! the rules.
 //!
 //! Imports go one way: {lars, sgd, adamw} ← rule ← fused_cpu ← {optimizer, target}.
+//!
+//! # Examples
+//!
+//! ```
+//! use byol::{
+//!     nn::{Leaf, Tree, tree::host},
+//!     optim::{Optimizer, Rule, Schedule, Sgd, target},
+//! };
+//!
+//! # let device = byol::device::open(byol::DeviceChoice::Cpu)?.device;
+//! let leaf = |value: f32| Leaf::new(vec![value], &[1], &device);
+//! let (mut theta, mut xi, mut grads) = (Tree::new(), Tree::new(), Tree::new());
+//! theta.insert("w", leaf(1.0));
+//! xi.insert("w", leaf(0.0));
+//! grads.insert("w", leaf(2.0));
+//!
+//! let schedule = Schedule { peak: 0.5, warmup: 0, total: 100, tau_base: 0.75, constant_tau: false };
+//! let rule = Rule::Sgd(Sgd { momentum: 0.9, weight_decay: 0.0, nesterov: false });
+//! let mut optimizer = Optimizer::new(rule, &theta);
+//! theta = optimizer.step(&theta, &grads, schedule.eta(0)); // θ ← θ − η·g
+//! xi = target::ema(&xi, &theta, schedule.tau(0)); // ξ ← τ ξ + (1 − τ) θ
+//! theta = optimizer.step(&theta, &grads, schedule.eta(1));
+//! # assert_eq!(host(xi.get::<1>("w")), [0.0]);
+//! # assert!(host(theta.get::<1>("w"))[0] < 0.0);
+//! # Ok::<(), byol::device::Error>(())
+//! ```
 
 pub mod adamw;
 #[doc(hidden)]

@@ -6,6 +6,18 @@ use std::f64::consts::PI;
 use serde::{Deserialize, Serialize};
 
 /// The schedules of η and τ.
+///
+/// # Examples
+///
+/// ```
+/// use byol::optim::Schedule;
+///
+/// // Batch 512 and base rate 0.2: peak 0.4 after 10 of 100 steps.
+/// let schedule = Schedule { peak: 0.4, warmup: 10, total: 100, tau_base: 0.996, constant_tau: false };
+/// assert_eq!([schedule.eta(0), schedule.eta(5), schedule.eta(10)], [0.0, 0.2, 0.4]);
+/// assert_eq!(schedule.tau(0), 0.996);
+/// assert_eq!(schedule.tau(100), 1.0);
+/// ```
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Schedule {

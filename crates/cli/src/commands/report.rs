@@ -229,7 +229,7 @@ fn curves(loss: Vec<[f64; 2]>, epochs: &[Value]) -> String {
         ("kNN accuracy (%)", metric("knn", 100.0)),
         ("RankMe", metric("rankme", 1.0)),
         ("Projection std", metric("projection_std", 1.0)),
-        ("Mean cosine between projections of different images", metric("projection_cosine", 1.0)),
+        ("Mean cosine of projections", metric("projection_cosine", 1.0)),
     ]
     .iter()
     .filter(|(_, points)| points.len() > 1)

@@ -11,7 +11,7 @@ use std::ops::Range;
 use super::{
     input::ReadOperands,
     operand::{Operand, grow},
-    shape::{FeatureMap, Shape},
+    shape::{MapShape, Shape},
 };
 use crate::isa::Isa;
 
@@ -57,8 +57,8 @@ impl OutputPhase {
 #[derive(Debug)]
 pub(super) struct Gather {
     pub n: usize,
-    pub source: FeatureMap,
-    pub dest: FeatureMap,
+    pub source: MapShape,
+    pub dest: MapShape,
     /// Distance between destination pixels of a phase.
     pub dest_step: usize,
     /// Distance between their windows.
@@ -71,8 +71,8 @@ pub(super) struct Gather {
 impl Gather {
     fn new(
         n: usize,
-        source: FeatureMap,
-        dest: FeatureMap,
+        source: MapShape,
+        dest: MapShape,
         dest_step: usize,
         source_step: usize,
         phases: Vec<OutputPhase>,
@@ -215,7 +215,7 @@ pub(super) struct Task {
 
 impl Task {
     /// Range of its values in the destination; they are adjacent.
-    pub fn span(&self, dest: FeatureMap) -> Range<usize> {
+    pub fn span(&self, dest: MapShape) -> Range<usize> {
         let row = |i: usize, y: usize| (i * dest.h + y) * dest.w * dest.c;
         row(self.images.start, self.rows.start)..row(self.images.end - 1, self.rows.end)
     }

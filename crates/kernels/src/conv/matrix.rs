@@ -30,8 +30,8 @@ use super::{
 use crate::{
     isa::{Isa, MatrixLoops},
     loops::{
-        block::{BlockValues, Finish, Run},
-        matrix::{Accumulation, BLOCK, DEPTH, Panels, Product, Rows, STEP_VALUES, TILE, TILE_VALUES},
+        block::{BlockValues, Finish, PixelRun},
+        matrix::{Accumulation, BLOCK, DEPTH, MultiplyArgs, Panels, Rows, STEP_VALUES, TILE, TILE_VALUES},
     },
     memory::{AlignedBuffer, Plain, as_uninit, assume_init_vec, uninit_vec},
     simd::Bf16,
@@ -155,7 +155,7 @@ struct View {
     taps: Vec<u32>,
     /// The destination pixels, in the order of their rows in the region. Offsets are those in the
     /// task's destination.
-    runs: Vec<Run>,
+    runs: Vec<PixelRun>,
     /// Distance between neighboring pixels of a run in the destination, in values.
     out_step: usize,
 }
@@ -167,7 +167,7 @@ impl View {
     }
 
     /// Appends a run, or extends the last one by it.
-    fn push(&mut self, run: Run) {
+    fn push(&mut self, run: PixelRun) {
         if let Some(last) = self.runs.last_mut() {
             let adjacent = last.row + last.pixels == run.row;
             if adjacent && last.at + last.pixels * self.out_step == run.at {
@@ -195,7 +195,7 @@ impl View {
                 let pixels = (run.pixels - done).min(first_row + rows - row);
                 let at = run.at + done * self.out_step;
                 let chunk = chunks.last_mut().expect("a chunk has been pushed");
-                chunk.runs.push(Run { row: row - first_row, pixels, at });
+                chunk.runs.push(PixelRun { row: row - first_row, pixels, at });
                 chunk.rows = row + pixels - first_row;
                 chunk.last = chunk.last.max(at + (pixels - 1) * self.out_step);
                 done += pixels;
@@ -212,7 +212,7 @@ struct Chunk {
     /// Number of rows.
     rows: usize,
     /// The pixels. Rows count from the first.
-    runs: Vec<Run>,
+    runs: Vec<PixelRun>,
     /// Greatest offset of a pixel in the task's destination.
     last: usize,
 }
@@ -298,7 +298,7 @@ impl Grid {
                 let row = (image * self.image_rows + j - steps.start) * self.pitch;
                 let y = phase.first[0] + j * gather.dest_step - task.rows.start;
                 let at = ((image * task.rows.len() + y) * gather.dest.w + phase.first[1]) * gather.dest.c;
-                view.push(Run { row, pixels: columns, at });
+                view.push(PixelRun { row, pixels: columns, at });
             }
         }
         view
@@ -445,7 +445,7 @@ fn with_region<R>(
                     let out_step = gather.dest_step * gather.dest.c;
                     let mut view = View { taps: vec![(first * step) as u32], runs: Vec::new(), out_step };
                     for (row, at) in outs.iter().enumerate() {
-                        view.push(Run { row, pixels: 1, at: *at as usize });
+                        view.push(PixelRun { row, pixels: 1, at: *at as usize });
                     }
                     view
                 })
@@ -578,7 +578,7 @@ fn multiply(
     );
     assert!(weights.len() == taps.len() * steps * STEP_VALUES && column_tiles <= 2, "a block of weights has its shape");
     assert!(TILE * row_tiles * BLOCK <= sums.len(), "sums lie in their buffer");
-    let product = Product {
+    let product = MultiplyArgs {
         source: region.values[first * region.step..].as_ptr(),
         source_step: region.step,
         row_tiles,

@@ -59,25 +59,25 @@ impl Shape {
     }
 
     /// Input map.
-    pub(super) fn input_map(&self) -> FeatureMap {
-        FeatureMap { h: self.h, w: self.w, c: self.c_in }
+    pub(super) fn input_map(&self) -> MapShape {
+        MapShape { h: self.h, w: self.w, c: self.c_in }
     }
 
     /// Output map.
-    pub(super) fn output_map(&self) -> FeatureMap {
-        FeatureMap { h: self.h_out(), w: self.w_out(), c: self.c_out }
+    pub(super) fn output_map(&self) -> MapShape {
+        MapShape { h: self.h_out(), w: self.w_out(), c: self.c_out }
     }
 }
 
 /// Shape of the map of one image, `[h, w, c]`.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct FeatureMap {
+pub(super) struct MapShape {
     pub h: usize,
     pub w: usize,
     pub c: usize,
 }
 
-impl FeatureMap {
+impl MapShape {
     /// Number of values.
     pub fn len(self) -> usize {
         self.h * self.w * self.c

@@ -40,7 +40,7 @@ use rayon::prelude::*;
 use super::{
     input::F32Input,
     operand::{Operand, grow},
-    shape::{FeatureMap, Shape},
+    shape::{MapShape, Shape},
     tiles::{Offsets, PanelPair, Windows, blocks, pack_weights},
 };
 use crate::{
@@ -90,8 +90,8 @@ const MIN_CHANNELS: usize = 16;
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Tiling {
     n: usize,
-    source: FeatureMap,
-    dest: FeatureMap,
+    source: MapShape,
+    dest: MapShape,
     padding: usize,
     /// Rows of tiles in an image.
     rows: usize,
@@ -125,7 +125,7 @@ impl Tiling {
         Tiling::new(self.n, self.dest, self.source, 2 - self.padding)
     }
 
-    fn new(n: usize, source: FeatureMap, dest: FeatureMap, padding: usize) -> Tiling {
+    fn new(n: usize, source: MapShape, dest: MapShape, padding: usize) -> Tiling {
         Tiling { n, source, dest, padding, rows: dest.h.div_ceil(TILE), cols: dest.w.div_ceil(TILE) }
     }
 
@@ -178,7 +178,7 @@ impl Tiling {
     fn source_region<'a>(
         &self,
         isa: &Isa,
-        map: FeatureMap,
+        map: MapShape,
         [lead, side]: [usize; 2],
         source: F32Input<'a>,
         band: &Band,
@@ -207,7 +207,7 @@ impl Tiling {
 
     /// Prefetches the lines of a band's output that `tile` writes.
     fn prefetch_out(&self, tile: usize, band: &Band, out: &[MaybeUninit<f32>]) {
-        let FeatureMap { w, c, .. } = self.dest;
+        let MapShape { w, c, .. } = self.dest;
         prefetch_tile::<true, _>(out, self.out_offset(self.position(tile), band), w * c, TILE * c);
     }
 
@@ -222,7 +222,7 @@ impl Tiling {
         patch: &mut Vec<f32>,
         out: &mut [MaybeUninit<f32>],
     ) {
-        let (FeatureMap { h, w, c }, position) = (self.dest, self.position(tile));
+        let (MapShape { h, w, c }, position) = (self.dest, self.position(tile));
         let (y, x) = (TILE * position.row, TILE * position.col);
         let offset = self.out_offset(position, band);
         let from_step = [WINDOW * plane, plane];
@@ -320,7 +320,7 @@ struct TileTransform<'a, T> {
     tiling: &'a Tiling,
     source: F32Input<'a>,
     /// Shape of the source.
-    map: FeatureMap,
+    map: MapShape,
     /// Number of pixels that a tile's square begins before it.
     lead: usize,
     /// Side of a tile's square.
@@ -350,7 +350,7 @@ impl<T: Operand> TileTransform<'_, T> {
 
     /// Transforms the tiles of one band into `to`.
     fn transform_band(&self, isa: &Isa, band: &Band, plane_step: usize, buffer: &mut Vec<f32>, to: &mut [T]) {
-        let (FeatureMap { h, w, c }, lead, side) = (self.map, self.lead, self.side);
+        let (MapShape { h, w, c }, lead, side) = (self.map, self.lead, self.side);
         let region = self.tiling.source_region(isa, self.map, [lead, side], self.source, band, buffer);
         let all = Inside { rows: [0, side], cols: [0, side] };
         for (i, tile) in self.tiling.tiles(band).enumerate() {

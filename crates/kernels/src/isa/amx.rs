@@ -21,7 +21,7 @@ use super::{
 use crate::{
     loops::{
         block::{self, Finish},
-        matrix::{Accumulation, BLOCK, ChannelRows, DEPTH, Product, Rows, STEP_VALUES, TILE, TILE_VALUES},
+        matrix::{Accumulation, BLOCK, ChannelRows, DEPTH, MultiplyArgs, Rows, STEP_VALUES, TILE, TILE_VALUES},
     },
     simd::Bf16,
 };
@@ -248,7 +248,7 @@ unsafe fn load<const ROWS: usize, const COLUMNS: usize>(from: *const f32, step: 
 /// # Safety
 ///
 /// * As there, with tiles configured.
-unsafe fn multiply(p: &Product) {
+unsafe fn multiply(p: &MultiplyArgs) {
     // SAFETY: the contract is passed on.
     unsafe {
         for tile in (0..p.row_tiles).step_by(2) {
@@ -268,7 +268,7 @@ unsafe fn multiply(p: &Product) {
 ///
 /// * As for [`multiply`].
 #[inline(always)]
-unsafe fn multiply_block<const ROWS: usize, const COLUMNS: usize>(p: &Product, tile: usize) {
+unsafe fn multiply_block<const ROWS: usize, const COLUMNS: usize>(p: &MultiplyArgs, tile: usize) {
     // SAFETY: the offsets are those of the contract.
     unsafe {
         let source = p.source.add(tile * TILE * p.source_step);

@@ -13,7 +13,7 @@ pub(crate) type Channels = [f32; BLOCK];
 
 /// Pixels whose sums are adjacent rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Run {
+pub(crate) struct PixelRun {
     /// Row of the first pixel.
     pub row: usize,
     /// Number of pixels.
@@ -29,7 +29,7 @@ pub(crate) struct Finish<'a, T> {
     /// Distance between the sums of neighboring blocks, in values.
     pub block_step: usize,
     /// The pixels.
-    pub runs: &'a [Run],
+    pub runs: &'a [PixelRun],
     /// Number of channels of all blocks.
     pub channels: usize,
     /// The map to write.
@@ -92,7 +92,7 @@ pub(crate) unsafe fn finish<V: Maps, T: Value, const R: usize>(f: Finish<T>) {
     let Finish { sums, block_step, runs, channels, map, step, epilogue, blocks } = f;
     let (whole, rest) = (channels / BLOCK, channels % BLOCK);
     let group = (VALUES / channels.max(1)).max(MIN_PIXELS);
-    for Run { row, pixels, at } in runs {
+    for PixelRun { row, pixels, at } in runs {
         for first in (0..*pixels).step_by(group) {
             // SAFETY: the contract is passed on.
             unsafe {

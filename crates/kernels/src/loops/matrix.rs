@@ -29,7 +29,7 @@ pub(crate) const TILE_VALUES: usize = TILE * DEPTH;
 pub(crate) const STEP_VALUES: usize = 2 * TILE_VALUES;
 
 /// Arguments of [`multiply`]: rows of a source × a block of packed weights.
-pub(crate) struct Product {
+pub(crate) struct MultiplyArgs {
     /// The source.
     pub source: *const Bf16,
     /// Distance between rows of the source, in values.
@@ -80,7 +80,7 @@ pub(crate) struct Accumulation<'a> {
 }
 
 /// Compiled [`multiply`].
-pub(crate) type MultiplyFn = unsafe fn(&Product);
+pub(crate) type MultiplyFn = unsafe fn(&MultiplyArgs);
 
 /// Compiled [`accumulate`].
 pub(crate) type AccumulateFn = unsafe fn(&Accumulation);
@@ -99,7 +99,7 @@ pub(crate) type Rows<T> = [*const T; DEPTH];
 ///   and `taps` holds `tap_count` offsets.
 /// * `weights` holds `tap_count · steps · STEP_VALUES` values.
 /// * `out` holds `32 · 16 · row_tiles` values, and nothing else accesses them.
-pub(crate) unsafe fn multiply(p: &Product) {
+pub(crate) unsafe fn multiply(p: &MultiplyArgs) {
     // SAFETY: every offset is one that the contract bounds.
     unsafe {
         for row in 0..TILE * p.row_tiles {

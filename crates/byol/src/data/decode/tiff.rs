@@ -17,7 +17,7 @@ use tiff::{
 };
 
 use super::{DecodeError, MAX_PIXELS, Raw, check_size, jpeg};
-use crate::data::levels::Kind;
+use crate::data::levels::SampleKind;
 
 // Numbers of tags.
 const SUBFILE_TYPE: u16 = 254;
@@ -68,7 +68,7 @@ pub(super) fn is_tiff(head: &[u8]) -> bool {
 ///
 /// # Errors
 /// I/O errors, except for the end of the file.
-pub(super) fn kind(reader: impl Read + Seek) -> io::Result<Option<Kind>> {
+pub(super) fn kind(reader: impl Read + Seek) -> io::Result<Option<SampleKind>> {
     let mut decoder = match Decoder::new(reader) {
         Ok(decoder) => decoder,
         Err(TiffError::IoError(e)) if e.kind() != io::ErrorKind::UnexpectedEof => return Err(e),
@@ -83,8 +83,8 @@ pub(super) fn kind(reader: impl Read + Seek) -> io::Result<Option<Kind>> {
     Ok(match (first(Tag::BitsPerSample, 1)?, first(Tag::SampleFormat, 1)?) {
         _ if !is_gray_or_rgb => None,
         (..=8, 1) => None,
-        (..=16, 1) => Some(Kind::Int16),
-        _ => Some(Kind::Float),
+        (..=16, 1) => Some(SampleKind::Int16),
+        _ => Some(SampleKind::Float),
     })
 }
 
@@ -887,8 +887,11 @@ mod tests {
     fn the_kind_of_an_image_is_known_from_its_header() {
         let kind = |file: File| decode::kind(Cursor::new(file.bytes())).unwrap();
         assert_eq!(kind(File::new(1, 1, 8, 3, RGB, &[1, 2, 3])), None);
-        assert_eq!(kind(File::new(1, 1, 16, 1, BLACK_IS_ZERO, &[1, 2])), Some(Kind::Int16));
-        assert_eq!(kind(File::new(1, 1, 32, 1, BLACK_IS_ZERO, &[0; 4]).set(SAMPLE_FORMAT, &[3])), Some(Kind::Float));
+        assert_eq!(kind(File::new(1, 1, 16, 1, BLACK_IS_ZERO, &[1, 2])), Some(SampleKind::Int16));
+        assert_eq!(
+            kind(File::new(1, 1, 32, 1, BLACK_IS_ZERO, &[0; 4]).set(SAMPLE_FORMAT, &[3])),
+            Some(SampleKind::Float)
+        );
         assert_eq!(kind(File::new(1, 1, 16, 4, CMYK, &[0; 8])), None);
     }
 }

@@ -797,9 +797,9 @@ byId("color").addEventListener("change", async () => {
 
 let isSearching = false, isSearched = false;
 // How an image of a group is known to be a copy.
-function evidenceText({ copy_of, of_first, verified, evidence }) {
+function evidenceText({ copy_of, is_of_first, verified, evidence }) {
   if (copy_of === undefined) return "";
-  const of = of_first ? "" : ` (of ${copy_of.split("/").pop()})`;
+  const of = is_of_first ? "" : ` (of ${copy_of.split("/").pop()})`;
   return (verified ? evidence.text : "unverified") + of;
 }
 async function showDuplicates() {
@@ -906,7 +906,7 @@ async function showTraining() {
     ["kNN accuracy (%)", metric("knn", 100)],
     ["RankMe", metric("rankme", 1)],
     ["Projection std", metric("projection_std", 1)],
-    ["Mean cosine between projections of different images", metric("projection_cosine", 1)],
+    ["Mean cosine of projections", metric("projection_cosine", 1)],
   ];
   const drawable = curves.filter(([, curve]) => curve.length > 1);
   byId("curves").replaceChildren(...drawable.map(([title, curve]) => chart(title, curve)));

@@ -386,7 +386,7 @@ fn describe_copy(state: &AppState, row: usize, first: usize, pairs: &[&Pair]) ->
     let own = || pairs.iter().filter(|pair| pair.a == row || pair.b == row);
     if let Some(pair) = own().find(|pair| other(pair) == first).or_else(|| own().next()) {
         described["copy_of"] = state.paths()[other(pair)].clone().into();
-        described["of_first"] = (other(pair) == first).into();
+        described["is_of_first"] = (other(pair) == first).into();
         described["verified"] = pair.evidence.is_some().into();
         described["evidence"] = pair.evidence.as_ref().map(evidence_json).into();
     }
