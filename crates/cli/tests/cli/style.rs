@@ -409,3 +409,45 @@ fn comments_are_at_most_100_columns_wide() {
     }
     assert!(faults.is_empty(), "\n{}", faults.join("\n"));
 }
+
+/// Files of the repository outside build outputs, hidden folders other than `.ci` and `.github`.
+fn repository_files(extensions: &[&str]) -> Vec<PathBuf> {
+    let root = repository();
+    let folders = ["docs", "crates", "recipes", "benches", "fuzz", "cloud-test", "golden", ".github"];
+    let below = folders.iter().map(|folder| root.join(folder)).filter(|folder| folder.exists());
+    let nested = |folder: PathBuf| extensions.iter().flat_map(move |e| files(&folder, e)).collect::<Vec<_>>();
+    let at_root = fs::read_dir(&root).unwrap().map(|entry| entry.unwrap().path());
+    let has_extension = |path: &PathBuf| path.extension().is_some_and(|e| extensions.iter().any(|x| e == *x));
+    below.flat_map(nested).chain(at_root.filter(|path| path.is_file() && has_extension(path))).collect()
+}
+
+#[test]
+fn markdown_and_script_comments_are_at_most_100_columns_wide() {
+    let root = repository();
+    let mut faults = Vec::new();
+    let mut check = |path: &Path, number: usize, line: &str| {
+        if line.chars().count() > 100 {
+            faults.push(format!("{}:{number}", path.strip_prefix(&root).unwrap().display()));
+        }
+    };
+    for path in repository_files(&["md"]) {
+        let mut is_code = false;
+        for (number, line) in fs::read_to_string(&path).unwrap().lines().enumerate() {
+            let text = line.trim_start();
+            is_code ^= text.starts_with("```");
+            // Tables and single links cannot be wrapped.
+            if !is_code && !text.starts_with('|') && !text.starts_with("- [") && !text.starts_with("![") {
+                check(&path, number + 1, line);
+            }
+        }
+    }
+    let scripts = fs::read_dir(root.join(".ci")).unwrap().map(|entry| entry.unwrap().path());
+    for path in repository_files(&["toml", "sh", "yml"]).into_iter().chain(scripts) {
+        for (number, line) in fs::read_to_string(&path).unwrap().lines().enumerate() {
+            if line.trim_start().starts_with("# ") && !line.contains("://") {
+                check(&path, number + 1, line);
+            }
+        }
+    }
+    assert!(faults.is_empty(), "\n{}", faults.join("\n"));
+}
