@@ -1,13 +1,15 @@
-//! Image files: an error, or an image of limited size with three bytes per pixel.
+//! Image files: an error, or an image of limited size with all its values.
 #![no_main]
 
-use byol::data::{CHANNELS, Levels, decode};
+use byol::data::{Levels, MAX_CHANNELS, decode};
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
-    for levels in [Levels::default(), Levels::legacy(), Levels::uniform(0.0, 1023.0)] {
+    let rgb = [Levels::default(), Levels::legacy(), Levels::uniform(0.0, 1023.0)];
+    for levels in rgb.into_iter().chain([Levels::with_channels(vec![]), Levels::with_channels(vec![2, 1])]) {
         if let Ok(image) = decode::bytes(bytes, &levels) {
             assert!(image.width * image.height <= decode::MAX_PIXELS);
-            assert_eq!(image.pixels.len(), image.width * image.height * CHANNELS);
+            assert!((1..=MAX_CHANNELS).contains(&image.channels));
+            assert_eq!(image.pixels.len(), image.width * image.height * image.channels);
         }
     }
 });

@@ -17,7 +17,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         // Every fifth scene is a test scene.
         let split = if i % 5 == 4 { "test" } else { "train" };
         let (image, meters) = scene(0, i, HEIGHT, WIDTH);
-        let rgb = RgbImage::from_raw(WIDTH as u32, HEIGHT as u32, image.pixels).ok_or("wrong image size")?;
+        let rgb = RgbImage::from_raw(WIDTH as u32, HEIGHT as u32, image.pixels.into_u8()).ok_or("wrong image size")?;
         let millimeters: Vec<u16> = meters.iter().map(|m| (1000.0 * m).round() as u16).collect();
         let depth = ImageBuffer::<Luma<u16>, _>::from_raw(WIDTH as u32, HEIGHT as u32, millimeters)
             .ok_or("wrong depth map size")?;

@@ -61,7 +61,11 @@ impl Encoder {
     /// # Errors
     /// [`DecodeError`].
     pub fn embed_image(&self, path: impl AsRef<Path>) -> Result<Vec<f32>, DecodeError> {
-        Ok(self.embed_pixels(&decode::file(path.as_ref(), &self.spec.levels)?))
+        let image = decode::file(path.as_ref(), &self.spec.levels)?;
+        match (image.channels, self.spec.channels) {
+            (found, expected) if found != expected => Err(DecodeError::WrongChannels { found, expected }),
+            _ => Ok(self.embed_pixels(&image)),
+        }
     }
 
     /// The encoder as a safetensors file, with torchvision's parameter names.
@@ -70,6 +74,9 @@ impl Encoder {
     }
 
     /// Representation of a decoded image of any size, `[F]`.
+    ///
+    /// # Panics
+    /// If the image does not have the channels of the encoder's input.
     ///
     /// # Examples
     ///
@@ -82,7 +89,7 @@ impl Encoder {
     /// #     size: 32, center: 1.0, antialias: false, channels: 3, normalization: recipe.normalize, eps: 1e-5,
     /// #     levels: Default::default() };
     /// let encoder = Encoder::random(spec, 0, &device);
-    /// let image = Image { height: 40, width: 60, channels: 3, pixels: vec![128; 40 * 60 * 3] };
+    /// let image = Image { height: 40, width: 60, channels: 3, pixels: vec![128u8; 40 * 60 * 3].into() };
     /// assert_eq!(encoder.embed_pixels(&image).len(), encoder.features());
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```

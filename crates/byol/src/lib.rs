@@ -59,7 +59,7 @@ pub use crate::{
     data::Dataset,
     device::DeviceChoice,
     encoder::{Encoder, OpenError},
-    image::Image,
+    image::{Image, Pixels},
     pretraining::Pretraining,
     train::{Error, Event, Recipe, Run},
 };

@@ -44,7 +44,7 @@ use crate::{
 /// use byol::{Dataset, Image, Pretraining, Recipe};
 ///
 /// let noise = |i: usize| (0..32 * 32 * 3).map(|j| (i * 7919 + j * 104_729) as u8).collect();
-/// let images = (0..64).map(|i| Image { height: 32, width: 32, channels: 3, pixels: noise(i) }).collect();
+/// let images = (0..64).map(|i| Image { height: 32, width: 32, channels: 3, pixels: noise(i).into() }).collect();
 /// let recipe = Recipe::named("cifar10")?.epochs(2).with("encoder.width", 0.0625)?.with("train.batch", 16)?;
 /// let recipe = recipe.with("heads.hidden", 16)?.with("heads.projection", 8)?.with("views.size", 8)?;
 ///
@@ -52,7 +52,7 @@ use crate::{
 /// let dataset = Dataset::from_images(images, None);
 /// let encoder = Pretraining::new(dataset.clone()).recipe(recipe).run(folder.path())?;
 /// let same = Pretraining::new(dataset).resume(folder.path())?;
-/// # let image = Image { height: 8, width: 8, channels: 3, pixels: vec![9; 192] };
+/// # let image = Image { height: 8, width: 8, channels: 3, pixels: vec![9u8; 192].into() };
 /// assert_eq!(encoder.embed_pixels(&image), same.embed_pixels(&image));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```

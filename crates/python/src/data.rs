@@ -4,7 +4,7 @@ use std::{
     fmt, io,
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread,
@@ -12,8 +12,8 @@ use std::{
 };
 
 use byol::{
-    Image,
-    data::{self, ImageSource, Images},
+    Image, Pixels,
+    data::{self, ImageSource, Images, MAX_CHANNELS},
 };
 use numpy::{PyArray1, PyArray3, PyReadonlyArray3, PyUntypedArrayMethods};
 use pyo3::prelude::*;
@@ -24,10 +24,11 @@ use crate::{
     errors::{self, detached},
 };
 
-/// An image: a file, or its pixels, `uint8 [H, W, 3]`.
+/// An image: a file, or its pixels, `uint8 [H, W, C]` or `uint16`.
 #[derive(FromPyObject)]
 pub enum Item<'py> {
     Pixels(PyReadonlyArray3<'py, u8>),
+    Pixels16(PyReadonlyArray3<'py, u16>),
     File(PathBuf),
 }
 
@@ -43,6 +44,7 @@ impl Item<'_> {
         Ok(match self {
             Item::File(path) => Source::File(path.clone()),
             Item::Pixels(array) => Source::Pixels(to_image(array)?),
+            Item::Pixels16(array) => Source::Pixels(to_image(array)?),
         })
     }
 }
@@ -78,21 +80,38 @@ fn class_names(labels: &Option<Vec<usize>>, test_labels: &Option<Vec<usize>>) ->
     Ok((0..classes).map(|class| class.to_string()).collect())
 }
 
-fn to_image(array: &PyReadonlyArray3<u8>) -> PyResult<Image> {
+fn to_image<T: numpy::Element + Copy>(array: &PyReadonlyArray3<T>) -> PyResult<Image>
+where
+    Pixels: From<Vec<T>>,
+{
     let &[height, width, channels] = array.shape() else { unreachable!("the array has three dimensions") };
-    if channels != 3 || height == 0 || width == 0 {
+    if !(1..=MAX_CHANNELS).contains(&channels) || height == 0 || width == 0 {
         return Err(errors::data_text(format!(
-            "an array of shape [{height}, {width}, {channels}] is not an RGB image\nhint: pass arrays of shape [H, W, 3]"
+            "an array of shape [{height}, {width}, {channels}] is not an image\n\
+             hint: pass arrays of shape [H, W, C] with C up to {MAX_CHANNELS}"
         )));
     }
-    Ok(Image { height, width, channels, pixels: array.as_array().iter().copied().collect() })
+    let values: Vec<T> = array.as_array().iter().copied().collect();
+    Ok(Image { height, width, channels, pixels: values.into() })
 }
 
 /// Images of a Python object, read when they are needed.
 struct OnDemand {
     /// Function of the position that returns an [`Item`].
     read: Arc<Py<PyAny>>,
+    /// Channels of the first image, once they are needed.
+    channels: OnceLock<usize>,
     calls: Arc<Calls>,
+}
+
+/// Channels of the first image; those of RGB if it is a file or cannot be read, which is an error
+/// of the command that uses it.
+fn first_channels(read: &Arc<Py<PyAny>>) -> usize {
+    let first = |py: Python| Some(read.bind(py).call1((0,)).ok()?.extract::<Item>().ok()?.to_source());
+    match Python::attach(first) {
+        Some(Ok(Source::Pixels(image))) => image.channels,
+        _ => data::CHANNELS,
+    }
 }
 
 /// Running calls of the Python object.
@@ -128,6 +147,10 @@ impl fmt::Debug for OnDemand {
 }
 
 impl ImageSource for OnDemand {
+    fn channels(&self) -> usize {
+        *self.channels.get_or_init(|| first_channels(&self.read))
+    }
+
     fn get(&self, i: usize) -> io::Result<Image> {
         let Some(_call) = self.calls.begin() else { return Err(io::Error::other("the run has ended")) };
         let read = |py: Python| self.read.bind(py).call1((i,))?.extract::<Item>()?.to_source();
@@ -135,7 +158,10 @@ impl ImageSource for OnDemand {
         let source = Python::attach(read).map_err(io::Error::other)?;
         // Without the interpreter lock.
         match source {
-            Source::Pixels(image) => Ok(image),
+            Source::Pixels(image) => {
+                self.channels.get_or_init(|| image.channels);
+                Ok(image)
+            }
             Source::File(path) => data::decode::file(&path, &data::Levels::default()).map_err(|error| {
                 let text = unreadable(&path, &error);
                 match error {
@@ -180,10 +206,20 @@ impl Session {
 #[pymethods]
 impl Dataset {
     /// Opens a folder of images, CIFAR or IDX files, or shards; for an encoder, with the levels
-    /// that it was trained with.
+    /// that it was trained with. `channels` are the numbers of channels, from 1; none for all.
     #[staticmethod]
-    fn open(py: Python, path: PathBuf, column: Option<String>, encoder: Option<&Encoder>) -> PyResult<Dataset> {
-        let levels = encoder.map_or_else(data::Levels::default, |encoder| encoder.inner.spec.levels);
+    fn open(
+        py: Python,
+        path: PathBuf,
+        column: Option<String>,
+        encoder: Option<&Encoder>,
+        channels: Option<Vec<u16>>,
+    ) -> PyResult<Dataset> {
+        let levels = match (channels, encoder) {
+            (Some(numbers), _) => data::Levels::with_channels(numbers),
+            (None, Some(encoder)) => encoder.inner.spec.levels.clone(),
+            (None, None) => data::Levels::default(),
+        };
         let options = data::OpenOptions { column, levels };
         let open = || byol::Dataset::open_with(path, &options).map_err(errors::data);
         Ok(detached(py, open)?.into())
@@ -202,6 +238,13 @@ impl Dataset {
             return Err(errors::data_text("no images"));
         }
         let [train, test] = [read(py, &train, &labels)?, read(py, &test, &test_labels)?];
+        let expected = train[0].channels;
+        if let Some(other) = train.iter().chain(&test).find(|image| image.channels != expected) {
+            return Err(errors::data_text(format!(
+                "images of {expected} and of {} channels\nhint: pass images with the same number of channels",
+                other.channels
+            )));
+        }
         let classes = class_names(&labels, &test_labels)?;
         let mut inner = byol::Dataset::from_images(train, labels);
         inner.test = (!test.is_empty()).then(|| Images::memory(test, test_labels));
@@ -228,7 +271,7 @@ impl Dataset {
         let functions = [Some(Arc::new(train.0)), test.map(|(read, _)| Arc::new(read))];
         let source = |i: usize| {
             let read = functions[i].clone().expect("the split has a function");
-            Arc::new(OnDemand { read, calls: Arc::default() })
+            Arc::new(OnDemand { read, channels: OnceLock::new(), calls: Arc::default() })
         };
         let mut inner = byol::Dataset::from_source(source(0), n, labels);
         inner.test = n_test.map(|n| Images::custom(source(1), n, test_labels));
@@ -274,7 +317,8 @@ impl Dataset {
         }
         let image = detached(py, || images.get(i).map_err(errors::data))?;
         let [height, width, channels] = [image.height, image.width, image.channels];
-        let value = |y: usize, x: usize, c: usize| image.pixels[(y * width + x) * channels + c];
+        let pixels = image.pixels.to_u8();
+        let value = |y: usize, x: usize, c: usize| pixels[(y * width + x) * channels + c];
         let array = numpy::ndarray::Array3::from_shape_fn([height, width, channels], |(y, x, c)| value(y, x, c));
         Ok(PyArray3::from_owned_array(py, array))
     }
@@ -294,7 +338,7 @@ impl Dataset {
         let mut dataset = self.inner.clone();
         if let Some([Some(train), test]) = &self.on_demand {
             let images = |read: &Arc<Py<PyAny>>, images: &Images| {
-                let source = OnDemand { read: read.clone(), calls: calls.clone() };
+                let source = OnDemand { read: read.clone(), channels: OnceLock::new(), calls: calls.clone() };
                 Images::custom(Arc::new(source), images.len(), images.labels().map(<[usize]>::to_vec))
             };
             dataset.train = images(train, &dataset.train);

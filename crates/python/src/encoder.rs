@@ -92,12 +92,16 @@ impl Encoder {
         to_array(py, interruptible(py, |stop| embed_images(&self.inner, images, progress.as_ref(), stop))?)
     }
 
-    /// Evaluation view of an image: `float32 [3, S, S]`, values from 0 to 1.
+    /// Evaluation view of an image: `float32 [C, S, S]`, values from 0 to 1.
     fn view<'py>(&self, py: Python<'py>, item: Item) -> PyResult<Bound<'py, PyArray3<f32>>> {
         let source = item.to_source()?;
         let spec = &self.inner.spec;
         // No threads, so that it works in forked processes, such as those of a DataLoader.
-        let view = py.detach(|| PyResult::Ok(spec.evaluation_view(&source.decode(&spec.levels)?)))?;
+        let image = py.detach(|| source.decode(&spec.levels))?;
+        if image.channels != spec.channels {
+            return Err(errors::data(Error::Mismatch { found: image.channels, expected: spec.channels }));
+        }
+        let view = py.detach(|| spec.evaluation_view(&image));
         let (values, [h, w, c]) = (view.interleaved(), [view.height, view.width, view.channels]);
         let value = |(channel, y, x)| values[(y * w + x) * c + channel];
         Ok(PyArray3::from_owned_array(py, numpy::ndarray::Array3::from_shape_fn([c, h, w], value)))

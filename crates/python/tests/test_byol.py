@@ -44,7 +44,7 @@ def test_sizes_of_images_may_differ_and_generators_work():
     [
         ([], None, "no images"),
         (np.zeros((2, 8, 8, 3), np.float32), None, "float32 is not an image"),
-        (np.zeros((2, 8, 8, 4), np.uint8), None, r"\[8, 8, 4\] is not an RGB image"),
+        (np.zeros((2, 8, 8, 65), np.uint8), None, r"\[8, 8, 65\] is not an image"),
         (np.zeros((2, 8, 8, 3), np.uint8), [0], "1 labels for 2 images"),
         (np.zeros((2, 8, 8, 3), np.uint8), [0, -1], "negative"),
         ([np.zeros(5, np.uint8)], None, r"shape \[5\]"),
@@ -53,6 +53,32 @@ def test_sizes_of_images_may_differ_and_generators_work():
 def test_unusable_images_are_refused(images, labels, message):
     with pytest.raises(byol.DataError, match=message):
         byol.Dataset.from_arrays(images, labels)
+
+
+def test_images_of_four_channels_with_16_bits(tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 65536, (60, 20, 24, 4)).astype(np.uint16)
+    data = byol.Dataset.from_arrays(images, [i % 2 for i in range(60)])
+    assert data.image(3).shape == (20, 24, 4)
+    run = byol.pretrain(data, tmp_path / "run", **SMALL)
+    features = run.encoder.embed(images[:3])
+    assert features.shape[0] == 3 and np.isfinite(features).all()
+    assert run.encoder.preprocess(images[0]).shape[0] == 4
+    for photo in (np.zeros((20, 24, 3), np.uint8), images[0][..., :2]):
+        with pytest.raises(byol.DataError, match="but the encoder was trained on 4"):
+            run.encoder.embed(photo)
+        with pytest.raises(byol.DataError, match="but the encoder was trained on 4"):
+            run.encoder.preprocess(photo)
+    # Files with the same values.
+    for i in range(4):
+        np.save(tmp_path / f"{i}.npy", images[i])
+    assert np.allclose(run.encoder.embed([tmp_path / "2.npy"]), features[2], atol=1e-5)
+    opened = byol.Dataset.open(tmp_path, channels=[4, 1])
+    assert opened.image(0).shape == (20, 24, 2)
+    with pytest.raises(byol.DataError, match="of 4 and of 3 channels"):
+        byol.Dataset.from_arrays([images[0], np.zeros((8, 8, 3), np.uint8)])
+    lazy = byol.Dataset.from_sequence(images)
+    assert byol.pretrain(lazy, tmp_path / "lazy", **SMALL).encoder.embed(images[:1]).shape[0] == 1
 
 
 class Photos:

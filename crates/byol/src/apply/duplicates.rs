@@ -336,7 +336,7 @@ mod tests {
 
     /// The right 90 % of an image, mirrored.
     fn mirrored_crop(image: &Image) -> Image {
-        let pixel = |i: usize| image.pixels[3 * (i / 54 * 60 + 59 - i % 54)];
+        let pixel = |i: usize| image.pixels.to_u8()[3 * (i / 54 * 60 + 59 - i % 54)];
         Image { height: 60, width: 54, channels: 3, pixels: (0..60 * 54).flat_map(|i| [pixel(i); 3]).collect() }
     }
 

@@ -21,7 +21,7 @@ use super::embeddings::{self, Origin, Rows, Writer};
 use crate::{
     data::{self, Dataset, Images, Levels},
     eval::batch_size,
-    image::{CHANNELS, Image},
+    image::Image,
     nn::{Encoder, tree::host, weights},
 };
 
@@ -207,7 +207,7 @@ impl Origin {
             fingerprint: items.fingerprint(),
             shard,
             column: items.column.clone(),
-            levels: items.levels,
+            levels: items.levels.clone(),
         })
     }
 }
@@ -310,6 +310,9 @@ impl Job<'_> {
     /// Any [`Error`].
     pub fn run(&self, stop: &AtomicBool, mut on_progress: impl FnMut(usize, usize)) -> Result<Outcome, Error> {
         embeddings::output_files(self.out)?;
+        for (_, images) in &self.items.splits {
+            images.ensure_channels(self.encoder.spec.channels)?;
+        }
         let range = self.range()?;
         if range.is_empty() {
             return Err(data::Error::Empty(PathBuf::from(&self.origin.data)).into());
@@ -414,7 +417,7 @@ impl Job<'_> {
         let mut rows = Vec::with_capacity(usable.len() * dim);
         for batch in usable.chunks(batch_size(spec.size)) {
             let values: Vec<f32> = batch.iter().flat_map(|v| v.iter().copied()).collect();
-            let x = TensorData::new(values, [batch.len(), spec.size, spec.size, CHANNELS]);
+            let x = TensorData::new(values, [batch.len(), spec.size, spec.size, spec.channels]);
             let x = Tensor::from_data(x, &self.encoder.device());
             rows.extend(host(self.encoder.embed(x)));
         }

@@ -26,7 +26,12 @@ use parquet::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{atomic_write, catch_panic::catch_panic, data::Levels, eval::Features};
+use crate::{
+    atomic_write,
+    catch_panic::catch_panic,
+    data::{Levels, decode::npy},
+    eval::Features,
+};
 
 /// Error of reading or writing embeddings.
 #[derive(Debug, thiserror::Error)]
@@ -503,33 +508,12 @@ fn list_values(column: &ArrayRef, row: usize) -> Result<Vec<f32>, String> {
     }
 }
 
-/// Checks that the header of a .npy file is safe for the parser: short, with a single dictionary
-/// and shape. Deeply nested headers would take it practically forever.
+/// See [`npy::header`].
 fn check_header(file: &mut File) -> Result<(), String> {
-    const MAX_LEN: usize = 4096;
     let mut start = Vec::new();
-    (&mut *file).take(MAX_LEN as u64).read_to_end(&mut start).map_err(|e| e.to_string())?;
+    (&mut *file).take(npy::MAX_HEADER as u64).read_to_end(&mut start).map_err(|e| e.to_string())?;
     file.rewind().map_err(|e| e.to_string())?;
-    let not_npy = || "not a .npy file".to_owned();
-    let rest = start.strip_prefix(b"\x93NUMPY").ok_or_else(not_npy)?;
-    let (header_len, offset) = match rest {
-        [1, _, a, b, ..] => (usize::from(u16::from_le_bytes([*a, *b])), 10),
-        [2 | 3, _, a, b, c, d, ..] => (u32::from_le_bytes([*a, *b, *c, *d]) as usize, 12),
-        _ => return Err(not_npy()),
-    };
-    let text = start
-        .get(offset..offset + header_len.min(MAX_LEN))
-        .ok_or("the header is truncated or longer than 4096 bytes")?;
-    let count = |bytes: &[u8]| text.iter().filter(|b| bytes.contains(b)).count();
-    if count(b"{") != 1 || count(b"(") != 1 || count(b"[") > 0 {
-        return Err("the header does not describe an array of numbers".into());
-    }
-    let shape =
-        text.split(|b| *b == b'(').nth(1).and_then(|rest| rest.split(|b| *b == b')').next()).unwrap_or_default();
-    let shape = String::from_utf8_lossy(shape);
-    let mut lengths = shape.split(',').map(str::trim).filter(|t| !t.is_empty());
-    let product = lengths.try_fold(1u64, |product, t| product.checked_mul(t.parse().ok()?));
-    product.filter(|n| *n <= u64::MAX / 8).map(|_| ()).ok_or_else(|| format!("invalid shape ({shape})"))
+    npy::header(&start).map(|_| ())
 }
 
 fn read_npy(mut file: File, path: &Path) -> Result<Embeddings, String> {

@@ -9,7 +9,6 @@ use super::onnx::{self, Model};
 use crate::{
     atomic_write,
     data::{self, Images},
-    image::CHANNELS,
     nn::{Encoder, tree::host, weights},
 };
 
@@ -118,9 +117,10 @@ pub fn write(encoder: &Encoder, path: &Path, normalize: bool, images: &Images) -
 /// Evaluation views of all images: `[N, S, S, C]`.
 fn views(encoder: &Encoder, images: &Images) -> Result<Tensor<4>, data::Error> {
     let spec = &encoder.spec;
+    images.ensure_channels(spec.channels)?;
     let view = |i: usize| Ok(spec.evaluation_view(&*images.get(i)?).interleaved());
     let views = (0..images.len()).map(view).collect::<Result<Vec<_>, data::Error>>()?.concat();
-    let shape = [images.len(), spec.size, spec.size, CHANNELS];
+    let shape = [images.len(), spec.size, spec.size, spec.channels];
     Ok(Tensor::from_data(TensorData::new(views, shape), &encoder.device()))
 }
 

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::export::{Check, Error, compare_on};
 use crate::{
     atomic_write,
-    data::Images,
+    data::{CHANNELS, Images},
     nn::{Encoder, EncoderSpec, Stem, reference_eps, weights},
 };
 
@@ -66,7 +66,7 @@ fn check(spec: &EncoderSpec) -> Result<(), String> {
 /// timm's description of the network and of its input.
 fn config(encoder: &Encoder) -> Value {
     let EncoderSpec { architecture, size, center, normalization, channels, .. } = &encoder.spec;
-    json!({
+    let mut config = json!({
         "architecture": architecture.name(),
         "num_classes": 0,
         "num_features": encoder.features(),
@@ -85,7 +85,11 @@ fn config(encoder: &Encoder) -> Value {
             "first_conv": "conv1",
             "classifier": "fc",
         },
-    })
+    });
+    if *channels != CHANNELS {
+        config["model_args"] = json!({"in_chans": channels});
+    }
+    config
 }
 
 #[cfg(test)]

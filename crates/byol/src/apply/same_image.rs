@@ -22,7 +22,7 @@ use rayon::prelude::*;
 
 use crate::{
     eval::{Features, dot},
-    image::Image,
+    image::{CHANNELS, Image},
 };
 
 /// Side of the reduced image.
@@ -159,20 +159,19 @@ impl Signature {
 fn shrink(image: &Image) -> (Vec<f32>, [usize; 2], [f32; 3]) {
     const SHRUNK: usize = 2 * SIDE;
     let fit = |side: usize| if side >= 2 * SHRUNK { SHRUNK } else { side };
-    let (width, height, c) = (fit(image.width), fit(image.height), image.channels);
+    let (width, height, c) = (fit(image.width), fit(image.height), CHANNELS);
+    let rgb = image.to_rgb8();
     let (mut gray, mut color) = (Vec::with_capacity(width * height), [0.0f64; 3]);
     let range = |i: usize, side: usize, parts: usize| i * side / parts..(i + 1) * side / parts;
     let mut sums = vec![[0u32; 3]; width];
     for y in 0..height {
         sums.fill([0; 3]);
         let rows = range(y, image.height, height);
-        for row in image.pixels[rows.start * image.width * c..rows.end * image.width * c].chunks_exact(image.width * c)
-        {
+        for row in rgb[rows.start * image.width * c..rows.end * image.width * c].chunks_exact(image.width * c) {
             for (x, sum) in sums.iter_mut().enumerate() {
                 let columns = range(x, image.width, width);
                 for pixel in row[columns.start * c..columns.end * c].chunks_exact(c) {
-                    let rgb = if let [r, g, b] = pixel { [*r, *g, *b] } else { [pixel[0]; 3] };
-                    sum.iter_mut().zip(rgb).for_each(|(sum, v)| *sum += u32::from(v));
+                    sum.iter_mut().zip(pixel).for_each(|(sum, v)| *sum += u32::from(*v));
                 }
             }
         }
@@ -832,7 +831,7 @@ mod tests {
                 pixels.extend([value as u8, (0.8 * value) as u8, (0.6 * value + 30.0) as u8]);
             }
         }
-        Image { height, width, channels: 3, pixels }
+        Image { height, width, channels: 3, pixels: pixels.into() }
     }
 
     fn plain(seed: u32) -> Image {
@@ -851,8 +850,10 @@ mod tests {
     fn altered_copies_match() {
         for seed in 0..8 {
             let original = plain(seed);
-            let brighter =
-                Image { pixels: original.pixels.iter().map(|v| v.saturating_add(v / 4)).collect(), ..original.clone() };
+            let brighter = Image {
+                pixels: original.pixels.to_u8().iter().map(|v| v.saturating_add(v / 4)).collect(),
+                ..original.clone()
+            };
             let copies = [
                 ("same", original.clone(), false),
                 ("smaller", scene(seed, 50, 40, |x, y| (x, y)), false),
@@ -900,7 +901,7 @@ mod tests {
             let pixel = |i: usize| {
                 let (x, y) = ((i / 3 % 120) as f32, (i / 360) as f32);
                 let is_object = (x - 60.0).abs() < 30.0 && (y - 50.0).abs() < 14.0;
-                if is_object { 255 - texture.pixels[i] } else { 60 + y as u8 }
+                if is_object { 255 - texture.pixels.to_u8()[i] } else { 60 + y as u8 }
             };
             Image { pixels: (0..texture.pixels.len()).map(pixel).collect(), ..texture.clone() }
         };
@@ -922,7 +923,7 @@ mod tests {
     /// Texture around 0, with a standard deviation of `strength` gray levels.
     fn texture(seed: u32, strength: f32) -> impl Fn(f32, f32) -> f32 {
         let source = scene(seed, 120, 90, |x, y| (1.5 * x, 1.5 * y));
-        let gray: Vec<f32> = source.pixels.chunks_exact(3).map(|p| f32::from(p[0])).collect();
+        let gray: Vec<f32> = source.pixels.to_u8().chunks_exact(3).map(|p| f32::from(p[0])).collect();
         let (mean, scale) = (gray.iter().sum::<f32>() / gray.len() as f32, strength / 255.0 / std(&gray));
         move |x, y| (gray[(90.0 * y) as usize % 90 * 120 + (120.0 * x) as usize % 120] - mean) * scale
     }
@@ -955,7 +956,7 @@ mod tests {
         for (i, [a, b]) in pairs.iter().enumerate() {
             assert_eq!(check(a, b), None, "pair {i}");
             let mut brighter = a.clone();
-            brighter.pixels.iter_mut().for_each(|v| *v = v.saturating_add(1));
+            brighter.pixels.u8_mut().iter_mut().for_each(|v| *v = v.saturating_add(1));
             assert!(check(a, &brighter).is_some(), "pair {i}");
         }
     }
@@ -976,7 +977,7 @@ mod tests {
         let other = plain(6);
         for y in 20..60 {
             for i in 3 * (y * 120 + 30)..3 * (y * 120 + 75) {
-                altered.pixels[i] = other.pixels[i];
+                altered.pixels.u8_mut()[i] = other.pixels.to_u8()[i];
             }
         }
         assert_eq!(check(&original, &altered), None);
@@ -984,7 +985,7 @@ mod tests {
 
     #[test]
     fn flat_images_match_only_if_their_pixels_are_equal() {
-        let flat = |rgb: [u8; 3]| Image { height: 20, width: 30, channels: 3, pixels: rgb.repeat(600) };
+        let flat = |rgb: [u8; 3]| Image { height: 20, width: 30, channels: 3, pixels: rgb.repeat(600).into() };
         assert!(check(&flat([200; 3]), &flat([201, 200, 199])).is_some());
         assert_eq!(check(&flat([200; 3]), &flat([150; 3])), None);
         // The same brightness in another color.
@@ -993,7 +994,7 @@ mod tests {
         // Two white pages with a letter at different places.
         let page = |at: usize| {
             let mut page = flat([255; 3]);
-            page.pixels[at..at + 9].fill(0);
+            page.pixels.u8_mut()[at..at + 9].fill(0);
             page
         };
         assert_eq!(check(&page(900), &page(1400)), None);
@@ -1013,9 +1014,9 @@ mod tests {
 
     #[test]
     fn tiny_and_gray_images_are_compared() {
-        let dot = Image { height: 1, width: 1, channels: 3, pixels: vec![10, 20, 30] };
+        let dot = Image { height: 1, width: 1, channels: 3, pixels: vec![10u8, 20, 30].into() };
         assert!(check(&dot, &dot).is_some());
-        let gray = Image { height: 2, width: 3, channels: 1, pixels: vec![0, 50, 100, 150, 200, 250] };
+        let gray = Image { height: 2, width: 3, channels: 1, pixels: vec![0u8, 50, 100, 150, 200, 250].into() };
         assert!(check(&gray, &gray).is_some());
         assert_eq!(check(&dot, &gray), None);
     }

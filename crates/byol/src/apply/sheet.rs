@@ -2,7 +2,10 @@
 
 use image::{Rgb, RgbImage, imageops};
 
-use crate::{image::Image, views::View};
+use crate::{
+    image::{Image, shown_channels},
+    views::View,
+};
 
 /// Space between tiles in pixels.
 const GAP: u32 = 8;
@@ -16,7 +19,8 @@ pub struct Tile {
 
 /// Resizes an image so that its longer side has `side` pixels.
 pub fn resize_to_fit(image: &Image, side: u32) -> RgbImage {
-    let pixels = rgb(image.width, image.height, image.channels, |i| image.pixels[i]);
+    let pixels = RgbImage::from_raw(image.width as u32, image.height as u32, image.to_rgb8().into_owned())
+        .expect("three values per pixel");
     let scale = f64::from(side) / image.width.max(image.height) as f64;
     let fit = |n: usize| ((n as f64 * scale).round() as u32).clamp(1, side);
     // Small images are enlarged without smoothing, so that their pixels stay visible.
@@ -45,8 +49,10 @@ impl Tile {
 
     /// A view, enlarged to `side` × `side` pixels.
     pub fn view(view: &View, side: u32) -> Tile {
-        let values = view.interleaved();
-        let pixels = rgb(view.width, view.height, view.channels, |i| (values[i] * 255.0).round() as u8);
+        let rgb = shown_channels(view.channels).map(|c| &view.pixels[c * view.height * view.width..]);
+        let pixels = RgbImage::from_fn(view.width as u32, view.height as u32, |x, y| {
+            Rgb(rgb.map(|plane| (plane[y as usize * view.width + x as usize] * 255.0).round() as u8))
+        });
         Tile { pixels: imageops::resize(&pixels, side, side, imageops::FilterType::Nearest), frame: None }
     }
 
@@ -54,15 +60,6 @@ impl Tile {
     pub fn framed(self, color: [u8; 3]) -> Tile {
         Tile { frame: Some(color), ..self }
     }
-}
-
-/// Builds an RGB picture from interleaved values. Unless there are three channels, only the first
-/// is shown, in gray.
-fn rgb(width: usize, height: usize, channels: usize, value: impl Fn(usize) -> u8) -> RgbImage {
-    RgbImage::from_fn(width as u32, height as u32, |x, y| {
-        let i = (y as usize * width + x as usize) * channels;
-        Rgb(if channels == 3 { [value(i), value(i + 1), value(i + 2)] } else { [value(i); 3] })
-    })
 }
 
 /// Width and height of a picture of `rows` in pixels.
@@ -97,7 +94,7 @@ mod tests {
 
     #[test]
     fn sheet_size_follows_from_its_tiles() {
-        let image = Image { height: 1, width: 5, channels: 3, pixels: vec![9; 15] };
+        let image = Image { height: 1, width: 5, channels: 3, pixels: vec![9u8; 15].into() };
         let row = vec![Tile::image(&image, 16), Tile::image(&image, 16).framed([0, 200, 0])];
         let rows = [row.clone(), row, vec![]];
         let sheet = image::load_from_memory(&png(&rows, 16)).unwrap();

@@ -111,7 +111,7 @@ mod tests {
         assert_eq!(labels, [7]);
         // Plane p holds 100 p + i mod 50, with i counted over the whole record: 1024 mod 50 = 24,
         // 2048 mod 50 = 48.
-        assert_eq!(images[0].pixels[..6], [0, 124, 248, 1, 125, 249]);
+        assert_eq!(images[0].pixels.to_u8()[..6], [0, 124, 248, 1, 125, 249]);
     }
 
     #[test]

@@ -1,11 +1,14 @@
-//! Image decoding to RGB. A file must decode completely: one that is truncated or damaged is
-//! refused.
+//! Image decoding to RGB, or with all channels of a file (`decode/channels.rs`). A file must decode
+//! completely: one that is truncated or damaged is refused.
 //!
 //! Gray values are repeated. An alpha channel is dropped, as by Pillow's `convert("RGB")`. CMYK and
 //! palettes are converted. Values of more than 8 bits are mapped from [`Levels`] to 0..=255. Of an
 //! animation or of several pages the first is read. The EXIF orientation is applied.
 
+mod channels;
 mod jpeg;
+pub(crate) mod npy;
+mod stack;
 mod tiff;
 mod unread;
 
@@ -20,8 +23,8 @@ use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, metada
 pub(crate) use self::unread::unread_content;
 pub(crate) use self::unread::unread_format;
 use super::{
-    CHANNELS, Image, Levels,
-    levels::{Range, SampleKind},
+    CHANNELS, Image, Levels, MAX_CHANNELS,
+    levels::{Channels, Range, SampleKind},
 };
 use crate::catch_panic::catch_panic;
 
@@ -38,7 +41,7 @@ pub enum DecodeError {
     #[error("the file is empty")]
     Empty,
     /// Unknown format.
-    #[error("not a JPEG, PNG, WebP, BMP, GIF or TIFF file")]
+    #[error("not a JPEG, PNG, WebP, BMP, GIF, TIFF or NumPy file")]
     NotAnImage,
     /// Image format that is not read.
     #[error("{} image, a format that byol does not read", unread::with_article(.0))]
@@ -50,6 +53,25 @@ pub enum DecodeError {
         format: &'static str,
         /// Unread feature.
         reason: String,
+    },
+    /// More channels than [`MAX_CHANNELS`].
+    #[error("it has {0} channels, more than {MAX_CHANNELS}\nhint: choose some with `--channels 1,2,...`")]
+    TooManyChannels(usize),
+    /// Another number of channels than the other images.
+    #[error("it has {found} channel{}, not {expected}", plural(*found))]
+    WrongChannels {
+        /// Channels of this image.
+        found: usize,
+        /// Channels of the data set or of the encoder.
+        expected: usize,
+    },
+    /// A chosen channel that the image does not have.
+    #[error("it has {found} channel{} and no channel {missing}", plural(*found))]
+    MissingChannel {
+        /// Channels of this image.
+        found: usize,
+        /// Number of the missing channel, from 1.
+        missing: usize,
     },
     /// NaN or infinite values.
     #[error("it contains NaN or infinite values")]
@@ -112,7 +134,34 @@ pub fn file(path: &Path, levels: &Levels) -> Result<Image, DecodeError> {
 /// # Errors
 /// Any but [`DecodeError::Read`].
 pub fn bytes(bytes: &[u8], levels: &Levels) -> Result<Image, DecodeError> {
-    without_panics(|| decode(bytes)?.into_image(levels))
+    without_panics(|| match &levels.channels {
+        None => decode(bytes)?.into_image(levels),
+        // Not known for an image on its own.
+        Some(channels) if channels.ranges.is_empty() => {
+            let (sampled, has_8_bits) = channels::sample(bytes, channels)?;
+            let of_channel = |(c, reason)| DecodeError::UnknownLevels(format!("channel {c}: {reason}"));
+            let ranges = channels::ranges(sampled, has_8_bits).map_err(of_channel)?;
+            channels::decode(bytes, &Channels { ranges, ..channels.clone() })
+        }
+        Some(channels) => channels::decode(bytes, channels),
+    })
+}
+
+/// Some values of each channel of an image, and whether they have 8 bits.
+///
+/// # Errors
+/// Those of [`bytes`].
+pub(super) fn sample_channels(bytes: &[u8], channels: &Channels) -> Result<(Vec<Vec<f32>>, bool), DecodeError> {
+    without_panics(|| channels::sample(bytes, channels))
+}
+
+/// See [`channels::ranges`].
+pub(super) fn channel_ranges(sampled: Vec<Vec<f32>>, has_8_bits: bool) -> Result<Vec<[f32; 2]>, (usize, String)> {
+    channels::ranges(sampled, has_8_bits)
+}
+
+fn plural(n: usize) -> &'static str {
+    if n == 1 { "" } else { "s" }
 }
 
 /// Range of the values of an image of more than 8 bits; `None` for other images.
@@ -166,6 +215,9 @@ fn decode(bytes: &[u8]) -> Result<Raw, DecodeError> {
     if bytes.is_empty() {
         return Err(DecodeError::Empty);
     }
+    if npy::is_npy(bytes) {
+        return npy::read(bytes)?.try_into();
+    }
     match guess_format(bytes) {
         Some(ImageFormat::Jpeg) => jpeg::decode(bytes),
         Some(ImageFormat::Tiff) => tiff::decode(bytes),
@@ -182,7 +234,7 @@ fn decode(bytes: &[u8]) -> Result<Raw, DecodeError> {
 
 /// True if these first bytes of a file are those of a supported format.
 pub(crate) fn is_supported(head: &[u8]) -> bool {
-    guess_format(head).is_some()
+    guess_format(head).is_some() || npy::is_image(head)
 }
 
 /// Checks the number of pixels against [`MAX_PIXELS`].
@@ -282,7 +334,7 @@ impl Raw {
         image.apply_orientation(self.orientation.unwrap_or(Orientation::NoTransforms));
         let rgb = image.into_rgb8();
         let (width, height) = (rgb.width() as usize, rgb.height() as usize);
-        Ok(Image { height, width, channels: CHANNELS, pixels: rgb.into_raw() })
+        Ok(Image { height, width, channels: CHANNELS, pixels: rgb.into_raw().into() })
     }
 
     /// Maps `[black, white]` to 0..=255. Refuses values that are more than `slack` gray levels

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use super::{
     DecodeError, Error, Images, Source, decode,
-    levels::{Levels, Range, SampleKind},
+    levels::{Channels, Levels, Range, SampleKind},
     stratified_positions,
 };
 
@@ -30,6 +30,14 @@ const SAMPLE: usize = 64;
 /// [`Error::Levels`] with the values found, if they do not tell black and white; [`Error::Read`],
 /// [`Error::Shard`] if the machine cannot read an image.
 pub(super) fn complete(levels: Levels, splits: &[&Images], root: &Path) -> Result<Levels, Error> {
+    if let Some(channels) = &levels.channels {
+        return match channels.ranges.is_empty() {
+            false => Ok(levels),
+            true => {
+                Ok(Levels { channels: Some(detect_channels(&levels, channels, splits, root)?), ..Levels::default() })
+            }
+        };
+    }
     if levels.int16.is_some() && levels.float.is_some() {
         return Ok(levels);
     }
@@ -56,7 +64,54 @@ pub(super) fn complete(levels: Levels, splits: &[&Images], root: &Path) -> Resul
         Some(known) => Ok(Some(known)),
         None => detect(kind),
     });
-    Ok(Levels { int16: int16?, float: float? })
+    Ok(Levels { int16: int16?, float: float?, channels: None })
+}
+
+/// Ranges of the channels, by a sample of the first split's images.
+fn detect_channels(levels: &Levels, channels: &Channels, splits: &[&Images], root: &Path) -> Result<Channels, Error> {
+    let invalid = |reason: String| Error::Channels { root: root.to_owned(), reason };
+    let Some(images) = splits.first() else { return Ok(channels.clone()) };
+    if !matches!(images.source, Source::Files(_) | Source::Shards(_)) {
+        return Ok(Channels { ranges: vec![[0.0, 255.0]; images.n_channels()], ..channels.clone() });
+    }
+    let positions = match &images.source {
+        Source::Shards(_) => (0..images.len().min(SAMPLE)).collect(),
+        _ => stratified_positions(images.len(), images.len().min(SAMPLE)),
+    };
+    let sample = |i: usize| {
+        let Some(bytes) = images.encoded_bytes(i) else { return Ok(None) };
+        let sample = bytes.map_err(DecodeError::Read).and_then(|bytes| decode::sample_channels(&bytes, channels));
+        sample.map(|sample| Some((i, sample))).or_else(|e| match e {
+            // Such as a channel that no image has: an image of the sample tells the user more than
+            // all images would.
+            DecodeError::MissingChannel { .. } | DecodeError::TooManyChannels(_) => {
+                Err(invalid(format!("{}: {}", images.name(i), e)))
+            }
+            e => ignore_unreadable(images, i, e),
+        })
+    };
+    let samples: Vec<_> = positions.into_par_iter().map(sample).collect::<Result<_, Error>>()?;
+    let mut samples = samples.into_iter().flatten();
+    let Some((first, (mut values, mut has_8_bits))) = samples.next() else {
+        return Err(invalid("none of the sampled images is readable".into()));
+    };
+    for (i, (others, other_has_8_bits)) in samples {
+        if others.len() != values.len() {
+            let [a, b] = [(first, values.len()), (i, others.len())].map(|(i, n)| format!("{} has {n}", images.name(i)));
+            return Err(invalid(format!("the images differ in their number of channels: {a}, {b}")));
+        }
+        values.iter_mut().zip(others).for_each(|(all, others)| all.extend(others));
+        has_8_bits &= other_has_8_bits;
+    }
+    if let Some(range) = levels.int16 {
+        return Ok(Channels { ranges: vec![range; values.len()], ..channels.clone() });
+    }
+    let ranges = decode::channel_ranges(values, has_8_bits);
+    let ranges = ranges.map_err(|(c, reason)| {
+        let number = channels.select.get(c - 1).map_or(c, |n| usize::from(*n));
+        invalid(format!("channel {number}: {reason}\nhint: leave it out with `--channels`"))
+    })?;
+    Ok(Channels { ranges, ..channels.clone() })
 }
 
 /// Positions of images of more than 8 bits in a sample of a split, with their kinds.
@@ -197,11 +252,11 @@ mod tests {
             ("val/d.png", png16(&[1000, 2000])),
         ]);
         let data = Dataset::folder(root.path()).unwrap();
-        assert_eq!(data.levels(), Levels { int16: Some([0.0, 4095.0]), float: None });
+        assert_eq!(data.levels(), Levels { int16: Some([0.0, 4095.0]), ..Levels::default() });
         // 100 * 255 / 4095 is 6.2.
-        assert_eq!(data.train.get(0).unwrap().pixels, [0, 0, 0, 6, 6, 6]);
-        assert_eq!(data.train.get(1).unwrap().pixels, [0, 0, 0, 255, 255, 255]);
-        assert_eq!(data.held_out.as_ref().unwrap().get(0).unwrap().pixels[0], 62);
+        assert_eq!(data.train.get(0).unwrap().pixels.to_u8()[..], [0, 0, 0, 6, 6, 6]);
+        assert_eq!(data.train.get(1).unwrap().pixels.to_u8()[..], [0, 0, 0, 255, 255, 255]);
+        assert_eq!(data.held_out.as_ref().unwrap().get(0).unwrap().pixels.to_u8()[0], 62);
         assert_eq!(data.levels().to_string(), "16-bit images: black is 0, white is 4095");
     }
 
@@ -220,7 +275,7 @@ mod tests {
         let error = data.train.get(0).unwrap_err().to_string();
         assert!(error.contains("the value 5000 exceeds white, 4095") && error.contains("`--levels`"), "{error}");
         assert_eq!(error.matches("hint:").count(), 1, "{error}");
-        assert_eq!(data.train.get(1).unwrap().pixels[3..], [255; 3]);
+        assert_eq!(data.train.get(1).unwrap().pixels.to_u8()[3..], [255; 3]);
     }
 
     #[test]
@@ -228,7 +283,7 @@ mod tests {
         let broken = float_tiff(&[1e9, 1e9])[..60].to_vec();
         let files = [("a.tif", float_tiff(&[0.0, 200.5])), ("b.tif", broken), ("c.tif", float_tiff(&[f32::NAN]))];
         let data = Dataset::folder(folder(&files).path()).unwrap();
-        assert_eq!(data.levels(), Levels { int16: None, float: Some([0.0, 255.0]) });
+        assert_eq!(data.levels(), Levels { float: Some([0.0, 255.0]), ..Levels::default() });
         let root = folder(&[("a.tif", float_tiff(&[-300.0, 0.0])), ("b.tif", float_tiff(&[0.0, 3000.5]))]);
         let error = Dataset::folder(root.path()).unwrap_err();
         let text = error.to_string();

@@ -573,6 +573,15 @@ fn classify(path: &Path) -> File {
     if let Some(format) = decode::unread_format(extension) {
         return File::Unread(UnreadKind::Format(format));
     }
+    let has_image_content = || {
+        // The header of an array has 128 bytes.
+        let mut head = Vec::with_capacity(128);
+        let read = fs::File::open(path).and_then(|file| file.take(128).read_to_end(&mut head));
+        read.is_ok() && decode::is_supported(&head)
+    };
+    if extension == "npy" && has_image_content() {
+        return File::Image;
+    }
     let ending = |endings: &[&'static str]| {
         let has = |ending: &&&str| name.strip_suffix(**ending).is_some_and(|stem| stem.ends_with('.'));
         endings.iter().find(has).copied()
@@ -586,9 +595,7 @@ fn classify(path: &Path) -> File {
     if TEXTS.contains(&extension) {
         return File::Other;
     }
-    let mut head = [0u8; 16];
-    let n = fs::File::open(path).and_then(|mut f| f.read(&mut head)).unwrap_or(0);
-    if decode::is_supported(&head[..n]) { File::Image } else { File::Other }
+    if has_image_content() { File::Image } else { File::Other }
 }
 
 #[cfg(test)]

@@ -9,9 +9,11 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// Values of black and white in images of more than 8 bits. `None` is not known yet: it is detected
-/// from the data.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+use crate::image::CHANNELS;
+
+/// How the values of files become pixels: the values of black and white in RGB images of more than
+/// 8 bits, or the ranges of all channels. What is not known yet is detected from the data.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Levels {
     /// Black and white of 16-bit images.
@@ -20,12 +22,30 @@ pub struct Levels {
     /// Black and white of floating-point images.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub float: Option<[f32; 2]>,
+    /// The channels, if images are not read as RGB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub channels: Option<Channels>,
 }
+
+/// Images with the channels of their files in place of RGB.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Channels {
+    /// Numbers of the channels in the files, from 1, in the order of the images' channels. Empty
+    /// for all.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub select: Vec<u16>,
+    /// Values that become 0 and 1, of each channel. Empty if not known yet.
+    pub ranges: Vec<[f32; 2]>,
+}
+
+/// Fractions of the values of a channel that are below its range and below the end of its range.
+pub(super) const PERCENTILES: [f64; 2] = [0.001, 0.999];
 
 impl Levels {
     /// Levels of encoders trained before levels were stored with them.
     pub fn legacy() -> Levels {
-        Levels { int16: Some([0.0, 65535.0]), float: Some([0.0, 1.0]) }
+        Levels { int16: Some([0.0, 65535.0]), float: Some([0.0, 1.0]), channels: None }
     }
 
     /// True for [`Levels::legacy`].
@@ -35,12 +55,26 @@ impl Levels {
 
     /// One pair of levels for 16-bit and floating-point images.
     pub fn uniform(black: f32, white: f32) -> Levels {
-        Levels { int16: Some([black, white]), float: Some([black, white]) }
+        Levels { int16: Some([black, white]), float: Some([black, white]), channels: None }
     }
 
     /// These levels, completed by those of `other`.
     pub fn or(self, other: Levels) -> Levels {
-        Levels { int16: self.int16.or(other.int16), float: self.float.or(other.float) }
+        Levels {
+            int16: self.int16.or(other.int16),
+            float: self.float.or(other.float),
+            channels: self.channels.or(other.channels),
+        }
+    }
+
+    /// Levels of all channels of the files, or of those with these numbers.
+    pub fn with_channels(select: Vec<u16>) -> Levels {
+        Levels { channels: Some(Channels { select, ranges: Vec::new() }), ..Levels::default() }
+    }
+
+    /// Number of channels of the images. 0 if it is not known yet.
+    pub fn n_channels(&self) -> usize {
+        self.channels.as_ref().map_or(CHANNELS, |channels| channels.ranges.len())
     }
 
     /// Levels of images of this kind.
@@ -55,6 +89,12 @@ impl Levels {
 impl fmt::Display for Levels {
     /// One sentence for a note, such as `16-bit images: black is 0, white is 4095`.
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        if let Some(Channels { select, ranges }) = &self.channels {
+            let number = |c: usize| select.get(c).map_or(c + 1, |n| usize::from(*n));
+            let range = |(c, [low, high]): (usize, &[f32; 2])| format!("{}: {low} to {high}", number(c));
+            let ranges: Vec<String> = ranges.iter().enumerate().map(range).collect();
+            return write!(f, "ranges of the channels: {}", ranges.join(", "));
+        }
         let kinds = [("16-bit", self.int16), ("floating-point", self.float)];
         let parts: Vec<String> = kinds
             .into_iter()

@@ -39,7 +39,7 @@ use std::{
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
-pub use crate::image::{CHANNELS, Image};
+pub use crate::image::{CHANNELS, Image, MAX_CHANNELS, Pixels};
 use crate::{
     atomic_write::{hex, remedy},
     random::{self, Domain},
@@ -173,6 +173,26 @@ pub enum Error {
         /// First problem.
         reason: String,
     },
+    /// Images with another number of channels than an encoder's.
+    #[error(
+        "the images have {found} channel{}, but the encoder was trained on {expected}\n\
+         hint: use an encoder of {found}-channel images, or choose channels with `--channels`",
+        if *found == 1 { "" } else { "s" }
+    )]
+    Mismatch {
+        /// Channels of the images.
+        found: usize,
+        /// Channels of the encoder's input.
+        expected: usize,
+    },
+    /// The channels of the images cannot be read.
+    #[error("cannot read the channels of the images in {}: {reason}", root.display())]
+    Channels {
+        /// Root of the data.
+        root: PathBuf,
+        /// Reason, with a hint.
+        reason: String,
+    },
     /// Levels of the images cannot be detected.
     #[error(
         "cannot detect the black and white levels of the images in {}: {reason}\n\
@@ -236,7 +256,7 @@ fn one_line(message: &str) -> String {
 pub struct OpenOptions {
     /// Image column of Parquet files. `None` selects it by name.
     pub column: Option<String>,
-    /// Black and white of images of more than 8 bits. Those that are not set are detected.
+    /// How the values of files become pixels. What is not set is detected.
     pub levels: Levels,
 }
 
@@ -266,7 +286,7 @@ pub struct Images {
     partial_labels: Option<Vec<Option<usize>>>,
     /// Classes of each image, for multi-label data; empty for an image without labels.
     tags: Option<Vec<Vec<usize>>>,
-    /// Black and white of images of more than 8 bits.
+    /// How the values of files become pixels.
     levels: Levels,
     /// Decoded images, parallel to `indices`, if they fit into memory.
     decoded: Option<Vec<Arc<Image>>>,
@@ -423,6 +443,38 @@ impl Images {
         (!positions.is_empty()).then(|| self.subset(&positions))
     }
 
+    /// Channels of the images.
+    pub fn n_channels(&self) -> usize {
+        match &self.source {
+            Source::Files(_) | Source::Shards(_) => self.levels.n_channels(),
+            Source::Memory(images) => images.first().map_or(CHANNELS, |image| image.channels),
+            Source::Custom(source) => source.channels(),
+        }
+    }
+
+    /// Levels that read these images from files. Images of a program have none of their own.
+    pub(crate) fn levels_of_files(&self) -> Levels {
+        let channels = self.n_channels();
+        if channels == self.levels.n_channels() {
+            return self.levels.clone();
+        }
+        let white = match self.indices.first().map(|_| self.get(0)) {
+            Some(Ok(image)) if matches!(image.pixels, Pixels::U16(_)) => f32::from(u16::MAX),
+            _ => f32::from(u8::MAX),
+        };
+        let channels = levels::Channels { select: Vec::new(), ranges: vec![[0.0, white]; channels] };
+        Levels { channels: Some(channels), ..self.levels.clone() }
+    }
+
+    /// Checks that the images have as many channels as an encoder.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`].
+    pub(crate) fn ensure_channels(&self, expected: usize) -> Result<(), Error> {
+        let found = self.n_channels();
+        if found == expected { Ok(()) } else { Err(Error::Mismatch { found, expected }) }
+    }
+
     /// Path, or number, of image `i`.
     pub fn name(&self, i: usize) -> String {
         match &self.source {
@@ -561,7 +613,7 @@ impl Images {
             labels: self.labels.as_ref().map(|l| positions.iter().map(|p| l[*p]).collect()),
             partial_labels: None,
             tags: self.tags.as_ref().map(|t| positions.iter().map(|p| t[*p].clone()).collect()),
-            levels: self.levels,
+            levels: self.levels.clone(),
             decoded: self.decoded.as_ref().map(|k| positions.iter().map(|p| k[*p].clone()).collect()),
         };
         match &self.partial_labels {
@@ -606,7 +658,8 @@ impl Images {
         let labels = self.labels.as_ref().zip(other.labels.as_ref()).map(|(a, b)| [&a[..], b].concat());
         let tags = self.tags.as_ref().zip(other.tags.as_ref()).map(|(a, b)| [&a[..], b].concat());
         let n = self.len() + other.len();
-        let both = Images { tags, levels: self.levels.or(other.levels), ..Images::new(source, n, labels) };
+        let both =
+            Images { tags, levels: self.levels.clone().or(other.levels.clone()), ..Images::new(source, n, labels) };
         if both.labels.is_some() || both.tags.is_some() {
             return Some(both);
         }
@@ -693,7 +746,7 @@ impl Images {
                     hash.update(name.as_encoded_bytes());
                     hash.update(paths[i].metadata().map_or(0, |m| m.len()).to_le_bytes());
                 }
-                Source::Memory(images) => hash.update(&images[i].pixels),
+                Source::Memory(images) => hash_pixels(&mut hash, &images[i].pixels),
                 Source::Shards(_) | Source::Custom(_) => hash.update((i as u64).to_le_bytes()),
             }
         }
@@ -729,7 +782,7 @@ impl Images {
             }
             match image {
                 Ok(image) => {
-                    let so_far = total.fetch_add(image.pixels.len(), Ordering::Relaxed) + image.pixels.len();
+                    let so_far = total.fetch_add(image.pixels.bytes(), Ordering::Relaxed) + image.pixels.bytes();
                     Ok(Ok((so_far <= cache_bytes).then_some(image)))
                 }
                 Err(Error::Image { name, source }) => Ok(Err(Skipped::new(name, &source))),
@@ -749,6 +802,13 @@ impl Images {
         let fits = decoded.len() == images.len() && !matches!(images.source, Source::Memory(_));
         images.decoded = fits.then_some(decoded);
         Ok((images, skipped))
+    }
+}
+
+fn hash_pixels(hash: &mut Sha256, pixels: &Pixels) {
+    match pixels {
+        Pixels::U8(values) => hash.update(values),
+        Pixels::U16(values) => values.iter().for_each(|v| hash.update(v.to_le_bytes())),
     }
 }
 
@@ -783,7 +843,7 @@ impl Dataset {
     /// Those of [`Dataset::open`]; [`Error::Levels`].
     pub fn open_with(root: impl AsRef<Path>, options: &OpenOptions) -> Result<Dataset, Error> {
         let dataset = Dataset::find(root.as_ref(), options)?;
-        Dataset { column: options.column.clone(), ..dataset }.with_levels(options.levels)
+        Dataset { column: options.column.clone(), ..dataset }.with_levels(options.levels.clone())
     }
 
     /// Finds the images at `root`.
@@ -849,13 +909,13 @@ impl Dataset {
         let splits: Vec<&Images> = std::iter::once(&self.train).chain(&self.held_out).chain(&self.test).collect();
         let levels = detect_levels::complete(levels, &splits, &self.root)?;
         let splits = std::iter::once(&mut self.train).chain(&mut self.held_out).chain(&mut self.test);
-        splits.for_each(|images| images.levels = levels);
+        splits.for_each(|images| images.levels = levels.clone());
         Ok(self)
     }
 
-    /// Black and white of images of more than 8 bits, if there are such images.
+    /// Levels of the images: what [`OpenOptions`] sets, completed by what was detected.
     pub fn levels(&self) -> Levels {
-        self.train.levels
+        self.train.levels.clone()
     }
 
     /// Keeps only the images with labels, in all splits. The training split stays as it is if none
@@ -894,25 +954,26 @@ impl Dataset {
         Error::UnlabeledSplit { root: self.root.clone(), split: split.unwrap_or_else(|| "test".into()), reason }
     }
 
-    /// Creates a data set of RGB images in memory, with the class of each image if `labels` is
-    /// given. All images are for training; classes are named by their numbers.
+    /// Creates a data set of images in memory, with the class of each image if `labels` is given.
+    /// All images are for training; classes are named by their numbers.
     ///
     /// # Panics
-    /// If an image is not RGB or has the wrong number of pixels, or the number of labels is not
-    /// that of the images.
+    /// If an image has the wrong number of values, or another number of channels than the first; or
+    /// if the number of labels is not that of the images.
     ///
     /// # Examples
     ///
     /// ```
     /// use byol::{Dataset, Image};
     ///
-    /// let gray = |level: u8| Image { height: 8, width: 8, channels: 3, pixels: vec![level; 8 * 8 * 3] };
+    /// let gray = |level: u8| Image { height: 8, width: 8, channels: 3, pixels: vec![level; 8 * 8 * 3].into() };
     /// let data = Dataset::from_images(vec![gray(0), gray(128), gray(255)], Some(vec![0, 1, 1]));
     /// assert_eq!([data.train.len(), data.classes.len()], [3, 2]);
     /// ```
     pub fn from_images(images: Vec<Image>, labels: Option<Vec<usize>>) -> Dataset {
         for image in &images {
             assert_eq!(image.problem(), None, "unusable image");
+            assert_eq!(image.channels, images[0].channels, "images must have equal channels");
         }
         assert!(labels.as_ref().is_none_or(|labels| labels.len() == images.len()), "every image needs one label");
         Dataset::of("images in memory", Images::memory(images, labels))
@@ -1037,7 +1098,7 @@ mod tests {
     use super::*;
 
     fn numbered(n: usize) -> Images {
-        let image = |i: usize| Image { height: 1, width: 1, channels: 1, pixels: vec![i as u8] };
+        let image = |i: usize| Image { height: 1, width: 1, channels: 1, pixels: vec![i as u8].into() };
         Images::memory((0..n).map(image).collect(), Some((0..n).collect()))
     }
 
@@ -1057,7 +1118,7 @@ mod tests {
         assert!(a.is_same(&a.clone()) && !a.is_same(&b) && !a.is_same(&numbered(3)));
         let both = b.concat(&a).unwrap();
         assert_eq!(both.labels().unwrap(), [9, 1, 0, 2, 3]);
-        assert_eq!(both.get(3).unwrap().pixels, [2]);
+        assert_eq!(both.get(3).unwrap().pixels.to_u8()[..], [2]);
     }
 
     #[test]
@@ -1074,7 +1135,7 @@ mod tests {
     #[test]
     fn test_split_leaves_training_images_in_every_class() {
         let labels = [vec![0; 20], vec![1; 2], vec![2; 1]].concat();
-        let image = || Image { height: 1, width: 1, channels: 1, pixels: vec![0] };
+        let image = || Image { height: 1, width: 1, channels: 1, pixels: vec![0u8].into() };
         let (train, test) = Images::memory((0..23).map(|_| image()).collect(), Some(labels)).split_off_test(5);
         assert_eq!(test.labels().unwrap(), [0, 0, 0, 0, 1]);
         assert_eq!(train.len(), 18);
@@ -1082,7 +1143,7 @@ mod tests {
 
     #[test]
     fn samples_of_alternating_classes_contain_every_class() {
-        let image = || Image { height: 1, width: 1, channels: 1, pixels: vec![0] };
+        let image = || Image { height: 1, width: 1, channels: 1, pixels: vec![0u8].into() };
         let alternating = Images::memory((0..800).map(|_| image()).collect(), Some((0..800).map(|i| i % 5).collect()));
         for sample in [alternating.sample_random(160), alternating.split_off(160).1, alternating.sample_random(400)] {
             let count = |class: usize| sample.labels().unwrap().iter().filter(|l| **l == class).count();
@@ -1092,7 +1153,7 @@ mod tests {
 
     #[test]
     fn images_in_memory_make_a_dataset() {
-        let image = |i: u8| Image { height: 1, width: 2, channels: 3, pixels: vec![i; 6] };
+        let image = |i: u8| Image { height: 1, width: 2, channels: 3, pixels: vec![i; 6].into() };
         let data = Dataset::from_images((0..4).map(image).collect(), Some(vec![0, 2, 0, 2]));
         assert_eq!((data.train.len(), data.classes.len()), (4, 3));
         assert!(Dataset::from_images(vec![image(0)], None).classes.is_empty());

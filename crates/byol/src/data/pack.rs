@@ -330,7 +330,7 @@ fn encode(root: &Path, images: &Images, i: usize, size: Option<usize>) -> Result
 
 /// Encodes an image, resized to the short side `size` if it is larger.
 fn resize_and_encode(image: &Image, format: ImageFormat, size: Option<usize>) -> Vec<u8> {
-    let rgb = RgbImage::from_raw(image.width as u32, image.height as u32, image.pixels.clone());
+    let rgb = RgbImage::from_raw(image.width as u32, image.height as u32, image.to_rgb8().into_owned());
     let mut rgb = DynamicImage::from(rgb.expect("an image has three values per pixel"));
     let short = image.height.min(image.width);
     if let Some(size) = size.filter(|size| *size < short) {
@@ -452,7 +452,8 @@ mod tests {
         pack(&dataset, &out, packing(), &AtomicBool::new(false), &mut |_, _| ()).unwrap();
         let packed = Dataset::open(&out).unwrap();
         let images = |data: &Dataset| {
-            let mut pixels: Vec<u8> = (0..data.train.len()).map(|i| data.train.get(i).unwrap().pixels[0]).collect();
+            let mut pixels: Vec<u8> =
+                (0..data.train.len()).map(|i| data.train.get(i).unwrap().pixels.to_u8()[0]).collect();
             pixels.sort_unstable();
             pixels
         };

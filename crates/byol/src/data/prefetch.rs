@@ -160,7 +160,7 @@ impl Loader {
 
 /// Makes both views of each (epoch, image) in `items`.
 fn make_batch(request: &Request, items: &[(u64, usize)]) -> Result<MicroBatch, Error> {
-    let channels = super::CHANNELS;
+    let channels = request.images.n_channels();
     let view_len = request.size * request.size * channels;
     let (mut v, mut v2) = (vec![0.0; items.len() * view_len], vec![0.0; items.len() * view_len]);
     let outputs = v.par_chunks_exact_mut(view_len).zip(v2.par_chunks_exact_mut(view_len)).zip(items.par_iter());

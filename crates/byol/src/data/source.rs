@@ -2,7 +2,7 @@
 
 use std::{fmt, io};
 
-use super::{Image, Images};
+use super::{CHANNELS, DecodeError, Image, Images};
 use crate::catch_panic::catch_panic;
 
 /// Images that a program provides on demand, for
@@ -24,12 +24,12 @@ use crate::catch_panic::catch_panic;
 ///
 /// impl ImageSource for Gray {
 ///     fn get(&self, i: usize) -> io::Result<Image> {
-///         Ok(Image { height: 8, width: 8, channels: CHANNELS, pixels: vec![i as u8; 8 * 8 * CHANNELS] })
+///         Ok(Image { height: 8, width: 8, channels: CHANNELS, pixels: vec![i as u8; 8 * 8 * CHANNELS].into() })
 ///     }
 /// }
 ///
 /// let data = Dataset::from_source(Arc::new(Gray), 100, None);
-/// assert_eq!(data.train.get(3)?.pixels[0], 3);
+/// assert_eq!(data.train.get(3)?.pixels.to_u8()[0], 3);
 /// # Ok::<(), byol::data::Error>(())
 /// ```
 pub trait ImageSource: fmt::Debug + Send + Sync {
@@ -45,13 +45,20 @@ pub trait ImageSource: fmt::Debug + Send + Sync {
     fn name(&self, i: usize) -> String {
         format!("image {i}")
     }
+
+    /// Channels of every image, 1 to [`MAX_CHANNELS`](super::MAX_CHANNELS).
+    fn channels(&self) -> usize {
+        CHANNELS
+    }
 }
 
 /// Image `i`, checked to be usable.
 pub(super) fn checked(source: &dyn ImageSource, i: usize) -> io::Result<Image> {
     let panicked = |reason| io::Error::other(format!("the image source panicked: {reason}"));
     let image = catch_panic(|| source.get(i)).map_err(panicked)??;
-    match image.problem() {
+    let (found, expected) = (image.channels, source.channels());
+    let other_channels = || (found != expected).then(|| DecodeError::WrongChannels { found, expected }.to_string());
+    match image.problem().or_else(other_channels) {
         None => Ok(image),
         Some(problem) => Err(io::Error::new(io::ErrorKind::InvalidData, problem)),
     }
@@ -78,6 +85,10 @@ impl ImageSource for Concatenated {
         let (images, i) = self.at(i);
         images.name(i)
     }
+
+    fn channels(&self) -> usize {
+        self.0[0].n_channels()
+    }
 }
 
 #[cfg(test)]
@@ -85,7 +96,7 @@ mod tests {
     use std::{ops::ControlFlow::Continue, sync::Arc};
 
     use super::*;
-    use crate::data::{CHANNELS, Dataset, Error};
+    use crate::data::{Dataset, Error};
 
     /// The first images are usable; one has too few pixels, and one cannot be read.
     #[derive(Debug)]
@@ -101,7 +112,7 @@ mod tests {
                 return Err(io::Error::other("no connection"));
             }
             let n = if i == self.short { 1 } else { 4 * CHANNELS };
-            Ok(Image { height: 2, width: 2, channels: CHANNELS, pixels: vec![i as u8; n] })
+            Ok(Image { height: 2, width: 2, channels: CHANNELS, pixels: vec![i as u8; n].into() })
         }
     }
 
@@ -114,7 +125,7 @@ mod tests {
         let checked = dataset(4, 99).check(0, &|| Continue(())).unwrap();
         assert_eq!((checked.train.len(), checked.skipped.len(), checked.classes.len()), (9, 1, 3));
         assert!(checked.skipped[0].to_string().starts_with("image 4: "), "{}", checked.skipped[0]);
-        assert_eq!(checked.train.get(4).unwrap().pixels[0], 5);
+        assert_eq!(checked.train.get(4).unwrap().pixels.to_u8()[0], 5);
         let failed = dataset(4, 7).check(0, &|| Continue(())).unwrap_err();
         assert!(matches!(&failed, Error::Read { .. }), "{failed}");
         assert_eq!(failed.to_string(), "cannot read image 7: no connection");
@@ -127,7 +138,7 @@ mod tests {
         let [a, b] = [4, 99].map(|short| dataset(short, 7).train.subset(&[1, 4, 7]));
         let both = a.concat(&b).unwrap();
         assert_eq!((both.len(), both.name(5), both.labels()), (6, "image 7".into(), Some(&[1, 1, 1, 1, 1, 1][..])));
-        assert_eq!(both.get(4).unwrap().pixels[0], 4);
+        assert_eq!(both.get(4).unwrap().pixels.to_u8()[0], 4);
         assert!(both.get(1).is_err());
         let (readable, skipped) = both.subset(&[0, 1, 3, 4]).readable(&|| Continue(())).unwrap();
         assert_eq!((readable.len(), skipped.len()), (3, 1));

@@ -87,7 +87,7 @@ fn draw(rng: &mut ChaCha8Rng, pattern: &str) -> Image {
             }
         }
     }
-    Image { height: SIDE, width: SIDE, channels: CHANNELS, pixels }
+    Image { height: SIDE, width: SIDE, channels: CHANNELS, pixels: pixels.into() }
 }
 
 /// Random domain of the scenes; 0 and 1 are the splits of the patterns.
@@ -147,7 +147,7 @@ pub fn scene(seed: u64, index: u64, height: usize, width: usize) -> (Image, Vec<
         pixels.extend(color.map(|c| (255.0 * c * shade).clamp(0.0, 255.0) as u8));
         depth.push(z as f32);
     }
-    (Image { height, width, channels: CHANNELS, pixels }, depth)
+    (Image { height, width, channels: CHANNELS, pixels: pixels.into() }, depth)
 }
 
 #[cfg(test)]

@@ -186,7 +186,7 @@ impl<H: Head> Trained<H> {
         let (h, w) = (image.height, image.width);
         let whole = Window { top: 0, left: 0, height: h, width: w };
         let pixels = resize::crop_resize(image, whole, h, w).interleaved();
-        let x = Tensor::from_data(TensorData::new(pixels, [1, h, w, CHANNELS]), &self.encoder.device());
+        let x = Tensor::from_data(TensorData::new(pixels, [1, h, w, image.channels]), &self.encoder.device());
         let norm = self.encoder.spec.norm();
         let mut context = ForwardContext::new(&self.params, &norm, Precision::F32, Mode::Eval(&self.statistics));
         let map = self.encoder.feature_map(&mut context, x);
@@ -224,7 +224,8 @@ fn crops<H: Head>(
         (view.interleaved(), labels)
     };
     let (pixels, labels): (Vec<_>, Vec<_>) = draws.par_iter().map(crop).unzip();
-    let shape = [draws.len(), p.crop, p.crop, CHANNELS];
+    let channels = samples.first().map_or(CHANNELS, |(image, _)| image.channels);
+    let shape = [draws.len(), p.crop, p.crop, channels];
     (Tensor::from_data(TensorData::new(pixels.concat(), shape), device), labels.concat())
 }
 

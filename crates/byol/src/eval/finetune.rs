@@ -130,6 +130,7 @@ pub fn train(
     p: &Protocol,
     mut on_progress: impl FnMut(usize),
 ) -> Result<FineTuned, Error> {
+    images.ensure_channels(start.spec.channels)?;
     let mask = held_out_mask(&strata(require_labels(images), classes), 5, p.seed);
     let select =
         |held_out: bool| images.subset(&(0..images.len()).filter(|i| mask[*i] == held_out).collect::<Vec<_>>());

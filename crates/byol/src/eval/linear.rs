@@ -116,6 +116,7 @@ pub fn train(
     p: &Protocol,
     mut on_progress: impl FnMut(usize),
 ) -> Result<LinearProbe, Error> {
+    images.ensure_channels(encoder.spec.channels)?;
     let labels = images.labels().expect("linear evaluation needs labels");
     let (n, batch) = (images.len(), finetune::batch_size(images.len(), p.batch));
     let held_out = held_out_mask(labels, p.seed);

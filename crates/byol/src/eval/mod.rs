@@ -43,7 +43,6 @@ use rayon::prelude::*;
 use crate::{
     data::{Error, Images},
     device::has_kernels,
-    image::CHANNELS,
     nn::{Encoder, EncoderSpec, cpu::loss, tree::host},
     views::{Policy, view},
 };
@@ -85,9 +84,10 @@ fn random_crops(
 
 /// Renders views: `[n, size, size, C]` in 0..1.
 fn render_views(images: &Images, requests: &[ViewRequest], size: usize, device: &Device) -> Result<Tensor<4>, Error> {
+    let channels = images.n_channels();
     let render = |(i, stream, policy): &ViewRequest| Ok(view(policy, &*images.get(*i)?, size, *stream).interleaved());
     let views: Vec<Vec<f32>> = requests.par_iter().map(render).collect::<Result<_, Error>>()?;
-    Ok(Tensor::from_data(TensorData::new(views.concat(), [requests.len(), size, size, CHANNELS]), device))
+    Ok(Tensor::from_data(TensorData::new(views.concat(), [requests.len(), size, size, channels]), device))
 }
 
 /// Mean softmax cross-entropy over the labeled rows of `logits`, `[N, classes]`.
@@ -139,6 +139,7 @@ pub(crate) fn for_each_batch(
     device: &Device,
     mut f: impl FnMut(Tensor<4>),
 ) -> Result<(), Error> {
+    images.ensure_channels(spec.channels)?;
     let size = spec.size;
     let indices: Vec<usize> = (0..images.len()).collect();
     for batch in indices.chunks(batch_size(size)) {
@@ -146,7 +147,7 @@ pub(crate) fn for_each_batch(
             .par_iter()
             .map(|i| Ok(spec.evaluation_view(&*images.get(*i)?).interleaved()))
             .collect::<Result<_, Error>>()?;
-        f(Tensor::from_data(TensorData::new(views.concat(), [batch.len(), size, size, CHANNELS]), device));
+        f(Tensor::from_data(TensorData::new(views.concat(), [batch.len(), size, size, spec.channels]), device));
     }
     Ok(())
 }

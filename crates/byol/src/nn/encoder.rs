@@ -8,7 +8,7 @@ use super::{
     cpu,
     forward_context::{ForwardContext, Mode, NormConfig, Statistics},
     resnet::{Architecture, ResNet, Stem},
-    tree::{self, Tree},
+    tree::{self, Leaf, Tree},
 };
 use crate::{
     data::Levels,
@@ -194,6 +194,35 @@ impl Encoder {
         let resnet = spec.resnet();
         let weights = Weights { params: resnet.init(seed, "online", device), statistics: resnet.statistics(device) };
         Encoder { spec, weights, resnet }
+    }
+
+    /// Returns the encoder with a stem for `channels` channels, as timm's `adapt_input_conv` does:
+    /// for one channel the weights are summed over the input channels; for others they are repeated
+    /// in turn and scaled by the ratio of the channels, which keeps the scale of the output.
+    pub(crate) fn with_channels(mut self, channels: usize) -> Encoder {
+        const STEM: &str = "conv1.weight";
+        let from = self.spec.channels;
+        if from == channels {
+            return self;
+        }
+        let Some(leaf) = self.weights.params.leaf(STEM) else { return self };
+        let (device, shape) = (self.device(), leaf.shape.clone());
+        let (c_out, taps) = (shape[0], shape[2] * shape[3]);
+        let (values, scale) = (tree::host(leaf.value.clone()), from as f32 / channels as f32);
+        let mut adapted = Vec::with_capacity(c_out * channels * taps);
+        for filter in values.chunks_exact(from * taps) {
+            for c in 0..channels {
+                let tap = |i: usize| match channels {
+                    1 => (0..from).map(|k| filter[k * taps + i]).sum(),
+                    _ => filter[c % from * taps + i] * scale,
+                };
+                adapted.extend((0..taps).map(tap));
+            }
+        }
+        self.weights.params.insert(STEM, Leaf::new(adapted, &[c_out, channels, shape[2], shape[3]], &device));
+        self.spec.channels = channels;
+        self.resnet = self.spec.resnet();
+        self
     }
 
     /// Device of the weights.

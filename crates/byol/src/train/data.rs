@@ -10,7 +10,18 @@ use super::{
     health::Monitor,
     recipe::{HealthConfig, Recipe},
 };
-use crate::data::{Dataset, Images, Levels};
+use crate::{
+    data::{Dataset, Images, Levels},
+    nn::Normalization,
+    views::{self, Window},
+};
+use rayon::prelude::*;
+
+/// Images whose statistics normalize inputs that are not RGB.
+const STATISTICS_IMAGES: usize = 512;
+
+/// Least standard deviation of a channel, for one that is nearly constant.
+const MIN_STD: f64 = 1e-3;
 
 /// Images of a run.
 #[derive(Debug, Clone)]
@@ -91,7 +102,7 @@ impl TrainingData {
         let held_out = dataset.held_out.as_ref().filter(|images| monitoring_images > 0 && images.len() > 1);
         let held_out = held_out.map(|images| images.sample_random(monitoring_images));
         let dataset = Dataset { held_out, test: None, ..dataset };
-        let (total, levels) = (dataset.n_images(), dataset.levels());
+        let (total, levels) = (dataset.n_images(), dataset.train.levels_of_files());
         let Dataset { root, kind, classes, train, held_out, mut skipped, unused, column, .. } =
             dataset.check_for_training(options.cache_bytes, &|| on_image(total))?;
         let (train, held_out) = match held_out {
@@ -109,6 +120,31 @@ impl TrainingData {
         let skipped = skipped.into_iter().map(|image| image.to_string()).collect();
         let unused = unused.into_iter().map(|group| group.to_string()).collect();
         Ok(TrainingData { root, kind, classes, train, held_out, column, levels, skipped, unused })
+    }
+
+    /// Mean and standard deviation of each channel over a sample of the training images.
+    ///
+    /// # Errors
+    /// [`Error::Data`].
+    pub(crate) fn normalization(&self) -> Result<Normalization, Error> {
+        let sample = self.train.sample_random(STATISTICS_IMAGES.min(self.train.len()));
+        let channels = self.train.n_channels();
+        let moments = |i: usize| -> Result<[Vec<f64>; 2], Error> {
+            let image = sample.get_or_next(i)?;
+            let view = views::resize::crop_resize(&image, Window::center(image.height, image.width, 1.0), 64, 64);
+            let planes = || view.pixels.chunks_exact(64 * 64);
+            let mean = |plane: &[f32], f: fn(f64) -> f64| {
+                plane.iter().map(|v| f(f64::from(*v))).sum::<f64>() / plane.len() as f64
+            };
+            Ok([planes().map(|p| mean(p, |v| v)).collect(), planes().map(|p| mean(p, |v| v * v)).collect()])
+        };
+        let moments = (0..sample.len()).into_par_iter().map(moments).collect::<Result<Vec<_>, Error>>()?;
+        let mean = |k: usize, c: usize| moments.iter().map(|m| m[k][c]).sum::<f64>() / moments.len().max(1) as f64;
+        let std = |c: usize| (mean(1, c) - mean(0, c).powi(2)).max(0.0).sqrt().max(MIN_STD);
+        Ok(Normalization {
+            mean: (0..channels).map(|c| mean(0, c) as f32).collect(),
+            std: (0..channels).map(|c| std(c) as f32).collect(),
+        })
     }
 
     /// Monitoring setup of a run with this plan; `None` without monitoring images.

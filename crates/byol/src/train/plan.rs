@@ -10,15 +10,16 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Error, TrainingData,
-    recipe::{Placement, Recipe, TargetInit, TauSchedule},
+    recipe::{self, Placement, Recipe, TargetInit, TauSchedule},
     step::Stepper,
 };
 use crate::{
     byol::Byol,
-    data::{CHANNELS, Images, OpenOptions, shards},
+    data::{Images, OpenOptions, shards},
     device::Precision,
+    image::CHANNELS,
     nn::{
-        EncoderSpec, Mlp, Network, Weights,
+        EncoderSpec, Mlp, Network, Normalization, Weights,
         import::{self, Preparation},
     },
     optim::{LossScale, Optimizer, Schedule},
@@ -101,6 +102,15 @@ impl Plan {
             recipe.views.placement = Placement::Cpu; // the host is the device
         }
         let (root, train) = (&data.root, &data.train);
+        let channels = train.n_channels();
+        // The recipes have the statistics of RGB images.
+        if channels != CHANNELS && recipe.normalize.mean.len() == CHANNELS {
+            recipe.normalize = data.normalization()?;
+        }
+        if recipe.normalize.mean.len() != channels {
+            let reason = format!("{} means (expected {channels}, one per channel)", recipe.normalize.mean.len());
+            return Err(Error::Recipe(recipe::Error::Value { key: "normalize".into(), reason }));
+        }
         let (n, batch) = (train.len(), recipe.train.batch);
         if batch > n {
             return Err(Error::BatchTooLarge { batch, images: n, root: root.clone() });
@@ -132,10 +142,10 @@ impl Plan {
                 size: if recipe.views.eval_size == 0 { size } else { recipe.views.eval_size },
                 center: recipe.views.center,
                 antialias: recipe.views.antialias,
-                channels: CHANNELS,
+                channels: train.n_channels(),
                 normalization: recipe.normalize.clone(),
                 eps: recipe.norm.eps,
-                levels: data.levels,
+                levels: data.levels.clone(),
             },
             recipe,
         })
@@ -143,7 +153,7 @@ impl Plan {
 
     /// Settings that open the data as in this run.
     pub fn open_options(&self) -> OpenOptions {
-        OpenOptions { column: self.column.clone(), levels: self.encoder.levels }
+        OpenOptions { column: self.column.clone(), levels: self.encoder.levels.clone() }
     }
 
     /// Name of the weights that the run begins with, for comparisons.
@@ -249,8 +259,10 @@ impl Plan {
         if from.as_os_str().is_empty() {
             return Ok(byol);
         }
-        let normalization = self.recipe.normalize.clone();
+        let is_rgb = self.encoder.channels == CHANNELS;
+        let normalization = if is_rgb { self.recipe.normalize.clone() } else { Normalization::default() };
         let encoder = import::load(from, &Preparation { size: None, normalization }, device)?;
+        let encoder = encoder.with_channels(self.encoder.channels);
         let kind = |s: &EncoderSpec| (s.architecture, s.width, s.stem, s.channels);
         if kind(&encoder.spec) != kind(&self.encoder) {
             let describe =

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 use crate::{
-    image::CHANNELS,
+    image::MAX_CHANNELS,
     nn::{Architecture, Init, NormConfig, Normalization, Precision, Stem, reference_center},
     objective::Objective,
     optim::{AdamW, Lars, Rule, Sgd},
@@ -812,8 +812,8 @@ impl Recipe {
 
     fn check_normalization(&self) -> Result<(), Error> {
         let Normalization { mean, std } = &self.normalize;
-        if mean.len() != CHANNELS || std.len() != CHANNELS {
-            let reason = format!("{} means and {} stds (expected {CHANNELS} each)", mean.len(), std.len());
+        if mean.len() != std.len() || !(1..=MAX_CHANNELS).contains(&mean.len()) {
+            let reason = format!("{} means and {} stds (expected one of each per channel)", mean.len(), std.len());
             return Err(invalid("normalize", reason));
         }
         if std.iter().any(|s| !s.is_finite() || *s <= 0.0) || mean.iter().any(|m| !m.is_finite()) {

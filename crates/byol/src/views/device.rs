@@ -4,18 +4,30 @@
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
-use crate::views::{Draw, blur, jitter::Jitter};
+use crate::{
+    image::CHANNELS,
+    views::{Draw, View, blur, channel_drop, jitter::Jitter, spectrum},
+};
 
-/// Applies flips, rotation, color jitter, grayscale, blur and solarization to crops, each by its
-/// own draw.
+/// Applies flips, rotation, color jitter, grayscale, blur, solarization and channel drop to crops,
+/// each by its own draw.
 ///
 /// # Shapes
-/// `crops`: planes `[N, 3, S, S]` in 0..1. `draws`: N. Returns views of the same shape and range.
+/// `crops`: planes `[N, C, S, S]` in 0..1. `draws`: N. Returns views of the same shape and range.
 pub fn augment(crops: Tensor<4>, draws: &[Draw]) -> Tensor<4> {
     // Fails to compile when `Draw` gets a field, as a reminder to apply it here. The crop is done.
     let _ = |d: &Draw| {
-        let Draw { window: _, flip: _, jitter: _, gray: _, blur: _, solarize: _, flip_vertical: _, quarter_turns: _ } =
-            d;
+        let Draw {
+            window: _,
+            flip: _,
+            jitter: _,
+            gray: _,
+            blur: _,
+            solarize: _,
+            flip_vertical: _,
+            quarter_turns: _,
+            channel_drop: _,
+        } = d;
     };
     let x = apply_where(crops, draws, |d| d.flip, |x, _| x.flip([3]));
     let x = apply_where(x, draws, |d| d.flip_vertical, |x, _| x.flip([2]));
@@ -40,7 +52,8 @@ pub fn augment(crops: Tensor<4>, draws: &[Draw]) -> Tensor<4> {
     let x = apply_where(x, draws, |d| d.gray, |x, _| grayscale(x));
     let sigmas = |draws: &[&Draw]| draws.iter().map(|d| d.blur.unwrap_or(1.0)).collect::<Vec<_>>();
     let x = apply_where(x, draws, |d| d.blur.is_some(), |x, draws| gaussian(x, &sigmas(draws)));
-    apply_where(x, draws, |d| d.solarize, |x, _| solarize(x))
+    let x = apply_where(x, draws, |d| d.solarize, |x, _| solarize(x));
+    apply_where(x, draws, |d| d.channel_drop.is_some(), drop_channels)
 }
 
 /// See `views::flip`.
@@ -112,17 +125,31 @@ fn contrast(x: Tensor<4>, factor: Tensor<4>) -> Tensor<4> {
 /// Lower bound of the divisor max − min. Where max = min, the quotient is only multiplied by 0.
 const MIN_RANGE: f32 = 1e-30;
 
-/// See `views::jitter`.
+/// See `views::jitter` and `views::spectrum`.
 fn saturation(x: Tensor<4>, factor: Tensor<4>) -> Tensor<4> {
+    if x.dims()[1] != CHANNELS {
+        let mean = x.clone().mean_dim(1);
+        return (mean.clone() + (x - mean) * factor).clamp(0.0, 1.0);
+    }
     let v = x.clone().max_dim(1);
     let range = v.clone() - x.clone().min_dim(1);
     let scale = factor.expand(v.dims()).min_pair(v.clone() / range.clamp_min(MIN_RANGE));
     (v.clone() - (v - x) * scale).clamp(0.0, 1.0)
 }
 
-/// See `views::jitter`.
+/// See `views::jitter` and `views::spectrum`.
 fn hue(x: Tensor<4>, delta: Tensor<4>) -> Tensor<4> {
-    let device = x.device();
+    let (device, c) = (x.device(), x.dims()[1]);
+    if c != CHANNELS {
+        let Some(plane) = spectrum::hue_plane(c) else { return x };
+        let [u, v] = plane.map(|wave| Tensor::<4>::from_data(TensorData::new(wave, [1, c, 1, 1]), &device));
+        let [a, b] = [&u, &v].map(|wave| (x.clone() * wave.clone()).sum_dim(1));
+        let angle = delta.mul_scalar(std::f32::consts::TAU);
+        let (sin, cos) = (angle.clone().sin(), angle.cos() - 1.0);
+        let da = a.clone() * cos.clone() - b.clone() * sin.clone();
+        let db = a * sin + b * cos;
+        return (x + da * u + db * v).clamp(0.0, 1.0);
+    }
     let channel = |k: usize| x.clone().narrow(1, k, 1);
     let [r, g, b] = [channel(0), channel(1), channel(2)];
     let v = x.clone().max_dim(1);
@@ -141,7 +168,11 @@ fn hue(x: Tensor<4>, delta: Tensor<4>) -> Tensor<4> {
 }
 
 fn grayscale(x: Tensor<4>) -> Tensor<4> {
-    let weights = TensorData::new(vec![0.2989f32, 0.5870, 0.1140], [1, 3, 1, 1]);
+    let c = x.dims()[1];
+    if c != CHANNELS {
+        return x.mean_dim(1).repeat_dim(1, c);
+    }
+    let weights = TensorData::new(vec![0.2989f32, 0.5870, 0.1140], [1, c, 1, 1]);
     let weights = Tensor::<4>::from_data(weights, &x.device());
     (x * weights).sum_dim(1).repeat_dim(1, 3)
 }
@@ -165,6 +196,19 @@ fn gaussian(x: Tensor<4>, sigmas: &[f64]) -> Tensor<4> {
     // The center tap is exp(0) / sum, so it is the normalization factor.
     let taps = ((band * inverse_variance).exp() * center_tap).expand([n, c, side, side]);
     taps.clone().matmul(x).matmul(taps)
+}
+
+/// See `views::channel_drop`.
+fn drop_channels(x: Tensor<4>, draws: &[&Draw]) -> Tensor<4> {
+    let c = x.dims()[1];
+    let kept = draws.iter().flat_map(|d| {
+        let mut ones = View { height: 1, width: 1, channels: c, pixels: vec![1.0; c] };
+        d.channel_drop.into_iter().for_each(|seed| channel_drop::drop_channels(&mut ones, seed));
+        ones.pixels
+    });
+    let kept = TensorData::new(kept.collect::<Vec<f32>>(), [draws.len(), c, 1, 1]);
+    let kept = Tensor::<4>::from_data(kept, &x.device());
+    x * kept
 }
 
 fn solarize(x: Tensor<4>) -> Tensor<4> {

@@ -1,9 +1,9 @@
-//! Grayscale: 0.2989 R + 0.5870 G + 0.1140 B in all channels. Does nothing to images that are not
-//! RGB.
+//! Grayscale: 0.2989 R + 0.5870 G + 0.1140 B in all channels; the mean of the channels if they are
+//! not RGB.
 
 use multiversion::multiversion;
 
-use super::{Chunk, View, for_each_chunk};
+use super::{Chunk, View, for_each_chunk, spectrum};
 
 /// Replaces each color by its luminance.
 pub fn grayscale(view: &mut View) {
@@ -12,8 +12,9 @@ pub fn grayscale(view: &mut View) {
 
 /// [`grayscale`] of one chunk.
 pub(crate) fn grayscale_chunk(chunk: &mut Chunk) {
-    if let [r, g, b] = chunk {
-        grayscale_rgb(r, g, b);
+    match chunk {
+        [r, g, b] => grayscale_rgb(r, g, b),
+        chunk => spectrum::grayscale(chunk),
     }
 }
 

@@ -1,8 +1,8 @@
 //! Color jitter: brightness, contrast, saturation and hue in a random order, each clamped to 0..1.
 //!
 //! Brightness **adds** (torchvision multiplies). Contrast scales around each channel's own mean
-//! over the view (torchvision: one gray mean). Saturation and hue work in HSV. Images that are not
-//! RGB get brightness and contrast only.
+//! over the view (torchvision: one gray mean). Saturation and hue work in HSV; for
+//! images that are not RGB see `spectrum.rs`.
 //!
 //! Contrast needs the mean over the whole view; the other three work pixel by pixel. So the four
 //! take two passes over the view, chunk by chunk: one up to contrast, one from contrast on.
@@ -14,7 +14,7 @@
 
 use multiversion::multiversion;
 
-use super::{Chunk, View, for_each_chunk};
+use super::{Chunk, View, for_each_chunk, spectrum};
 
 /// Sampled parameters of the jitter.
 #[derive(Debug, Clone, PartialEq)]
@@ -56,7 +56,8 @@ impl Jitter {
             (0, chunk) => chunk.iter_mut().for_each(|values| add(values, value)),
             (2, [r, g, b]) => scale_saturation(r, g, b, value),
             (3, [r, g, b]) => shift_hue(r, g, b, value),
-            _ => {}
+            (2, chunk) => spectrum::scale_saturation(chunk, value),
+            (_, chunk) => spectrum::shift_hue(chunk, value),
         }
     }
 }
@@ -175,18 +176,16 @@ pub fn contrast(view: &mut View, factor: f32) {
 
 /// Multiplies the HSV saturation by `factor`; clamps to 0..1.
 pub fn saturation(view: &mut View, factor: f32) {
-    for_each_chunk(view, |chunk| {
-        if let [r, g, b] = chunk {
-            scale_saturation(r, g, b, factor);
-        }
+    for_each_chunk(view, |chunk| match chunk {
+        [r, g, b] => scale_saturation(r, g, b, factor),
+        chunk => spectrum::scale_saturation(chunk, factor),
     });
 }
 
 /// Shifts the HSV hue by `delta` turns, |delta| ≤ 1/2; clamps to 0..1.
 pub fn hue(view: &mut View, delta: f32) {
-    for_each_chunk(view, |chunk| {
-        if let [r, g, b] = chunk {
-            shift_hue(r, g, b, delta);
-        }
+    for_each_chunk(view, |chunk| match chunk {
+        [r, g, b] => shift_hue(r, g, b, delta),
+        chunk => spectrum::shift_hue(chunk, delta),
     });
 }

@@ -33,6 +33,7 @@
 //! A program that uses the library can add its own without any of this: see [`Augmentation`].
 
 pub mod blur;
+pub mod channel_drop;
 pub mod crop;
 mod custom;
 pub mod device;
@@ -41,7 +42,9 @@ pub mod gray;
 pub mod jitter;
 pub mod resize;
 pub mod solarize;
+mod spectrum;
 
+use rand_chacha::rand_core::Rng;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -174,6 +177,10 @@ pub struct Policy {
     /// four orientations equally likely. Default: 0.0.
     #[serde(default)]
     pub rotate: f64,
+    /// Probability that up to half of the channels become 0, for images of many channels. Default:
+    /// 0.0.
+    #[serde(default)]
+    pub channel_drop: f64,
 }
 
 impl Default for Policy {
@@ -193,6 +200,7 @@ impl Default for Policy {
             solarize: 0.0,
             flip_vertical: 0.0,
             rotate: 0.0,
+            channel_drop: 0.0,
         }
     }
 }
@@ -221,6 +229,7 @@ impl Policy {
             ("solarize", self.solarize),
             ("flip_vertical", self.flip_vertical),
             ("rotate", self.rotate),
+            ("channel_drop", self.channel_drop),
         ];
         for (name, p) in probabilities {
             if !(0.0..=1.0).contains(&p) {
@@ -267,6 +276,7 @@ impl Policy {
         let sigma = uniform_in(rng, self.sigma[0], self.sigma[1]);
         let flip_vertical = uniform(rng) < self.flip_vertical;
         let (rotates, turns) = (uniform(rng) < self.rotate, 1 + random::below(rng, 3));
+        let (drops, seed) = (uniform(rng) < self.channel_drop, rng.next_u64());
         Draw {
             window,
             flip,
@@ -276,6 +286,7 @@ impl Policy {
             solarize,
             flip_vertical,
             quarter_turns: if rotates { turns } else { 0 },
+            channel_drop: drops.then_some(seed),
         }
     }
 }
@@ -299,11 +310,13 @@ pub struct Draw {
     pub flip_vertical: bool,
     /// Counterclockwise rotation in quarter turns, 0 to 3, after the flips.
     pub quarter_turns: usize,
+    /// Seed of the channel drop, if applied.
+    pub channel_drop: Option<u64>,
 }
 
 impl Draw {
     /// Makes the view with side `size`: crop, resize, clamp, flips, rotation, jitter, grayscale,
-    /// blur, solarize.
+    /// blur, solarize, channel drop.
     ///
     /// Values stay in 0..1 after each step. The network normalizes them.
     pub fn apply(&self, image: &Image, size: usize) -> View {
@@ -344,6 +357,9 @@ impl Draw {
         }
         if self.solarize {
             solarize::solarize(view);
+        }
+        if let Some(seed) = self.channel_drop {
+            channel_drop::drop_channels(view, seed);
         }
         view
     }

@@ -7,7 +7,7 @@
 use multiversion::multiversion;
 
 use super::{View, Window};
-use crate::image::Image;
+use crate::image::{Image, Pixels};
 
 /// Source pixels of an output position: weight `i` belongs to input `first + i`. The weights sum to
 /// 1; those from `n` on are 0.
@@ -29,15 +29,40 @@ pub fn crop_resize(image: &Image, window: Window, height: usize, width: usize) -
 /// [`crop_resize`] into an existing view; `row` is a reusable buffer.
 pub(crate) fn crop_resize_into(image: &Image, window: Window, view: &mut View, row: &mut Vec<f32>) {
     crop_resize_unclamped(image, window, view, row);
-    to_unit_range(&mut view.pixels);
+    to_unit_range(&mut view.pixels, max_value(&image.pixels));
 }
 
-/// `crop_resize` without the scaling and clamping: values on the scale 0..255, with
-/// overshoots.
+/// Value that stands for 1.
+fn max_value(pixels: &Pixels) -> f32 {
+    match pixels {
+        Pixels::U8(_) => f32::from(u8::MAX),
+        Pixels::U16(_) => f32::from(u16::MAX),
+    }
+}
+
+/// `crop_resize` without the scaling and clamping: values on the scale of the pixels, 0..255 or
+/// 0..65535, with overshoots.
 ///
 /// # Panics
 /// If `view` does not have the channels of `image`.
 pub fn crop_resize_unclamped(image: &Image, window: Window, view: &mut View, row: &mut Vec<f32>) {
+    match &image.pixels {
+        Pixels::U8(pixels) => crop_resize_values(image, pixels, combine_rows, window, view, row),
+        Pixels::U16(pixels) => crop_resize_values(image, pixels, combine_rows_u16, window, view, row),
+    }
+}
+
+/// Weighted sum of four rows.
+type CombineRows<T> = fn(&mut [f32], [&[T]; 4], [f32; 4]);
+
+fn crop_resize_values<T>(
+    image: &Image,
+    pixels: &[T],
+    combine_rows: CombineRows<T>,
+    window: Window,
+    view: &mut View,
+    row: &mut Vec<f32>,
+) {
     let (c, width) = (image.channels, view.width);
     assert_eq!(c, view.channels, "the view must have the channels of the image");
     let plane = view.height * width;
@@ -50,7 +75,7 @@ pub fn crop_resize_unclamped(image: &Image, window: Window, view: &mut View, row
         // Rows of weight 0 may lie outside the crop; the last valid row replaces them.
         let source = |i: usize| {
             let at = window.top + t.first + i.min(t.n - 1);
-            &image.pixels[(at * image.width + window.left) * c..][..window.width * c]
+            &pixels[(at * image.width + window.left) * c..][..window.width * c]
         };
         combine_rows(&mut row[..window.width * c], [source(0), source(1), source(2), source(3)], t.weights);
         if c == 3 {
@@ -77,6 +102,14 @@ fn combine_rows(out: &mut [f32], [a, b, c, d]: [&[u8]; 4], [wa, wb, wc, wd]: [f3
     }
 }
 
+/// [`combine_rows`] of 16-bit values.
+#[multiversion(targets("x86_64+avx2"))]
+fn combine_rows_u16(out: &mut [f32], [a, b, c, d]: [&[u16]; 4], [wa, wb, wc, wd]: [f32; 4]) {
+    for ((((o, a), b), c), d) in out.iter_mut().zip(a).zip(b).zip(c).zip(d) {
+        *o = f32::from(*a) * wa + f32::from(*b) * wb + f32::from(*c) * wc + f32::from(*d) * wd;
+    }
+}
+
 /// Resamples one row of interleaved RGB pixels into planes. Each pixel is read as four values to
 /// fill a register; the fourth is ignored.
 #[multiversion(targets("x86_64+avx2"))]
@@ -94,9 +127,9 @@ fn resample_row_rgb(row: &[f32], columns: &[Taps], [r, g, b]: [&mut [f32]; 3]) {
 }
 
 #[multiversion(targets("x86_64+avx2"))]
-fn to_unit_range(values: &mut [f32]) {
+fn to_unit_range(values: &mut [f32], max: f32) {
     for v in values {
-        *v = (*v / 255.0).clamp(0.0, 1.0);
+        *v = (*v / max).clamp(0.0, 1.0);
     }
 }
 
@@ -112,13 +145,22 @@ pub fn center_antialiased(image: &Image, size: usize, fraction: f64) -> View {
         let scale = n as f64 / n_resized as f64;
         (((n_resized - size) as f64 / 2.0).round_ties_even() * scale, scale)
     };
-    resize_antialiased(image, [axis(image.height), axis(image.width)], size)
+    let axes = [axis(image.height), axis(image.width)];
+    match &image.pixels {
+        Pixels::U8(pixels) => resize_antialiased(image, pixels, axes, size),
+        Pixels::U16(pixels) => resize_antialiased(image, pixels, axes, size),
+    }
 }
 
 /// Resizes a part of an image to a square view, with antialiasing: when shrinking, the kernel is as
 /// many times wider as pixels get fewer. Each axis has its origin in the image, and the distance
 /// between pixels of the view, in pixels of the image.
-fn resize_antialiased(image: &Image, [vertical, horizontal]: [(f64, f64); 2], size: usize) -> View {
+fn resize_antialiased<T: Copy + Into<f32>>(
+    image: &Image,
+    pixels: &[T],
+    [vertical, horizontal]: [(f64, f64); 2],
+    size: usize,
+) -> View {
     let (c, height, width) = (image.channels, size, size);
     let rows = antialiased_taps(vertical, size, image.height);
     let columns = antialiased_taps(horizontal, size, image.width);
@@ -127,10 +169,10 @@ fn resize_antialiased(image: &Image, [vertical, horizontal]: [(f64, f64); 2], si
     let last_row = rows.iter().map(|(first, weights)| first + weights.len()).max().unwrap_or(0);
     let mut narrow = vec![0.0f32; (last_row - first_row) * width * c];
     for (y, out) in narrow.chunks_exact_mut(width * c).enumerate() {
-        let source = &image.pixels[(first_row + y) * image.width * c..][..image.width * c];
+        let source = &pixels[(first_row + y) * image.width * c..][..image.width * c];
         for (out, (first, weights)) in out.chunks_exact_mut(c).zip(&columns) {
             for (pixel, weight) in source[first * c..].chunks_exact(c).zip(weights) {
-                out.iter_mut().zip(pixel).for_each(|(sum, value)| *sum += weight * f32::from(*value));
+                out.iter_mut().zip(pixel).for_each(|(sum, value)| *sum += weight * (*value).into());
             }
         }
     }
@@ -147,7 +189,7 @@ fn resize_antialiased(image: &Image, [vertical, horizontal]: [(f64, f64); 2], si
             }
         }
     }
-    to_unit_range(&mut view.pixels);
+    to_unit_range(&mut view.pixels, max_value(&image.pixels));
     view
 }
 
@@ -199,7 +241,7 @@ mod tests {
     fn antialiased_views_are_those_of_torchvision() {
         // Pillow 13.0, an image of mode F: resize((6, 5), Image.BICUBIC).crop((2, 1, 5, 4)).
         let pixels: Vec<u8> = (0..7 * 9).map(|i| (i * i * 7 % 251) as u8).collect();
-        let image = Image { height: 7, width: 9, channels: 1, pixels };
+        let image = Image { height: 7, width: 9, channels: 1, pixels: pixels.clone().into() };
         let view = center_antialiased(&image, 3, 0.6);
         let expected = [77.4427, 151.6747, 55.3795, 91.5334, 168.8552, 76.6342, 125.4063, 203.0466, 103.6032];
         assert_eq!(view.pixels.len(), expected.len());
@@ -207,7 +249,7 @@ mod tests {
             assert!((255.0 * value - expected).abs() < 1e-3, "{} instead of {expected}", 255.0 * value);
         }
         // Enlarging has nothing to smooth.
-        let square = Image { height: 7, width: 7, channels: 1, pixels: image.pixels[..49].to_vec() };
+        let square = Image { height: 7, width: 7, channels: 1, pixels: pixels[..49].to_vec().into() };
         let all = Window { top: 0, left: 0, height: 7, width: 7 };
         let (plain, other) = (crop_resize(&square, all, 11, 11), center_antialiased(&square, 11, 1.0));
         assert!(plain.pixels.iter().zip(&other.pixels).all(|(a, b)| (a - b).abs() < 1e-6));

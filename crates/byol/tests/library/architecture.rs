@@ -229,7 +229,7 @@ fn documented_functions(file: &Path) -> usize {
     own + shown.map(|name| documented_functions(&path(name))).sum::<usize>()
 }
 
-const LIMIT: usize = 337;
+const LIMIT: usize = 350;
 
 /// A larger number is a decision: raise the limit in the commit that needs it, or use `pub(crate)`,
 /// or `#[doc(hidden)]` on a module that only the command uses.

@@ -24,23 +24,26 @@ fn lossless_formats_decode_to_the_exact_pixels() {
     let image = test_image();
     for format in [ImageFormat::Png, ImageFormat::Bmp, ImageFormat::Tiff, ImageFormat::WebP] {
         let got = decoded(&encode(&image.clone().into(), format)).unwrap();
-        let expected = Image { height: 5, width: 7, channels: 3, pixels: image.as_raw().clone() };
+        let expected = Image { height: 5, width: 7, channels: 3, pixels: image.as_raw().clone().into() };
         assert_eq!(got, expected, "{format:?}");
     }
     let two_colors = RgbImage::from_fn(4, 4, |x, _| if x < 2 { Rgb([255, 0, 0]) } else { Rgb([0, 0, 255]) });
-    assert_eq!(decoded(&encode(&two_colors.clone().into(), ImageFormat::Gif)).unwrap().pixels, *two_colors.as_raw());
+    assert_eq!(
+        decoded(&encode(&two_colors.clone().into(), ImageFormat::Gif)).unwrap().pixels.to_u8()[..],
+        **two_colors.as_raw()
+    );
 }
 
 #[test]
 fn gray_alpha_and_16_bit_images_become_rgb() {
     let gray = GrayImage::from_fn(3, 2, |x, y| Luma([(x * 50 + y) as u8]));
     let got = decoded(&encode(&gray.clone().into(), ImageFormat::Png)).unwrap();
-    assert_eq!(got.pixels, gray.as_raw().iter().flat_map(|g| [*g; 3]).collect::<Vec<_>>());
+    assert_eq!(got.pixels.to_u8()[..], gray.as_raw().iter().flat_map(|g| [*g; 3]).collect::<Vec<_>>());
     let rgba = RgbaImage::from_pixel(2, 2, Rgba([10, 20, 30, 0]));
-    assert_eq!(decoded(&encode(&rgba.into(), ImageFormat::Png)).unwrap().pixels[..3], [10, 20, 30]);
+    assert_eq!(decoded(&encode(&rgba.into(), ImageFormat::Png)).unwrap().pixels.to_u8()[..3], [10, 20, 30]);
     let deep = image::ImageBuffer::from_pixel(2, 2, Rgb([0x1234u16, 0xFFFF, 0]));
     let deep = decoded(&encode(&DynamicImage::ImageRgb16(deep), ImageFormat::Png)).unwrap();
-    assert_eq!(deep.pixels[..3], [0x12, 255, 0]);
+    assert_eq!(deep.pixels.to_u8()[..3], [0x12, 255, 0]);
 }
 
 #[test]
@@ -91,7 +94,7 @@ fn read_test_file(name: &str) -> Vec<u8> {
 
 fn assert_color(image: &Image, y: usize, x: usize, expected: [i32; 3]) {
     let at = (y * image.width + x) * 3;
-    let color = &image.pixels[at..at + 3];
+    let color = &image.pixels.to_u8()[at..at + 3];
     for (got, want) in color.iter().zip(expected) {
         assert!((i32::from(*got) - want).abs() <= 12, "({y}, {x}): {color:?} is not {expected:?}");
     }
@@ -107,7 +110,7 @@ fn decodes_all_kinds_of_jpeg_and_palette_gif() {
         assert_color(&image, 0, 3, [240, 240, 240]);
     }
     let gray = decoded(&read_test_file("gray.jpg")).unwrap();
-    assert!(gray.pixels.chunks(3).all(|p| p[0] == p[1] && p[1] == p[2]));
+    assert!(gray.pixels.to_u8().chunks(3).all(|p| p[0] == p[1] && p[1] == p[2]));
     let palette = decoded(&read_test_file("palette.gif")).unwrap();
     assert_color(&palette, 12, 3, [200, 40, 30]);
 }
@@ -139,7 +142,7 @@ fn maps_16_bit_values_from_black_and_white_to_8_bits() {
         encode(&DynamicImage::ImageLuma16(image), ImageFormat::Png)
     };
     let levels = |image: &[u8], levels: &Levels| {
-        decode::bytes(image, levels).map(|image| image.pixels.into_iter().step_by(3).collect::<Vec<u8>>())
+        decode::bytes(image, levels).map(|image| image.pixels.into_u8().into_iter().step_by(3).collect::<Vec<u8>>())
     };
     let twelve_bits = gray([0, 100, 2048, 4095]);
     assert_eq!(levels(&twelve_bits, &Levels::default()).unwrap(), [0, 6, 128, 255]);
@@ -155,7 +158,7 @@ fn maps_16_bit_values_from_black_and_white_to_8_bits() {
 fn drops_16_bit_alpha_before_level_mapping() {
     let image = image::ImageBuffer::from_pixel(1, 1, Rgba([0u16, 2048, 4095, 65535]));
     let image = encode(&DynamicImage::ImageRgba16(image), ImageFormat::Png);
-    assert_eq!(decoded(&image).unwrap().pixels, [0, 128, 255]);
+    assert_eq!(decoded(&image).unwrap().pixels.to_u8()[..], [0, 128, 255]);
 }
 
 #[test]
@@ -165,8 +168,8 @@ fn full_range_16_bit_images_are_converted_as_before() {
     let image = DynamicImage::ImageLuma16(image);
     let expected = image.to_rgb8().into_raw();
     let png = encode(&image, ImageFormat::Png);
-    assert_eq!(decoded(&png).unwrap().pixels, expected);
-    assert_eq!(decode::bytes(&png, &Levels::legacy()).unwrap().pixels, expected);
+    assert_eq!(decoded(&png).unwrap().pixels.into_u8(), expected);
+    assert_eq!(decode::bytes(&png, &Levels::legacy()).unwrap().pixels.into_u8(), expected);
 }
 
 #[test]

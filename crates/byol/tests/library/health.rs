@@ -217,7 +217,7 @@ fn reports_images_that_vanish_before_the_first_step() {
     let images = folder.path().join("images");
     std::fs::create_dir(&images).unwrap();
     for (i, image) in (0..40).map(|i| (i, synthetic::scene(1, i, 16, 16).0)) {
-        let picture = image::RgbImage::from_raw(16, 16, image.pixels).unwrap();
+        let picture = image::RgbImage::from_raw(16, 16, image.pixels.into_u8()).unwrap();
         picture.save(images.join(format!("{i}.png"))).unwrap();
     }
     let recipe = recipe(&["health.images=0"]);

@@ -8,7 +8,7 @@ use byol::{
 
 fn image(case: &Case, key: &str) -> Image {
     let [height, width, channels] = *case.shape(key) else { panic!("three axes") };
-    Image { height, width, channels, pixels: case.u8(key) }
+    Image { height, width, channels, pixels: case.u8(key).into() }
 }
 
 fn view(case: &Case, key: &str) -> View {
@@ -171,6 +171,7 @@ fn complete_chains_match_the_oracle() {
                 solarize: flags[4],
                 flip_vertical: false,
                 quarter_turns: 0,
+                channel_drop: None,
             }
         };
         let size = case.number("size") as usize;
@@ -179,6 +180,31 @@ fn complete_chains_match_the_oracle() {
             case.check("view", &got);
         } else {
             check_rows(&case, &draw(0).apply(&image, size));
+        }
+    }
+}
+
+/// Images that are not RGB: values of `golden/channels.py`.
+#[test]
+fn color_operations_of_other_channels_match_the_oracle() {
+    let text = include_str!("../../../../golden/channels.json");
+    let cases: serde_json::Value = serde_json::from_str(text).unwrap();
+    let floats = |v: &serde_json::Value| v.as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect::<Vec<_>>();
+    for case in cases.as_array().unwrap() {
+        let [height, width, channels] = floats(&case["shape"])[..] else { panic!("three axes") };
+        let pixels: Vec<f32> = floats(&case["image"]).into_iter().map(|v| v as f32).collect();
+        let original = View::from_interleaved(height as usize, width as usize, channels as usize, &pixels);
+        for (name, output) in case["outputs"].as_object().unwrap() {
+            let (mut view, value) = (original.clone(), output["value"].as_f64().unwrap() as f32);
+            match name.as_str() {
+                "brightness" => jitter::brightness(&mut view, value),
+                "contrast" => jitter::contrast(&mut view, value),
+                "saturation" => jitter::saturation(&mut view, value),
+                "hue" => jitter::hue(&mut view, value),
+                "gray" => gray::grayscale(&mut view),
+                _ => solarize::solarize(&mut view),
+            }
+            close(&format!("{name}, {channels} channels"), &view.interleaved(), &floats(&output["view"]), 1e-5, 1e-6);
         }
     }
 }

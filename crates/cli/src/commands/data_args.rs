@@ -3,7 +3,7 @@
 use std::{path::Path, str::FromStr};
 
 use byol::{
-    data::{self, Dataset, Levels, OpenOptions, Unused},
+    data::{self, Dataset, Levels, MAX_CHANNELS, OpenOptions, Unused},
     train::Plan,
 };
 
@@ -19,6 +19,28 @@ pub struct DataFlags {
     /// [default: detected]
     #[arg(long, value_name = "BLACK,WHITE", allow_negative_numbers = true)]
     levels: Option<BlackAndWhite>,
+    /// Channels of the files to use: `all`, or their numbers from 1, for example `4,3,2`
+    /// [default: RGB; gray images are repeated]
+    #[arg(long, value_name = "NUMBERS")]
+    channels: Option<Selection>,
+}
+
+/// Numbers of channels; none for all.
+#[derive(Debug, Clone, PartialEq)]
+struct Selection(Vec<u16>);
+
+impl FromStr for Selection {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        if text == "all" {
+            return Ok(Selection(Vec::new()));
+        }
+        let numbers: Option<Vec<u16>> = text.split(',').map(|n| n.trim().parse().ok().filter(|n| *n > 0)).collect();
+        numbers.filter(|numbers| numbers.len() <= MAX_CHANNELS).map(Selection).ok_or_else(|| {
+            format!("invalid channels `{text}` (expected `all`, or up to {MAX_CHANNELS} numbers from 1, e.g. `4,3,2`)")
+        })
+    }
 }
 
 /// Values of black and white.
@@ -42,8 +64,12 @@ impl DataFlags {
     /// taken from `levels`, or detected if those are unset too.
     pub fn open(&self, root: &Path, levels: Levels) -> Result<Dataset> {
         let chosen = self.levels.map(|BlackAndWhite([black, white])| Levels::uniform(black, white));
-        let options = OpenOptions { column: self.column.clone(), levels: chosen.unwrap_or(levels) };
-        open(root, &options)
+        let channels = self.channels.as_ref().map(|Selection(numbers)| Levels::with_channels(numbers.clone()));
+        let levels = match (chosen, channels) {
+            (Some(levels), Some(channels)) => channels.or(levels),
+            (chosen, channels) => channels.or(chosen).unwrap_or(levels),
+        };
+        open(root, &OpenOptions { column: self.column.clone(), levels })
     }
 }
 
@@ -57,7 +83,7 @@ fn described(dataset: Dataset, options: &OpenOptions) -> Dataset {
     warn_unused(&dataset.unused);
     let detected = dataset.levels();
     if detected != options.levels {
-        terminal::note(format!("{detected} (detected; choose with `--levels`)"));
+        terminal::note(format!("{detected} (detected; set with `--levels`)"));
     }
     dataset
 }

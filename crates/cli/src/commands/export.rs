@@ -97,7 +97,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     super::set_threads(0)?;
     let encoder = super::load_encoder(&args.encoder, &device::open(DeviceChoice::Cpu)?.device)?;
-    let (images, source) = comparison_images(args, encoder.spec.levels)?;
+    let (images, source) = comparison_images(args, encoder.spec.levels.clone())?;
     let check = match format {
         "hf" => hub::write(&encoder, &args.out, &model_card(args, &encoder), &images)?,
         _ => export::write(&encoder, &args.out, !args.normalized_input, &images)?,

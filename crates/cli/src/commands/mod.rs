@@ -41,7 +41,7 @@ use std::{
 };
 
 use byol::{
-    data::{CHANNELS, Dataset, longest_read},
+    data::{Dataset, longest_read},
     device::{self, DeviceChoice, Kind, OpenedDevice},
     eval::label_free::Comparison,
     nn::{Encoder, weights},
@@ -276,7 +276,7 @@ fn open_nth_device(choice: DeviceChoice, nth: usize) -> Result<OpenedDevice> {
     Ok(opened)
 }
 
-/// Loads an encoder of RGB images onto a device.
+/// Loads an encoder onto a device.
 fn load_encoder(path: &Path, device: &burn::tensor::Device) -> Result<Encoder> {
     let has = |file: &str| path.join(file).exists();
     if path.is_dir() && !["encoder.safetensors", "model.safetensors", "plan.toml"].into_iter().any(has) {
@@ -287,16 +287,7 @@ fn load_encoder(path: &Path, device: &burn::tensor::Device) -> Result<Encoder> {
         )
         .into());
     }
-    let encoder = weights::load(path, device)?;
-    match encoder.spec.channels {
-        CHANNELS => Ok(encoder),
-        n => Err(format!(
-            "{} expects {n}-channel images, but all data are read with {CHANNELS} channels\n\
-             hint: use an encoder of RGB images",
-            path.display()
-        )
-        .into()),
-    }
+    Ok(weights::load(path, device)?)
 }
 
 /// Warns about images that were left out, if any.

@@ -7,7 +7,7 @@ use std::{
 
 use byol::{
     apply::sheet,
-    data::{Images, Levels},
+    data::{CHANNELS, Images, Levels},
     device,
     ranks::Ranks,
     train::{
@@ -271,12 +271,16 @@ pub fn describe(plan: &Plan, device: &str, threads: usize, out: &Path) {
         1 => String::new(),
         n => format!(" in {n} micro-batches of {}", plan.micro_batch()),
     };
+    let channels = match encoder.channels {
+        CHANNELS => String::new(),
+        n => format!("{}, ", plural(n, "channel")),
+    };
     let evaluation = match encoder.size {
         size if size == recipe.views.size => String::new(),
         size => format!(" (evaluation {size} px)"),
     };
     terminal::note(format!(
-        "plan: {} of width {}, {} stem, {} px views{evaluation}; heads {}-{}; batch {}{micro_batches}; \
+        "plan: {} of width {}, {} stem, {channels}{} px views{evaluation}; heads {}-{}; batch {}{micro_batches}; \
          {} = {} ({} warm-up)",
         encoder.architecture.name(),
         encoder.width,

@@ -8,7 +8,6 @@ use std::{
 
 use byol::{
     apply::{embeddings::Embeddings, search::Index},
-    data::decode,
     eval::Features,
     nn::{Encoder, weights},
 };
@@ -106,13 +105,11 @@ fn encoder(args: &Args, embeddings: &Embeddings) -> Result<Encoder> {
 
 /// Computes the embedding of an image file.
 fn embed(encoder: &Encoder, image: &Path) -> Result<Features> {
-    let decoded = decode::file(image, &encoder.spec.levels).map_err(|e| {
+    let values = encoder.embed_image(image).map_err(|e| {
         terminal::with_hint(
             format!("cannot use {}: {e}", image.display()),
             "pass a JPEG, PNG, WebP, BMP, GIF or TIFF file",
         )
     })?;
-    let spec = &encoder.spec;
-    let values = encoder.embed_view(&spec.evaluation_view(&decoded).interleaved());
     Ok(Features { n: 1, dim: values.len(), values })
 }

@@ -322,7 +322,10 @@ fn rejects_or_warns_about_encoders_for_other_images() {
     };
     let gray = Normalization { mean: vec![0.5], std: vec![0.2] };
     let gray = save("gray.safetensors", EncoderSpec { channels: 1, normalization: gray, ..like.clone() });
-    refused(&["eval", "knn", text(&gray), text(data), "--device", "cpu"], &["1-channel images", "with 3 channels"]);
+    refused(
+        &["eval", "knn", text(&gray), text(data), "--device", "cpu"],
+        &["the images have 3 channels, but the encoder was trained on 1"],
+    );
     let large = evaluate(&save("large.safetensors", EncoderSpec { size: 64, ..like }));
     assert!(large.status.success() && stderr(&large).contains("the encoder expects 64 px"), "{}", stderr(&large));
 }

@@ -1,6 +1,7 @@
 //! Tests of the command. They run the real binary; one program, so that it links once.
 
 mod bad_input;
+mod channels;
 mod common;
 mod data;
 mod first_hour;

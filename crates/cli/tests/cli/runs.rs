@@ -511,7 +511,7 @@ fn depth_is_learned_from_both_folder_layouts() {
     let (plain, nyu) = (folder.path().join("plain"), folder.path().join("nyu"));
     for i in 0..15u64 {
         let (image, meters) = byol::data::synthetic::scene(1, i, 48, 64);
-        let picture = image::RgbImage::from_raw(64, 48, image.pixels).unwrap();
+        let picture = image::RgbImage::from_raw(64, 48, image.pixels.into_u8()).unwrap();
         let millimeters: Vec<u16> = meters.iter().map(|m| (1000.0 * m) as u16).collect();
         let depth = image::ImageBuffer::<image::Luma<u16>, _>::from_raw(64, 48, millimeters).unwrap();
         let scene = nyu.join(if i < 12 { "train/kitchen_1" } else { "test/office_1" });

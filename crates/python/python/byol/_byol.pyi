@@ -24,14 +24,16 @@ class RunError(ByolError):
     """A run that cannot be started, resumed or finished."""
 
 _Path = str | PathLike[str]
-_Item = _Path | NDArray[np.uint8]
+_Item = _Path | NDArray[np.uint8] | NDArray[np.uint16]
 _Read = Callable[[int], _Item]
 _Estimate = tuple[float, float, float]
 _Classified = tuple[_Estimate, list[int], list[int]]
 
 class Dataset:
     @staticmethod
-    def open(path: _Path, column: str | None, encoder: Encoder | None) -> Dataset: ...
+    def open(
+        path: _Path, column: str | None, encoder: Encoder | None, channels: list[int] | None
+    ) -> Dataset: ...
     @staticmethod
     def from_items(
         train: Sequence[_Item],

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image as PilImage
 
 PathLike = Union[str, "os.PathLike[str]"]
-ImageLike = Union[PathLike, NDArray[np.uint8], "PilImage"]
+Pixels = Union[NDArray[np.uint8], NDArray[np.uint16]]
+ImageLike = Union[PathLike, Pixels, "PilImage"]
 Split = Literal["train", "val", "test"]
 
 
@@ -28,22 +29,23 @@ class ImageSequence(Protocol):
     def __getitem__(self, i: int, /) -> Any: ...
 
 
-def as_item(image: ImageLike) -> PathLike | NDArray[np.uint8]:
-    """Return a path unchanged, and any other image as ``uint8 [H, W, 3]``."""
+def as_item(image: ImageLike) -> PathLike | Pixels:
+    """Return a path unchanged, and any other image as ``[H, W, C]``; gray as RGB."""
     if isinstance(image, (str, os.PathLike)):
         return image
     if not isinstance(image, np.ndarray) and hasattr(image, "convert"):  # a PIL image
         return _from_pil(image)
-    array: NDArray[np.uint8] = np.asarray(image)
-    if array.dtype != np.uint8:
+    array: Pixels = np.asarray(image)
+    if array.dtype not in (np.uint8, np.uint16):
         raise _byol.DataError(
-            f"an array of {array.dtype} is not an image\nhint: pass uint8 values from 0 to 255"
+            f"an array of {array.dtype} is not an image\n"
+            "hint: pass uint8 values from 0 to 255, or uint16 values from 0 to 65535"
         )
     if array.ndim == 2:
         array = np.repeat(array[:, :, None], 3, axis=2)
     if array.ndim != 3:
         raise _byol.DataError(
-            f"an array of shape {list(array.shape)} is not an image\nhint: pass arrays of shape [H, W, 3]"
+            f"an array of shape {list(array.shape)} is not an image\nhint: pass arrays of shape [H, W, C]"
         )
     if array.shape[2] == 1:
         array = np.repeat(array, 3, axis=2)
@@ -85,7 +87,12 @@ class Dataset:
         self._native = native
 
     @classmethod
-    def open(cls, path: PathLike, column: str | None = None) -> Dataset:
+    def open(
+        cls,
+        path: PathLike,
+        column: str | None = None,
+        channels: Literal["all"] | Iterable[int] | None = None,
+    ) -> Dataset:
         """Open a folder of images, CIFAR or IDX files, or shards, as the command does.
 
         Images are read when they are needed.
@@ -96,13 +103,18 @@ class Dataset:
             Folder, file, or pattern of shards.
         column
             Image column of Parquet files. Default: ``image``, ``img``, or the only one.
+        channels
+            ``"all"`` channels of the files, or their numbers, from 1. Default: RGB.
 
         Raises
         ------
         DataError
             If there are no images.
         """
-        return cls(_byol.Dataset.open(os.fspath(path), column, None))
+        numbers = None if channels is None else [] if channels == "all" else list(channels)
+        if numbers is not None and not all(isinstance(n, int) and 1 <= n <= 64 for n in numbers):
+            raise _byol.DataError(f'invalid channels {channels!r}\nhint: pass "all", or numbers from 1')
+        return cls(_byol.Dataset.open(os.fspath(path), column, None, numbers))
 
     @classmethod
     def from_arrays(
@@ -113,13 +125,14 @@ class Dataset:
         test_images: Iterable[ImageLike] | None = None,
         test_labels: Iterable[int] | None = None,
     ) -> Dataset:
-        """Read images into memory, at 3 bytes per pixel.
+        """Read images into memory, at one or two bytes per value.
 
         Parameters
         ----------
         images
-            ``uint8 [N, H, W, 3]``, or any iterable of arrays ``uint8 [H, W, 3]`` or ``[H, W]``, PIL
-            images, or paths. Sizes may differ.
+            ``uint8`` or ``uint16 [N, H, W, C]``, or any iterable of arrays ``[H, W, C]`` or ``[H,
+            W]`` (gray, repeated as RGB), PIL images, or paths. Sizes may differ. The whole range of
+            the type stands for 0 to 1.
         labels
             Class of each image, from 0. Used by evaluations, never by pretraining.
         test_images, test_labels
@@ -205,7 +218,7 @@ class Dataset:
         return self._native.names(split)
 
     def image(self, i: int, split: Split = "train") -> NDArray[np.uint8]:
-        """Image ``i`` of a split, decoded: ``uint8 [H, W, 3]``."""
+        """Image ``i`` of a split, decoded, with 8 bits: ``uint8 [H, W, C]``."""
         if i < 0:
             raise IndexError(f"image {i} of a split")
         return self._native.image(split, i)
@@ -221,10 +234,10 @@ class Dataset:
 
 def as_dataset(data: Dataset | PathLike, encoder: _byol.Encoder | None = None) -> Dataset:
     """Open data given by their path, with the levels of the encoder."""
-    return data if isinstance(data, Dataset) else Dataset(_byol.Dataset.open(os.fspath(data), None, encoder))
+    return data if isinstance(data, Dataset) else Dataset(_byol.Dataset.open(os.fspath(data), None, encoder, None))
 
 
-def _items(images: Iterable[ImageLike]) -> list[PathLike | NDArray[np.uint8]]:
+def _items(images: Iterable[ImageLike]) -> list[PathLike | Pixels]:
     _refuse_single_image(images)
     return [as_item(image) for image in images]
 
@@ -235,7 +248,7 @@ def _refuse_single_image(images: object) -> None:
         raise _byol.DataError("a single image is not a data set\nhint: pass a list of images")
 
 
-def _reader(images: ImageSequence) -> tuple[Callable[[int], PathLike | NDArray[np.uint8]], int]:
+def _reader(images: ImageSequence) -> tuple[Callable[[int], PathLike | Pixels], int]:
     """Return a function of the position, and the number of images."""
     _refuse_single_image(images)
     if not (hasattr(images, "__len__") and hasattr(images, "__getitem__")):
@@ -244,7 +257,7 @@ def _reader(images: ImageSequence) -> tuple[Callable[[int], PathLike | NDArray[n
             "hint: pass an object with __len__ and __getitem__, or use Dataset.from_arrays"
         )
 
-    def read(i: int) -> PathLike | NDArray[np.uint8]:
+    def read(i: int) -> PathLike | Pixels:
         item = images[i]
         if isinstance(item, (tuple, list)):
             item = item[0]

@@ -74,8 +74,8 @@ class Encoder:
         Parameters
         ----------
         images
-            A path, a PIL image, an array ``uint8 [H, W, 3]``, an iterable of these, an array
-            ``uint8 [N, H, W, 3]``, a folder, or a `Dataset`.
+            A path, a PIL image, an array ``uint8`` or ``uint16 [H, W, C]``, an iterable of these, an array
+            ``[N, H, W, C]``, a folder, or a `Dataset`.
         batch_size
             Number of images decoded and embedded at a time. A folder or `Dataset` has batches of its
             own.
@@ -117,7 +117,7 @@ class Encoder:
         Parameters
         ----------
         image
-            A path, a PIL image, or an array ``uint8 [H, W, 3]``.
+            A path, a PIL image, or an array ``uint8`` or ``uint16 [H, W, C]``.
         normalize
             Subtract the mean and divide by the standard deviation, as the models of
             `to_torchvision` and `to_timm` expect. Without it values are from 0 to 1, as exported

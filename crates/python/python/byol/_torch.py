@@ -17,9 +17,10 @@ def _load(model: torch.nn.Module, state: dict[str, NDArray[Any]]) -> torch.nn.Mo
     return model.eval()
 
 
-def _use_cifar_stem(model: Any, channels: int) -> None:
+def _use_cifar_stem(model: Any, state: dict[str, NDArray[Any]]) -> None:
     """Replace the stem by the one for small images: a 3x3 convolution without pooling."""
-    model.conv1 = torch.nn.Conv2d(3, channels, 3, 1, 1, bias=False)
+    channels, inputs = state["conv1.weight"].shape[:2]
+    model.conv1 = torch.nn.Conv2d(inputs, channels, 3, 1, 1, bias=False)
     model.maxpool = torch.nn.Identity()
 
 
@@ -38,9 +39,10 @@ def torchvision_model(spec: dict[str, Any], state: dict[str, NDArray[Any]]) -> t
     }
     block, depths = blocks[spec["architecture"]]
     model: Any = resnet.ResNet(block, depths, norm_layer=norm)
-    channels = state["conv1.weight"].shape[0]
+    channels, inputs = state["conv1.weight"].shape[:2]
+    if inputs != 3 or spec["width"] != 1:
+        model.conv1 = torch.nn.Conv2d(inputs, channels, 7, 2, 3, bias=False)
     if spec["width"] != 1:
-        model.conv1 = torch.nn.Conv2d(3, channels, 7, 2, 3, bias=False)
         model.bn1 = norm(channels)
         model.inplanes = channels
         for i, depth in enumerate(depths):
@@ -48,7 +50,7 @@ def torchvision_model(spec: dict[str, Any], state: dict[str, NDArray[Any]]) -> t
             layer = model._make_layer(block, planes, depth, stride=1 if i == 0 else 2)
             setattr(model, f"layer{i + 1}", layer)
     if spec["stem"] == "cifar":
-        _use_cifar_stem(model, channels)
+        _use_cifar_stem(model, state)
     model.fc = torch.nn.Identity()
     return _load(model, state)
 
@@ -61,10 +63,10 @@ def timm_model(spec: dict[str, Any], state: dict[str, NDArray[Any]]) -> torch.nn
         )
     import timm
 
-    model: Any = timm.create_model(spec["architecture"], pretrained=False, num_classes=0)
+    model: Any = timm.create_model(spec["architecture"], pretrained=False, num_classes=0, in_chans=spec["channels"])
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eps = spec["eps"]
     if spec["stem"] == "cifar":
-        _use_cifar_stem(model, state["conv1.weight"].shape[0])
+        _use_cifar_stem(model, state)
     return _load(model, state)

@@ -16,7 +16,10 @@ use tiff::{
     tags::Tag,
 };
 
-use super::{DecodeError, MAX_PIXELS, Raw, check_size, jpeg};
+use super::{
+    DecodeError, MAX_PIXELS, Raw, check_size, jpeg,
+    stack::{Samples, Stack},
+};
 use crate::data::levels::SampleKind;
 
 // Numbers of tags.
@@ -43,6 +46,7 @@ const INK_SET: u16 = 332;
 const EXTRA_SAMPLES: u16 = 338;
 const JPEG_TABLES: u16 = 347;
 const SUBSAMPLING: u16 = 530;
+const GDAL_NO_DATA: u16 = 42113;
 const DNG_VERSION: u16 = 50706;
 
 // Values of the compression tag.
@@ -106,6 +110,34 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Raw, DecodeError> {
     // Those of 8 bits are inverted already.
     let white_is_zero = white_is_zero && !matches!(image, DynamicImage::ImageLuma8(_));
     Ok(Raw { image, white_is_zero, orientation })
+}
+
+/// Decodes all channels of the first image of a file, except for alpha.
+pub(super) fn channels(bytes: &[u8]) -> Result<Stack, DecodeError> {
+    let directory = Directory::first(bytes).ok_or_else(|| broken("its directory is incomplete"))?;
+    if let Some(raw) = directory.camera_raw(bytes) {
+        return Err(DecodeError::UnreadFormat(raw));
+    }
+    let layout = Layout::of_channels(bytes, &directory)?;
+    if directory.value(bytes, ORIENTATION).is_some_and(|orientation| orientation > 1) {
+        return Err(unread("a rotated or mirrored image with all channels"));
+    }
+    let samples = match layout.compression {
+        JPEG => Samples::U8(jpeg_samples(bytes, &directory, &layout)?),
+        _ => samples(bytes, &directory, &layout)?,
+    };
+    let samples = match samples {
+        Samples::U8(values) => {
+            Samples::U8(layout.colors(values)?.into_iter().map(|v| layout.scale_to_8_bits(v)).collect())
+        }
+        Samples::U16(values) => Samples::U16(layout.colors(values)?),
+        Samples::F32(values) => Samples::F32(layout.colors(values)?),
+    };
+    let no_data = directory.bytes(bytes, GDAL_NO_DATA).and_then(|(text, _)| {
+        let text = std::str::from_utf8(text).ok()?;
+        text.trim_end_matches('\0').trim().parse().ok()
+    });
+    Ok(Stack { height: layout.height, width: layout.width, channels: layout.colors, samples, no_data })
 }
 
 fn broken(reason: impl ToString) -> DecodeError {
@@ -232,6 +264,7 @@ fn integer(bytes: &[u8], at: usize, size: usize, is_little: bool) -> Option<u64>
 }
 
 /// Arrangement and meaning of the samples.
+#[derive(Default)]
 struct Layout {
     width: usize,
     height: usize,
@@ -247,22 +280,11 @@ struct Layout {
     colors: usize,
 }
 
-/// Samples of all pixels, in the order of the file.
-enum Samples {
-    /// Up to 8 bits, not scaled.
-    U8(Vec<u8>),
-    U16(Vec<u16>),
-    /// All other types.
-    F32(Vec<f32>),
-}
-
 impl Layout {
     /// Reads the layout. Refuses kinds of TIFF that are not read.
     fn new(bytes: &[u8], directory: &Directory) -> Result<Layout, DecodeError> {
         let value = |tag: u16| directory.value(bytes, tag);
         let size = |tag: u16| value(tag).and_then(|v| usize::try_from(v).ok());
-        let (Some(width), Some(height)) = (size(WIDTH), size(HEIGHT)) else { return Err(broken("missing dimensions")) };
-        check_size(width, height)?;
         let samples = size(SAMPLES).unwrap_or(1);
         let extra = directory.values(bytes, EXTRA_SAMPLES).unwrap_or_default();
         let compression = value(COMPRESSION).unwrap_or(1);
@@ -278,7 +300,9 @@ impl Layout {
             {
                 1
             }
-            WHITE_IS_ZERO | BLACK_IS_ZERO => return Err(unread(format!("{samples} channels that are not colors"))),
+            WHITE_IS_ZERO | BLACK_IS_ZERO => {
+                return Err(unread(format!("{samples} channels that are not colors, which `--channels all` reads")));
+            }
             PALETTE => 1,
             RGB | YCBCR => 3,
             CMYK if value(INK_SET).unwrap_or(1) == 1 => 4,
@@ -291,6 +315,37 @@ impl Layout {
         if samples < colors {
             return Err(broken(format!("{samples} samples per pixel for {colors} colors")));
         }
+        Layout { samples, compression, photometric, colors, ..Layout::default() }.complete(bytes, directory)
+    }
+
+    /// Reads the layout of an image whose channels need not be colors.
+    fn of_channels(bytes: &[u8], directory: &Directory) -> Result<Layout, DecodeError> {
+        let value = |tag: u16| directory.value(bytes, tag);
+        let samples = value(SAMPLES).and_then(|v| usize::try_from(v).ok()).unwrap_or(1);
+        let compression = value(COMPRESSION).unwrap_or(1);
+        let photometric = value(PHOTOMETRIC).unwrap_or(BLACK_IS_ZERO);
+        if ![WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, YCBCR].contains(&photometric) {
+            return Err(unread("a palette or inks with all channels"));
+        }
+        let extra = directory.values(bytes, EXTRA_SAMPLES).unwrap_or_default();
+        let alphas = extra.iter().rev().take_while(|extra| matches!(extra, 1 | 2)).count();
+        let colors = samples.saturating_sub(alphas);
+        if colors == 0 {
+            return Err(broken("no channels"));
+        }
+        Layout { samples, compression, photometric, colors, ..Layout::default() }.complete(bytes, directory)
+    }
+
+    /// Reads what does not depend on the meaning of the channels.
+    fn complete(self, bytes: &[u8], directory: &Directory) -> Result<Layout, DecodeError> {
+        let value = |tag: u16| directory.value(bytes, tag);
+        let size = |tag: u16| value(tag).and_then(|v| usize::try_from(v).ok());
+        let (Some(width), Some(height)) = (size(WIDTH), size(HEIGHT)) else { return Err(broken("missing dimensions")) };
+        check_size(width, height)?;
+        let Layout { samples, compression, photometric, .. } = self;
+        if let Some(name) = unread_compression(compression) {
+            return Err(unread(name));
+        }
         let subsampling = directory.values(bytes, SUBSAMPLING).unwrap_or_else(|| vec![2, 2]);
         if photometric == YCBCR && compression != JPEG && subsampling.iter().any(|step| *step != 1) {
             return Err(unread("chroma subsampling without JPEG compression"));
@@ -302,7 +357,13 @@ impl Layout {
             return Err(unread(format!("{} bits per sample", all.join(", "))));
         }
         let is_planar = value(PLANAR) == Some(2) && samples > 1;
-        Ok(Layout { width, height, samples, bits, is_planar, compression, photometric, colors })
+        Ok(Layout { width, height, bits, is_planar, ..self })
+    }
+
+    /// Scales a value of up to 8 bits.
+    fn scale_to_8_bits(&self, value: u8) -> u8 {
+        let max = (1u16 << self.bits) - 1;
+        if self.bits == 8 { value } else { (u16::from(value) * 255 / max) as u8 }
     }
 
     /// Number of pixels.
@@ -339,9 +400,7 @@ impl Layout {
         }
         match samples {
             Samples::U8(samples) => {
-                let max = (1u16 << self.bits) - 1;
-                let scale = |v: u8| if self.bits == 8 { v } else { (u16::from(v) * 255 / max) as u8 };
-                let values: Vec<u8> = self.colors(samples)?.into_iter().map(scale).collect();
+                let values: Vec<u8> = self.colors(samples)?.into_iter().map(|v| self.scale_to_8_bits(v)).collect();
                 match self.photometric {
                     WHITE_IS_ZERO => self.gray8(values.into_iter().map(|v| 255 - v).collect()),
                     BLACK_IS_ZERO => self.gray8(values),
@@ -602,7 +661,7 @@ mod tests {
     use std::io::Write;
 
     use super::*;
-    use crate::data::{Levels, decode};
+    use crate::data::{Levels, decode, levels::Channels};
 
     /// A TIFF of one strip, to which tests add fields.
     struct File {
@@ -680,7 +739,7 @@ mod tests {
 
         fn pixels(self) -> Result<Vec<u8>, String> {
             let image = decode::bytes(&self.bytes(), &Levels::default()).map_err(|e| e.to_string())?;
-            Ok(image.pixels)
+            Ok(image.pixels.into_u8())
         }
     }
 
@@ -694,7 +753,11 @@ mod tests {
             let file = File { is_little, is_big, ..File::new(2, 2, 8, 3, RGB, &data) };
             let bytes = file.bytes();
             assert!(decode::is_supported(&bytes[..16]));
-            assert_eq!(decode::bytes(&bytes, &Levels::default()).unwrap().pixels, data, "{is_little} {is_big}");
+            assert_eq!(
+                decode::bytes(&bytes, &Levels::default()).unwrap().pixels.to_u8()[..],
+                data,
+                "{is_little} {is_big}"
+            );
             for n in 8..bytes.len() - 8 {
                 assert!(decode::bytes(&bytes[..n], &Levels::default()).is_err(), "cut to {n} bytes");
             }
@@ -762,6 +825,36 @@ mod tests {
     }
 
     #[test]
+    fn reads_all_channels() {
+        let levels = |select: &[u16], range: f32, n: usize| Levels {
+            channels: Some(Channels { select: select.to_vec(), ranges: vec![[0.0, range]; n] }),
+            ..Levels::default()
+        };
+        let decoded = |file: File, levels: &Levels| decode::bytes(&file.bytes(), levels).map_err(|e| e.to_string());
+        let file = || File::new(2, 1, 8, 5, BLACK_IS_ZERO, &[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]);
+        assert!(file().pixels().unwrap_err().contains("5 channels that are not colors"));
+        let all = decoded(file(), &levels(&[], 255.0, 5)).unwrap();
+        assert_eq!((all.channels, &*all.pixels.to_u8()), (5, &[1, 2, 3, 4, 5, 6, 7, 8, 9, 10][..]));
+        let two = decoded(file(), &levels(&[5, 1], 255.0, 2)).unwrap();
+        assert_eq!((two.channels, &*two.pixels.to_u8()), (2, &[5, 1, 10, 6][..]));
+        assert_eq!(decoded(file(), &levels(&[], 255.0, 4)).unwrap_err(), "it has 5 channels, not 4");
+
+        let planes = File::new(2, 1, 16, 2, BLACK_IS_ZERO, &[]).set(PLANAR, &[2]);
+        let planes = planes.strips(vec![vec![0, 0, 50, 0], vec![200, 0, 44, 1]], 1);
+        let image = decoded(planes, &levels(&[], 200.0, 2)).unwrap();
+        assert_eq!(image.pixels, vec![0u16, 65535, 16384, 65535].into());
+        // Alpha is not a channel; other extra samples are.
+        let extra = |kind: u64| File::new(1, 1, 8, 4, RGB, &[1, 2, 3, 9]).set(EXTRA_SAMPLES, &[kind]);
+        assert_eq!(decoded(extra(2), &levels(&[], 255.0, 3)).unwrap().channels, 3);
+        assert_eq!(decoded(extra(0), &levels(&[], 255.0, 4)).unwrap().channels, 4);
+        // The ASCII characters of -9999, the value without data.
+        let data: Vec<u8> = [-9999.0f32, 5.0].iter().flat_map(|v| v.to_le_bytes()).collect();
+        let missing = File::new(2, 1, 32, 1, BLACK_IS_ZERO, &data).set(SAMPLE_FORMAT, &[3]);
+        let missing = missing.set_sized(GDAL_NO_DATA, 1, &b"-9999\0".map(u64::from));
+        assert_eq!(decoded(missing, &levels(&[], 10.0, 1)).unwrap().pixels, vec![0u16, 32768].into());
+    }
+
+    #[test]
     fn reads_cmyk_and_ycbcr() {
         let cmyk = File::new(2, 1, 8, 4, CMYK, &[0, 0, 0, 0, 255, 0, 0, 0]);
         assert_eq!(cmyk.pixels().unwrap(), [255, 255, 255, 0, 255, 255]);
@@ -789,7 +882,7 @@ mod tests {
         let whole = decode::bytes(BASELINE, &Levels::default()).unwrap();
         let (width, height) = (whole.width as u64, whole.height as u64);
         let file = || File::new(width, height, 8, 3, YCBCR, BASELINE).set(COMPRESSION, &[JPEG]);
-        assert_eq!(file().pixels().unwrap(), whole.pixels);
+        assert_eq!(file().pixels().unwrap(), *whole.pixels.to_u8());
         // The tables of all strips in a stream of their own.
         let frame = BASELINE.windows(2).position(|pair| pair == [0xFF, 0xC0]).unwrap();
         let tables = [&BASELINE[..frame], &[0xFF, 0xD9]].concat();
@@ -799,7 +892,7 @@ mod tests {
             let two = File::new(width, 2 * height, 8, 3, YCBCR, &[]).strips(vec![strip.clone(), strip.clone()], height);
             two.set(COMPRESSION, &[JPEG]).set_sized(JPEG_TABLES, 1, &tables)
         };
-        assert_eq!(shared().pixels().unwrap(), whole.pixels.repeat(2));
+        assert_eq!(shared().pixels().unwrap(), whole.pixels.to_u8().repeat(2));
         let mut cut = shared();
         cut.strips[1].truncate(strip.len() - 20);
         let error = cut.pixels().unwrap_err();
@@ -856,7 +949,7 @@ mod tests {
         let error = decode::bytes(&signed, &Levels::default()).unwrap_err().to_string();
         assert!(error.contains("from -5 to 100") && error.contains("`--levels`"), "{error}");
         let image = decode::bytes(&signed, &Levels::uniform(-155.0, 100.0)).unwrap();
-        assert_eq!(image.pixels, [150, 150, 150, 255, 255, 255]);
+        assert_eq!(image.pixels.to_u8()[..], [150, 150, 150, 255, 255, 255]);
         let floats = |values: [f32; 3]| {
             let data: Vec<u8> = values.into_iter().flat_map(f32::to_le_bytes).collect();
             File::new(1, 1, 32, 3, RGB, &data).set(SAMPLE_FORMAT, &[3, 3, 3])
@@ -871,7 +964,7 @@ mod tests {
         }
         // Old encoders have seen the values clamped.
         let clamped = decode::bytes(&floats([-3.0, 0.5, 200.0]).bytes(), &Levels::legacy()).unwrap();
-        assert_eq!(clamped.pixels, [0, 128, 255]);
+        assert_eq!(clamped.pixels.to_u8()[..], [0, 128, 255]);
         let refused = decode::bytes(&floats([0.0, 0.5, 1.5]).bytes(), &Levels::uniform(0.0, 1.0)).unwrap_err();
         assert!(refused.to_string().starts_with("the value 1.5 exceeds white, 1\n"), "{refused}");
     }

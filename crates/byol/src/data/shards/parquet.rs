@@ -484,7 +484,10 @@ mod tests {
         assert_eq!(data.classes, ["0", "1", "2"]);
         for i in [12, 0, 9, 4, 11] {
             let image = data.train.get(i).unwrap();
-            assert_eq!((image.height, image.width, image.pixels[0]), (3, 2, if i < 10 { i } else { i - 10 } as u8));
+            assert_eq!(
+                (image.height, image.width, image.pixels.to_u8()[0]),
+                (3, 2, if i < 10 { i } else { i - 10 } as u8)
+            );
         }
         assert_eq!(data.train.name(5), "train-00000-of-00002.parquet/5.png");
         assert_eq!(data.train.name(10), "train-00001-of-00002.parquet/group 0, row 0");
@@ -560,7 +563,7 @@ mod tests {
         let open = |columns: Vec<(&str, ArrayRef)>, column: Option<&str>| {
             write_columns(&path, columns, None);
             let options = OpenOptions { column: column.map(str::to_owned), ..OpenOptions::default() };
-            Dataset::open_with(&path, &options).map(|data| data.train.get(1).unwrap().pixels[0])
+            Dataset::open_with(&path, &options).map(|data| data.train.get(1).unwrap().pixels.to_u8()[0])
         };
         let reason = |outcome: Result<u8, Error>| match outcome {
             Err(Error::Shard { reason, .. }) => reason,
@@ -589,13 +592,13 @@ mod tests {
         write_columns(&path, vec![("image", images())], None);
         std::fs::write(folder.path().join("data/0.png"), png(7)).unwrap();
         let data = Dataset::open(&path).unwrap();
-        let gray = |i: usize| data.train.get(i).map(|image| image.pixels[0]).map_err(|e| e.to_string());
+        let gray = |i: usize| data.train.get(i).map(|image| image.pixels.to_u8()[0]).map_err(|e| e.to_string());
         assert_eq!((gray(0), gray(2)), (Ok(7), Ok(3)));
         assert!(gray(1).unwrap_err().contains("no image in row 1: the file x/1.png does not exist"));
         assert!(gray(3).unwrap_err().contains("no image in row 3"));
         std::fs::create_dir(folder.path().join("x")).unwrap();
         std::fs::write(folder.path().join("x/1.png"), png(8)).unwrap();
-        assert_eq!(Dataset::open(&path).unwrap().train.get(1).unwrap().pixels[0], 8);
+        assert_eq!(Dataset::open(&path).unwrap().train.get(1).unwrap().pixels.to_u8()[0], 8);
         // Without any of them.
         write_columns(&path, vec![("image", structs(&[None, None], &[Some("8.png"), Some("9.png")]))], None);
         let error = Dataset::open(&path).unwrap_err().to_string();

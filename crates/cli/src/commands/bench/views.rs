@@ -52,7 +52,7 @@ pub fn run(args: &Args) -> Result<()> {
     let blur = |policy: Policy| if args.size <= 64 { Policy { blur: 0.0, ..policy } } else { policy };
     let policies = [blur(Policy::default()), blur(Policy::second())];
 
-    let decode = |i: usize| -> Decoded { Ok(f32::from(images.get(i)?.pixels[0])) };
+    let decode = |i: usize| -> Decoded { Ok(f32::from(images.get(i)?.pixels.to_u8()[0])) };
     let decode_and_augment = |i: usize| -> Decoded {
         let image = images.get(i)?;
         let first_pixel =

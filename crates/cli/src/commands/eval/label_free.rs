@@ -63,7 +63,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let encoder = common.encoder()?;
     let random = common.random_initialization(&encoder);
     let baseline = args.baseline.as_ref().map(|path| load_encoder(path, &encoder.device())).transpose()?;
-    let images = images(args, encoder.spec.levels)?;
+    let images = images(args, encoder.spec.levels.clone())?;
     super::warn_if_enlarged(&encoder, &*images.get(0)?, &common.data);
 
     let named =

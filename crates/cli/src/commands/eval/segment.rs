@@ -35,7 +35,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     args.check()?;
     let common = &args.common;
     let encoder = common.encoder()?;
-    let data = dense_labels::segmentation(&common.data, args.limit, encoder.spec.levels)?;
+    let data = dense_labels::segmentation(&common.data, args.limit, encoder.spec.levels.clone())?;
     super::warn_if_enlarged(&encoder, &data.train[0].image, &common.data);
     must_be_learnable(args, &data)?;
     let protocol = args.protocol(data.train.iter().map(|pair| &pair.image));
