@@ -104,13 +104,13 @@ struct OnDemand {
     calls: Arc<Calls>,
 }
 
-/// Channels of the first image; those of RGB if it is a file or cannot be read, which is an error
-/// of the command that uses it.
-fn first_channels(read: &Arc<Py<PyAny>>) -> usize {
-    let first = |py: Python| Some(read.bind(py).call1((0,)).ok()?.extract::<Item>().ok()?.to_source());
-    match Python::attach(first) {
-        Some(Ok(Source::Pixels(image))) => image.channels,
-        _ => data::CHANNELS,
+/// Channels of the first image. `None` if it cannot be read, which is an error of the command that
+/// uses it.
+fn first_channels(read: &Arc<Py<PyAny>>) -> Option<usize> {
+    let first = |py: Python| read.bind(py).call1((0,))?.extract::<Item>()?.to_source();
+    match Python::attach(first).ok()? {
+        Source::Pixels(image) => Some(image.channels),
+        Source::File(_) => Some(data::CHANNELS),
     }
 }
 
@@ -148,7 +148,11 @@ impl fmt::Debug for OnDemand {
 
 impl ImageSource for OnDemand {
     fn channels(&self) -> usize {
-        *self.channels.get_or_init(|| first_channels(&self.read))
+        if let Some(known) = self.channels.get() {
+            return *known;
+        }
+        let first = self.calls.begin().and_then(|_call| first_channels(&self.read));
+        first.map_or(data::CHANNELS, |first| *self.channels.get_or_init(|| first))
     }
 
     fn get(&self, i: usize) -> io::Result<Image> {
@@ -370,7 +374,16 @@ impl Source {
     /// The decoded image.
     pub fn decode(self, levels: &data::Levels) -> PyResult<Image> {
         match self {
-            Source::Pixels(image) => Ok(image),
+            // As the same values in a file.
+            Source::Pixels(image) => {
+                let (found, selected) = (image.channels, levels.channels.as_ref());
+                data::decode::values(image, levels).map_err(|error| match (error, selected) {
+                    (data::DecodeError::WrongChannels { expected, .. }, Some(_)) => {
+                        errors::data(data::Error::Mismatch { found, expected })
+                    }
+                    (error, _) => errors::data_text(error.to_string()),
+                })
+            }
             Source::File(path) => {
                 data::decode::file(&path, levels).map_err(|error| errors::data_text(unreadable(&path, &error)))
             }

@@ -73,12 +73,25 @@ def test_images_of_four_channels_with_16_bits(tmp_path):
     for i in range(4):
         np.save(tmp_path / f"{i}.npy", images[i])
     assert np.allclose(run.encoder.embed([tmp_path / "2.npy"]), features[2], atol=1e-5)
+    assert run.encoder.export(tmp_path / "encoder.onnx") < 1e-3
+    with pytest.raises(byol.DataError, match="trained on 4"):
+        run.encoder.embed([images[0], np.zeros((20, 24, 3), np.uint8)])
     opened = byol.Dataset.open(tmp_path, channels=[4, 1])
     assert opened.image(0).shape == (20, 24, 2)
     with pytest.raises(byol.DataError, match="of 4 and of 3 channels"):
         byol.Dataset.from_arrays([images[0], np.zeros((8, 8, 3), np.uint8)])
     lazy = byol.Dataset.from_sequence(images)
     assert byol.pretrain(lazy, tmp_path / "lazy", **SMALL).encoder.embed(images[:1]).shape[0] == 1
+    # The ranges of files apply to arrays, too; gray stays gray for an encoder of one channel.
+    folder = tmp_path / "gray"
+    folder.mkdir()
+    for i in range(40):
+        np.save(folder / f"{i}.npy", 500 + images[i, :, :, :1] // 100)
+    data = byol.Dataset.open(folder, channels="all")
+    gray = byol.pretrain(data, tmp_path / "gray-run", **SMALL).encoder
+    array = np.load(folder / "3.npy")
+    assert np.array_equal(gray.embed(array), gray.embed(folder / "3.npy"))
+    assert np.array_equal(gray.embed(array[:, :, 0]), gray.embed(array))
 
 
 class Photos:

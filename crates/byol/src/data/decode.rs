@@ -147,6 +147,18 @@ pub fn bytes(bytes: &[u8], levels: &Levels) -> Result<Image, DecodeError> {
     })
 }
 
+/// Maps the values of a decoded image as those of a file: of all its channels, to the ranges of an
+/// encoder. RGB images stay as they are.
+///
+/// # Errors
+/// [`DecodeError::WrongChannels`], [`DecodeError::MissingChannel`], [`DecodeError::OutsideLevels`].
+pub fn values(image: Image, levels: &Levels) -> Result<Image, DecodeError> {
+    match &levels.channels {
+        Some(channels) => stack::Stack::from(image).select(channels)?.into_image(&channels.ranges),
+        None => Ok(image),
+    }
+}
+
 /// Some values of each channel of an image, and whether they have 8 bits.
 ///
 /// # Errors
@@ -182,6 +194,10 @@ pub(super) fn kind(mut reader: impl Read + Seek) -> io::Result<Option<SampleKind
     if head.starts_with(b"\x89PNG\r\n\x1a\n") {
         // The first chunk of a PNG has the bits per sample behind the width and the height.
         return Ok((head.get(24) == Some(&16)).then_some(SampleKind::Int16));
+    }
+    if npy::is_npy(&head) {
+        reader.take(npy::MAX_HEADER as u64).read_to_end(&mut head)?;
+        return Ok(npy::kind(&head));
     }
     if !tiff::is_tiff(&head) {
         return Ok(None);

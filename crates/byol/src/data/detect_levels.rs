@@ -72,7 +72,7 @@ fn detect_channels(levels: &Levels, channels: &Channels, splits: &[&Images], roo
     let invalid = |reason: String| Error::Channels { root: root.to_owned(), reason };
     let Some(images) = splits.first() else { return Ok(channels.clone()) };
     if !matches!(images.source, Source::Files(_) | Source::Shards(_)) {
-        return Ok(Channels { ranges: vec![[0.0, 255.0]; images.n_channels()], ..channels.clone() });
+        return Err(invalid("CIFAR and IDX files have no channels to choose\nhint: omit `--channels`".into()));
     }
     let positions = match &images.source {
         Source::Shards(_) => (0..images.len().min(SAMPLE)).collect(),
@@ -82,8 +82,7 @@ fn detect_channels(levels: &Levels, channels: &Channels, splits: &[&Images], roo
         let Some(bytes) = images.encoded_bytes(i) else { return Ok(None) };
         let sample = bytes.map_err(DecodeError::Read).and_then(|bytes| decode::sample_channels(&bytes, channels));
         sample.map(|sample| Some((i, sample))).or_else(|e| match e {
-            // Such as a channel that no image has: an image of the sample tells the user more than
-            // all images would.
+            // Report the first image instead of skipping every image.
             DecodeError::MissingChannel { .. } | DecodeError::TooManyChannels(_) => {
                 Err(invalid(format!("{}: {}", images.name(i), e)))
             }
@@ -92,7 +91,7 @@ fn detect_channels(levels: &Levels, channels: &Channels, splits: &[&Images], roo
     };
     let samples: Vec<_> = positions.into_par_iter().map(sample).collect::<Result<_, Error>>()?;
     let mut samples = samples.into_iter().flatten();
-    let Some((first, (mut values, mut has_8_bits))) = samples.next() else {
+    let Some((first, (mut values, has_8_bits))) = samples.next() else {
         return Err(invalid("none of the sampled images is readable".into()));
     };
     for (i, (others, other_has_8_bits)) in samples {
@@ -101,7 +100,11 @@ fn detect_channels(levels: &Levels, channels: &Channels, splits: &[&Images], roo
             return Err(invalid(format!("the images differ in their number of channels: {a}, {b}")));
         }
         values.iter_mut().zip(others).for_each(|(all, others)| all.extend(others));
-        has_8_bits &= other_has_8_bits;
+        if has_8_bits != other_has_8_bits {
+            let (eight, more) = if has_8_bits { (first, i) } else { (i, first) };
+            let [eight, more] = [eight, more].map(|i| images.name(i));
+            return Err(invalid(format!("{eight} has 8 bits, {more} has more")));
+        }
     }
     if let Some(range) = levels.int16 {
         return Ok(Channels { ranges: vec![range; values.len()], ..channels.clone() });

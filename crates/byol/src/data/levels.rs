@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::image::CHANNELS;
 
-/// How the values of files become pixels: the values of black and white in RGB images of more than
-/// 8 bits, or the ranges of all channels. What is not known yet is detected from the data.
+/// Mapping of file values to pixels: the values of black and white in RGB images of more than 8
+/// bits, or the range of each channel. What is not known yet is detected from the data.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Levels {
@@ -39,7 +39,7 @@ pub struct Channels {
     pub ranges: Vec<[f32; 2]>,
 }
 
-/// Fractions of the values of a channel that are below its range and below the end of its range.
+/// Percentiles that bound the range of a channel.
 pub(super) const PERCENTILES: [f64; 2] = [0.001, 0.999];
 
 impl Levels {

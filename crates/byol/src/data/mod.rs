@@ -256,7 +256,7 @@ fn one_line(message: &str) -> String {
 pub struct OpenOptions {
     /// Image column of Parquet files. `None` selects it by name.
     pub column: Option<String>,
-    /// How the values of files become pixels. What is not set is detected.
+    /// Mapping of file values to pixels. What is not set is detected.
     pub levels: Levels,
 }
 
@@ -286,7 +286,7 @@ pub struct Images {
     partial_labels: Option<Vec<Option<usize>>>,
     /// Classes of each image, for multi-label data; empty for an image without labels.
     tags: Option<Vec<Vec<usize>>>,
-    /// How the values of files become pixels.
+    /// Mapping of file values to pixels.
     levels: Levels,
     /// Decoded images, parallel to `indices`, if they fit into memory.
     decoded: Option<Vec<Arc<Image>>>,
@@ -454,16 +454,22 @@ impl Images {
 
     /// Levels that read these images from files. Images of a program have none of their own.
     pub(crate) fn levels_of_files(&self) -> Levels {
-        let channels = self.n_channels();
-        if channels == self.levels.n_channels() {
+        if matches!(self.source, Source::Files(_) | Source::Shards(_)) {
             return self.levels.clone();
         }
-        let white = match self.indices.first().map(|_| self.get(0)) {
-            Some(Ok(image)) if matches!(image.pixels, Pixels::U16(_)) => f32::from(u16::MAX),
+        let first = (0..self.len().min(64)).find_map(|i| self.get(i).ok());
+        let white = match first.as_deref() {
+            Some(Image { pixels: Pixels::U16(_), .. }) => f32::from(u16::MAX),
             _ => f32::from(u8::MAX),
         };
-        let channels = levels::Channels { select: Vec::new(), ranges: vec![[0.0, white]; channels] };
-        Levels { channels: Some(channels), ..self.levels.clone() }
+        match self.n_channels() {
+            CHANNELS if white == f32::from(u16::MAX) => Levels { int16: Some([0.0, white]), ..self.levels.clone() },
+            CHANNELS => self.levels.clone(),
+            n => {
+                let channels = levels::Channels { select: Vec::new(), ranges: vec![[0.0, white]; n] };
+                Levels { channels: Some(channels), ..self.levels.clone() }
+            }
+        }
     }
 
     /// Checks that the images have as many channels as an encoder.
@@ -472,7 +478,7 @@ impl Images {
     /// [`Error::Mismatch`].
     pub(crate) fn ensure_channels(&self, expected: usize) -> Result<(), Error> {
         let found = self.n_channels();
-        if found == expected { Ok(()) } else { Err(Error::Mismatch { found, expected }) }
+        if self.is_empty() || found == expected { Ok(()) } else { Err(Error::Mismatch { found, expected }) }
     }
 
     /// Path, or number, of image `i`.

@@ -317,8 +317,9 @@ fn encode(root: &Path, images: &Images, i: usize, size: Option<usize>) -> Result
     };
     // Every image is decoded, since shards are not checked before training.
     let image = decode::bytes(&bytes, &images.levels).map_err(|e| images.image_error(i, e))?;
-    let format = image::guess_format(&bytes).unwrap_or(ImageFormat::Jpeg);
-    let is_large = size.is_some_and(|size| image.height.min(image.width) > size);
+    let is_array = decode::npy::is_npy(&bytes);
+    let format = if is_array { ImageFormat::Png } else { image::guess_format(&bytes).unwrap_or(ImageFormat::Jpeg) };
+    let is_large = is_array || size.is_some_and(|size| image.height.min(image.width) > size);
     if !is_large {
         let extension = format.extensions_str()[0];
         return Ok(Encoded { name: format!("{name}.{extension}"), bytes, label });

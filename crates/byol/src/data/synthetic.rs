@@ -40,6 +40,27 @@ pub fn dataset(seed: u64, n: usize, n_test: usize) -> Dataset {
     }
 }
 
+/// `n` images of any number of channels, taken from those of several RGB images: an input for
+/// comparisons of encoders.
+pub fn with_channels(n: usize, channels: usize) -> Images {
+    if channels == CHANNELS {
+        return dataset(0, n, 0).train;
+    }
+    let sources = channels.div_ceil(CHANNELS);
+    let image = |i: usize| {
+        let rgb: Vec<Image> = (0..sources)
+            .map(|k| {
+                let stream = &mut random::stream(&[Domain::Synthetic as u64, 0, 0, (i * sources + k) as u64]);
+                draw(stream, PATTERNS[(i + k) % PATTERNS.len()])
+            })
+            .collect();
+        let value = |at: usize, c: usize| rgb[c / CHANNELS].pixels.to_u8()[at * CHANNELS + c % CHANNELS];
+        let pixels = (0..SIDE * SIDE).flat_map(|at| (0..channels).map(move |c| (at, c)));
+        Image { height: SIDE, width: SIDE, channels, pixels: pixels.map(|(at, c)| value(at, c)).collect() }
+    };
+    Images::memory((0..n).map(image).collect(), None)
+}
+
 fn draw(rng: &mut ChaCha8Rng, pattern: &str) -> Image {
     // Paper and ink differ in lightness, plus a faint tint.
     let ground_light = uniform(rng);

@@ -11,9 +11,9 @@ use super::{
     tree::{self, Leaf, Tree},
 };
 use crate::{
-    data::Levels,
+    data::{Levels, levels::Channels},
     device::{Precision, has_kernels},
-    image::Image,
+    image::{Image, MAX_CHANNELS},
     views::{View, evaluation_view, resize::center_antialiased},
 };
 
@@ -35,6 +35,12 @@ impl Default for Normalization {
 }
 
 impl Normalization {
+    /// True for the statistics of the built-in recipes: ImageNet's and CIFAR-10's.
+    pub(crate) fn is_of_photos(&self) -> bool {
+        let cifar10 = Normalization { mean: vec![0.4914, 0.4822, 0.4465], std: vec![0.2470, 0.2435, 0.2616] };
+        *self == Normalization::default() || *self == cifar10
+    }
+
     /// Computes (x − mean) / std per channel. `x`: `[N, H, W, C]` in 0..1.
     pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
         if has_kernels(&x.device()) {
@@ -144,8 +150,15 @@ impl EncoderSpec {
         if !(self.width > 0.0 && self.width <= 64.0) {
             return Err(format!("width {} is not in (0, 64]", self.width));
         }
-        if self.size == 0 || self.size > 8192 || self.channels == 0 || self.channels > 4096 {
+        if self.size == 0 || self.size > 8192 || !(1..=MAX_CHANNELS).contains(&self.channels) {
             return Err(format!("an input of {} px and {} channels is out of range", self.size, self.channels));
+        }
+        if let Some(Channels { select, ranges }) = &self.levels.channels {
+            let is_range = |[low, high]: &[f32; 2]| low.is_finite() && high.is_finite() && low < high;
+            let is_complete = ranges.len() == self.channels && (select.is_empty() || select.len() == self.channels);
+            if !is_complete || !ranges.iter().all(is_range) || select.contains(&0) {
+                return Err(format!("the channels of its files do not match an input of {} channels", self.channels));
+            }
         }
         if !(self.center > 0.0 && self.center <= 1.0) {
             return Err(format!("center crop {} is not in (0, 1]", self.center));
@@ -277,5 +290,39 @@ impl Encoder {
     /// As for [`Encoder::embed`].
     pub fn forward(&self, ctx: &mut ForwardContext, x: Tensor<4>) -> Tensor<2> {
         self.resnet.forward(ctx, self.spec.normalization.forward(x))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stems_are_adapted_to_other_channels() {
+        let spec = EncoderSpec {
+            architecture: Architecture::Resnet18,
+            width: 0.0625,
+            stem: Stem::Cifar,
+            size: 16,
+            center: 1.0,
+            antialias: false,
+            channels: 3,
+            normalization: Normalization::default(),
+            eps: reference_eps(),
+            levels: Levels::default(),
+        };
+        let rgb = Encoder::random(spec, 0, &Device::flex());
+        let stem = |encoder: &Encoder| encoder.weights.params.leaf("conv1.weight").unwrap().to_vec();
+        let (filters, taps) = (stem(&rgb), 9);
+        let one = stem(&rgb.clone().with_channels(1));
+        let four = stem(&rgb.clone().with_channels(4));
+        for (f, filter) in filters.chunks_exact(3 * taps).enumerate() {
+            for i in 0..taps {
+                let [r, g, b] = [0, 1, 2].map(|c| filter[c * taps + i]);
+                assert!((one[f * taps + i] - (r + g + b)).abs() < 1e-6);
+                let adapted = [0, 1, 2, 3].map(|c| four[(f * 4 + c) * taps + i]);
+                assert_eq!(adapted, [r, g, b, r].map(|w| w * 0.75));
+            }
+        }
     }
 }

@@ -103,8 +103,8 @@ impl Plan {
         }
         let (root, train) = (&data.root, &data.train);
         let channels = train.n_channels();
-        // The recipes have the statistics of RGB images.
-        if channels != CHANNELS && recipe.normalize.mean.len() == CHANNELS {
+        // The built-in recipes have the statistics of RGB images.
+        if (channels != CHANNELS || data.levels.channels.is_some()) && recipe.normalize.is_of_photos() {
             recipe.normalize = data.normalization()?;
         }
         if recipe.normalize.mean.len() != channels {
@@ -262,11 +262,14 @@ impl Plan {
         let is_rgb = self.encoder.channels == CHANNELS;
         let normalization = if is_rgb { self.recipe.normalize.clone() } else { Normalization::default() };
         let encoder = import::load(from, &Preparation { size: None, normalization }, device)?;
-        let encoder = encoder.with_channels(self.encoder.channels);
+        let from_rgb = encoder.spec.channels == CHANNELS;
+        let encoder = if from_rgb { encoder.with_channels(self.encoder.channels) } else { encoder };
         let kind = |s: &EncoderSpec| (s.architecture, s.width, s.stem, s.channels);
         if kind(&encoder.spec) != kind(&self.encoder) {
-            let describe =
-                |s: &EncoderSpec| format!("{} of width {} with {} stem", s.architecture.name(), s.width, s.stem.name());
+            let describe = |s: &EncoderSpec| {
+                let (name, stem) = (s.architecture.name(), s.stem.name());
+                format!("{name} of width {} with {stem} stem for {} channels", s.width, s.channels)
+            };
             let (found, expected) = (describe(&encoder.spec), describe(&self.encoder));
             return Err(Error::EncoderMismatch { path: from.to_owned(), found, expected });
         }

@@ -4,7 +4,7 @@
 use super::View;
 use crate::random;
 
-/// Sets 1 to ⌈C / 2⌉ random channels to 0. Images of one channel stay as they are.
+/// Sets 1 to ⌊C / 2⌋ random channels to 0. Images of one channel stay as they are.
 pub fn drop_channels(view: &mut View, seed: u64) {
     let c = view.channels;
     if c < 2 {
@@ -12,7 +12,7 @@ pub fn drop_channels(view: &mut View, seed: u64) {
     }
     let mut rng = random::stream(&[random::Domain::View as u64, seed]);
     let mut channels: Vec<usize> = (0..c).collect();
-    let n = 1 + random::below(&mut rng, c.div_ceil(2));
+    let n = 1 + random::below(&mut rng, c / 2);
     random::shuffle(&mut rng, &mut channels);
     let plane = view.height * view.width;
     for channel in &channels[..n] {
@@ -35,7 +35,7 @@ mod tests {
                 assert!(planes.iter().all(|plane| **plane == [0.0; 4] || **plane == [0.5; 4]));
                 counts.insert(planes.iter().filter(|plane| plane[0] == 0.0).count());
             }
-            let expected: Vec<usize> = if c == 1 { vec![0] } else { (1..=c.div_ceil(2)).collect() };
+            let expected: Vec<usize> = if c == 1 { vec![0] } else { (1..=c / 2).collect() };
             assert_eq!(counts.into_iter().collect::<Vec<_>>(), expected, "{c} channels");
         }
     }

@@ -10,6 +10,7 @@ use std::{
 use crate::common::device;
 use burn::tensor::{FloatDType, Tensor, TensorData};
 use byol::{
+    Image,
     data::{Loader, prefetch::Request, synthetic},
     device::{self, Precision},
     nn::{
@@ -25,7 +26,7 @@ use byol::{
         batch::{self, to_device},
         step::Stepper,
     },
-    views::{Policy, device::augment},
+    views::{Draw, Policy, device::augment, resize},
 };
 
 fn noise(seed: u64, n: usize) -> Vec<f32> {
@@ -87,6 +88,33 @@ fn augmentation_on_the_device_matches_the_cpu() {
         for (a, b) in on_cpu.iter().zip(&on_device) {
             assert!(max_difference(a, b) < 1e-4, "{size}: {}", max_difference(a, b));
         }
+    }
+}
+
+#[test]
+fn augmentation_of_other_channels_on_the_device_matches_the_cpu() {
+    let policy = Policy {
+        area: [1.0, 1.0],
+        aspect: [1.0, 1.0],
+        jitter: 1.0,
+        gray: 0.3,
+        blur: 0.5,
+        solarize: 0.5,
+        channel_drop: 0.5,
+        ..Policy::default()
+    };
+    let (n, side) = (12, 24);
+    for channels in [1, 2, 4, 13] {
+        let pixels: Vec<u16> = noise(7, side * side * channels).iter().map(|v| (v.abs() * 60_000.0) as u16).collect();
+        let image = Image { height: side, width: side, channels, pixels: pixels.into() };
+        let mut rng = random::stream(&[3]);
+        let draws: Vec<Draw> = (0..n).map(|_| policy.draw(&mut rng, side, side)).collect();
+        let on_cpu: Vec<f32> = draws.iter().flat_map(|draw| draw.apply(&image, side).pixels).collect();
+        let crop = |draw: &Draw| resize::crop_resize(&image, draw.window, side, side).pixels;
+        let crops: Vec<f32> = draws.iter().flat_map(crop).collect();
+        let crops = Tensor::<4>::from_data(TensorData::new(crops, [n, channels, side, side]), &device());
+        let difference = max_difference(&on_cpu, &host(augment(crops, &draws)));
+        assert!(difference < 1e-4, "{channels} channels: {difference}");
     }
 }
 

@@ -3,7 +3,7 @@
 use std::{path::Path, str::FromStr};
 
 use byol::{
-    data::{self, Dataset, Levels, MAX_CHANNELS, OpenOptions, Unused},
+    data::{self, Dataset, Levels, MAX_CHANNELS, OpenOptions, Unused, levels::Channels},
     train::Plan,
 };
 
@@ -63,6 +63,19 @@ impl DataFlags {
     /// Opens a data set and prints what is not used of it. Levels that the flags do not set are
     /// taken from `levels`, or detected if those are unset too.
     pub fn open(&self, root: &Path, levels: Levels) -> Result<Dataset> {
+        if let Some(Channels { select, .. }) = &levels.channels {
+            if self.channels.as_ref().is_some_and(|Selection(numbers)| numbers != select) {
+                let numbers: Vec<String> = select.iter().map(u16::to_string).collect();
+                let trained = if select.is_empty() { "all".into() } else { numbers.join(",") };
+                return Err(
+                    format!("the encoder was trained with `--channels {trained}`\nhint: omit `--channels`").into()
+                );
+            }
+            if self.levels.is_some() {
+                return Err("the encoder has a range for each channel\nhint: omit `--levels`".into());
+            }
+            return open(root, &OpenOptions { column: self.column.clone(), levels });
+        }
         let chosen = self.levels.map(|BlackAndWhite([black, white])| Levels::uniform(black, white));
         let channels = self.channels.as_ref().map(|Selection(numbers)| Levels::with_channels(numbers.clone()));
         let levels = match (chosen, channels) {
@@ -82,8 +95,15 @@ pub fn open(root: &Path, options: &OpenOptions) -> Result<Dataset> {
 fn described(dataset: Dataset, options: &OpenOptions) -> Dataset {
     warn_unused(&dataset.unused);
     let detected = dataset.levels();
-    if detected != options.levels {
-        terminal::note(format!("{detected} (detected; set with `--levels`)"));
+    let is_set = |levels: &Levels| levels.int16.is_some() || levels.float.is_some();
+    match &detected.channels {
+        _ if detected == options.levels => {}
+        Some(Channels { ranges, .. }) if !is_set(&options.levels) => {
+            let channels = terminal::plural(ranges.len(), "channel");
+            terminal::note(format!("{channels}, with ranges detected in a sample (set one with `--levels`)"));
+        }
+        Some(_) => {}
+        None => terminal::note(format!("{detected} (detected; set with `--levels`)")),
     }
     dataset
 }

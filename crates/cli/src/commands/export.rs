@@ -8,10 +8,10 @@ use std::{
 
 use byol::{
     apply::{export, hub},
-    data::{Dataset, Images, Levels, OpenOptions, synthetic},
+    data::{CHANNELS, Dataset, Images, OpenOptions, synthetic},
     device::{self, DeviceChoice},
     eval::results,
-    nn::Encoder,
+    nn::{Encoder, EncoderSpec},
     train::{Plan, metrics, run::read_plan},
 };
 use serde_json::json;
@@ -97,7 +97,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     super::set_threads(0)?;
     let encoder = super::load_encoder(&args.encoder, &device::open(DeviceChoice::Cpu)?.device)?;
-    let (images, source) = comparison_images(args, encoder.spec.levels.clone())?;
+    let (images, source) = comparison_images(args, &encoder.spec)?;
     let check = match format {
         "hf" => hub::write(&encoder, &args.out, &model_card(args, &encoder), &images)?,
         _ => export::write(&encoder, &args.out, !args.normalized_input, &images)?,
@@ -138,10 +138,14 @@ fn model_card(args: &Args, encoder: &Encoder) -> String {
         }
         None => format!("Converted with byol {}.", env!("CARGO_PKG_VERSION")),
     };
+    let input = match encoder.spec.channels {
+        CHANNELS => "RGB images".to_owned(),
+        n => format!("images of {n} channels"),
+    };
     let mut card = format!(
         "---\nlibrary_name: timm\npipeline_tag: image-feature-extraction\nlicense: {license}\n\
          tags:\n- timm\n- transformers\n- byol\n- self-supervised\n---\n\
-         # {name}\n\nA {architecture} without classifier: {size} px RGB images to {features} features. {origin}\n\n\
+         # {name}\n\nA {architecture} without classifier: {size} px {input} to {features} features. {origin}\n\n\
          ## Use\n\n```python\nimport timm\n\
          model = timm.create_model(\"local-dir:{name}\", pretrained=True).eval()   # after an upload: hf-hub:USER/{name}\n\
          config = timm.data.resolve_model_data_config(model)\n\
@@ -201,12 +205,12 @@ fn results_table(run: &Path) -> String {
 }
 
 /// Images to compare on, with a description of their source.
-fn comparison_images(args: &Args, levels: Levels) -> Result<(Images, String)> {
+fn comparison_images(args: &Args, spec: &EncoderSpec) -> Result<(Images, String)> {
     let run_data = || read_plan(&args.encoder).ok().map(|plan| plan.data).filter(|data| data.exists());
     let Some(data) = args.images.clone().or_else(run_data) else {
-        return Ok((synthetic::dataset(0, IMAGES, 0).train, "synthetic images".into()));
+        return Ok((synthetic::with_channels(IMAGES, spec.channels), "synthetic images".into()));
     };
-    let dataset = Dataset::open_with(&data, &OpenOptions { levels, ..OpenOptions::default() })?;
+    let dataset = Dataset::open_with(&data, &OpenOptions { levels: spec.levels.clone(), ..OpenOptions::default() })?;
     let dataset = Dataset { held_out: None, test: None, ..dataset }.limit(IMAGES).check(0, &|| Continue(()))?;
     Ok((dataset.train, format!("images of {}", data.display())))
 }

@@ -46,6 +46,9 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<ExitCode> {
     set_threads(args.cpu.threads)?;
     let data = args.data_flags.open(&args.data, Levels::default())?;
+    if data.levels().channels.is_some() {
+        return Err("shards contain RGB images only\nhint: omit `--channels`".into());
+    }
     if data.train.tags().is_some() {
         terminal::warning("shards cannot store several classes per image: packing without labels");
     }

@@ -7,8 +7,9 @@ use std::{
 
 use byol::{
     apply::sheet,
-    data::{CHANNELS, Images, Levels},
+    data::{CHANNELS, Images, Levels, levels::Channels},
     device,
+    nn::Normalization,
     ranks::Ranks,
     train::{
         self, Plan, RecipeOverrides, Run, RunContext, TrainingData,
@@ -303,6 +304,9 @@ pub fn describe(plan: &Plan, device: &str, threads: usize, out: &Path) {
         plural(threads, "thread"),
         out.display(),
     ));
+    if let Some(channels) = &encoder.levels.channels {
+        terminal::note(channel_table(channels, &encoder.normalization));
+    }
     if plan.recipe_name == "auto" && schedule.total < FEW_STEPS {
         terminal::warning(format!(
             "only {}: runs of fewer than {FEW_STEPS} often end no better than random initialization\n\
@@ -318,6 +322,18 @@ pub fn describe(plan: &Plan, device: &str, threads: usize, out: &Path) {
         let images = plural(plan.held_out, "monitoring image");
         terminal::warning(format!("only {images}: too few to detect a collapse\nhint: {remedy}"));
     }
+}
+
+/// Table of the channels: their range, and mean and standard deviation after scaling it to 0..1.
+fn channel_table(channels: &Channels, normalization: &Normalization) -> String {
+    let Channels { select, ranges } = channels;
+    let mut table = format!("{:>7}  {:>12}  {:>12}  {:>6}  {:>6}", "channel", "low", "high", "mean", "std");
+    for (c, [low, high]) in ranges.iter().enumerate() {
+        let number = select.get(c).map_or(c + 1, |n| usize::from(*n));
+        let [mean, std] = [&normalization.mean, &normalization.std].map(|values| values[c]);
+        table += &format!("\n{number:>7}  {low:>12}  {high:>12}  {mean:>6.3}  {std:>6.3}");
+    }
+    table
 }
 
 /// Prints the augmentation placement with the times it was chosen by.

@@ -108,7 +108,7 @@ fn embed(encoder: &Encoder, image: &Path) -> Result<Features> {
     let values = encoder.embed_image(image).map_err(|e| {
         terminal::with_hint(
             format!("cannot use {}: {e}", image.display()),
-            "pass a JPEG, PNG, WebP, BMP, GIF or TIFF file",
+            "pass an image like those that the encoder was trained on",
         )
     })?;
     Ok(Features { n: 1, dim: values.len(), values })

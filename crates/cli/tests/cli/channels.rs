@@ -33,7 +33,8 @@ fn five_channels_from_files_to_embeddings() {
     arrays(&data, 60, 5);
     let output = ok(&pretrain(&data, &out, &["--channels", "all", "--augment", "overhead"]));
     let notes = stderr(&output);
-    assert!(notes.contains("ranges of the channels: 1: 1000 to") && notes.contains("5 channels"), "{notes}");
+    assert!(notes.contains("5 channels, with ranges detected") && notes.contains("5 channels"), "{notes}");
+    assert!(notes.contains("channel           low") && notes.contains("      5          "), "{notes}");
     let plan = fs::read_to_string(out.join("plan.toml")).unwrap();
     assert!(plan.contains("channels = 5\n"), "{plan}");
 
@@ -54,10 +55,15 @@ fn five_channels_from_files_to_embeddings() {
     arrays(&other, 8, 4);
     let output = run(&["embed", text(&out), text(&other), "-o", text(&root.path().join("other.npy"))]);
     assert!(!output.status.success() && stderr(&output).contains("it has 4 channels, not 5"), "{}", stderr(&output));
-    refused(
-        &["eval", "knn", text(&out), text(&data), "--channels", "1,2"],
-        &["the images have 2 channels, but the encoder was trained on 5"],
-    );
+    let eval = |flag: &str, value: &str, words: &[&str]| {
+        refused(&["eval", "knn", text(&out), text(&data), flag, value], words);
+    };
+    eval("--channels", "1,2", &["trained with `--channels all`", "hint: omit `--channels`"]);
+    eval("--levels", "0,9", &["has a range for each channel"]);
+    ok(&["eval", "knn", text(&out), text(&data), "--channels", "all"]);
+    refused(&["pack", text(&data), "-o", text(&root.path().join("packed")), "--channels", "all"], &["RGB"]);
+    let file = root.path().join("copy.onnx");
+    ok(&["export", text(&out.join("encoder.safetensors")), "-o", text(&file)]);
 }
 
 #[test]

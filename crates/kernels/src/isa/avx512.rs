@@ -1,5 +1,6 @@
 //! AVX-512: 32 registers of 16 values. A tile of 8 pixels by 2 registers has 16 sums, enough to
-//! hide the latency of two FMA units. The broadcast is a memory operand of the FMA.
+//! hide the latency of two FMA units. Tiles of 12 and 14 pixels measured no faster
+//! (docs/log/training-speed.md).
 
 use std::arch::x86_64::*;
 

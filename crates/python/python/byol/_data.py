@@ -29,12 +29,15 @@ class ImageSequence(Protocol):
     def __getitem__(self, i: int, /) -> Any: ...
 
 
-def as_item(image: ImageLike) -> PathLike | Pixels:
-    """Return a path unchanged, and any other image as ``[H, W, C]``; gray as RGB."""
+def as_item(image: ImageLike, channels: int = 3) -> PathLike | Pixels:
+    """Return a path unchanged, and any other image as ``[H, W, C]``.
+
+    Gray is repeated as RGB, unless `channels` is 1.
+    """
     if isinstance(image, (str, os.PathLike)):
         return image
     if not isinstance(image, np.ndarray) and hasattr(image, "convert"):  # a PIL image
-        return _from_pil(image)
+        return _from_pil(image, channels)
     array: Pixels = np.asarray(image)
     if array.dtype not in (np.uint8, np.uint16):
         raise _byol.DataError(
@@ -42,12 +45,12 @@ def as_item(image: ImageLike) -> PathLike | Pixels:
             "hint: pass uint8 values from 0 to 255, or uint16 values from 0 to 65535"
         )
     if array.ndim == 2:
-        array = np.repeat(array[:, :, None], 3, axis=2)
+        array = array[:, :, None]
     if array.ndim != 3:
         raise _byol.DataError(
             f"an array of shape {list(array.shape)} is not an image\nhint: pass arrays of shape [H, W, C]"
         )
-    if array.shape[2] == 1:
+    if array.shape[2] == 1 and channels != 1:
         array = np.repeat(array, 3, axis=2)
     return np.ascontiguousarray(array)
 
@@ -62,7 +65,7 @@ def as_images(images: Any) -> Iterable[ImageLike]:
     return images  # type: ignore[no-any-return]
 
 
-def _from_pil(image: PilImage) -> NDArray[np.uint8]:
+def _from_pil(image: PilImage, channels: int) -> NDArray[np.uint8]:
     from PIL import ImageOps
 
     if image.mode[0] in "IF":
@@ -70,7 +73,8 @@ def _from_pil(image: PilImage) -> NDArray[np.uint8]:
             f"a PIL image of mode {image.mode} has no fixed range\nhint: pass its path, or a uint8 array"
         )
     upright = ImageOps.exif_transpose(image)
-    return np.ascontiguousarray(np.asarray(upright.convert("RGB"), dtype=np.uint8))
+    array = np.asarray(upright.convert("L" if channels == 1 else "RGB"), dtype=np.uint8)
+    return np.ascontiguousarray(array[:, :, None] if channels == 1 else array)
 
 
 class Dataset:
@@ -111,8 +115,8 @@ class Dataset:
         DataError
             If there are no images.
         """
-        numbers = None if channels is None else [] if channels == "all" else list(channels)
-        if numbers is not None and not all(isinstance(n, int) and 1 <= n <= 64 for n in numbers):
+        numbers = None if channels is None else [] if channels == "all" else [operator.index(n) for n in channels]
+        if numbers is not None and channels != "all" and not (numbers and all(0 < n < 65536 for n in numbers)):
             raise _byol.DataError(f'invalid channels {channels!r}\nhint: pass "all", or numbers from 1')
         return cls(_byol.Dataset.open(os.fspath(path), column, None, numbers))
 

@@ -74,8 +74,9 @@ class Encoder:
         Parameters
         ----------
         images
-            A path, a PIL image, an array ``uint8`` or ``uint16 [H, W, C]``, an iterable of these, an array
-            ``[N, H, W, C]``, a folder, or a `Dataset`.
+            A path, a PIL image, an array ``uint8`` or ``uint16 [H, W, C]``, an iterable of these, an
+            array ``[N, H, W, C]``, a folder, or a `Dataset`. For an encoder with a range for each
+            channel, arrays hold the values of a file.
         batch_size
             Number of images decoded and embedded at a time. A folder or `Dataset` has batches of its
             own.
@@ -104,7 +105,7 @@ class Encoder:
         listed = as_images(images)
         show = _progress(progress, len(listed) if isinstance(listed, Sized) else None)
         iterator, blocks, done = iter(listed), [self._native.embed([])], 0
-        while block := [as_item(image) for image in islice(iterator, batch_size)]:
+        while block := [as_item(image, self.spec["channels"]) for image in islice(iterator, batch_size)]:
             blocks.append(self._native.embed(block))
             done += len(block)
             if show is not None:
@@ -127,7 +128,7 @@ class Encoder:
         -------
         ``float32 [3, S, S]``
         """
-        view = self._native.view(as_item(image))
+        view = self._native.view(as_item(image, self.spec["channels"]))
         if not normalize:
             return view
         normalization = self.spec["normalization"]

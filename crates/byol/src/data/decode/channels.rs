@@ -33,7 +33,11 @@ pub(super) fn decode(bytes: &[u8], channels: &Channels) -> Result<Image, DecodeE
 /// bits.
 pub(super) fn sample(bytes: &[u8], channels: &Channels) -> Result<(Vec<Vec<f32>>, bool), DecodeError> {
     let stack = read(bytes)?.select(channels)?;
-    let step = (stack.height * stack.width).div_ceil(SAMPLED_VALUES);
+    // Coprime to the width, so that the sample is not of a few columns.
+    let mut step = (stack.height * stack.width).div_ceil(SAMPLED_VALUES);
+    while step > 1 && greatest_common_divisor(step, stack.width) > 1 {
+        step += 1;
+    }
     let value = |i: usize| match &stack.samples {
         Samples::U8(values) => f32::from(values[i]),
         Samples::U16(values) => f32::from(values[i]),
@@ -52,6 +56,10 @@ pub(super) fn sample(bytes: &[u8], channels: &Channels) -> Result<(Vec<Vec<f32>>
         }
     }
     Ok((sampled, matches!(stack.samples, Samples::U8(_))))
+}
+
+fn greatest_common_divisor(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { greatest_common_divisor(b, a % b) }
 }
 
 /// Ranges of channels by the percentiles of their sampled values; 0 to 255 for 8 bits.

@@ -1,34 +1,39 @@
-//! NumPy arrays as images: `[H, W]` of integers, or `[H, W, C]`.
+//! NumPy arrays `[H, W, C]` as images.
 
 use std::io::Cursor;
 
 use npyz::{Deserialize, NpyFile, Order};
 
 use super::{
-    DecodeError, check_size,
+    DecodeError, MAX_PIXELS, check_size,
     stack::{Samples, Stack},
 };
-use crate::image::MAX_CHANNELS;
+use crate::data::levels::SampleKind;
 
 const MAGIC: &[u8] = b"\x93NUMPY";
 
 /// Longest header that is parsed.
 pub(crate) const MAX_HEADER: usize = 4096;
 
+/// Largest number of values: 2 GiB of 32-bit floats.
+const MAX_VALUES: usize = 4 * MAX_PIXELS;
+
 /// True if a file starts as an array does.
-pub(super) fn is_npy(head: &[u8]) -> bool {
+pub(crate) fn is_npy(head: &[u8]) -> bool {
     head.starts_with(MAGIC)
 }
 
-/// True if these first bytes of a file are the header of an array with the shape of an image. Two
-/// axes of floats are embeddings.
+/// True if these first bytes of a file are the header of an array that is an image.
 pub(super) fn is_image(head: &[u8]) -> bool {
-    let Ok(Header { shape, text }) = header(head) else { return false };
-    let is_integer = ["u1", "u2", "i2"].iter().any(|kind| text.contains(&format!("{kind}'")));
-    match shape[..] {
-        [_, _, c] => c <= MAX_CHANNELS as u64,
-        [_, _] => is_integer,
-        _ => false,
+    header(head).is_ok_and(|header| header.dtype().is_some() && header.is_channels_last())
+}
+
+/// Kind of an image of more than 8 bits, from the header.
+pub(super) fn kind(head: &[u8]) -> Option<SampleKind> {
+    match header(head).ok()?.dtype()? {
+        "u1" => None,
+        "u2" => Some(SampleKind::Int16),
+        _ => Some(SampleKind::Float),
     }
 }
 
@@ -38,6 +43,26 @@ pub(crate) struct Header {
     pub shape: Vec<u64>,
     /// The dictionary.
     text: String,
+}
+
+/// Types of values that are read.
+const DTYPES: [&str; 6] = ["u1", "u2", "i2", "i4", "f4", "f8"];
+
+impl Header {
+    /// Type of the values, if it is read.
+    fn dtype(&self) -> Option<&'static str> {
+        let is_type = |kind: &&&str| self.text.contains(&format!("{kind}'"));
+        DTYPES.iter().find(is_type).copied()
+    }
+
+    /// True for `[H, W, C]` with few channels. In arrays of other layouts, such as `[C, H, W]` or
+    /// `[N, H, W]`, the last axis is not shorter than the others.
+    fn is_channels_last(&self) -> bool {
+        match self.shape[..] {
+            [h, w, c] => h > 0 && w > 0 && c > 0 && (c <= 4 || c < h.min(w)),
+            _ => false,
+        }
+    }
 }
 
 /// Checks that the header is safe for the parser: short, with a single dictionary and shape. Deeply
@@ -77,26 +102,27 @@ pub(crate) fn header(start: &[u8]) -> Result<Header, String> {
 pub(super) fn read(bytes: &[u8]) -> Result<Stack, DecodeError> {
     let broken = |reason: String| DecodeError::Broken { format: "NumPy", reason };
     let unread = |reason: String| DecodeError::UnreadKind { format: "NumPy array", reason };
-    header(&bytes[..bytes.len().min(MAX_HEADER)]).map_err(broken)?;
+    let header = header(&bytes[..bytes.len().min(MAX_HEADER)]).map_err(broken)?;
     let npy = NpyFile::new(Cursor::new(bytes)).map_err(|e| broken(e.to_string()))?;
     let shape: Option<Vec<usize>> = npy.shape().iter().map(|n| usize::try_from(*n).ok()).collect();
     let (height, width, channels) = match shape.as_deref() {
-        Some([h, w]) => (*h, *w, 1),
-        Some([h, w, c]) => (*h, *w, *c),
-        _ => return Err(unread(format!("shape {:?} instead of [H, W, C]", npy.shape()))),
+        Some([h, w, c]) if header.is_channels_last() => (*h, *w, *c),
+        _ => {
+            let shape = npy.shape();
+            return Err(unread(format!("shape {shape:?} instead of [H, W, C] with fewer channels than pixels a side")));
+        }
     };
     check_size(height, width)?;
-    if height == 0 || width == 0 || !(1..=MAX_CHANNELS).contains(&channels) {
-        let reason = format!("shape [{height}, {width}, {channels}] instead of [H, W, C] with C up to {MAX_CHANNELS}");
-        return Err(unread(reason));
-    }
     if npy.order() != Order::C {
         return Err(unread("Fortran order instead of C order".into()));
     }
-    let n = height * width * channels;
     // The header is not trusted: no more is allocated than the file can hold.
+    let n = height.saturating_mul(width).saturating_mul(channels);
     if n > bytes.len() {
         return Err(broken(format!("{n} values do not fit into {} bytes", bytes.len())));
+    }
+    if n > MAX_VALUES {
+        return Err(unread(format!("more than {MAX_VALUES} values")));
     }
     let descr = npy.dtype().descr();
     let kind = descr.trim_matches('\'').trim_start_matches(['<', '>', '|', '=']);
@@ -138,17 +164,18 @@ mod tests {
         assert!(matches!(stack.samples, Samples::U16(values) if values == [1, 2, 256, 65535]));
         let stack = read(&npy("<f4", "(1, 1, 1)", &1.5f32.to_le_bytes())).unwrap();
         assert!(matches!(stack.samples, Samples::F32(values) if values == [1.5]));
-        let stack = read(&npy("|u1", "(2, 1)", &[3, 4])).unwrap();
-        assert_eq!((stack.height, stack.width, stack.channels), (2, 1, 1));
+        assert_eq!(kind(&npy("<u2", "(1, 2, 2)", &[])), Some(SampleKind::Int16));
+        assert_eq!(kind(&npy("|u1", "(1, 2, 2)", &[])), None);
     }
 
     #[test]
     fn invalid_arrays_are_refused() {
         for (descr, shape, words) in [
             ("<u2", "(1, 2, 2)", "data end too early"),
-            ("<u2", "(1, 2, 65)", "up to 64"),
+            ("<u2", "(13, 64, 64)", "shape [13, 64, 64]"),
             ("<u2", "(0, 2, 2)", "shape [0, 2, 2]"),
             ("<u2", "(9000, 9000, 60)", "do not fit"),
+            ("<u2", "(8, 9)", "shape [8, 9]"),
             ("<u2", "(4,)", "instead of [H, W, C]"),
             ("<c8", "(1, 2, 2)", "dtype"),
         ] {
@@ -159,10 +186,18 @@ mod tests {
     }
 
     #[test]
-    fn images_are_told_from_embeddings() {
-        assert!(is_image(&npy("<f4", "(8, 8, 13)", &[])));
-        assert!(is_image(&npy("<u2", "(8, 8)", &[])));
-        assert!(!is_image(&npy("<f4", "(800, 512)", &[])));
-        assert!(!is_image(&npy("<i8", "(800,)", &[])));
+    fn images_are_told_from_other_arrays() {
+        for (descr, shape, expected) in [
+            ("<f4", "(16, 16, 13)", true),
+            ("<u2", "(8, 8, 1)", true),
+            ("<f4", "(800, 512)", false),
+            ("|u1", "(800, 512)", false),
+            ("<u2", "(13, 64, 64)", false),
+            ("|u1", "(60000, 28, 28)", false),
+            ("<c8", "(16, 16, 3)", false),
+            ("<i8", "(800,)", false),
+        ] {
+            assert_eq!(is_image(&npy(descr, shape, &[])), expected, "{descr} {shape}");
+        }
     }
 }

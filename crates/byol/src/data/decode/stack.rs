@@ -36,10 +36,10 @@ impl Stack {
     /// Keeps the selected channels, in their order.
     pub fn select(self, channels: &Channels) -> Result<Stack, DecodeError> {
         let found = self.channels;
-        if found > MAX_CHANNELS {
-            return Err(DecodeError::TooManyChannels(found));
-        }
         if channels.select.is_empty() {
+            if found > MAX_CHANNELS {
+                return Err(DecodeError::TooManyChannels(found));
+            }
             let expected = channels.ranges.len();
             return match expected == 0 || expected == found {
                 true => Ok(self),
@@ -64,12 +64,16 @@ impl Stack {
     /// Maps the range of each channel to the whole range of the pixels. Values outside are clamped;
     /// pixels without data become 0.
     pub fn into_image(self, ranges: &[[f32; 2]]) -> Result<Image, DecodeError> {
-        let Stack { height, width, channels, .. } = self;
+        let (height, width, channels) = (self.height, self.width, self.channels);
         if ranges.len() != channels {
             return Err(DecodeError::WrongChannels { found: channels, expected: ranges.len() });
         }
+        let has_8_bits = ranges.iter().all(|range| *range == [0.0, 255.0]);
         let pixels = match &self.samples {
-            Samples::U8(values) if ranges.iter().all(|range| *range == [0.0, 255.0]) => values.clone().into(),
+            Samples::U8(values) if has_8_bits => match self.no_data {
+                None => values.clone().into(),
+                Some(_) => values.iter().map(|v| if self.is_missing(f32::from(*v)) { 0 } else { *v }).collect(),
+            },
             Samples::U8(values) => self.scaled(values, ranges)?,
             Samples::U16(values) => self.scaled(values, ranges)?,
             Samples::F32(values) => self.scaled(values, ranges)?,
@@ -79,6 +83,8 @@ impl Stack {
 
     fn scaled<T: Copy + Into<f32>>(&self, values: &[T], ranges: &[[f32; 2]]) -> Result<Pixels, DecodeError> {
         let max = f32::from(u16::MAX);
+        // Ranges of 8 bits are those of the type, not percentiles: nothing is outside.
+        let is_bounded = ranges.iter().all(|range| *range == [0.0, 255.0]);
         let scales: Vec<[f32; 2]> = ranges.iter().map(|[low, high]| [*low, max / (high - low)]).collect();
         let mut out = Vec::with_capacity(values.len());
         for pixel in values.chunks_exact(self.channels) {
@@ -86,6 +92,10 @@ impl Stack {
                 let v: f32 = (*v).into();
                 if self.is_missing(v) {
                     out.push(0);
+                } else if is_bounded && !(0.0..=255.0).contains(&v) && v.is_finite() {
+                    let is_white = v > 255.0;
+                    let level = if is_white { 255.0 } else { 0.0 };
+                    return Err(DecodeError::OutsideLevels { value: v, level, is_white });
                 } else if v.is_finite() {
                     // Conversion to an integer saturates.
                     out.push(((v - low) * scale).round() as u16);
@@ -95,6 +105,17 @@ impl Stack {
             }
         }
         Ok(out.into())
+    }
+}
+
+impl From<Image> for Stack {
+    fn from(image: Image) -> Stack {
+        let Image { height, width, channels, pixels } = image;
+        let samples = match pixels {
+            Pixels::U8(values) => Samples::U8(values),
+            Pixels::U16(values) => Samples::U16(values),
+        };
+        Stack { height, width, channels, samples, no_data: None }
     }
 }
 

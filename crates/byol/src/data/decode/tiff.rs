@@ -112,7 +112,7 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Raw, DecodeError> {
     Ok(Raw { image, white_is_zero, orientation })
 }
 
-/// Decodes all channels of the first image of a file, except for alpha.
+/// Decodes all channels of the first image of a file.
 pub(super) fn channels(bytes: &[u8]) -> Result<Stack, DecodeError> {
     let directory = Directory::first(bytes).ok_or_else(|| broken("its directory is incomplete"))?;
     if let Some(raw) = directory.camera_raw(bytes) {
@@ -133,10 +133,12 @@ pub(super) fn channels(bytes: &[u8]) -> Result<Stack, DecodeError> {
         Samples::U16(values) => Samples::U16(layout.colors(values)?),
         Samples::F32(values) => Samples::F32(layout.colors(values)?),
     };
-    let no_data = directory.bytes(bytes, GDAL_NO_DATA).and_then(|(text, _)| {
+    let no_data: Option<f32> = directory.bytes(bytes, GDAL_NO_DATA).and_then(|(text, _)| {
         let text = std::str::from_utf8(text).ok()?;
         text.trim_end_matches('\0').trim().parse().ok()
     });
+    // Values of fewer bits are scaled.
+    let no_data = no_data.filter(|_| layout.bits >= 8);
     Ok(Stack { height: layout.height, width: layout.width, channels: layout.colors, samples, no_data })
 }
 
@@ -324,16 +326,19 @@ impl Layout {
         let samples = value(SAMPLES).and_then(|v| usize::try_from(v).ok()).unwrap_or(1);
         let compression = value(COMPRESSION).unwrap_or(1);
         let photometric = value(PHOTOMETRIC).unwrap_or(BLACK_IS_ZERO);
-        if ![WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, YCBCR].contains(&photometric) {
-            return Err(unread("a palette or inks with all channels"));
+        let is_read = match photometric {
+            WHITE_IS_ZERO | BLACK_IS_ZERO | RGB => true,
+            YCBCR => compression == JPEG,
+            _ => false,
+        };
+        if !is_read {
+            return Err(unread("palette, CMYK or YCbCr colors with all channels"));
         }
-        let extra = directory.values(bytes, EXTRA_SAMPLES).unwrap_or_default();
-        let alphas = extra.iter().rev().take_while(|extra| matches!(extra, 1 | 2)).count();
-        let colors = samples.saturating_sub(alphas);
-        if colors == 0 {
+        if samples == 0 {
             return Err(broken("no channels"));
         }
-        Layout { samples, compression, photometric, colors, ..Layout::default() }.complete(bytes, directory)
+        // Writers mark a fourth band as alpha, whatever it is.
+        Layout { samples, compression, photometric, colors: samples, ..Layout::default() }.complete(bytes, directory)
     }
 
     /// Reads what does not depend on the meaning of the channels.
@@ -843,10 +848,12 @@ mod tests {
         let planes = planes.strips(vec![vec![0, 0, 50, 0], vec![200, 0, 44, 1]], 1);
         let image = decoded(planes, &levels(&[], 200.0, 2)).unwrap();
         assert_eq!(image.pixels, vec![0u16, 65535, 16384, 65535].into());
-        // Alpha is not a channel; other extra samples are.
-        let extra = |kind: u64| File::new(1, 1, 8, 4, RGB, &[1, 2, 3, 9]).set(EXTRA_SAMPLES, &[kind]);
-        assert_eq!(decoded(extra(2), &levels(&[], 255.0, 3)).unwrap().channels, 3);
-        assert_eq!(decoded(extra(0), &levels(&[], 255.0, 4)).unwrap().channels, 4);
+        // A band that is marked as alpha.
+        let extra = File::new(1, 1, 8, 4, RGB, &[1, 2, 3, 9]).set(EXTRA_SAMPLES, &[2]);
+        assert_eq!(decoded(extra, &levels(&[4], 255.0, 1)).unwrap().pixels, vec![9u8].into());
+        let missing = File::new(2, 1, 8, 1, BLACK_IS_ZERO, &[255, 7]);
+        let missing = missing.set_sized(GDAL_NO_DATA, 1, &b"255\0".map(u64::from));
+        assert_eq!(decoded(missing, &levels(&[], 255.0, 1)).unwrap().pixels, vec![0u8, 7].into());
         // The ASCII characters of -9999, the value without data.
         let data: Vec<u8> = [-9999.0f32, 5.0].iter().flat_map(|v| v.to_le_bytes()).collect();
         let missing = File::new(2, 1, 32, 1, BLACK_IS_ZERO, &data).set(SAMPLE_FORMAT, &[3]);
