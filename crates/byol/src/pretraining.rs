@@ -44,7 +44,7 @@ use crate::{
 /// use byol::{Dataset, Image, Pretraining, Recipe};
 ///
 /// let noise = |i: usize| (0..32 * 32 * 3).map(|j| (i * 7919 + j * 104_729) as u8).collect();
-/// let images = (0..64).map(|i| Image { height: 32, width: 32, channels: 3, pixels: noise(i).into() }).collect();
+/// let images = (0..64).map(|i| Image { height: 32, width: 32, channels: 3, pixels: noise(i) }).collect();
 /// let recipe = Recipe::named("cifar10")?.epochs(2).with("encoder.width", 0.0625)?.with("train.batch", 16)?;
 /// let recipe = recipe.with("heads.hidden", 16)?.with("heads.projection", 8)?.with("views.size", 8)?;
 ///
