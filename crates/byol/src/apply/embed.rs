@@ -78,7 +78,7 @@ pub struct Items {
     classes: Vec<String>,
     /// Image column of Parquet files, if it was chosen.
     column: Option<String>,
-    /// Black and white of images of more than 8 bits.
+    /// Mapping of file values to pixels.
     levels: Levels,
 }
 

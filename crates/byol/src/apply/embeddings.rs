@@ -89,7 +89,7 @@ pub struct Origin {
     /// Image column of Parquet files, if it was chosen.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub column: Option<String>,
-    /// Black and white of images of more than 8 bits.
+    /// Mapping of file values to pixels.
     #[serde(default, skip_serializing_if = "is_default")]
     pub levels: Levels,
 }

@@ -5,7 +5,7 @@
 //! palettes are converted. Values of more than 8 bits are mapped from [`Levels`] to 0..=255. Of an
 //! animation or of several pages the first is read. The EXIF orientation is applied.
 
-mod channels;
+pub(super) mod channels;
 mod jpeg;
 pub(crate) mod npy;
 mod stack;
@@ -139,7 +139,8 @@ pub fn bytes(bytes: &[u8], levels: &Levels) -> Result<Image, DecodeError> {
         // Not known for an image on its own.
         Some(channels) if channels.ranges.is_empty() => {
             let (sampled, has_8_bits) = channels::sample(bytes, channels)?;
-            let of_channel = |(c, reason)| DecodeError::UnknownLevels(format!("channel {c}: {reason}"));
+            let of_channel =
+                |(c, reason)| DecodeError::UnknownLevels(format!("channel {}: {reason}", channels.number(c)));
             let ranges = channels::ranges(sampled, has_8_bits).map_err(of_channel)?;
             channels::decode(bytes, &Channels { ranges, ..channels.clone() })
         }
@@ -154,7 +155,7 @@ pub fn bytes(bytes: &[u8], levels: &Levels) -> Result<Image, DecodeError> {
 /// [`DecodeError::WrongChannels`], [`DecodeError::MissingChannel`], [`DecodeError::OutsideLevels`].
 pub fn values(image: Image, levels: &Levels) -> Result<Image, DecodeError> {
     match &levels.channels {
-        Some(channels) => stack::Stack::from(image).select(channels)?.into_image(&channels.ranges),
+        Some(channels) => stack::Stack::from(image).select(channels)?.into_image(channels),
         None => Ok(image),
     }
 }
@@ -165,11 +166,6 @@ pub fn values(image: Image, levels: &Levels) -> Result<Image, DecodeError> {
 /// Those of [`bytes`].
 pub(super) fn sample_channels(bytes: &[u8], channels: &Channels) -> Result<(Vec<Vec<f32>>, bool), DecodeError> {
     without_panics(|| channels::sample(bytes, channels))
-}
-
-/// See [`channels::ranges`].
-pub(super) fn channel_ranges(sampled: Vec<Vec<f32>>, has_8_bits: bool) -> Result<Vec<[f32; 2]>, (usize, String)> {
-    channels::ranges(sampled, has_8_bits)
 }
 
 fn plural(n: usize) -> &'static str {

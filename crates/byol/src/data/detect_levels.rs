@@ -109,10 +109,8 @@ fn detect_channels(levels: &Levels, channels: &Channels, splits: &[&Images], roo
     if let Some(range) = levels.int16 {
         return Ok(Channels { ranges: vec![range; values.len()], ..channels.clone() });
     }
-    let ranges = decode::channel_ranges(values, has_8_bits);
-    let ranges = ranges.map_err(|(c, reason)| {
-        let number = channels.select.get(c - 1).map_or(c, |n| usize::from(*n));
-        invalid(format!("channel {number}: {reason}\nhint: leave it out with `--channels`"))
+    let ranges = decode::channels::ranges(values, has_8_bits).map_err(|(c, reason)| {
+        invalid(format!("channel {}: {reason}\nhint: leave it out with `--channels`", channels.number(c)))
     })?;
     Ok(Channels { ranges, ..channels.clone() })
 }

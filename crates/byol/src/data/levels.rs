@@ -39,6 +39,18 @@ pub struct Channels {
     pub ranges: Vec<[f32; 2]>,
 }
 
+impl Channels {
+    /// Number of channel `c` in the files, from 1.
+    pub fn number(&self, c: usize) -> usize {
+        self.select.get(c).map_or(c + 1, |n| usize::from(*n))
+    }
+
+    /// True for the ranges of 8 bits, which bound all values of the type. Other ranges clip.
+    pub(super) fn has_8_bits(&self) -> bool {
+        self.ranges.iter().all(|range| *range == [0.0, 255.0])
+    }
+}
+
 /// Percentiles that bound the range of a channel.
 pub(super) const PERCENTILES: [f64; 2] = [0.001, 0.999];
 
@@ -89,12 +101,6 @@ impl Levels {
 impl fmt::Display for Levels {
     /// One sentence for a note, such as `16-bit images: black is 0, white is 4095`.
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        if let Some(Channels { select, ranges }) = &self.channels {
-            let number = |c: usize| select.get(c).map_or(c + 1, |n| usize::from(*n));
-            let range = |(c, [low, high]): (usize, &[f32; 2])| format!("{}: {low} to {high}", number(c));
-            let ranges: Vec<String> = ranges.iter().enumerate().map(range).collect();
-            return write!(f, "ranges of the channels: {}", ranges.join(", "));
-        }
         let kinds = [("16-bit", self.int16), ("floating-point", self.float)];
         let parts: Vec<String> = kinds
             .into_iter()

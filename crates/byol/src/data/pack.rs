@@ -319,8 +319,8 @@ fn encode(root: &Path, images: &Images, i: usize, size: Option<usize>) -> Result
     let image = decode::bytes(&bytes, &images.levels).map_err(|e| images.image_error(i, e))?;
     let is_array = decode::npy::is_npy(&bytes);
     let format = if is_array { ImageFormat::Png } else { image::guess_format(&bytes).unwrap_or(ImageFormat::Jpeg) };
-    let is_large = is_array || size.is_some_and(|size| image.height.min(image.width) > size);
-    if !is_large {
+    let is_converted = is_array || size.is_some_and(|size| image.height.min(image.width) > size);
+    if !is_converted {
         let extension = format.extensions_str()[0];
         return Ok(Encoded { name: format!("{name}.{extension}"), bytes, label });
     }

@@ -113,8 +113,8 @@ const FIRST_VIEW: u64 = 16;
 ///
 /// let encoder = Encoder::open("byol-runs/photos")?;
 /// let images = Dataset::open("photos")?.train.sample_random(512);
-/// let recipe = Recipe::named("photos")?.check()?;
-/// let config = label_free::ViewConfig { policies: [&recipe.views.first, &recipe.views.second], size: 160, seed: 0 };
+/// let recipe = Recipe::named("imagenette")?.check()?;
+/// let config = label_free::ViewConfig { policies: [&recipe.views.first, &recipe.views.second], size: 128, seed: 0 };
 /// let metrics = label_free::measure(&encoder, &images, &eval::embed(&encoder, &images, |_| ())?, config)?;
 /// println!("RankMe {:.1}, score {:.3}", metrics.rankme, metrics.score());
 /// # Ok::<(), Box<dyn std::error::Error>>(())

@@ -35,12 +35,6 @@ impl Default for Normalization {
 }
 
 impl Normalization {
-    /// True for the statistics of the built-in recipes: ImageNet's and CIFAR-10's.
-    pub(crate) fn is_of_photos(&self) -> bool {
-        let cifar10 = Normalization { mean: vec![0.4914, 0.4822, 0.4465], std: vec![0.2470, 0.2435, 0.2616] };
-        *self == Normalization::default() || *self == cifar10
-    }
-
     /// Computes (x − mean) / std per channel. `x`: `[N, H, W, C]` in 0..1.
     pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
         if has_kernels(&x.device()) {
@@ -107,7 +101,7 @@ pub struct EncoderSpec {
     /// ε of every norm, above 0.
     #[serde(default = "reference_eps")]
     pub eps: f64,
-    /// Black and white of images of more than 8 bits, as in pretraining.
+    /// Mapping of file values to pixels, as in pretraining.
     #[serde(default = "Levels::legacy", skip_serializing_if = "Levels::is_legacy")]
     pub levels: Levels,
 }

@@ -38,7 +38,7 @@ pub struct TrainingData {
     pub held_out: Option<Images>,
     /// Image column of Parquet files, if chosen.
     pub column: Option<String>,
-    /// Black and white of images of more than 8 bits.
+    /// Mapping of file values to pixels.
     pub levels: Levels,
     /// Skipped images, each as `path: reason`.
     pub skipped: Vec<String>,

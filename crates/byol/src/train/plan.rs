@@ -104,7 +104,7 @@ impl Plan {
         let (root, train) = (&data.root, &data.train);
         let channels = train.n_channels();
         // The built-in recipes have the statistics of RGB images.
-        if (channels != CHANNELS || data.levels.channels.is_some()) && recipe.normalize.is_of_photos() {
+        if (channels != CHANNELS || data.levels.channels.is_some()) && recipe::is_built_in(&recipe.normalize) {
             recipe.normalize = data.normalization()?;
         }
         if recipe.normalize.mean.len() != channels {

@@ -477,6 +477,12 @@ pub fn built_in(name: &str) -> Option<&'static str> {
     })
 }
 
+/// True if a built-in recipe has this input normalization.
+pub(super) fn is_built_in(normalization: &Normalization) -> bool {
+    let of_recipe = |name: &str| Recipe::named(name).and_then(|recipe| recipe.check()).map(|recipe| recipe.normalize);
+    NAMES.iter().any(|name| of_recipe(name).is_ok_and(|other| other == *normalization))
+}
+
 /// Names of the view policies: augmentations for a kind of images.
 pub const VIEW_POLICIES: [&str; 2] = ["overhead", "microscopy"];
 

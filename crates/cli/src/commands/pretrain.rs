@@ -326,10 +326,9 @@ pub fn describe(plan: &Plan, device: &str, threads: usize, out: &Path) {
 
 /// Table of the channels: their range, and mean and standard deviation after scaling it to 0..1.
 fn channel_table(channels: &Channels, normalization: &Normalization) -> String {
-    let Channels { select, ranges } = channels;
     let mut table = format!("{:>7}  {:>12}  {:>12}  {:>6}  {:>6}", "channel", "low", "high", "mean", "std");
-    for (c, [low, high]) in ranges.iter().enumerate() {
-        let number = select.get(c).map_or(c + 1, |n| usize::from(*n));
+    for (c, [low, high]) in channels.ranges.iter().enumerate() {
+        let number = channels.number(c);
         let [mean, std] = [&normalization.mean, &normalization.std].map(|values| values[c]);
         table += &format!("\n{number:>7}  {low:>12}  {high:>12}  {mean:>6.3}  {std:>6.3}");
     }

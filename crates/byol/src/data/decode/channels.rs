@@ -26,7 +26,7 @@ fn read(bytes: &[u8]) -> Result<Stack, DecodeError> {
 
 /// Decodes the selected channels and maps their ranges to the whole range of the pixels.
 pub(super) fn decode(bytes: &[u8], channels: &Channels) -> Result<Image, DecodeError> {
-    read(bytes)?.select(channels)?.into_image(&channels.ranges)
+    read(bytes)?.select(channels)?.into_image(channels)
 }
 
 /// Some values of each selected channel, without pixels that have no data, and whether they have 8
@@ -65,11 +65,11 @@ fn greatest_common_divisor(a: usize, b: usize) -> usize {
 /// Ranges of channels by the percentiles of their sampled values; 0 to 255 for 8 bits.
 ///
 /// # Errors
-/// The first channel without a range, from 1, and the reason.
+/// The first channel without a range, from 0, and the reason.
 pub(in crate::data) fn ranges(sampled: Vec<Vec<f32>>, has_8_bits: bool) -> Result<Vec<[f32; 2]>, (usize, String)> {
     let range = |(c, mut values): (usize, Vec<f32>)| {
         if values.is_empty() {
-            return Err((c + 1, "no pixel has data".to_owned()));
+            return Err((c, "no pixel has data".to_owned()));
         }
         values.sort_unstable_by(f32::total_cmp);
         let at = |fraction: f64| values[((values.len() - 1) as f64 * fraction).round() as usize];
@@ -78,7 +78,7 @@ pub(in crate::data) fn ranges(sampled: Vec<Vec<f32>>, has_8_bits: bool) -> Resul
         let [low, high] = if low < high { [low, high] } else { [at(0.0), at(1.0)] };
         match low < high {
             true => Ok([low, high]),
-            false => Err((c + 1, format!("every pixel has the value {low}"))),
+            false => Err((c, format!("every pixel has the value {low}"))),
         }
     };
     if has_8_bits {
@@ -98,7 +98,7 @@ mod tests {
         assert_eq!(ranges(vec![vec![7.0; 9]], true), Ok(vec![[0.0, 255.0]]));
         let spots: Vec<f32> = std::iter::repeat_n(0.0, 5000).chain([9.0]).collect();
         assert_eq!(ranges(vec![spots], false), Ok(vec![[0.0, 9.0]]));
-        assert_eq!(ranges(vec![vec![1.0, 2.0], vec![7.0; 9]], false).unwrap_err().0, 2);
+        assert_eq!(ranges(vec![vec![1.0, 2.0], vec![7.0; 9]], false).unwrap_err().0, 1);
         assert!(ranges(vec![vec![]], false).unwrap_err().1.contains("no pixel has data"));
     }
 }

@@ -61,31 +61,27 @@ impl Stack {
         Ok(Stack { channels: numbers.len(), samples, ..self })
     }
 
-    /// Maps the range of each channel to the whole range of the pixels. Values outside are clamped;
-    /// pixels without data become 0.
-    pub fn into_image(self, ranges: &[[f32; 2]]) -> Result<Image, DecodeError> {
-        let (height, width, channels) = (self.height, self.width, self.channels);
-        if ranges.len() != channels {
-            return Err(DecodeError::WrongChannels { found: channels, expected: ranges.len() });
+    /// Maps the range of each channel to the whole range of the pixels. Values outside are clamped,
+    /// or refused if the ranges are those of 8 bits; pixels without data become 0.
+    pub fn into_image(self, channels: &Channels) -> Result<Image, DecodeError> {
+        if channels.ranges.len() != self.channels {
+            return Err(DecodeError::WrongChannels { found: self.channels, expected: channels.ranges.len() });
         }
-        let has_8_bits = ranges.iter().all(|range| *range == [0.0, 255.0]);
         let pixels = match &self.samples {
-            Samples::U8(values) if has_8_bits => match self.no_data {
-                None => values.clone().into(),
-                Some(_) => values.iter().map(|v| if self.is_missing(f32::from(*v)) { 0 } else { *v }).collect(),
-            },
-            Samples::U8(values) => self.scaled(values, ranges)?,
-            Samples::U16(values) => self.scaled(values, ranges)?,
-            Samples::F32(values) => self.scaled(values, ranges)?,
+            Samples::U8(values) if channels.has_8_bits() => {
+                values.iter().map(|v| if self.is_missing(f32::from(*v)) { 0 } else { *v }).collect()
+            }
+            Samples::U8(values) => self.scaled(values, channels)?,
+            Samples::U16(values) => self.scaled(values, channels)?,
+            Samples::F32(values) => self.scaled(values, channels)?,
         };
-        Ok(Image { height, width, channels, pixels })
+        Ok(Image { height: self.height, width: self.width, channels: self.channels, pixels })
     }
 
-    fn scaled<T: Copy + Into<f32>>(&self, values: &[T], ranges: &[[f32; 2]]) -> Result<Pixels, DecodeError> {
+    fn scaled<T: Copy + Into<f32>>(&self, values: &[T], channels: &Channels) -> Result<Pixels, DecodeError> {
         let max = f32::from(u16::MAX);
-        // Ranges of 8 bits are those of the type, not percentiles: nothing is outside.
-        let is_bounded = ranges.iter().all(|range| *range == [0.0, 255.0]);
-        let scales: Vec<[f32; 2]> = ranges.iter().map(|[low, high]| [*low, max / (high - low)]).collect();
+        let is_bounded = channels.has_8_bits();
+        let scales: Vec<[f32; 2]> = channels.ranges.iter().map(|[low, high]| [*low, max / (high - low)]).collect();
         let mut out = Vec::with_capacity(values.len());
         for pixel in values.chunks_exact(self.channels) {
             for (v, [low, scale]) in pixel.iter().zip(&scales) {
@@ -184,7 +180,7 @@ mod tests {
     }
 
     fn image(stack: Stack, channels: &Channels) -> Result<Image, String> {
-        let image = stack.select(channels).and_then(|stack| stack.into_image(&channels.ranges));
+        let image = stack.select(channels).and_then(|stack| stack.into_image(channels));
         image.map_err(|e| e.to_string())
     }
 

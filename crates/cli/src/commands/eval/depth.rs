@@ -37,11 +37,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let common = &args.common;
     let encoder = common.encoder()?;
     let data = dense_labels::depth(&common.data, args.limit, encoder.spec.levels.clone())?;
-    if let Some(found) = data.train.first().map(|pair| pair.image.channels)
-        && found != encoder.spec.channels
-    {
-        return Err(byol::data::Error::Mismatch { found, expected: encoder.spec.channels }.into());
-    }
+    heads::ensure_channels(&encoder, &data.train[0].image)?;
     super::warn_if_enlarged(&encoder, &data.train[0].image, &common.data);
     let protocol = args.protocol(data.train.iter().map(|pair| &pair.image));
     terminal::note(heads::counts(data.train.len(), data.test.len()));

@@ -5,6 +5,7 @@ use std::{path::PathBuf, time::Instant};
 
 use byol::{
     apply::sheet::{self, Tile},
+    data,
     eval::dense_heads::Protocol,
     image::Image,
     nn::Encoder,
@@ -43,6 +44,12 @@ pub struct DenseArgs {
     /// Picture of the predictions next to the ground truth (.png) [default: in RUN/eval]
     #[arg(long, value_name = "FILE")]
     pub picture: Option<PathBuf>,
+}
+
+/// Checks that an image has the channels of the encoder's input.
+pub fn ensure_channels(encoder: &Encoder, image: &Image) -> Result<()> {
+    let (found, expected) = (image.channels, encoder.spec.channels);
+    if found == expected { Ok(()) } else { Err(data::Error::Mismatch { found, expected }.into()) }
 }
 
 /// Predictions on the test images by one encoder with its head.

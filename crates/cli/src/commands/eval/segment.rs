@@ -36,11 +36,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let common = &args.common;
     let encoder = common.encoder()?;
     let data = dense_labels::segmentation(&common.data, args.limit, encoder.spec.levels.clone())?;
-    if let Some(found) = data.train.first().map(|pair| pair.image.channels)
-        && found != encoder.spec.channels
-    {
-        return Err(byol::data::Error::Mismatch { found, expected: encoder.spec.channels }.into());
-    }
+    heads::ensure_channels(&encoder, &data.train[0].image)?;
     super::warn_if_enlarged(&encoder, &data.train[0].image, &common.data);
     must_be_learnable(args, &data)?;
     let protocol = args.protocol(data.train.iter().map(|pair| &pair.image));
