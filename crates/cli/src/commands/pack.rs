@@ -21,7 +21,7 @@ Examples:
 /// the checksums of all shards. After Ctrl-C or a crash, the same command continues after the last
 /// complete shard.
 #[derive(Debug, clap::Args)]
-#[command(after_long_help = EXAMPLES)]
+#[command(after_long_help = EXAMPLES, mut_arg("channels", |channels| channels.hide(true)))]
 pub struct Args {
     /// Images: a folder, CIFAR or IDX files, or shards
     data: PathBuf,
