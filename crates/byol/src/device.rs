@@ -505,7 +505,11 @@ mod gpu {
             ("vulkan", wgpu::Backends::VULKAN, WgpuBackend::Vulkan),
             ("wgpu", wgpu::Backends::DX12, WgpuBackend::Dx12),
         ];
-        let instance = wgpu::Instance::default();
+        // Not OpenGL, whose drivers make the symbols of their LLVM global: in Python, an import of
+        // PyTorch's Triton, which has an LLVM of its own, would then crash.
+        let backends = apis.iter().fold(wgpu::Backends::empty(), |all, (_, backends, _)| all | *backends);
+        let without_display = wgpu::InstanceDescriptor::new_without_display_handle();
+        let instance = wgpu::Instance::new(wgpu::InstanceDescriptor { backends, ..without_display });
         let mut all = Vec::new();
         for (choice, backends, api) in apis {
             let (mut discrete, mut integrated, mut shared) = (0, 0, 0);
@@ -551,6 +555,13 @@ mod gpu {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(all(feature = "gpu", target_os = "linux"))]
+    #[test]
+    fn opengl_is_not_loaded() {
+        gpu::adapters();
+        assert!(!std::fs::read_to_string("/proc/self/maps").unwrap().contains("libEGL"));
+    }
 
     #[test]
     fn auto_never_selects_a_software_driver() {

@@ -210,17 +210,18 @@ impl Session {
 #[pymethods]
 impl Dataset {
     /// Opens a folder of images, CIFAR or IDX files, or shards; for an encoder, with the levels
-    /// that it was trained with. `channels` are the numbers of channels, from 1; none for all.
+    /// that it was trained with. `channels` is the value of the flag `--channels`.
     #[staticmethod]
     fn open(
         py: Python,
         path: PathBuf,
         column: Option<String>,
         encoder: Option<&Encoder>,
-        channels: Option<Vec<u16>>,
+        channels: Option<&str>,
     ) -> PyResult<Dataset> {
+        let channels = channels.map(str::parse).transpose().map_err(|e: String| errors::data_text(e))?;
         let levels = match (channels, encoder) {
-            (Some(numbers), _) => data::Levels::with_channels(numbers),
+            (Some(channels), _) => data::Levels { channels: Some(channels), ..data::Levels::default() },
             (None, Some(encoder)) => encoder.inner.spec.levels.clone(),
             (None, None) => data::Levels::default(),
         };
@@ -375,6 +376,10 @@ impl Source {
     pub fn decode(self, levels: &data::Levels) -> PyResult<Image> {
         match self {
             // As the same values in a file.
+            Source::Pixels(_) if levels.sound.is_some() => {
+                let reason = "the encoder was trained on sounds, not on images".into();
+                Err(errors::data(data::Error::OtherInput { reason, hint: "pass the files of sounds" }))
+            }
             Source::Pixels(image) => {
                 let (found, selected) = (image.channels, levels.channels.as_ref());
                 data::decode::values(image, levels).map_err(|error| match (error, selected) {

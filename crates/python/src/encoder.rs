@@ -115,7 +115,7 @@ impl Encoder {
     /// Writes the encoder as ONNX or safetensors. Returns the largest difference of a feature from
     /// this encoder's.
     fn export(&self, py: Python, path: PathBuf, normalized_input: bool) -> PyResult<f64> {
-        let images = synthetic::with_channels(8, self.inner.spec.channels);
+        let images = synthetic::with_channels(8, self.inner.spec.channels, &self.inner.spec.levels);
         let write = || export::write(&self.inner, &path, !normalized_input, &images).map_err(errors::byol);
         Ok(detached(py, write)?.difference)
     }
@@ -130,7 +130,7 @@ impl Encoder {
         if let Some(other) = images.iter().find(|image| image.channels != expected) {
             return Err(errors::data(Error::Mismatch { found: other.channels, expected }));
         }
-        eval::embed(&self.inner, &Images::memory(images, None), |_| ()).map_err(errors::data)
+        eval::embed(&self.inner, &Images::memory(images, None).read_with(levels.clone()), |_| ()).map_err(errors::data)
     }
 }
 

@@ -6,14 +6,13 @@ use std::{
 };
 
 use byol::{
-    data::{Dataset as ByolDataset, Images},
+    data::{self as byol_data, Dataset as ByolDataset, Images},
     device,
     eval::{
         self, Features, knn as nearest_neighbors, label_free as without_labels, linear as probe, logistic, results,
         split::{self, LabeledSplit},
     },
     train::data::cache_bytes,
-    views::Policy,
 };
 use pyo3::prelude::*;
 
@@ -96,7 +95,9 @@ pub fn linear(py: Python, encoder: &Encoder, dataset: &Dataset, limit: usize, se
         let (train, test, classes) = labeled(&dataset.inner, limit, stop)?;
         let (features, queries) = (finite(encoder, &train, stop)?, finite(encoder, &test, stop)?);
         let held_out = probe::held_out_mask(labels(&train), seed);
-        let fit = logistic::fit_best(&features, labels(&train), classes, &logistic::strengths(), &held_out);
+        let (strengths, stopped) = (logistic::strengths(), || stop.load(Ordering::Relaxed));
+        let fit = logistic::fit_best_unless(&features, labels(&train), classes, &strengths, &held_out, &stopped)
+            .ok_or_else(|| errors::data(split::Error::from(byol_data::Error::Stopped)))?;
         if !fit.classifier.is_finite() {
             return Err(errors::byol("the classifier has diverged: its weights contain NaN or infinity"));
         }
@@ -130,8 +131,8 @@ pub fn label_free(
         }
         let representations = finite(encoder, &images, stop)?;
         let (policies, size) = match &encoder.plan {
-            Some(plan) => ([plan.recipe.views.first.clone(), plan.recipe.views.second.clone()], plan.recipe.views.size),
-            None => ([Policy::default(), Policy::second()], encoder.inner.spec.size),
+            Some(plan) => (plan.recipe.policies(), plan.recipe.views.size),
+            None => (encoder.inner.spec.default_policies(), encoder.inner.spec.size),
         };
         let config = without_labels::ViewConfig { policies: [&policies[0], &policies[1]], size, seed };
         let measured = without_labels::measure_per_image(&encoder.inner, &images, &representations, config);

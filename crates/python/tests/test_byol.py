@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import wave
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,9 @@ import pytest
 from conftest import SMALL, pictures
 
 import byol
+
+NOTEBOOK = Path(__file__).parents[3] / "docs/tutorial/python.ipynb"
+in_repository = pytest.mark.skipif(not NOTEBOOK.exists(), reason="the notebook is in the repository only")
 
 
 def test_data_set_of_arrays_has_their_images_and_labels(data):
@@ -409,6 +413,60 @@ def test_preprocess_is_the_view_that_embed_uses(encoder, data, tmp_path):
     assert np.allclose(features, encoder.embed(array), atol=1e-4)
 
 
+def write_wav(path, samples, rate):
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes((np.asarray(samples) * 32767).astype("<i2").tobytes())
+
+
+def test_sounds(tmp_path):
+    for i in range(40):
+        folder = tmp_path / "clips" / ("low" if i % 2 else "high")
+        folder.mkdir(parents=True, exist_ok=True)
+        t = np.arange(4000) / 8000
+        write_wav(folder / f"{i}.wav", 0.3 * np.sin(2 * np.pi * (300 if i % 2 else 1500) * t + i), 8000)
+    clips = byol.Dataset.open(tmp_path / "clips")
+    assert clips.image(0).shape == (64, 51, 1)
+    run = byol.pretrain(clips, tmp_path / "run", **{**SMALL, "epochs": 1, "warmup_epochs": 0})
+    encoder = run.encoder
+    assert encoder.spec["levels"] == {"sound": {"rate": 8000}}
+    assert byol.evaluate.knn(encoder, tmp_path / "clips").accuracy > 0.5
+    query = tmp_path / "clips/low/1.wav"
+    assert encoder.embed(query).shape == (1, 32) and encoder.preprocess(query).shape == (1, 16, 16)
+    write_wav(tmp_path / "other.wav", np.zeros(1600), 16000)
+    assert np.isfinite(encoder.embed(tmp_path / "other.wav")).all()
+    with pytest.raises(byol.DataError, match="trained on sounds"):
+        encoder.embed(np.zeros((64, 51, 1), np.uint16))
+    with pytest.raises(byol.DataError, match="trained on sounds"):
+        byol.evaluate.knn(encoder, byol.Dataset.synthetic(20, 10))
+    (tmp_path / "rates").mkdir()
+    for i in range(4):
+        write_wav(tmp_path / f"rates/{i}.wav", np.zeros(1600), 16000)
+    with pytest.raises(byol.DataError, match="16000 Hz, but the encoder was trained at 8000 Hz"):
+        encoder.embed(byol.Dataset.open(tmp_path / "rates"))
+    assert encoder.embed(tmp_path / "rates").shape == (4, 32)
+
+
+@in_repository
+def test_documented_code_computes_the_view_of_a_sound(tmp_path, monkeypatch):
+    pytest.importorskip("librosa")
+    pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        (tmp_path / "clips").mkdir(exist_ok=True)
+        write_wav(tmp_path / f"clips/{i}.wav", rng.uniform(-0.3, 0.3, 20000), 8000)
+    run = byol.pretrain("clips", **{**SMALL, "epochs": 1, "warmup_epochs": 0})
+    write_wav(tmp_path / "query.wav", 0.5 * np.sin(np.arange(20000) ** 1.2 / 30), 8000)
+    page = (NOTEBOOK.parents[1] / "how-to/sounds.md").read_text(encoding="utf-8")
+    names = {}
+    exec(page.split("```python\n")[1].split("```")[0], names)
+    expected = run.encoder.preprocess("query.wav", normalize=False)[None]
+    assert np.abs(names["view"] - expected).max() < 1e-4
+
+
 def test_state_dict_has_the_names_of_torchvision(encoder):
     state = encoder.state_dict()
     assert state["conv1.weight"].shape == (4, 3, 3, 3)
@@ -424,14 +482,20 @@ def test_torchvision_computes_the_same_features(encoder, data):
     with torch.no_grad():
         features = model(torch.from_numpy(encoder.preprocess(data.image(5)))[None])
     assert np.allclose(features.numpy(), expected, atol=1e-4)
-    with pytest.raises(byol.EncoderError, match="width 0.0625"):
-        encoder.to_timm()
 
 
-def test_timm_computes_the_same_features(data, tmp_path):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"width": 1.0},
+        {"width": 0.125, "settings": {"encoder.stem": "imagenet"}},
+        {"width": 0.25, "encoder": "resnet50"},
+    ],
+)
+def test_timm_computes_the_same_features(data, tmp_path, flags):
     torch = pytest.importorskip("torch")
     pytest.importorskip("timm")
-    run = byol.pretrain(data, tmp_path / "run", **{**SMALL, "width": 1.0, "epochs": 1, "warmup_epochs": 0})
+    run = byol.pretrain(data, tmp_path / "run", **{**SMALL, **flags, "epochs": 1, "warmup_epochs": 0})
     encoder = run.encoder
     with torch.no_grad():
         features = encoder.to_timm()(torch.from_numpy(encoder.preprocess(data.image(5)))[None])
@@ -623,9 +687,6 @@ def test_command_starts_itself_and_stops_on_ctrl_c(encoder, data, tmp_path):
         assert server.wait(timeout=20) != 0
 
 
-NOTEBOOK = Path(__file__).parents[3] / "docs/tutorial/python.ipynb"
-
-
 #: The notebook's code on fewer images and in one epoch.
 SMALLER = [
     ("synthetic(2000, 800)", "synthetic(200, 60)"),
@@ -644,7 +705,15 @@ def smaller_notebook():
     return notebook
 
 
-in_repository = pytest.mark.skipif(not NOTEBOOK.exists(), reason="the notebook is in the repository only")
+@in_repository
+def test_types_are_consistent(tmp_path):
+    pytest.importorskip("mypy")
+    options = ["--config-file", str(NOTEBOOK.parents[2] / "pyproject.toml"), "--cache-dir", str(tmp_path)]
+    package = Path(byol.__file__).parent
+    checked = subprocess.run(
+        [sys.executable, "-m", "mypy", *options, "-p", "byol"], cwd=package.parent, capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stdout
 
 
 @in_repository

@@ -311,7 +311,7 @@ impl Job<'_> {
     pub fn run(&self, stop: &AtomicBool, mut on_progress: impl FnMut(usize, usize)) -> Result<Outcome, Error> {
         embeddings::output_files(self.out)?;
         for (_, images) in &self.items.splits {
-            images.ensure_channels(self.encoder.spec.channels)?;
+            images.ensure_input(self.encoder.spec.channels, &self.encoder.spec.levels)?;
         }
         let range = self.range()?;
         if range.is_empty() {

@@ -96,7 +96,10 @@ pub fn write(encoder: &Encoder, path: &Path, normalize: bool, images: &Images) -
             let normalization = serde_json::to_string(&spec.normalization).expect("a normalization serializes");
             let metadata = [
                 ("byol", serde_json::to_string(spec).expect("a spec serializes")),
-                ("input", format!("RGB, {}", if normalize { "0..1" } else { "normalized: (x - mean) / std" })),
+                (
+                    "input",
+                    format!("{}, {}", spec.input(), if normalize { "0..1" } else { "normalized: (x - mean) / std" }),
+                ),
                 ("normalization", normalization),
             ];
             let mut model = onnx::model(encoder, normalize, &metadata);
@@ -117,7 +120,7 @@ pub fn write(encoder: &Encoder, path: &Path, normalize: bool, images: &Images) -
 /// Evaluation views of all images: `[N, S, S, C]`.
 fn views(encoder: &Encoder, images: &Images) -> Result<Tensor<4>, data::Error> {
     let spec = &encoder.spec;
-    images.ensure_channels(spec.channels)?;
+    images.ensure_input(spec.channels, &spec.levels)?;
     let view = |i: usize| Ok(spec.evaluation_view(&*images.get(i)?).interleaved());
     let views = (0..images.len()).map(view).collect::<Result<Vec<_>, data::Error>>()?.concat();
     let shape = [images.len(), spec.size, spec.size, spec.channels];

@@ -129,6 +129,18 @@ impl RowImages {
         }
     }
 
+    /// True if the images are spectrograms of sounds.
+    pub fn are_sounds(&self) -> bool {
+        self.options.levels.sound.is_some()
+    }
+
+    /// Bytes of the file of a sound; `None` for images, and for a file that does not exist or may
+    /// not be read.
+    pub fn sound(&self, row: usize) -> Option<Vec<u8>> {
+        let file = self.are_sounds().then(|| self.file(&self.paths[row]).ok().flatten())??;
+        std::fs::read(file).ok()
+    }
+
     /// Returns the file of an image, if there is one that may be read.
     fn file(&self, name: &str) -> io::Result<Option<PathBuf>> {
         let real = match std::fs::canonicalize(name) {

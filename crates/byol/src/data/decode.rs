@@ -7,7 +7,9 @@
 
 pub(super) mod channels;
 mod jpeg;
+pub(crate) mod log_mel;
 pub(crate) mod npy;
+pub(crate) mod sound;
 mod stack;
 mod tiff;
 mod unread;
@@ -20,10 +22,12 @@ use std::{
 
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, metadata::Orientation};
 
+pub use self::sound::MAX_SAMPLES;
 pub(crate) use self::unread::unread_content;
 pub(crate) use self::unread::unread_format;
 use super::{
     CHANNELS, Image, Levels, MAX_CHANNELS,
+    file_pattern::FilePattern,
     levels::{Channels, Range, SampleKind},
 };
 use crate::catch_panic::catch_panic;
@@ -73,6 +77,20 @@ pub enum DecodeError {
         /// Number of the missing channel, from 1.
         missing: usize,
     },
+    /// A file that does not exist, of an image that has several.
+    #[error("its file {0} does not exist")]
+    MissingFile(String),
+    /// A file of an image that has several.
+    #[error("{name}: {source}")]
+    File {
+        /// Name of the file.
+        name: String,
+        /// Reason that it cannot be decoded.
+        source: Box<DecodeError>,
+    },
+    /// A file whose name does not have the pattern of the first file of an image.
+    #[error("its name does not match `{0}`")]
+    OtherName(FilePattern),
     /// NaN or infinite values.
     #[error("it contains NaN or infinite values")]
     NotFinite,
@@ -92,6 +110,29 @@ pub enum DecodeError {
     /// Values that do not tell black and white, in an image by itself.
     #[error("cannot detect the black and white levels: {0}\nhint: choose them with `--levels`")]
     UnknownLevels(String),
+    /// A sound, in a set of images.
+    #[error("{} file, which is a sound", unread::with_article(.0))]
+    Sound(&'static str),
+    /// Not a sound, in a set of sounds.
+    #[error("not a WAV, FLAC, Ogg Vorbis or MP3 file")]
+    NotASound,
+    /// A sound with an encoding that is not read.
+    #[error("a kind of {format} file that byol does not read ({reason})\nhint: convert it to WAV or FLAC")]
+    UnreadSound {
+        /// Format of the file.
+        format: &'static str,
+        /// Unread feature.
+        reason: String,
+    },
+    /// A sound without samples.
+    #[error("the sound is empty: it has no samples")]
+    NoSamples,
+    /// A sound of more than [`MAX_SAMPLES`].
+    #[error(
+        "it has more than {} million samples per channel, 10 minutes at 48 kHz\nhint: cut it into clips",
+        MAX_SAMPLES / 1_000_000
+    )]
+    TooLong,
     /// More than [`MAX_PIXELS`] pixels.
     #[error("{width} x {height} pixels exceed the limit of {} million", MAX_PIXELS / 1_000_000)]
     TooLarge {
@@ -123,7 +164,12 @@ pub enum DecodeError {
 /// # Errors
 /// Any [`DecodeError`].
 pub fn file(path: &Path, levels: &Levels) -> Result<Image, DecodeError> {
-    bytes(&fs::read(path)?, levels)
+    match &levels.channels {
+        Some(channels) if !channels.files.is_empty() => {
+            without_panics(|| channels::image(channels::read_files(path, channels)?, channels))
+        }
+        _ => bytes(&fs::read(path)?, levels),
+    }
 }
 
 /// Decodes the bytes of a file. The format is detected from the content, not from a name.
@@ -134,17 +180,10 @@ pub fn file(path: &Path, levels: &Levels) -> Result<Image, DecodeError> {
 /// # Errors
 /// Any but [`DecodeError::Read`].
 pub fn bytes(bytes: &[u8], levels: &Levels) -> Result<Image, DecodeError> {
-    without_panics(|| match &levels.channels {
-        None => decode(bytes)?.into_image(levels),
-        // Not known for an image on its own.
-        Some(channels) if channels.ranges.is_empty() => {
-            let (sampled, has_8_bits) = channels::sample(bytes, channels)?;
-            let of_channel =
-                |(c, reason)| DecodeError::UnknownLevels(format!("channel {}: {reason}", channels.number(c)));
-            let ranges = channels::ranges(sampled, has_8_bits).map_err(of_channel)?;
-            channels::decode(bytes, &Channels { ranges, ..channels.clone() })
-        }
-        Some(channels) => channels::decode(bytes, channels),
+    without_panics(|| match (&levels.channels, &levels.sound) {
+        (Some(channels), _) => channels::image(channels::read(bytes, channels)?, channels),
+        (None, Some(sound)) => sound::decode(bytes, sound),
+        (None, None) => decode(bytes)?.into_image(levels),
     })
 }
 
@@ -163,9 +202,27 @@ pub fn values(image: Image, levels: &Levels) -> Result<Image, DecodeError> {
 /// Some values of each channel of an image, and whether they have 8 bits.
 ///
 /// # Errors
+/// Those of [`file`].
+pub(super) fn sample_channels(encoded: Encoded, channels: &Channels) -> Result<(Vec<Vec<f32>>, bool), DecodeError> {
+    without_panics(|| match encoded {
+        Encoded::File(path) if !channels.files.is_empty() => channels::sample(&channels::read_files(path, channels)?),
+        Encoded::File(path) => channels::sample(&channels::read(&fs::read(path)?, channels)?),
+        Encoded::Bytes(bytes) => channels::sample(&channels::read(bytes, channels)?),
+    })
+}
+
+/// An encoded image.
+pub(super) enum Encoded<'a> {
+    File(&'a Path),
+    Bytes(&'a [u8]),
+}
+
+/// Sample rate of a sound.
+///
+/// # Errors
 /// Those of [`bytes`].
-pub(super) fn sample_channels(bytes: &[u8], channels: &Channels) -> Result<(Vec<Vec<f32>>, bool), DecodeError> {
-    without_panics(|| channels::sample(bytes, channels))
+pub(super) fn sound_rate(bytes: &[u8]) -> Result<u32, DecodeError> {
+    without_panics(|| sound::rate(bytes))
 }
 
 fn plural(n: usize) -> &'static str {
@@ -229,6 +286,9 @@ fn decode(bytes: &[u8]) -> Result<Raw, DecodeError> {
     }
     if npy::is_npy(bytes) {
         return npy::read(bytes)?.try_into();
+    }
+    if let Some(format) = sound::format(bytes) {
+        return Err(DecodeError::Sound(format));
     }
     match guess_format(bytes) {
         Some(ImageFormat::Jpeg) => jpeg::decode(bytes),

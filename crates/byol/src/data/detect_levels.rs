@@ -1,6 +1,7 @@
 //! Detection of the levels of a data set.
 
 use std::{
+    collections::BTreeMap,
     fs,
     io::{self, BufReader, Cursor},
     path::Path,
@@ -9,8 +10,10 @@ use std::{
 use rayon::prelude::*;
 
 use super::{
-    DecodeError, Error, Images, Source, decode,
-    levels::{Channels, Levels, Range, SampleKind},
+    DecodeError, Error, Images, Source,
+    decode::{self, Encoded, log_mel::RATE},
+    folder::Media,
+    levels::{Channels, Levels, Range, SampleKind, Sound},
     stratified_positions,
 };
 
@@ -23,13 +26,16 @@ const MAX_DECODED: usize = 512;
 /// Images in a sample.
 const SAMPLE: usize = 64;
 
-/// Completes `levels` by those of a sample of the images. Only images of more than 8 bits are
-/// decoded. Unreadable ones are ignored: they are reported when they are used.
+/// Completes `levels` by those of a sample of the images, or sounds. Only images of more than 8
+/// bits are decoded. Unreadable ones are ignored: they are reported when they are used.
 ///
 /// # Errors
 /// [`Error::Levels`] with the values found, if they do not tell black and white; [`Error::Read`],
 /// [`Error::Shard`] if the machine cannot read an image.
 pub(super) fn complete(levels: Levels, splits: &[&Images], root: &Path) -> Result<Levels, Error> {
+    if has_sounds(splits) || levels.sound.is_some() {
+        return detect_sound(levels, splits, root);
+    }
     if let Some(channels) = &levels.channels {
         return match channels.ranges.is_empty() {
             false => Ok(levels),
@@ -64,13 +70,56 @@ pub(super) fn complete(levels: Levels, splits: &[&Images], root: &Path) -> Resul
         Some(known) => Ok(Some(known)),
         None => detect(kind),
     });
-    Ok(Levels { int16: int16?, float: float?, channels: None })
+    Ok(Levels { int16: int16?, float: float?, ..Levels::default() })
+}
+
+/// True if the first file is a sound. The others of a data set are of the same kind.
+fn has_sounds(splits: &[&Images]) -> bool {
+    splits
+        .first()
+        .is_some_and(|images| !images.is_empty() && images.path(0).is_some_and(|path| Media::of(path) == Media::Sounds))
+}
+
+/// Conversion of sounds: at the most common sample rate of a sample of the first split's files, at
+/// most [`RATE`].
+fn detect_sound(levels: Levels, splits: &[&Images], root: &Path) -> Result<Levels, Error> {
+    let invalid =
+        |what: &str, hint| Err(Error::OtherInput { reason: format!("{} contains {what}", root.display()), hint });
+    let Some(images) = splits.first().filter(|images| !images.is_empty()) else { return Ok(levels) };
+    match (has_sounds(splits), levels.sound) {
+        (false, _) => return invalid("images, but the encoder was trained on sounds", "pass a folder of sounds"),
+        (true, Some(_)) => return Ok(levels),
+        (true, None) => {}
+    }
+    match &levels.channels {
+        // Those of an encoder are complete.
+        Some(Channels { ranges, .. }) if ranges.is_empty() => {
+            return invalid("sounds, which have no channels to choose", "omit `--channels`");
+        }
+        None if levels == Levels::default() => {}
+        _ => return invalid("sounds, not images", "pass a folder of images, or omit `--levels`"),
+    }
+    let rate = |i: usize| {
+        let Some(bytes) = images.encoded_bytes(i) else { return Ok(None) };
+        let rate = bytes.map_err(DecodeError::Read).and_then(|bytes| decode::sound_rate(&bytes));
+        rate.map(Some).or_else(|e| ignore_unreadable(images, i, e))
+    };
+    let positions = stratified_positions(images.len(), images.len().min(SAMPLE));
+    let rates: Vec<Option<u32>> = positions.into_par_iter().map(rate).collect::<Result<_, Error>>()?;
+    let mut counts = BTreeMap::<u32, usize>::new();
+    rates.into_iter().flatten().for_each(|rate| *counts.entry(rate.min(RATE)).or_default() += 1);
+    // The highest of equally common rates.
+    let rate = counts.into_iter().max_by_key(|(_, n)| *n).map_or(RATE, |(rate, _)| rate);
+    Ok(Levels { sound: Some(Sound { rate }), ..Levels::default() })
 }
 
 /// Ranges of the channels, by a sample of the first split's images.
 fn detect_channels(levels: &Levels, channels: &Channels, splits: &[&Images], root: &Path) -> Result<Channels, Error> {
     let invalid = |reason: String| Error::Channels { root: root.to_owned(), reason };
     let Some(images) = splits.first() else { return Ok(channels.clone()) };
+    if !channels.files.is_empty() && !matches!(images.source, Source::Files(_)) {
+        return Err(invalid("shards have no files of channels\nhint: pass numbers of channels".into()));
+    }
     if !matches!(images.source, Source::Files(_) | Source::Shards(_)) {
         return Err(invalid("CIFAR and IDX files have no channels to choose\nhint: omit `--channels`".into()));
     }
@@ -79,8 +128,14 @@ fn detect_channels(levels: &Levels, channels: &Channels, splits: &[&Images], roo
         _ => stratified_positions(images.len(), images.len().min(SAMPLE)),
     };
     let sample = |i: usize| {
-        let Some(bytes) = images.encoded_bytes(i) else { return Ok(None) };
-        let sample = bytes.map_err(DecodeError::Read).and_then(|bytes| decode::sample_channels(&bytes, channels));
+        let sample = match images.path(i) {
+            Some(path) => decode::sample_channels(Encoded::File(path), channels),
+            None => {
+                let Some(bytes) = images.encoded_bytes(i) else { return Ok(None) };
+                let sample = |bytes: Vec<u8>| decode::sample_channels(Encoded::Bytes(&bytes), channels);
+                bytes.map_err(DecodeError::Read).and_then(sample)
+            }
+        };
         sample.map(|sample| Some((i, sample))).or_else(|e| match e {
             // Report the first image instead of skipping every image.
             DecodeError::MissingChannel { .. } | DecodeError::TooManyChannels(_) => {

@@ -1,4 +1,5 @@
-//! Folders of image files, at any depth, with any names.
+//! Folders of image files or sounds, at any depth, with any names. Of both, the more numerous are
+//! read.
 //!
 //! A folder that contains nothing but one folder with images stands for that folder. Folders named
 //! after splits are splits where that makes sense (`find_splits`); otherwise they are classes like
@@ -14,7 +15,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{Dataset, Error, Images, Unused, decode, list};
+use super::{Dataset, Error, Images, Unused, decode, file_pattern::FilePattern, list};
 
 const EXTENSIONS: [&str; 10] = ["jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff"];
 
@@ -47,6 +48,13 @@ const CONTAINERS: [&str; 10] =
 /// Endings of videos.
 const VIDEOS: [&str; 10] = ["mp4", "mov", "avi", "mkv", "webm", "m4v", "mpg", "mpeg", "wmv", "3gp"];
 
+/// Endings of sounds that are read.
+const SOUNDS: [&str; 5] = ["wav", "flac", "ogg", "oga", "mp3"];
+
+/// Endings of other sounds.
+const UNREAD_SOUNDS: [&str; 12] =
+    ["m4a", "aac", "opus", "aif", "aiff", "wma", "amr", "caf", "ape", "wv", "mid", "midi"];
+
 /// Endings of texts, whose first letters may be those of an image format.
 const TEXTS: [&str; 14] =
     ["txt", "csv", "tsv", "json", "jsonl", "xml", "md", "html", "htm", "yaml", "yml", "toml", "log", "py"];
@@ -64,6 +72,14 @@ enum UnreadKind {
     Container(&'static str),
     /// Video with this ending.
     Video(&'static str),
+    /// Sound with this ending.
+    SoundFormat(&'static str),
+    /// Sound beside images.
+    Sound,
+    /// Image beside sounds.
+    Image,
+    /// Image file that has none of the patterns of `--channels`.
+    Unmatched,
     /// Image whose name starts with a dot.
     Hidden,
     /// Image in a run folder.
@@ -85,9 +101,13 @@ impl UnreadKind {
             UnreadKind::Archive(ending)
             | UnreadKind::Shard(ending)
             | UnreadKind::Container(ending)
-            | UnreadKind::Video(ending) => {
+            | UnreadKind::Video(ending)
+            | UnreadKind::SoundFormat(ending) => {
                 format!(".{ending} file{plural}")
             }
+            UnreadKind::Sound => format!("sound{plural}"),
+            UnreadKind::Image => format!("image{plural}"),
+            UnreadKind::Unmatched => format!("image file{plural} without a pattern of `--channels`"),
             UnreadKind::Hidden => format!("hidden image{plural}"),
             UnreadKind::Run => format!("image{plural} in run folders"),
             UnreadKind::BrokenLink => format!("broken link{plural}"),
@@ -103,6 +123,10 @@ impl UnreadKind {
             UnreadKind::Shard(_) => format!("not read beside image files; {}", self.remedy()),
             UnreadKind::Container(_) => format!("not read; {}", self.remedy()),
             UnreadKind::Video(_) => format!("videos are not read; {}", self.remedy()),
+            UnreadKind::SoundFormat(_) => format!("unsupported format; {}", self.remedy()),
+            UnreadKind::Sound => format!("not read beside image files; {}", self.remedy()),
+            UnreadKind::Image => "not read beside sounds".into(),
+            UnreadKind::Unmatched => "not a file of an image".into(),
             UnreadKind::Hidden => "names that start with a dot are not read".into(),
             UnreadKind::Run => "run folders are excluded".into(),
             UnreadKind::BrokenLink => "the linked file does not exist".into(),
@@ -118,8 +142,47 @@ impl UnreadKind {
             UnreadKind::Shard(_) => "pass them on their own",
             UnreadKind::Container(_) => "save the images in them as JPEG or PNG",
             UnreadKind::Video(_) => "save their frames as JPEG or PNG",
+            UnreadKind::SoundFormat(_) => "convert them to WAV or FLAC",
+            UnreadKind::Sound => "put them into a folder of their own",
+            UnreadKind::Unmatched => "compare the patterns of `--channels` with the names of the files",
             UnreadKind::Hidden => "rename them",
             _ => "pass a folder with JPEG, PNG, WebP, BMP, GIF or TIFF files at any depth",
+        }
+    }
+}
+
+/// Kind of files of a data set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Media {
+    /// Image files.
+    #[default]
+    Images,
+    /// Sounds.
+    Sounds,
+}
+
+impl Media {
+    /// Kind of a file with this name.
+    pub(super) fn of(path: &Path) -> Media {
+        if is_sound(path) { Media::Sounds } else { Media::Images }
+    }
+}
+
+/// Files that are collected.
+#[derive(Debug, Clone, Default)]
+struct Wanted {
+    media: Media,
+    /// Patterns of the files of an image, of which the first stands for the image.
+    files: Vec<FilePattern>,
+}
+
+impl Wanted {
+    /// True if this file stands for an image; false if it is another file of one; `None` if it is
+    /// neither.
+    fn has(&self, path: &Path) -> Option<bool> {
+        match self.files.iter().position(|pattern| pattern.matches(path)) {
+            Some(i) => Some(i == 0),
+            None => self.files.is_empty().then_some(true),
         }
     }
 }
@@ -127,7 +190,8 @@ impl UnreadKind {
 /// Contents of a folder, at any depth.
 #[derive(Debug, Default)]
 struct FolderScan {
-    /// Image files, in the order of the walk.
+    wanted: Wanted,
+    /// Image files, or sounds, in the order of the walk.
     images: Vec<PathBuf>,
     /// Number of files that are not read, and the first of them.
     unread: BTreeMap<UnreadKind, (usize, PathBuf)>,
@@ -139,17 +203,31 @@ struct FolderScan {
 
 impl FolderScan {
     /// Walks through a folder.
-    fn scan(folder: &Path) -> Result<FolderScan, Error> {
-        let mut found = FolderScan::default();
+    fn scan(folder: &Path, wanted: &Wanted) -> Result<FolderScan, Error> {
+        let mut found = FolderScan { wanted: wanted.clone(), ..FolderScan::default() };
         found.walk(folder)?;
         Ok(found)
     }
 
-    /// Walks through a folder, without counting the files that are reported elsewhere.
-    fn scan_except(folder: &Path, reported: &HashSet<PathBuf>) -> Result<FolderScan, Error> {
-        let mut found = FolderScan { reported: reported.clone(), ..FolderScan::default() };
-        found.walk(folder)?;
-        Ok(found)
+    /// Walks through a folder for images or sounds, whichever are more unless `media` tells,
+    /// without counting the files that are reported elsewhere.
+    fn scan_except(
+        folder: &Path,
+        reported: &HashSet<PathBuf>,
+        files: &[FilePattern],
+        media: Option<Media>,
+    ) -> Result<FolderScan, Error> {
+        let scan = |media| {
+            let wanted = Wanted { media, files: files.to_vec() };
+            let mut found = FolderScan { wanted, reported: reported.clone(), ..FolderScan::default() };
+            found.walk(folder).map(|()| found)
+        };
+        if let Some(media) = media {
+            return scan(media);
+        }
+        let found = scan(Media::Images)?;
+        let sounds = found.unread.get(&UnreadKind::Sound).map_or(0, |(n, _)| *n);
+        if sounds > found.images.len() && files.is_empty() { scan(Media::Sounds) } else { Ok(found) }
     }
 
     fn walk(&mut self, folder: &Path) -> Result<(), Error> {
@@ -183,7 +261,13 @@ impl FolderScan {
                 self.count(UnreadKind::Special, 1, &path);
             } else {
                 match classify(&path) {
-                    File::Image => self.images.push(path),
+                    File::Image if self.wanted.media == Media::Images => match self.wanted.has(&path) {
+                        Some(true) => self.images.push(path),
+                        Some(false) => {}
+                        None => self.count(UnreadKind::Unmatched, 1, &path),
+                    },
+                    File::Unread(UnreadKind::Sound) if self.wanted.media == Media::Sounds => self.images.push(path),
+                    File::Image => self.count(UnreadKind::Image, 1, &path),
                     File::Unread(kind) if !self.reported.contains(&path) => self.count(kind, 1, &path),
                     File::Unread(_) | File::Other => {}
                 }
@@ -197,7 +281,7 @@ impl FolderScan {
         if !is_run(folder) {
             return self.walk(folder);
         }
-        let inside = FolderScan::scan(folder)?;
+        let inside = FolderScan::scan(folder, &self.wanted)?;
         let nested = inside.unread.get(&UnreadKind::Run).map_or(0, |(n, _)| *n);
         match inside.images.len() + nested {
             0 => {}
@@ -223,6 +307,10 @@ impl FolderScan {
     /// Error of a folder without images.
     fn empty(&self, root: &Path) -> Error {
         let Some(first) = self.unread.keys().next() else { return Error::Empty(root.to_owned()) };
+        if self.wanted.media == Media::Sounds && self.unread.contains_key(&UnreadKind::Image) {
+            let reason = format!("{} contains images, but the encoder was trained on sounds", root.display());
+            return Error::OtherInput { reason, hint: "pass a folder of sounds" };
+        }
         let found: Vec<String> = self.unread.iter().map(|(kind, (n, _))| format!("{n} {}", kind.name(*n))).collect();
         Error::Unread { root: root.to_owned(), found: found.join(", "), remedy: first.remedy() }
     }
@@ -254,15 +342,25 @@ struct Splits {
 }
 
 /// Opens an image folder, or a single image as a folder of one. `reported` are files that need no
-/// report.
+/// report. `files` are the patterns of several files per image. Images or sounds are read,
+/// whichever are more unless `media` tells.
 ///
 /// # Errors
 /// [`Error::Empty`], [`Error::Unread`], [`Error::Read`].
-pub fn open(root: &Path, reported: &HashSet<PathBuf>) -> Result<Dataset, Error> {
+pub fn open(
+    root: &Path,
+    reported: &HashSet<PathBuf>,
+    files: &[FilePattern],
+    media: Option<Media>,
+) -> Result<Dataset, Error> {
     if root.is_file() {
         let mut found = FolderScan::default();
         match classify(root) {
             File::Image => found.images.push(root.to_owned()),
+            File::Unread(UnreadKind::Sound) => {
+                found.wanted.media = Media::Sounds;
+                found.images.push(root.to_owned());
+            }
             File::Unread(kind) => found.count(kind, 1, root),
             File::Other => {}
         }
@@ -272,7 +370,7 @@ pub fn open(root: &Path, reported: &HashSet<PathBuf>) -> Result<Dataset, Error> 
             false => Ok(dataset(root, train, None, None, Vec::new(), Vec::new())),
         };
     }
-    let found = FolderScan::scan_except(root, reported)?;
+    let found = FolderScan::scan_except(root, reported, files, media)?;
     if found.images.is_empty() {
         return Err(found.empty(root));
     }
@@ -302,8 +400,13 @@ pub(super) struct Contents {
 ///
 /// # Errors
 /// [`Error::Read`].
-pub(super) fn contents(root: &Path, reported: &HashSet<PathBuf>) -> Result<Contents, Error> {
-    let found = FolderScan::scan_except(root, reported)?;
+pub(super) fn contents(
+    root: &Path,
+    reported: &HashSet<PathBuf>,
+    files: &[FilePattern],
+    media: Media,
+) -> Result<Contents, Error> {
+    let found = FolderScan::scan_except(root, reported, files, Some(media))?;
     let unused = found.unused(root);
     let base = common_folder(root, &found.images, |folder| Ok(training_folder(folder)?.is_some()))?;
     let splits = match find_splits(root, &base, &found) {
@@ -322,7 +425,7 @@ pub(super) fn contents(root: &Path, reported: &HashSet<PathBuf>) -> Result<Conte
 /// # Errors
 /// [`Error::Read`].
 pub(super) fn images_beside(root: &Path, source: &str) -> Result<Vec<Unused>, Error> {
-    let found = FolderScan::scan(root)?;
+    let found = FolderScan::scan(root, &Wanted::default())?;
     let Some(first) = found.images.first() else { return Ok(Vec::new()) };
     let reason = format!("{source} are read instead (first: {})", relative(first, root));
     Ok(vec![Unused { name: "image files".into(), count: found.images.len(), reason }])
@@ -339,7 +442,7 @@ pub(super) fn images_beside(root: &Path, source: &str) -> Result<Vec<Unused>, Er
 fn find_splits(root: &Path, base: &Path, found: &FolderScan) -> Result<Option<Splits>, Error> {
     let Some(training) = training_folder(base)? else { return Ok(None) };
     // Each on its own: links between splits are not duplicates.
-    let part = |folder: PathBuf| FolderScan::scan(&folder).map(|found| Part { folder, found });
+    let part = |folder: PathBuf| FolderScan::scan(&folder, &found.wanted).map(|found| Part { folder, found });
     let parts = subfolders(base)?.into_iter().map(part).collect::<Result<Vec<_>, _>>()?;
     let mut parts: Vec<Part> = parts.into_iter().filter(|part| !part.found.images.is_empty()).collect();
     let mut take = |names: &[&str]| {
@@ -477,6 +580,7 @@ fn dataset(
     unlabeled: Vec<Part>,
     unused: Vec<Unused>,
 ) -> Dataset {
+    let kind = if train.found.wanted.media == Media::Sounds { "sound folder" } else { "image folder" };
     let train_base = common_folder(&train.folder, &train.found.images, |_| Ok(false)).unwrap_or_default();
     let wrapper = train_base.strip_prefix(&train.folder).unwrap_or(Path::new("")).to_owned();
     // Folders of the other splits may have the same folder around the classes, or not.
@@ -511,7 +615,7 @@ fn dataset(
     let train = images(train, train_keys);
     Dataset {
         root: root.to_owned(),
-        kind: "image folder".into(),
+        kind: kind.into(),
         train,
         held_out: val.clone().or(test.clone()),
         test: test.or(val),
@@ -524,8 +628,10 @@ fn dataset(
 
 /// Class of each image: the top-level folder it is in, below `wrapper` if it is there.
 fn class_keys(part: &Part, wrapper: &Path) -> Vec<Option<String>> {
+    // Folders of a pattern belong to one image.
+    let n_folders = part.found.wanted.files.first().map_or(0, FilePattern::n_folders);
     let class = |image: &PathBuf| {
-        let relative = image.strip_prefix(&part.folder).ok()?;
+        let relative = image.ancestors().nth(n_folders)?.strip_prefix(&part.folder).ok()?;
         top_folder(relative.strip_prefix(wrapper).unwrap_or(relative)).map(class_name)
     };
     part.found.images.iter().map(class).collect()
@@ -555,6 +661,11 @@ pub(super) fn is_image(path: &Path) -> bool {
     path.is_file() && matches!(classify(path), File::Image)
 }
 
+/// True if a file with this name is read as a sound.
+fn is_sound(path: &Path) -> bool {
+    path.extension().and_then(OsStr::to_str).is_some_and(|e| SOUNDS.contains(&e.to_ascii_lowercase().as_str()))
+}
+
 /// Kind of a regular file.
 enum File {
     Image,
@@ -569,6 +680,9 @@ fn classify(path: &Path) -> File {
     }
     let name = path.file_name().unwrap_or_default().to_string_lossy().to_ascii_lowercase();
     let extension = name.rsplit_once('.').map_or("", |(_, extension)| extension);
+    if SOUNDS.contains(&extension) {
+        return File::Unread(UnreadKind::Sound);
+    }
     // Before the first bytes: most raw formats look like TIFF.
     if let Some(format) = decode::unread_format(extension) {
         return File::Unread(UnreadKind::Format(format));
@@ -589,7 +703,8 @@ fn classify(path: &Path) -> File {
     let kind = ending(&ARCHIVES).map(UnreadKind::Archive);
     let kind = kind.or_else(|| ending(&SHARDS).map(UnreadKind::Shard));
     let kind = kind.or_else(|| ending(&CONTAINERS).map(UnreadKind::Container));
-    if let Some(kind) = kind.or_else(|| ending(&VIDEOS).map(UnreadKind::Video)) {
+    let kind = kind.or_else(|| ending(&VIDEOS).map(UnreadKind::Video));
+    if let Some(kind) = kind.or_else(|| ending(&UNREAD_SOUNDS).map(UnreadKind::SoundFormat)) {
         return File::Unread(kind);
     }
     if TEXTS.contains(&extension) {
@@ -603,7 +718,7 @@ mod tests {
     use super::*;
 
     fn open(root: &Path) -> Result<Dataset, Error> {
-        super::open(root, &HashSet::new())
+        super::open(root, &HashSet::new(), &[], None)
     }
 
     /// Creates files with the first bytes of a PNG.
@@ -630,6 +745,20 @@ mod tests {
 
     fn labels(images: &Images) -> Vec<Option<usize>> {
         (0..images.len()).map(|i| images.label(i)).collect()
+    }
+
+    #[test]
+    fn images_or_sounds_are_read_whichever_are_more() {
+        let (data, unused) = opened(&["train/a/1.wav", "train/b/2.flac", "val/a/3.MP3", "cover.png"]);
+        assert_eq!((data.kind.as_str(), data.train.len(), data.classes.len()), ("sound folder", 2, 2));
+        assert_eq!(data.held_out.unwrap().len(), 1);
+        assert_eq!(unused, ["image (1): not read beside sounds (cover.png)"]);
+        let (data, unused) = opened(&["1.png", "2.png", "3.ogg"]);
+        assert_eq!((data.kind.as_str(), data.train.len()), ("image folder", 2));
+        assert!(unused[0].starts_with("sound (1): not read beside image files; put them into"), "{unused:?}");
+        let root = tree(&["1.wav", "2.png", "3.png"]);
+        let media = Some(Media::Sounds);
+        assert_eq!(super::open(root.path(), &HashSet::new(), &[], media).unwrap().train.len(), 1);
     }
 
     #[test]

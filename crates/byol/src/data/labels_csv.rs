@@ -10,7 +10,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{Dataset, Error, Images, Unused, folder};
+use super::{
+    Dataset, Error, Images, Unused,
+    file_pattern::FilePattern,
+    folder::{self, Media},
+};
 
 /// File name.
 pub const FILE: &str = "labels.csv";
@@ -24,12 +28,12 @@ struct Entry {
 
 /// Opens `root` if it is a folder with a `labels.csv`, or such a file itself. The file itself
 /// stands for the images that it names, the folder for all images in it. `reported` are files that
-/// need no report.
+/// need no report. Of several `files` per image the table names the first.
 ///
 /// # Errors
 /// [`Error::Labels`] for an invalid file, a missing column, or a line with a missing image;
 /// [`Error::Read`].
-pub fn open(root: &Path, reported: &HashSet<PathBuf>) -> Result<Option<Dataset>, Error> {
+pub fn open(root: &Path, reported: &HashSet<PathBuf>, files: &[FilePattern]) -> Result<Option<Dataset>, Error> {
     let file = if root.is_dir() { root.join(FILE) } else { root.to_owned() };
     if !file.is_file() || !file.extension().is_some_and(|e| e.eq_ignore_ascii_case("csv")) {
         return Ok(None);
@@ -37,13 +41,14 @@ pub fn open(root: &Path, reported: &HashSet<PathBuf>) -> Result<Option<Dataset>,
     let bytes = fs::read(&file).map_err(|source| Error::Read { path: file.clone(), source })?;
     let folder = file.parent().unwrap_or(Path::new("."));
     let dataset = parse(root, &file, &bytes, |path| folder.join(path))?;
-    if root.is_dir() { with_unnamed(dataset, reported).map(Some) } else { Ok(Some(dataset)) }
+    if root.is_dir() { with_unnamed(dataset, reported, files).map(Some) } else { Ok(Some(dataset)) }
 }
 
 /// Adds the images of the folder that are not named in its file. Those in folders of validation or
 /// test images are not used: they must not become training images.
-fn with_unnamed(dataset: Dataset, reported: &HashSet<PathBuf>) -> Result<Dataset, Error> {
-    let contents = folder::contents(&dataset.root, reported)?;
+fn with_unnamed(dataset: Dataset, reported: &HashSet<PathBuf>, files: &[FilePattern]) -> Result<Dataset, Error> {
+    let media = dataset.train.path(0).map_or(Media::Images, Media::of);
+    let contents = folder::contents(&dataset.root, reported, files, media)?;
     let named = Named::new(&dataset);
     let mut unused = contents.unused;
     for (folder, images) in contents.held_out {
@@ -118,9 +123,10 @@ pub fn parse(root: &Path, file: &Path, bytes: &[u8], resolve: impl Fn(&Path) -> 
     };
     let (val, test) = (split("val"), split("test"));
     let train = split("train").ok_or_else(|| invalid("no line belongs to the split train".into()))?;
+    let media = train.path(0).map_or(Media::Images, Media::of);
     Ok(Dataset {
         root: root.to_owned(),
-        kind: "images with labels.csv".into(),
+        kind: format!("{} with labels.csv", if media == Media::Sounds { "sounds" } else { "images" }),
         train,
         held_out: val.clone().or(test.clone()),
         test: test.or(val),
@@ -193,7 +199,7 @@ mod tests {
     use super::*;
 
     fn open(root: &Path) -> Result<Option<Dataset>, Error> {
-        super::open(root, &HashSet::new())
+        super::open(root, &HashSet::new(), &[])
     }
 
     fn folder(csv: &str) -> tempfile::TempDir {

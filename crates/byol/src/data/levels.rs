@@ -5,11 +5,12 @@
 //! detected once per data set, shown to the user, and stored with the encoder, so that training,
 //! evaluation and embedding read the same pixels.
 
-use std::fmt;
+use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
-use crate::image::CHANNELS;
+use super::{decode::log_mel::BANDS, file_pattern::FilePattern};
+use crate::image::{CHANNELS, MAX_CHANNELS};
 
 /// Mapping of file values to pixels: the values of black and white in RGB images of more than 8
 /// bits, or the range of each channel. What is not known yet is detected from the data.
@@ -25,6 +26,17 @@ pub struct Levels {
     /// The channels, if images are not read as RGB.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub channels: Option<Channels>,
+    /// Conversion of sounds, if the files are sounds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sound: Option<Sound>,
+}
+
+/// Sounds, read as log-mel spectrograms.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sound {
+    /// Sample rate in Hz. Sounds of other rates are converted to it.
+    pub rate: u32,
 }
 
 /// Images with the channels of their files in place of RGB.
@@ -35,14 +47,64 @@ pub struct Channels {
     /// for all.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub select: Vec<u16>,
+    /// Patterns of the files of an image, such as `{id}_B02.tif`, whose channels follow each other.
+    /// Empty for one file per image.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<FilePattern>,
+    /// The pages of a TIFF file are channels.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub pages: bool,
     /// Values that become 0 and 1, of each channel. Empty if not known yet.
     pub ranges: Vec<[f32; 2]>,
+}
+
+impl FromStr for Channels {
+    type Err = String;
+
+    /// Parses the value of the flag `--channels`, without ranges.
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text.contains("{id}") {
+            let files = text.split(',').map(|pattern| pattern.trim().parse()).collect::<Result<_, _>>()?;
+            return Ok(Channels { files, ..Channels::default() });
+        }
+        if matches!(text, "all" | "pages") {
+            return Ok(Channels { pages: text == "pages", ..Channels::default() });
+        }
+        let numbers: Option<Vec<u16>> = text.split(',').map(|n| n.trim().parse().ok().filter(|n| *n > 0)).collect();
+        let numbers = numbers.filter(|numbers| numbers.len() <= MAX_CHANNELS);
+        numbers.map(|select| Channels { select, ..Channels::default() }).ok_or_else(|| {
+            format!(
+                "invalid channels `{text}` (expected `all`, `pages`, up to {MAX_CHANNELS} numbers from 1, e.g. \
+                 `4,3,2`, or names of files with {{id}})"
+            )
+        })
+    }
+}
+
+impl fmt::Display for Channels {
+    /// Value of the flag `--channels`.
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let names: Vec<String> = match self.files.is_empty() {
+            true => self.select.iter().map(u16::to_string).collect(),
+            false => self.files.iter().map(FilePattern::to_string).collect(),
+        };
+        match names.is_empty() {
+            true => f.write_str(if self.pages { "pages" } else { "all" }),
+            false => f.write_str(&names.join(",")),
+        }
+    }
 }
 
 impl Channels {
     /// Number of channel `c` in the files, from 1.
     pub fn number(&self, c: usize) -> usize {
         self.select.get(c).map_or(c + 1, |n| usize::from(*n))
+    }
+
+    /// True if both read the same channels, with whatever ranges.
+    #[doc(hidden)]
+    pub fn is_same_selection(&self, other: &Channels) -> bool {
+        (&self.select, &self.files, self.pages) == (&other.select, &other.files, other.pages)
     }
 
     /// True for the ranges of 8 bits, which bound all values of the type. Other ranges clip.
@@ -57,7 +119,7 @@ pub(super) const PERCENTILES: [f64; 2] = [0.001, 0.999];
 impl Levels {
     /// Levels of encoders trained before levels were stored with them.
     pub fn legacy() -> Levels {
-        Levels { int16: Some([0.0, 65535.0]), float: Some([0.0, 1.0]), channels: None }
+        Levels { int16: Some([0.0, 65535.0]), float: Some([0.0, 1.0]), ..Levels::default() }
     }
 
     /// True for [`Levels::legacy`].
@@ -67,7 +129,7 @@ impl Levels {
 
     /// One pair of levels for 16-bit and floating-point images.
     pub fn uniform(black: f32, white: f32) -> Levels {
-        Levels { int16: Some([black, white]), float: Some([black, white]), channels: None }
+        Levels { int16: Some([black, white]), float: Some([black, white]), ..Levels::default() }
     }
 
     /// These levels, completed by those of `other`.
@@ -76,17 +138,27 @@ impl Levels {
             int16: self.int16.or(other.int16),
             float: self.float.or(other.float),
             channels: self.channels.or(other.channels),
+            sound: self.sound.or(other.sound),
         }
     }
 
     /// Levels of all channels of the files, or of those with these numbers.
     pub fn with_channels(select: Vec<u16>) -> Levels {
-        Levels { channels: Some(Channels { select, ranges: Vec::new() }), ..Levels::default() }
+        Levels { channels: Some(Channels { select, ..Channels::default() }), ..Levels::default() }
+    }
+
+    /// Patterns of the files of an image. Empty for one file per image.
+    pub(super) fn files(&self) -> &[FilePattern] {
+        self.channels.as_ref().map_or(&[], |channels| &channels.files)
     }
 
     /// Number of channels of the images. 0 if it is not known yet.
     pub fn n_channels(&self) -> usize {
-        self.channels.as_ref().map_or(CHANNELS, |channels| channels.ranges.len())
+        match (&self.channels, &self.sound) {
+            (Some(channels), _) => channels.ranges.len(),
+            (None, Some(_)) => 1,
+            (None, None) => CHANNELS,
+        }
     }
 
     /// Levels of images of this kind.
@@ -108,7 +180,10 @@ impl fmt::Display for Levels {
                 levels.map(|[black, white]| format!("{kind} images: black is {black}, white is {white}"))
             })
             .collect();
-        f.write_str(&parts.join("; "))
+        match self.sound {
+            Some(Sound { rate }) => write!(f, "sounds at {rate} Hz: log-mel spectrograms of {BANDS} bands"),
+            None => f.write_str(&parts.join("; ")),
+        }
     }
 }
 

@@ -7,6 +7,7 @@ pub mod cifar;
 pub mod decode;
 pub mod dense_labels;
 mod detect_levels;
+pub mod file_pattern;
 #[doc(hidden)]
 pub mod folder;
 #[doc(hidden)]
@@ -77,7 +78,8 @@ pub enum Error {
     /// No images to train on.
     #[error(
         "no images in {}\n\
-         hint: pass a folder with JPEG, PNG, WebP, BMP, GIF or TIFF files at any depth, or with CIFAR or IDX files",
+         hint: pass a folder with JPEG, PNG, WebP, BMP, GIF or TIFF files at any depth, with sounds, or with \
+         CIFAR or IDX files",
         .0.display()
     )]
     Empty(PathBuf),
@@ -185,6 +187,15 @@ pub enum Error {
         /// Channels of the encoder's input.
         expected: usize,
     },
+    /// Images for an encoder of sounds, or the reverse, or data that are read in another way than
+    /// in its training.
+    #[error("{reason}\nhint: {hint}")]
+    OtherInput {
+        /// What differs.
+        reason: String,
+        /// Remedy.
+        hint: &'static str,
+    },
     /// The channels of the images cannot be read.
     #[error("cannot read the channels of the images in {}: {reason}", root.display())]
     Channels {
@@ -235,6 +246,7 @@ fn decode_hint(source: &DecodeError) -> &'static str {
     match source {
         // These carry their own.
         DecodeError::Read(_) | DecodeError::OutsideLevels { .. } | DecodeError::UnknownLevels(_) => "",
+        DecodeError::Sound(_) | DecodeError::UnreadSound { .. } | DecodeError::TooLong => "",
         DecodeError::UnreadFormat(_) | DecodeError::UnreadKind { .. } => "\nhint: convert it to PNG or JPEG",
         _ => "\nhint: replace or remove the file",
     }
@@ -452,6 +464,22 @@ impl Images {
         }
     }
 
+    /// The same images, which were read from files with these levels.
+    #[doc(hidden)]
+    pub fn read_with(self, levels: Levels) -> Images {
+        Images { levels, ..self }
+    }
+
+    /// True if the images are spectrograms of sounds.
+    pub(crate) fn is_sound(&self) -> bool {
+        self.levels.sound.is_some()
+    }
+
+    /// True if the images are read as RGB.
+    pub(crate) fn is_rgb(&self) -> bool {
+        self.n_channels() == CHANNELS && self.levels.channels.is_none() && !self.is_sound()
+    }
+
     /// Levels that read these images from files. Images of a program have none of their own.
     pub(crate) fn levels_of_files(&self) -> Levels {
         if matches!(self.source, Source::Files(_) | Source::Shards(_)) {
@@ -466,19 +494,43 @@ impl Images {
             CHANNELS if white == f32::from(u16::MAX) => Levels { int16: Some([0.0, white]), ..self.levels.clone() },
             CHANNELS => self.levels.clone(),
             n => {
-                let channels = levels::Channels { select: Vec::new(), ranges: vec![[0.0, white]; n] };
+                let channels = levels::Channels { ranges: vec![[0.0, white]; n], ..levels::Channels::default() };
                 Levels { channels: Some(channels), ..self.levels.clone() }
             }
         }
     }
 
-    /// Checks that the images have as many channels as an encoder.
+    /// Checks that these are inputs of an encoder with `expected` channels and these levels.
     ///
     /// # Errors
-    /// [`Error::Mismatch`].
-    pub(crate) fn ensure_channels(&self, expected: usize) -> Result<(), Error> {
+    /// [`Error::Mismatch`], [`Error::OtherInput`].
+    pub(crate) fn ensure_input(&self, expected: usize, levels: &Levels) -> Result<(), Error> {
+        const AS_TRAINED: &str = "pass the folder or the files, which are read as in training";
+        let other = |reason: String, hint| Err(Error::OtherInput { reason, hint });
         let found = self.n_channels();
-        if self.is_empty() || found == expected { Ok(()) } else { Err(Error::Mismatch { found, expected }) }
+        if self.is_empty() {
+            return Ok(());
+        }
+        match (&self.levels.sound, &levels.sound) {
+            (None, Some(_)) => return other("the encoder was trained on sounds, not on images".into(), "pass sounds"),
+            (Some(_), None) => return other("the encoder was trained on images, not on sounds".into(), "pass images"),
+            (Some(own), Some(trained)) if own != trained => {
+                let reason = format!(
+                    "the sounds are read at {} Hz, but the encoder was trained at {} Hz",
+                    own.rate, trained.rate
+                );
+                return other(reason, AS_TRAINED);
+            }
+            _ => {}
+        }
+        if found != expected {
+            return Err(Error::Mismatch { found, expected });
+        }
+        let is_file = matches!(self.source, Source::Files(_) | Source::Shards(_));
+        if is_file && self.levels.channels != levels.channels {
+            return other("the channels are read with other ranges than in training".into(), AS_TRAINED);
+        }
+        Ok(())
     }
 
     /// Path, or number, of image `i`.
@@ -865,7 +917,7 @@ impl Dataset {
             shards::OpenResult::Shards(dataset) => return Ok(*dataset),
             shards::OpenResult::Other(stray) => stray,
         };
-        match (Dataset::find_files(root, &stray.files), stray.error) {
+        match (Dataset::find_files(root, &stray.files, &options.levels), stray.error) {
             (Err(Error::Empty(_) | Error::Unread { .. }), Some(error)) => Err(error),
             (Ok(mut dataset), _) => {
                 dataset.unused.extend(stray.unused);
@@ -876,8 +928,9 @@ impl Dataset {
     }
 
     /// Finds images that are not in shards. `reported` are files that need no further report.
-    fn find_files(root: &Path, reported: &HashSet<PathBuf>) -> Result<Dataset, Error> {
-        if let Some(dataset) = labels_csv::open(root, reported)? {
+    fn find_files(root: &Path, reported: &HashSet<PathBuf>, levels: &Levels) -> Result<Dataset, Error> {
+        let files = levels.files();
+        if let Some(dataset) = labels_csv::open(root, reported, files)? {
             return Ok(dataset);
         }
         for open in [cifar::open, idx::open] {
@@ -885,7 +938,7 @@ impl Dataset {
                 return Ok(dataset);
             }
         }
-        folder::open(root, reported)
+        folder::open(root, reported, files, levels.sound.map(|_| folder::Media::Sounds))
     }
 
     /// Opens a folder of image files, at any depth, whatever else it contains. Subfolders are
@@ -907,7 +960,7 @@ impl Dataset {
         if !path.exists() {
             return Err(Error::Missing(path.to_owned()));
         }
-        folder::open(path, &HashSet::new())?.with_levels(Levels::default())
+        folder::open(path, &HashSet::new(), &[], None)?.with_levels(Levels::default())
     }
 
     /// Sets the levels of all splits. Those that `levels` does not set are detected from a sample.

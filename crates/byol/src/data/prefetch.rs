@@ -13,7 +13,7 @@ use std::{
 
 use rayon::prelude::*;
 
-use super::{Error, Images, reads};
+use super::{Error, Image, Images, reads};
 use crate::views::{self, Augmentation, Draw, Policy, Scratch};
 
 /// Two views of each image of a micro-batch.
@@ -158,6 +158,20 @@ impl Loader {
     }
 }
 
+/// Draws the parameters of view `key` of `image`, image `i` of `images`, with another of them as
+/// background if the policy mixes them.
+///
+/// # Errors
+/// Those of reading the background.
+pub fn draw(images: &Images, i: usize, policy: &Policy, image: &Image, key: [u64; 4]) -> Result<Draw, Error> {
+    let mut draw = views::draw_for(policy, image, key);
+    if let Some(seed) = draw.background_seed().filter(|_| images.len() > 1) {
+        let other = (seed % (images.len() as u64 - 1)) as usize;
+        draw.set_background(images.get_or_next(if other < i { other } else { other + 1 })?);
+    }
+    Ok(draw)
+}
+
 /// Makes both views of each (epoch, image) in `items`.
 fn make_batch(request: &Request, items: &[(u64, usize)]) -> Result<MicroBatch, Error> {
     let channels = request.images.n_channels();
@@ -169,11 +183,15 @@ fn make_batch(request: &Request, items: &[(u64, usize)]) -> Result<MicroBatch, E
         let mut draws = Vec::new();
         for (which, (out, policy)) in [v, v2].into_iter().zip(&request.policies).enumerate() {
             let key = [request.seed, epoch, index as u64, which as u64];
+            let draw = draw(&request.images, index, policy, &image, key)?;
             match request.crop_only {
-                true => draws.push(views::crop_into(policy, &image, size, key, scratch, out)),
+                true => {
+                    views::crop_into(&draw, &image, size, scratch, out);
+                    draws.push(draw);
+                }
                 false => {
                     let augmentation = request.augmentation.as_deref();
-                    views::view_into(policy, augmentation, &image, size, key, scratch, out);
+                    views::view_into(&draw, augmentation, &image, size, key, scratch, out);
                 }
             }
         }

@@ -8,7 +8,7 @@
 
 use rand_chacha::ChaCha8Rng;
 
-use super::{CHANNELS, Dataset, Image, Images};
+use super::{CHANNELS, Dataset, Image, Images, Levels};
 use crate::random::{self, Domain, uniform, uniform_in};
 
 /// Kinds of pattern, which are the classes.
@@ -41,8 +41,8 @@ pub fn dataset(seed: u64, n: usize, n_test: usize) -> Dataset {
 }
 
 /// `n` images of any number of channels, taken from those of several RGB images: an input for
-/// comparisons of encoders.
-pub fn with_channels(n: usize, channels: usize) -> Images {
+/// comparisons of encoders with these levels.
+pub fn with_channels(n: usize, channels: usize, levels: &Levels) -> Images {
     if channels == CHANNELS {
         return dataset(0, n, 0).train;
     }
@@ -58,7 +58,7 @@ pub fn with_channels(n: usize, channels: usize) -> Images {
         let pixels = (0..SIDE * SIDE).flat_map(|at| (0..channels).map(move |c| (at, c)));
         Image { height: SIDE, width: SIDE, channels, pixels: pixels.map(|(at, c)| value(at, c)).collect() }
     };
-    Images::memory((0..n).map(image).collect(), None)
+    Images::memory((0..n).map(image).collect(), None).read_with(levels.clone())
 }
 
 fn draw(rng: &mut ChaCha8Rng, pattern: &str) -> Image {

@@ -130,7 +130,7 @@ pub fn train(
     p: &Protocol,
     mut on_progress: impl FnMut(usize),
 ) -> Result<FineTuned, Error> {
-    images.ensure_channels(start.spec.channels)?;
+    images.ensure_input(start.spec.channels, &start.spec.levels)?;
     let mask = held_out_mask(&strata(require_labels(images), classes), 5, p.seed);
     let select =
         |held_out: bool| images.subset(&(0..images.len()).filter(|i| mask[*i] == held_out).collect::<Vec<_>>());
@@ -198,7 +198,7 @@ fn fit(
     let mut order = random::endless(Domain::Order, p.seed, n);
     for step in 0..steps {
         let draws: Vec<(u64, usize)> = order.by_ref().take(batch).collect();
-        let x = random_crops(images, &draws, start.spec.size, p.seed, &device)?;
+        let x = random_crops(images, &draws, &start.spec, p.seed, &device)?;
         let batch_labels: Vec<&[usize]> = draws.iter().map(|(_, i)| labels.classes(*i)).collect();
         let theta = params.tracked();
         let mut context =

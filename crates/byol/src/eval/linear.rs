@@ -116,7 +116,7 @@ pub fn train(
     p: &Protocol,
     mut on_progress: impl FnMut(usize),
 ) -> Result<LinearProbe, Error> {
-    images.ensure_channels(encoder.spec.channels)?;
+    images.ensure_input(encoder.spec.channels, &encoder.spec.levels)?;
     let labels = images.labels().expect("linear evaluation needs labels");
     let (n, batch) = (images.len(), finetune::batch_size(images.len(), p.batch));
     let held_out = held_out_mask(labels, p.seed);
@@ -173,7 +173,7 @@ fn embed_crops(encoder: &Encoder, images: &Images, draws: &[(u64, usize)], seed:
     let (size, device) = (encoder.spec.size, encoder.device());
     let mut values = Vec::with_capacity(draws.len() * encoder.features());
     for batch in draws.chunks(batch_size(size)) {
-        values.extend(host(encoder.embed(random_crops(images, batch, size, seed, &device)?)));
+        values.extend(host(encoder.embed(random_crops(images, batch, &encoder.spec, seed, &device)?)));
     }
     Ok(Features { n: draws.len(), dim: encoder.features(), values })
 }

@@ -84,7 +84,7 @@ pub fn fit(x: &Features, labels: &[usize], classes: usize, l2: f64) -> Fit {
     let objective = LogisticObjective::new(x, labels, classes, l2);
     // Small problems are cheap enough to run to full precision.
     let iterations = if objective.is_f64() { 20 * FINAL_ITERATIONS } else { FINAL_ITERATIONS };
-    let theta = lbfgs(vec![0.0; classes * (x.dim + 1)], iterations, 1e-11, |t| objective.value_and_gradient(t));
+    let theta = lbfgs(vec![0.0; classes * (x.dim + 1)], iterations, 1e-11, |t| objective.value_and_gradient(t), NEVER);
     let (value, gradient) = objective.value_and_gradient(&theta);
     let (w, b) = theta.split_at(classes * x.dim);
     // L depends only on differences of biases; their mean is set to 0.
@@ -106,9 +106,28 @@ pub struct SelectedFit {
 
 /// `fit_best_by` with accuracy as the score.
 pub fn fit_best(x: &Features, labels: &[usize], classes: usize, strengths: &[f64], held_out: &[bool]) -> SelectedFit {
-    let accuracy = |scores: &[f64], labels: &[usize]| metrics::accuracy(&metrics::argmax(scores, classes), labels);
-    fit_best_by(x, labels, classes, strengths, held_out, accuracy)
+    fit_best_unless(x, labels, classes, strengths, held_out, NEVER).expect("never stopped")
 }
+
+/// [`fit_best`], or `None` soon after `stop` has returned true.
+#[doc(hidden)]
+pub fn fit_best_unless(
+    x: &Features,
+    labels: &[usize],
+    classes: usize,
+    strengths: &[f64],
+    held_out: &[bool],
+    stop: Stop,
+) -> Option<SelectedFit> {
+    let accuracy = |scores: &[f64], labels: &[usize]| metrics::accuracy(&metrics::argmax(scores, classes), labels);
+    fit_best_by(x, labels, classes, strengths, held_out, accuracy, stop)
+}
+
+/// Called once per iteration; true ends the fit.
+type Stop<'a> = &'a dyn Fn() -> bool;
+
+/// Lets a fit run to its end.
+pub(super) const NEVER: Stop = &|| false;
 
 /// Selects among `strengths` by `score`, a function of the logits and labels of the rows marked in
 /// `held_out`, with classifiers fitted to the other rows; then fits to all rows. Ties go to the
@@ -117,6 +136,8 @@ pub fn fit_best(x: &Features, labels: &[usize], classes: usize, strengths: &[f64
 /// `strengths` must be in descending order. Every fourth is tried first, then those around the
 /// best. Features are centered and divided by their root mean square first, which changes the scale
 /// of the strengths but not the set of classifiers.
+///
+/// Returns `None` soon after `stop` has returned true.
 ///
 /// # Panics
 /// See [`fit`].
@@ -127,7 +148,8 @@ pub(crate) fn fit_best_by(
     strengths: &[f64],
     held_out: &[bool],
     score: impl Fn(&[f64], &[usize]) -> f64,
-) -> SelectedFit {
+    stop: Stop,
+) -> Option<SelectedFit> {
     let (scaled, mean, scale) = standardize(x);
     let select = |held_out_rows: bool| {
         let rows: Vec<usize> = (0..x.n).filter(|i| held_out[*i] == held_out_rows).collect();
@@ -141,7 +163,7 @@ pub(crate) fn fit_best_by(
         let start =
             position.checked_sub(1).map_or_else(|| vec![0.0; classes * (x.dim + 1)], |p| trials[p].theta.clone());
         let objective = LogisticObjective::new(&train, &train_labels, classes, strengths[index]);
-        let theta = lbfgs(start, TRIAL.0, TRIAL.1, |t| objective.value_and_gradient(t));
+        let theta = lbfgs(start, TRIAL.0, TRIAL.1, |t| objective.value_and_gradient(t), stop);
         let held_out = LogisticObjective::new(&validation, &validation_labels, classes, 0.0);
         let (score, loss) =
             (score(&held_out.logits(&theta), &validation_labels), held_out.value_and_gradient(&theta).0);
@@ -149,6 +171,9 @@ pub(crate) fn fit_best_by(
     };
     for index in (0..strengths.len()).step_by(STRIDE) {
         run_trial(&mut trials, index);
+        if stop() {
+            return None;
+        }
         let best = trials[best_trial(&trials)].score;
         // Equal scores do not count as worse.
         if trials.iter().rev().take_while(|trial| trial.score < best).count() >= PATIENCE {
@@ -160,17 +185,23 @@ pub(crate) fn fit_best_by(
         if index != coarse {
             run_trial(&mut trials, index);
         }
+        if stop() {
+            return None;
+        }
     }
     let Trial { index, score: held_out_score, theta: start, .. } = trials.swap_remove(best_trial(&trials));
     let l2 = strengths[index];
     let objective = LogisticObjective::new(&scaled, labels, classes, l2);
-    let theta = lbfgs(start, FINAL_ITERATIONS, 1e-6, |t| objective.value_and_gradient(t));
+    let theta = lbfgs(start, FINAL_ITERATIONS, 1e-6, |t| objective.value_and_gradient(t), stop);
+    if stop() {
+        return None;
+    }
     let (w, b) = theta.split_at(classes * x.dim);
     // Undo the standardization.
     let w: Vec<f64> = w.iter().map(|w| w / scale).collect();
     let b =
         w.chunks_exact(x.dim).zip(b).map(|(w, b)| b - w.iter().zip(&mean).map(|(w, m)| w * m).sum::<f64>()).collect();
-    SelectedFit { classifier: Classifier { w, b, classes }, l2, held_out_score }
+    Some(SelectedFit { classifier: Classifier { w, b, classes }, l2, held_out_score })
 }
 
 /// Fit at one L2 strength.
@@ -306,13 +337,19 @@ fn max_abs(gradient: &[f64]) -> f64 {
 
 /// Minimizes a smooth convex function by L-BFGS (Nocedal and Wright, algorithm 7.5) with
 /// backtracking line search. Stops when no component of the gradient exceeds `tolerance`, no step
-/// decreases the value, or the iterations are used up.
-fn lbfgs(mut theta: Vec<f64>, iterations: usize, tolerance: f64, f: impl Fn(&[f64]) -> (f64, Vec<f64>)) -> Vec<f64> {
+/// decreases the value, the iterations are used up, or `stop` returns true.
+fn lbfgs(
+    mut theta: Vec<f64>,
+    iterations: usize,
+    tolerance: f64,
+    f: impl Fn(&[f64]) -> (f64, Vec<f64>),
+    stop: Stop,
+) -> Vec<f64> {
     let (mut value, mut gradient) = f(&theta);
     // (s, y, 1 / sᵀy): steps, gradient changes and their inverse inner product.
     let mut history: Vec<(Vec<f64>, Vec<f64>, f64)> = Vec::new();
     for _ in 0..iterations {
-        if max_abs(&gradient) <= tolerance {
+        if max_abs(&gradient) <= tolerance || stop() {
             break;
         }
         let mut direction: Vec<f64> = gradient.iter().map(|g| -g).collect();

@@ -41,10 +41,10 @@ use burn::tensor::{Device, Tensor, TensorData, activation::log_softmax};
 use rayon::prelude::*;
 
 use crate::{
-    data::{Error, Images},
+    data::{Error, Images, prefetch},
     device::has_kernels,
     nn::{Encoder, EncoderSpec, cpu::loss, tree::host},
-    views::{Policy, view},
+    views::Policy,
 };
 
 pub use features::Features;
@@ -72,20 +72,26 @@ type ViewRequest<'a> = (usize, [u64; 4], &'a Policy);
 fn random_crops(
     images: &Images,
     draws: &[(u64, usize)],
-    size: usize,
+    spec: &EncoderSpec,
     seed: u64,
     device: &Device,
 ) -> Result<Tensor<4>, Error> {
-    let policy = Policy::crop_and_flip();
+    let policy = match images.is_sound() {
+        true => Policy::spectrogram_crop().with_statistics(&spec.normalization.mean, &spec.normalization.std),
+        false => Policy::crop_and_flip(),
+    };
     let requests: Vec<ViewRequest> =
         draws.iter().map(|(epoch, i)| (*i, [seed, *epoch, *i as u64, CROP_VIEW], &policy)).collect();
-    render_views(images, &requests, size, device)
+    render_views(images, &requests, spec.size, device)
 }
 
 /// Renders views: `[n, size, size, C]` in 0..1.
 fn render_views(images: &Images, requests: &[ViewRequest], size: usize, device: &Device) -> Result<Tensor<4>, Error> {
     let channels = images.n_channels();
-    let render = |(i, stream, policy): &ViewRequest| Ok(view(policy, &*images.get(*i)?, size, *stream).interleaved());
+    let render = |(i, stream, policy): &ViewRequest| {
+        let image = images.get(*i)?;
+        Ok(prefetch::draw(images, *i, policy, &image, *stream)?.apply(&image, size).interleaved())
+    };
     let views: Vec<Vec<f32>> = requests.par_iter().map(render).collect::<Result<_, Error>>()?;
     Ok(Tensor::from_data(TensorData::new(views.concat(), [requests.len(), size, size, channels]), device))
 }
@@ -139,7 +145,7 @@ pub(crate) fn for_each_batch(
     device: &Device,
     mut f: impl FnMut(Tensor<4>),
 ) -> Result<(), Error> {
-    images.ensure_channels(spec.channels)?;
+    images.ensure_input(spec.channels, &spec.levels)?;
     let size = spec.size;
     let indices: Vec<usize> = (0..images.len()).collect();
     for batch in indices.chunks(batch_size(size)) {

@@ -3,7 +3,8 @@
 //! images, then the classifier is fitted to all of them.
 
 use super::{
-    Features, finetune, linear, logistic,
+    Features, finetune, linear,
+    logistic::{self, NEVER, fit_best_by},
     metrics::{average_precision_11, mean},
     protocol::{Labels, MetricKind, ScoredPredictions},
 };
@@ -36,7 +37,7 @@ pub fn linear(
             let score = |scores: &[f64], labels: &[usize]| {
                 ScoredPredictions::new(metric, scores, Labels::Single(labels), classes).metric()
             };
-            let fit = logistic::fit_best_by(train, labels, classes, &strengths, &held_out, score);
+            let fit = fit_best_by(train, labels, classes, &strengths, &held_out, score, NEVER).expect("never stopped");
             TransferScores { scores: fit.classifier.scores(test), l2: vec![fit.l2] }
         }
         Labels::Multi(labels) => {
@@ -46,7 +47,8 @@ pub fn linear(
                 let is_class: Vec<usize> = labels.iter().map(|l| usize::from(l.contains(&class))).collect();
                 // Stratified, so that a rare class has held-out positives.
                 let held_out = finetune::held_out_mask(&is_class, 10, seed);
-                let fit = logistic::fit_best_by(train, &is_class, 2, &strengths, &held_out, binary_score);
+                let fit = fit_best_by(train, &is_class, 2, &strengths, &held_out, binary_score, NEVER)
+                    .expect("never stopped");
                 for (i, margin) in margins(&fit.classifier.scores(test)).into_iter().enumerate() {
                     scores[i * classes + class] = margin;
                 }

@@ -11,10 +11,14 @@ use super::{
     tree::{self, Leaf, Tree},
 };
 use crate::{
-    data::{Levels, levels::Channels},
+    data::{
+        Levels,
+        decode::{log_mel, sound},
+        levels::{Channels, Sound},
+    },
     device::{Precision, has_kernels},
-    image::{Image, MAX_CHANNELS},
-    views::{View, evaluation_view, resize::center_antialiased},
+    image::{CHANNELS, Image, MAX_CHANNELS},
+    views::{Policy, View, evaluation_view, resize::center_antialiased, spectrogram_view},
 };
 
 /// Per-channel mean and standard deviation that normalize the input of an encoder.
@@ -122,11 +126,34 @@ impl EncoderSpec {
         ResNet::new(self.architecture, self.width, self.stem, self.channels)
     }
 
-    /// The evaluation view of an image: the center square, resized to the input size.
+    /// The evaluation view of an image: the center square, or all of a spectrogram, resized to the
+    /// input size.
     pub fn evaluation_view(&self, image: &Image) -> View {
         match self.antialias {
+            _ if self.levels.sound.is_some() => spectrogram_view(image, self.size),
             true => center_antialiased(image, self.size, self.center),
             false => evaluation_view(image, self.size, self.center),
+        }
+    }
+
+    /// Description of its inputs: `RGB`, `13 channels`, `log-mel spectrogram`.
+    #[doc(hidden)]
+    pub fn input(&self) -> String {
+        match (self.levels.sound, self.channels) {
+            (Some(_), _) => "log-mel spectrogram".into(),
+            (None, CHANNELS) => "RGB".into(),
+            (None, 1) => "1 channel".into(),
+            (None, n) => format!("{n} channels"),
+        }
+    }
+
+    /// Views of images of its kind, where those of its training are not known.
+    #[doc(hidden)]
+    pub fn default_policies(&self) -> [Policy; 2] {
+        let Normalization { mean, std } = &self.normalization;
+        match self.levels.sound {
+            Some(_) => [(); 2].map(|()| Policy::spectrogram().with_statistics(mean, std)),
+            None => [Policy::default(), Policy::second()],
         }
     }
 
@@ -147,7 +174,12 @@ impl EncoderSpec {
         if self.size == 0 || self.size > 8192 || !(1..=MAX_CHANNELS).contains(&self.channels) {
             return Err(format!("an input of {} px and {} channels is out of range", self.size, self.channels));
         }
-        if let Some(Channels { select, ranges }) = &self.levels.channels {
+        if let Some(Sound { rate }) = self.levels.sound
+            && (self.channels != 1 || !(*sound::RATES.start()..=log_mel::RATE).contains(&rate))
+        {
+            return Err(format!("{} channels of sounds at {rate} Hz are out of range", self.channels));
+        }
+        if let Some(Channels { select, ranges, .. }) = &self.levels.channels {
             let is_range = |[low, high]: &[f32; 2]| low.is_finite() && high.is_finite() && low < high;
             let is_complete = ranges.len() == self.channels && (select.is_empty() || select.len() == self.channels);
             if !is_complete || !ranges.iter().all(is_range) || select.contains(&0) {

@@ -10,12 +10,13 @@ use std::path::PathBuf;
 use burn::tensor::Device;
 
 use crate::{
-    data::{Error, Images},
+    data::{Error, Images, decode::log_mel::BANDS},
     device::{self, Kind, MachineInfo, OpenedDevice, Precision},
     nn::{
         Architecture, Normalization, Stem,
         import::{self, Preparation},
     },
+    views::Policy,
 };
 
 use super::{
@@ -38,6 +39,8 @@ pub struct AutoInputs {
     pub bf16: Option<Bf16Speed>,
     /// The CPU's kernels use AVX-512.
     pub avx512: bool,
+    /// The images are spectrograms of sounds.
+    pub sound: bool,
 }
 
 impl AutoInputs {
@@ -62,7 +65,15 @@ impl AutoInputs {
         let shorter_side = sides.get(sides.len() / 2).copied().unwrap_or(0);
         let (kind, bf16) = (opened.info.kind, precision::bf16_speed(opened));
         let avx512 = machine.isa.starts_with("avx512");
-        Ok(AutoInputs { images: images.len(), shorter_side, kind, cores: machine.cores, bf16, avx512 })
+        Ok(AutoInputs {
+            images: images.len(),
+            shorter_side,
+            kind,
+            cores: machine.cores,
+            bf16,
+            avx512,
+            sound: images.is_sound(),
+        })
     }
 
     fn is_cpu(&self) -> bool {
@@ -71,7 +82,7 @@ impl AutoInputs {
 
     /// Images without border to crop away, such as CIFAR's.
     fn has_small_images(&self) -> bool {
-        self.shorter_side <= 64
+        !self.sound && self.shorter_side <= 64
     }
 
     /// Largest view that trains in reasonable time.
@@ -110,8 +121,19 @@ fn relative_cost(architecture: Architecture) -> f64 {
 type AutoRule = fn(&AutoInputs, &RecipeOverrides, &mut Recipe) -> Option<String>;
 
 /// The rules, in order.
-const RULES: [AutoRule; 10] =
-    [view_size, eval_size, encoder, compute_precision, batch, epochs, target_decay, optimizer, center, blur];
+const RULES: [AutoRule; 11] = [
+    view_size,
+    eval_size,
+    encoder,
+    compute_precision,
+    batch,
+    epochs,
+    target_decay,
+    optimizer,
+    center,
+    blur,
+    spectrogram,
+];
 
 /// Chooses a recipe. Returns it with one sentence per choice.
 pub fn choose(inputs: &AutoInputs, overrides: &RecipeOverrides) -> (Recipe, Vec<String>) {
@@ -174,6 +196,10 @@ fn count(overrides: &RecipeOverrides, key: &str) -> Option<usize> {
 
 /// A CPU is slow at 224 px, and a view larger than the image holds no more detail.
 fn view_size(inputs: &AutoInputs, overrides: &RecipeOverrides, r: &mut Recipe) -> Option<String> {
+    if inputs.sound {
+        r.views.size = count(overrides, "views.size").unwrap_or(BANDS);
+        return Some(format!("{} px views: spectrograms have {BANDS} bands", r.views.size));
+    }
     let (side, max) = (inputs.shorter_side, inputs.max_view());
     let sizes = [32, 48, 64, 96, 128, 160, 224];
     let fitting = sizes.into_iter().rfind(|size| *size <= side.min(max)).unwrap_or(32);
@@ -313,8 +339,8 @@ fn center(inputs: &AutoInputs, _: &RecipeOverrides, r: &mut Recipe) -> Option<St
     Some("evaluation without center crop: the images have no border to spare".into())
 }
 
-fn blur(_: &AutoInputs, _: &RecipeOverrides, r: &mut Recipe) -> Option<String> {
-    if r.views.size > 64 {
+fn blur(inputs: &AutoInputs, _: &RecipeOverrides, r: &mut Recipe) -> Option<String> {
+    if inputs.sound || r.views.size > 64 {
         return None;
     }
     for policy in [&mut r.views.first, &mut r.views.second] {
@@ -323,12 +349,22 @@ fn blur(_: &AutoInputs, _: &RecipeOverrides, r: &mut Recipe) -> Option<String> {
     Some("no blur: views of up to 64 px have no fine detail to remove; color jitter as in the recipe cifar10".into())
 }
 
+/// Augmentations of sounds.
+fn spectrogram(inputs: &AutoInputs, _: &RecipeOverrides, r: &mut Recipe) -> Option<String> {
+    if !inputs.sound {
+        return None;
+    }
+    (r.views.first, r.views.second) = (Policy::spectrogram(), Policy::spectrogram());
+    r.views.center = 1.0;
+    Some("augmentations of BYOL for Audio: other sounds in the background, crops, linear fades".into())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn inputs(images: usize, side: usize, kind: Kind) -> AutoInputs {
-        AutoInputs { images, shorter_side: side, kind, cores: 2, bf16: None, avx512: true }
+        AutoInputs { images, shorter_side: side, kind, cores: 2, bf16: None, avx512: true, sound: false }
     }
 
     #[test]
@@ -343,6 +379,17 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn sounds_have_their_own_views() {
+        let overrides = RecipeOverrides::from_recipe("auto").unwrap();
+        let (recipe, why) = choose(&AutoInputs { sound: true, ..inputs(2000, 64, Kind::Cpu) }, &overrides);
+        assert_eq!((recipe.views.size, recipe.views.eval_size), (64, 0));
+        let Policy { flip, jitter, time, mixup, .. } = recipe.views.first;
+        assert_eq!((flip, jitter, time, mixup), (0.0, 0.0, [0.6, 1.5], 0.4));
+        assert!(why.last().unwrap().contains("BYOL for Audio"), "{why:?}");
+        assert!(recipe.check().is_ok(), "{:?}", recipe.check());
     }
 
     #[test]

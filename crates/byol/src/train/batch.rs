@@ -13,7 +13,7 @@ pub fn request(plan: &Plan, images: &Images, context: &RunContext) -> Request {
     let recipe = &plan.recipe;
     Request {
         images: images.clone(),
-        policies: [recipe.views.first.clone(), recipe.views.second.clone()],
+        policies: recipe.policies(),
         size: recipe.views.size,
         augmentation: context.augmentation.clone(),
         crop_only: recipe.views.placement == Placement::Device,

@@ -8,7 +8,7 @@ use std::{
 use super::{
     Error, Plan,
     health::Monitor,
-    recipe::{HealthConfig, Recipe},
+    recipe::{HealthConfig, Recipe, is_built_in},
 };
 use crate::{
     data::{Dataset, Images, Levels},
@@ -122,31 +122,6 @@ impl TrainingData {
         Ok(TrainingData { root, kind, classes, train, held_out, column, levels, skipped, unused })
     }
 
-    /// Mean and standard deviation of each channel over a sample of the training images.
-    ///
-    /// # Errors
-    /// [`Error::Data`].
-    pub(crate) fn normalization(&self) -> Result<Normalization, Error> {
-        let sample = self.train.sample_random(STATISTICS_IMAGES.min(self.train.len()));
-        let channels = self.train.n_channels();
-        let moments = |i: usize| -> Result<[Vec<f64>; 2], Error> {
-            let image = sample.get_or_next(i)?;
-            let view = views::resize::crop_resize(&image, Window::center(image.height, image.width, 1.0), 64, 64);
-            let planes = || view.pixels.chunks_exact(64 * 64);
-            let mean = |plane: &[f32], f: fn(f64) -> f64| {
-                plane.iter().map(|v| f(f64::from(*v))).sum::<f64>() / plane.len() as f64
-            };
-            Ok([planes().map(|p| mean(p, |v| v)).collect(), planes().map(|p| mean(p, |v| v * v)).collect()])
-        };
-        let moments = (0..sample.len()).into_par_iter().map(moments).collect::<Result<Vec<_>, Error>>()?;
-        let mean = |k: usize, c: usize| moments.iter().map(|m| m[k][c]).sum::<f64>() / moments.len().max(1) as f64;
-        let std = |c: usize| (mean(1, c) - mean(0, c).powi(2)).max(0.0).sqrt().max(MIN_STD);
-        Ok(Normalization {
-            mean: (0..channels).map(|c| mean(0, c) as f32).collect(),
-            std: (0..channels).map(|c| std(c) as f32).collect(),
-        })
-    }
-
     /// Monitoring setup of a run with this plan; `None` without monitoring images.
     ///
     /// # Errors
@@ -157,14 +132,13 @@ impl TrainingData {
         let has_labels = held_out.labeled().is_some_and(|held_out| held_out.labels().is_some());
         let labeled = self.train.labeled().filter(|train| train.labels().is_some() && has_labels);
         let bank = labeled.map(|train| train.sample(config.bank)).transpose()?;
-        let views = &plan.recipe.views;
         Ok(Some(Monitor {
             bank,
             classes: self.classes.len(),
             config,
             spec: plan.encoder.clone(),
-            policies: [views.first.clone(), views.second.clone()],
-            size: views.size,
+            policies: plan.recipe.policies(),
+            size: plan.recipe.views.size,
             seed: plan.recipe.seed,
             // A training image costs four forward and two backward passes, a monitoring image four
             // forward passes.
@@ -172,6 +146,48 @@ impl TrainingData {
             held_out,
         }))
     }
+}
+
+impl Recipe {
+    /// Measures the input normalization if these images are not RGB photos and the recipe has that
+    /// of a built-in recipe.
+    ///
+    /// # Errors
+    /// [`Error::Data`].
+    #[doc(hidden)]
+    pub fn measure_normalization(&mut self, images: &Images) -> Result<(), Error> {
+        if !images.is_rgb() && is_built_in(&self.normalize) {
+            self.normalize = normalization(images)?;
+        }
+        Ok(())
+    }
+}
+
+/// Mean and standard deviation of each channel over a sample of images.
+///
+/// # Errors
+/// [`Error::Data`].
+fn normalization(images: &Images) -> Result<Normalization, Error> {
+    let sample = images.sample_random(STATISTICS_IMAGES.min(images.len()));
+    let channels = images.n_channels();
+    let moments = |i: usize| -> Result<[Vec<f64>; 2], Error> {
+        let image = sample.get_or_next(i)?;
+        let view = match sample.is_sound() {
+            true => views::spectrogram_view(&image, 64),
+            false => views::resize::crop_resize(&image, Window::center(image.height, image.width, 1.0), 64, 64),
+        };
+        let planes = || view.pixels.chunks_exact(64 * 64);
+        let mean =
+            |plane: &[f32], f: fn(f64) -> f64| plane.iter().map(|v| f(f64::from(*v))).sum::<f64>() / plane.len() as f64;
+        Ok([planes().map(|p| mean(p, |v| v)).collect(), planes().map(|p| mean(p, |v| v * v)).collect()])
+    };
+    let moments = (0..sample.len()).into_par_iter().map(moments).collect::<Result<Vec<_>, Error>>()?;
+    let mean = |k: usize, c: usize| moments.iter().map(|m| m[k][c]).sum::<f64>() / moments.len().max(1) as f64;
+    let std = |c: usize| (mean(1, c) - mean(0, c).powi(2)).max(0.0).sqrt().max(MIN_STD);
+    Ok(Normalization {
+        mean: (0..channels).map(|c| mean(0, c) as f32).collect(),
+        std: (0..channels).map(|c| std(c) as f32).collect(),
+    })
 }
 
 /// Bytes of decoded images to keep in memory: a quarter of the free memory, at most 8 GiB.

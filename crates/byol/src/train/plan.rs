@@ -103,10 +103,7 @@ impl Plan {
         }
         let (root, train) = (&data.root, &data.train);
         let channels = train.n_channels();
-        // The built-in recipes have the statistics of RGB images.
-        if (channels != CHANNELS || data.levels.channels.is_some()) && recipe::is_built_in(&recipe.normalize) {
-            recipe.normalize = data.normalization()?;
-        }
+        recipe.measure_normalization(train)?;
         if recipe.normalize.mean.len() != channels {
             let reason = format!("{} means (expected {channels}, one per channel)", recipe.normalize.mean.len());
             return Err(Error::Recipe(recipe::Error::Value { key: "normalize".into(), reason }));

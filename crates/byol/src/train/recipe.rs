@@ -463,7 +463,8 @@ pub enum Error {
 }
 
 /// Names of the built-in recipes.
-pub const NAMES: [&str; 6] = ["auto", "cifar10", "imagenet-1000", "imagenet-300", "imagenet-100", "imagenette"];
+pub const NAMES: [&str; 7] =
+    ["auto", "cifar10", "imagenet-1000", "imagenet-300", "imagenet-100", "imagenette", "audio"];
 
 /// TOML of a built-in recipe; `None` for `auto`, which depends on the data.
 pub fn built_in(name: &str) -> Option<&'static str> {
@@ -473,6 +474,7 @@ pub fn built_in(name: &str) -> Option<&'static str> {
         "imagenet-300" => include_str!("../../../../recipes/imagenet-300.toml"),
         "imagenet-100" => include_str!("../../../../recipes/imagenet-100.toml"),
         "imagenette" => include_str!("../../../../recipes/imagenette.toml"),
+        "audio" => include_str!("../../../../recipes/audio.toml"),
         _ => return None,
     })
 }
@@ -484,13 +486,14 @@ pub(super) fn is_built_in(normalization: &Normalization) -> bool {
 }
 
 /// Names of the view policies: augmentations for a kind of images.
-pub const VIEW_POLICIES: [&str; 2] = ["overhead", "microscopy"];
+pub const VIEW_POLICIES: [&str; 3] = ["overhead", "microscopy", "spectrogram"];
 
 /// TOML of a view policy.
 fn view_policy(name: &str) -> Option<&'static str> {
     Some(match name {
         "overhead" => include_str!("../../../../recipes/views/overhead.toml"),
         "microscopy" => include_str!("../../../../recipes/views/microscopy.toml"),
+        "spectrogram" => include_str!("../../../../recipes/views/spectrogram.toml"),
         _ => return None,
     })
 }
@@ -710,6 +713,13 @@ fn coerce(old: Option<Value>, new: Value) -> Value {
 }
 
 impl Recipe {
+    /// Policies T and T′. Those of spectrograms know the statistics that normalize them.
+    #[doc(hidden)]
+    pub fn policies(&self) -> [Policy; 2] {
+        let Normalization { mean, std } = &self.normalize;
+        [&self.views.first, &self.views.second].map(|policy| policy.clone().with_statistics(mean, std))
+    }
+
     /// Loads a built-in recipe by name (`auto`, `cifar10`, …) or a TOML file by path, to adjust and
     /// run.
     ///
@@ -947,8 +957,13 @@ mod tests {
             overrides.set("views.first.rotate=0.25").unwrap();
             let views = overrides.check().unwrap().views;
             assert_eq!(views.first.rotate, 0.25);
-            assert_eq!([views.second.rotate, views.second.flip_vertical], [0.75, 0.5]);
+            let expected = if name == "spectrogram" { [0.0, 0.0] } else { [0.75, 0.5] };
+            assert_eq!([views.second.rotate, views.second.flip_vertical], expected);
         }
+        let mut overrides = RecipeOverrides::from_recipe("imagenet-300").unwrap();
+        overrides.set_views("spectrogram").unwrap();
+        let views = overrides.check().unwrap().views;
+        assert_eq!([views.first, views.second], [Policy::spectrogram(), Policy::spectrogram()]);
         assert!(RecipeOverrides::default().set_views("over").unwrap_err().to_string().contains("overhead"));
     }
 

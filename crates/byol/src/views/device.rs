@@ -27,6 +27,7 @@ pub fn augment(crops: Tensor<4>, draws: &[Draw]) -> Tensor<4> {
             flip_vertical: _,
             quarter_turns: _,
             channel_drop: _,
+            spectrogram: _,
         } = d;
     };
     let x = apply_where(crops, draws, |d| d.flip, |x, _| x.flip([3]));

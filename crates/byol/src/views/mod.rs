@@ -42,7 +42,10 @@ pub mod gray;
 pub mod jitter;
 pub mod resize;
 pub mod solarize;
+pub mod spectrogram;
 mod spectrum;
+
+use std::sync::Arc;
 
 use rand_chacha::rand_core::Rng;
 use serde::{Deserialize, Serialize};
@@ -54,6 +57,7 @@ use crate::{
 pub use crop::Window;
 pub use custom::Augmentation;
 pub use rand_chacha::ChaCha8Rng;
+pub use spectrogram::Spectrogram;
 
 /// A view: planes `[channels, height, width]`, row-major, values in 0..1.
 ///
@@ -181,6 +185,25 @@ pub struct Policy {
     /// 0.0.
     #[serde(default)]
     pub channel_drop: f64,
+    /// Smallest and largest length of the crop of a spectrogram in time, relative to the sound: up
+    /// to 4. `[0, 0]`, the default, crops by `area` and `aspect` instead.
+    #[serde(default)]
+    pub time: [f64; 2],
+    /// Smallest and largest height of the crop of a spectrogram in frequency, relative to the
+    /// image; a larger one than 1 is 1. Default: `[0, 0]`, as for `time`.
+    #[serde(default)]
+    pub frequency: [f64; 2],
+    /// Largest weight of another sound in the background of a spectrogram. Default: 0.0.
+    #[serde(default)]
+    pub mixup: f64,
+    /// Strength of the linear fade of a spectrogram, in standard deviations of the data. Default:
+    /// 0.0.
+    #[serde(default)]
+    pub fade: f64,
+    /// Mean and standard deviation of each channel of spectrograms, in 0..1.
+    #[serde(skip)]
+    #[doc(hidden)]
+    pub statistics: Vec<[f32; 2]>,
 }
 
 impl Default for Policy {
@@ -201,6 +224,11 @@ impl Default for Policy {
             flip_vertical: 0.0,
             rotate: 0.0,
             channel_drop: 0.0,
+            time: [0.0; 2],
+            frequency: [0.0; 2],
+            mixup: 0.0,
+            fade: 0.0,
+            statistics: Vec::new(),
         }
     }
 }
@@ -214,6 +242,31 @@ impl Policy {
     /// Crop and flip only: the training view of the linear evaluation.
     pub fn crop_and_flip() -> Self {
         Policy { jitter: 0.0, gray: 0.0, blur: 0.0, solarize: 0.0, ..Policy::default() }
+    }
+
+    /// Crop of a spectrogram only: the training view of the linear evaluation of sounds.
+    pub(crate) fn spectrogram_crop() -> Self {
+        Policy { flip: 0.0, time: [0.6, 1.5], frequency: [0.6, 1.5], ..Policy::crop_and_flip() }
+    }
+
+    /// Views of sounds, as in `recipes/views/spectrogram.toml`.
+    #[doc(hidden)]
+    pub fn spectrogram() -> Self {
+        Policy { mixup: 0.4, fade: 1.0, ..Policy::spectrogram_crop() }
+    }
+
+    /// Sets the mean and standard deviation of each channel, if crops are those of spectrograms.
+    #[doc(hidden)]
+    pub fn with_statistics(self, mean: &[f32], std: &[f32]) -> Self {
+        if !self.is_for_spectrograms() {
+            return self;
+        }
+        Policy { statistics: mean.iter().zip(std).map(|(m, s)| [*m, *s]).collect(), ..self }
+    }
+
+    /// True if crops are those of spectrograms.
+    pub(crate) fn is_for_spectrograms(&self) -> bool {
+        self.time[1] > 0.0
     }
 
     /// Checks that every field is in its range.
@@ -231,6 +284,7 @@ impl Policy {
             ("rotate", self.rotate),
             ("channel_drop", self.channel_drop),
         ];
+        let spectrogram_keys = [("time", self.time), ("frequency", self.frequency)];
         for (name, p) in probabilities {
             if !(0.0..=1.0).contains(&p) {
                 return Err((name, format!("{p} (expected a probability, 0 to 1)")));
@@ -241,6 +295,8 @@ impl Policy {
             ("contrast", self.contrast, 1.0),
             ("saturation", self.saturation, 1.0),
             ("hue", self.hue, 0.5),
+            ("mixup", self.mixup, 1.0),
+            ("fade", self.fade, 10.0),
         ];
         for (name, s, max) in strengths {
             if !(0.0..=max).contains(&s) {
@@ -254,7 +310,17 @@ impl Policy {
                 return Err((name, format!("[{low}, {high}] (expected [min, max] with 0 < min ≤ max ≤ {max})")));
             }
         }
-        Ok(())
+        for (name, [low, high]) in spectrogram_keys {
+            let is_unset = !self.is_for_spectrograms() && [low, high] == [0.0; 2];
+            if !(is_unset || low > 0.0 && low <= high && high <= 4.0) {
+                return Err((name, format!("[{low}, {high}] (expected [min, max] with 0 < min ≤ max ≤ 4)")));
+            }
+        }
+        let needs_time = [("frequency", self.frequency[1]), ("mixup", self.mixup), ("fade", self.fade)];
+        match needs_time.into_iter().find(|(_, value)| *value > 0.0 && !self.is_for_spectrograms()) {
+            Some((name, value)) => Err((name, format!("{value} (expected 0, since `time` is not set)"))),
+            None => Ok(()),
+        }
     }
 
     /// Samples the parameters of one view. Every parameter is sampled, applied or not, so that
@@ -277,6 +343,9 @@ impl Policy {
         let flip_vertical = uniform(rng) < self.flip_vertical;
         let (rotates, turns) = (uniform(rng) < self.rotate, 1 + random::below(rng, 3));
         let (drops, seed) = (uniform(rng) < self.channel_drop, rng.next_u64());
+        let &Policy { time, frequency, mixup, fade, ref statistics, .. } = self;
+        let ranges = spectrogram::Ranges { frequency, time, mixup, fade, statistics };
+        let spectrogram = self.is_for_spectrograms().then(|| Spectrogram::draw(rng, image_height, image_width, ranges));
         Draw {
             window,
             flip,
@@ -287,6 +356,7 @@ impl Policy {
             flip_vertical,
             quarter_turns: if rotates { turns } else { 0 },
             channel_drop: drops.then_some(seed),
+            spectrogram,
         }
     }
 }
@@ -312,9 +382,23 @@ pub struct Draw {
     pub quarter_turns: usize,
     /// Seed of the channel drop, if applied.
     pub channel_drop: Option<u64>,
+    /// Crop, background and fade of a spectrogram, in place of `window`.
+    pub spectrogram: Option<Spectrogram>,
 }
 
 impl Draw {
+    /// Number that selects another image as background; `None` if there is none.
+    pub(crate) fn background_seed(&self) -> Option<u64> {
+        self.spectrogram.as_ref().filter(|s| s.mixup > 0.0).map(|s| s.background_seed)
+    }
+
+    /// Sets the image of the background.
+    pub(crate) fn set_background(&mut self, image: Arc<Image>) {
+        if let Some(spectrogram) = &mut self.spectrogram {
+            spectrogram.background = Some(image);
+        }
+    }
+
     /// Makes the view with side `size`: crop, resize, clamp, flips, rotation, jitter, grayscale,
     /// blur, solarize, channel drop.
     ///
@@ -333,7 +417,10 @@ impl Draw {
             *view = None;
         }
         let view = view.get_or_insert_with(|| View::new(size, size, image.channels));
-        resize::crop_resize_into(image, self.window, view, values);
+        match &self.spectrogram {
+            Some(spectrogram) => spectrogram.apply(image, view),
+            None => resize::crop_resize_into(image, self.window, view, values),
+        }
         (view, values)
     }
 
@@ -365,7 +452,8 @@ impl Draw {
     }
 }
 
-fn draw_for(policy: &Policy, image: &Image, key: [u64; 4]) -> Draw {
+/// Draws the parameters of [`view`].
+pub(crate) fn draw_for(policy: &Policy, image: &Image, key: [u64; 4]) -> Draw {
     let [seed, epoch, index, which] = key;
     let mut rng = random::stream(&[Domain::View as u64, seed, epoch, index, which]);
     policy.draw(&mut rng, image.height, image.width)
@@ -377,13 +465,14 @@ pub fn view(policy: &Policy, image: &Image, size: usize, key: [u64; 4]) -> View 
     draw_for(policy, image, key).apply(image, size)
 }
 
-/// Makes [`view`], followed by a user-defined augmentation if there is one, as interleaved values
-/// `[size, size, channels]` in `out`. Does not allocate once `scratch` has the right size.
+/// Makes the view of a draw, followed by a user-defined augmentation if there is one, as
+/// interleaved values `[size, size, channels]` in `out`. `key` is that of the draw. Does not
+/// allocate once `scratch` has the right size.
 ///
 /// # Panics
 /// If the augmentation changes the shape of the view.
 pub(crate) fn view_into(
-    policy: &Policy,
+    draw: &Draw,
     augmentation: Option<&dyn Augmentation>,
     image: &Image,
     size: usize,
@@ -391,26 +480,17 @@ pub(crate) fn view_into(
     scratch: &mut Scratch,
     out: &mut [f32],
 ) {
-    let view = draw_for(policy, image, key).apply_in(image, size, scratch);
+    let view = draw.apply_in(image, size, scratch);
     if let Some(augmentation) = augmentation {
         custom::apply(augmentation, view, key);
     }
     view.interleave(out);
 }
 
-/// Makes the crop of [`view`] as planes `[channels, size, size]` in `out`. Returns the draw, whose
-/// other parameters are still to be applied.
-pub(crate) fn crop_into(
-    policy: &Policy,
-    image: &Image,
-    size: usize,
-    key: [u64; 4],
-    scratch: &mut Scratch,
-    out: &mut [f32],
-) -> Draw {
-    let draw = draw_for(policy, image, key);
+/// Makes the crop of a draw as planes `[channels, size, size]` in `out`. The other parameters are
+/// still to be applied.
+pub(crate) fn crop_into(draw: &Draw, image: &Image, size: usize, scratch: &mut Scratch, out: &mut [f32]) {
     out.copy_from_slice(&draw.crop_in(image, size, scratch).0.pixels);
-    draw
 }
 
 /// Makes the evaluation view of the reference: the center square with this fraction of the shorter
@@ -418,4 +498,11 @@ pub(crate) fn crop_into(
 /// [`EncoderSpec::evaluation_view`](crate::nn::EncoderSpec::evaluation_view).
 pub fn evaluation_view(image: &Image, size: usize, center: f64) -> View {
     resize::crop_resize(image, Window::center(image.height, image.width, center), size, size)
+}
+
+/// Makes the evaluation view of a spectrogram: all of it, resized to a square.
+pub(crate) fn spectrogram_view(image: &Image, size: usize) -> View {
+    let mut view = View::new(size, size, image.channels);
+    Spectrogram::whole(image.height, image.width).apply(image, &mut view);
+    view
 }

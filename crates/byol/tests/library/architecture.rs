@@ -208,19 +208,20 @@ fn import_parser_sees_nested_lists_and_paths() {
     assert!(!found.iter().any(|path| path.contains("no")), "{found:?}");
 }
 
-/// Number of `pub fn` in `file` and, below it, in the modules that the documentation shows.
+/// Number of `pub fn` that the documentation shows, in `file` and the modules below it.
 fn documented_functions(file: &Path) -> usize {
     let text = code(file);
     let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    let own = lines.iter().filter(|line| line.starts_with("pub fn ") || line.starts_with("pub const fn ")).count();
+    let is_hidden = |i: usize| i > 0 && lines[i - 1] == "#[doc(hidden)]";
+    let is_function = |line: &str| line.starts_with("pub fn ") || line.starts_with("pub const fn ");
+    let own = lines.iter().enumerate().filter(|(i, line)| is_function(line) && !is_hidden(*i)).count();
     let folder = match file.file_stem().and_then(|stem| stem.to_str()) {
         Some("lib" | "mod") => file.parent().unwrap().to_owned(),
         _ => file.with_extension(""),
     };
     let shown = lines.iter().enumerate().filter_map(|(i, line)| {
         let name = line.strip_prefix("pub mod ").or_else(|| line.strip_prefix("mod "))?.strip_suffix(';')?;
-        let hidden = i > 0 && lines[i - 1] == "#[doc(hidden)]";
-        (!hidden).then_some(name)
+        (!is_hidden(i)).then_some(name)
     });
     let path = |name: &str| match folder.join(format!("{name}.rs")) {
         path if path.exists() => path,
@@ -229,7 +230,7 @@ fn documented_functions(file: &Path) -> usize {
     own + shown.map(|name| documented_functions(&path(name))).sum::<usize>()
 }
 
-const LIMIT: usize = 350;
+const LIMIT: usize = 345;
 
 /// A larger number is a decision: raise the limit in the commit that needs it, or use `pub(crate)`,
 /// or `#[doc(hidden)]` on a module that only the command uses.

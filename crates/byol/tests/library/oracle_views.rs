@@ -1,10 +1,13 @@
 //! Views against the oracle: every augmentation, and complete chains with given parameters.
 
-use crate::common::{Case, case, cases, close};
+use std::sync::Arc;
+
 use byol::{
     data::Image,
-    views::{Draw, View, Window, blur, crop, evaluation_view, flip, gray, jitter, resize, solarize},
+    views::{Draw, Spectrogram, View, Window, blur, crop, evaluation_view, flip, gray, jitter, resize, solarize},
 };
+
+use crate::common::{Case, case, cases, close};
 
 fn image(case: &Case, key: &str) -> Image {
     let [height, width, channels] = *case.shape(key) else { panic!("three axes") };
@@ -172,6 +175,7 @@ fn complete_chains_match_the_oracle() {
                 flip_vertical: false,
                 quarter_turns: 0,
                 channel_drop: None,
+                spectrogram: None,
             }
         };
         let size = case.number("size") as usize;
@@ -206,5 +210,32 @@ fn color_operations_of_other_channels_match_the_oracle() {
             }
             close(&format!("{name}, {channels} channels"), &view.interleaved(), &floats(&output["view"]), 1e-5, 1e-6);
         }
+    }
+}
+
+/// Values of `golden/sound.py`, by PyTorch.
+#[test]
+fn spectrogram_views_match_the_oracle() {
+    let golden: serde_json::Value = serde_json::from_str(include_str!("../../../../golden/sound.json")).unwrap();
+    let floats = |v: &serde_json::Value| v.as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect::<Vec<_>>();
+    for case in golden["views"].as_array().unwrap() {
+        let channels = case["channels"].as_u64().unwrap() as usize;
+        let image = |key: &str, width: usize| {
+            let pixels: Vec<u16> = floats(&case[key]).into_iter().map(|v| v as u16).collect();
+            Image { height: 12, width, channels, pixels: pixels.into() }
+        };
+        let statistics = case["statistics"].as_array().unwrap().iter().map(floats);
+        let draw = Spectrogram {
+            rows: (2, 9),
+            columns: (-3, 17),
+            mixup: 0.3,
+            background: Some(Arc::new(image("background", 9))),
+            fade: [-0.5, 0.8],
+            statistics: statistics.map(|s| [s[0] as f32, s[1] as f32]).collect(),
+            ..Spectrogram::whole(12, 16)
+        };
+        let mut view = View::new(8, 8, channels);
+        draw.apply(&image("image", 16), &mut view);
+        close(&format!("{channels} channels"), &view.pixels, &floats(&case["view"]), 1e-5, 1e-5);
     }
 }

@@ -114,6 +114,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let (base, _) = auto::resolve(&overrides, &data.train, &opened)?;
     let labeled = eval::labeled(dataset, base.train.limit)?;
     let study = ablations::all(base.train.batch).into_iter().find(|s| s.name == args.study).expect("clap checks names");
+    if args.study == "views" && base.views.first.time[1] > 0.0 {
+        return Err("the study `views` leaves out augmentations of photos, which these views do not have".into());
+    }
     if args.study == "views" && base.views.first.blur == 0.0 && base.views.second.blur == 0.0 {
         terminal::warning(
             "the recipe has no blur, so `no blur` repeats `all`\n\

@@ -3,7 +3,7 @@
 use std::{path::Path, str::FromStr};
 
 use byol::{
-    data::{self, Dataset, Levels, MAX_CHANNELS, OpenOptions, Unused, levels::Channels},
+    data::{self, Dataset, Levels, OpenOptions, Unused, levels::Channels},
     train::Plan,
 };
 
@@ -19,28 +19,11 @@ pub struct DataFlags {
     /// [default: detected]
     #[arg(long, value_name = "BLACK,WHITE", allow_negative_numbers = true)]
     levels: Option<BlackAndWhite>,
-    /// Channels of the files to use: `all`, or their numbers from 1, for example `4,3,2`
-    /// [default: RGB; gray images are repeated]
-    #[arg(long, value_name = "NUMBERS")]
-    channels: Option<Selection>,
-}
-
-/// Numbers of channels; none for all.
-#[derive(Debug, Clone, PartialEq)]
-struct Selection(Vec<u16>);
-
-impl FromStr for Selection {
-    type Err = String;
-
-    fn from_str(text: &str) -> std::result::Result<Self, String> {
-        if text == "all" {
-            return Ok(Selection(Vec::new()));
-        }
-        let numbers: Option<Vec<u16>> = text.split(',').map(|n| n.trim().parse().ok().filter(|n| *n > 0)).collect();
-        numbers.filter(|numbers| numbers.len() <= MAX_CHANNELS).map(Selection).ok_or_else(|| {
-            format!("invalid channels `{text}` (expected `all`, or up to {MAX_CHANNELS} numbers from 1, e.g. `4,3,2`)")
-        })
-    }
+    /// Channels of the files to use: `all`, their numbers from 1, for example `4,3,2`, `pages` for
+    /// the pages of TIFF files, or the names of the files of an image, for example
+    /// `{id}_B02.tif,{id}_B03.tif` [default: RGB; gray images are repeated]
+    #[arg(long, value_name = "CHANNELS")]
+    channels: Option<Channels>,
 }
 
 /// Values of black and white.
@@ -63,12 +46,10 @@ impl DataFlags {
     /// Opens a data set and prints what is not used of it. Levels that the flags do not set are
     /// taken from `levels`, or detected if those are unset too.
     pub fn open(&self, root: &Path, levels: Levels) -> Result<Dataset> {
-        if let Some(Channels { select, .. }) = &levels.channels {
-            if self.channels.as_ref().is_some_and(|Selection(numbers)| numbers != select) {
-                let numbers: Vec<String> = select.iter().map(u16::to_string).collect();
-                let trained = if select.is_empty() { "all".into() } else { numbers.join(",") };
+        if let Some(channels) = &levels.channels {
+            if self.channels.as_ref().is_some_and(|chosen| !chosen.is_same_selection(channels)) {
                 return Err(
-                    format!("the encoder was trained with `--channels {trained}`\nhint: omit `--channels`").into()
+                    format!("the encoder was trained with `--channels {channels}`\nhint: omit `--channels`").into()
                 );
             }
             if self.levels.is_some() {
@@ -76,8 +57,16 @@ impl DataFlags {
             }
             return open(root, &OpenOptions { column: self.column.clone(), levels });
         }
+        if levels.sound.is_some() {
+            if self.channels.is_some() || self.levels.is_some() {
+                let flag = if self.channels.is_some() { "--channels" } else { "--levels" };
+                return Err(format!("the encoder was trained on sounds\nhint: omit `{flag}`").into());
+            }
+            return open(root, &OpenOptions { column: self.column.clone(), levels });
+        }
         let chosen = self.levels.map(|BlackAndWhite([black, white])| Levels::uniform(black, white));
-        let channels = self.channels.as_ref().map(|Selection(numbers)| Levels::with_channels(numbers.clone()));
+        let channels = self.channels.clone();
+        let channels = channels.map(|channels| Levels { channels: Some(channels), ..Levels::default() });
         let levels = match (chosen, channels) {
             (Some(levels), Some(channels)) => channels.or(levels),
             (chosen, channels) => channels.or(chosen).unwrap_or(levels),
@@ -98,6 +87,7 @@ fn described(dataset: Dataset, options: &OpenOptions) -> Dataset {
     let is_set = |levels: &Levels| levels.int16.is_some() || levels.float.is_some();
     match &detected.channels {
         _ if detected == options.levels => {}
+        None if detected.sound.is_some() => terminal::note(detected.to_string()),
         Some(Channels { ranges, .. }) if !is_set(&options.levels) => {
             let channels = terminal::plural(ranges.len(), "channel");
             terminal::note(format!("{channels}, with ranges detected in a sample (set one with `--levels`)"));

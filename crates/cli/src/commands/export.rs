@@ -97,6 +97,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     super::set_threads(0)?;
     let encoder = super::load_encoder(&args.encoder, &device::open(DeviceChoice::Cpu)?.device)?;
+    if format == "hf" && encoder.spec.levels.sound.is_some() {
+        return Err(
+            "`--format hf` describes encoders of images, not of sounds\nhint: use `--format onnx` or `timm`".into()
+        );
+    }
     let (images, source) = comparison_images(args, &encoder.spec)?;
     let check = match format {
         "hf" => hub::write(&encoder, &args.out, &model_card(args, &encoder), &images)?,
@@ -208,7 +213,7 @@ fn results_table(run: &Path) -> String {
 fn comparison_images(args: &Args, spec: &EncoderSpec) -> Result<(Images, String)> {
     let run_data = || read_plan(&args.encoder).ok().map(|plan| plan.data).filter(|data| data.exists());
     let Some(data) = args.images.clone().or_else(run_data) else {
-        return Ok((synthetic::with_channels(IMAGES, spec.channels), "synthetic images".into()));
+        return Ok((synthetic::with_channels(IMAGES, spec.channels, &spec.levels), "synthetic images".into()));
     };
     let dataset = Dataset::open_with(&data, &OpenOptions { levels: spec.levels.clone(), ..OpenOptions::default() })?;
     let dataset = Dataset { held_out: None, test: None, ..dataset }.limit(IMAGES).check(0, &|| Continue(()))?;

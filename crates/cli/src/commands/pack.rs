@@ -49,6 +49,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if data.levels().channels.is_some() {
         return Err("shards contain RGB images only\nhint: omit `--channels`".into());
     }
+    if data.levels().sound.is_some() {
+        return Err("shards contain images only, not sounds\nhint: train on the folder itself".into());
+    }
     if data.train.tags().is_some() {
         terminal::warning("shards cannot store several classes per image: packing without labels");
     }

@@ -44,13 +44,13 @@ Examples:
 
 /// Pretrain an encoder on a folder of images
 ///
-/// DATA is a folder of images at any depth (JPEG, PNG, WebP, BMP, GIF, TIFF), of CIFAR binary
-/// files, of IDX files, or of shards. Subfolders `train/` and `val/` or `test/` are splits. Class
-/// subfolders are labels, used only to report kNN accuracy.
+/// DATA is a folder of images at any depth (JPEG, PNG, WebP, BMP, GIF, TIFF), of sounds (WAV, FLAC,
+/// Ogg Vorbis, MP3), of CIFAR binary files, of IDX files, or of shards. Subfolders `train/` and
+/// `val/` or `test/` are splits. Class subfolders are labels, used only to report kNN accuracy.
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = EXAMPLES)]
 pub struct Args {
-    /// Folder of images
+    /// Folder of images or sounds
     data: PathBuf,
     /// Output folder of the run [default: byol-runs/NAME-OF-DATA]
     #[arg(long)]
@@ -243,7 +243,7 @@ const LOGGED_SIDE: u32 = 96;
 /// Writes the picture of some images and their augmented views to TensorBoard.
 fn log_views(run: &mut Run, images: &Images) -> Result<()> {
     let recipe = &run.plan.recipe;
-    let rows = views::rows(&recipe.views, &images.sample(LOGGED_IMAGES)?, recipe.seed, LOGGED_SIDE)?;
+    let rows = views::rows(recipe, &images.sample(LOGGED_IMAGES)?, recipe.seed, LOGGED_SIDE)?;
     let (size, png) = (sheet::size(&rows, LOGGED_SIDE), sheet::png(&rows, LOGGED_SIDE));
     Ok(run.log(|events, step| events.image(step, "views", size, &png))?)
 }
@@ -306,6 +306,9 @@ pub fn describe(plan: &Plan, device: &str, threads: usize, out: &Path) {
     ));
     if let Some(channels) = &encoder.levels.channels {
         terminal::note(channel_table(channels, &encoder.normalization));
+    }
+    if encoder.levels.sound.is_some() && recipe.views.first.time[1] == 0.0 {
+        terminal::warning("the augmentations are those of photos\nhint: pass `--augment spectrogram`");
     }
     if plan.recipe_name == "auto" && schedule.total < FEW_STEPS {
         terminal::warning(format!(

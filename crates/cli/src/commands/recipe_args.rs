@@ -7,12 +7,12 @@ use crate::terminal::Result;
 /// Flags that choose a recipe.
 #[derive(Debug, clap::Args)]
 pub struct RecipeArgs {
-    /// Recipe: auto, cifar10, imagenet-1000, imagenet-300, imagenet-100, imagenette, a TOML file,
-    /// or the folder or `plan.toml` of a run
+    /// Recipe: auto, cifar10, imagenet-1000, imagenet-300, imagenet-100, imagenette, audio, a TOML
+    /// file, or the folder or `plan.toml` of a run
     #[arg(long, default_value = "auto")]
     pub recipe: String,
-    /// Augmentations for a kind of images: overhead (satellite and aerial images) or microscopy
-    /// [default: those of the recipe]
+    /// Augmentations for a kind of images: overhead (satellite and aerial images), microscopy or
+    /// spectrogram (sounds) [default: those of the recipe]
     #[arg(long, value_name = "KIND", value_parser = VIEW_POLICIES, hide_possible_values = true)]
     pub augment: Option<String>,
     /// Override a recipe key, for example target.tau=0.99 (repeatable)

@@ -239,7 +239,7 @@ fn curves(loss: Vec<[f64; 2]>, epochs: &[Value]) -> String {
 
 /// A row per image: the image and the views of its first two epochs.
 fn views_sheet(plan: &Plan, images: &Images) -> Result<Vec<u8>> {
-    let rows = views::rows(&plan.recipe.views, &images.sample_random(4), plan.recipe.seed, TILE_SIDE)?;
+    let rows = views::rows(&plan.recipe, &images.sample_random(4), plan.recipe.seed, TILE_SIDE)?;
     Ok(sheet::png(&rows, TILE_SIDE))
 }
 

@@ -4,10 +4,9 @@ use std::{ops::ControlFlow::Continue, path::PathBuf, process::ExitCode};
 
 use byol::{
     apply::sheet::{self, Tile},
-    data::{Dataset, Images, Levels},
+    data::{Dataset, Images, Levels, prefetch},
     device::{self, DeviceChoice},
-    train::{RecipeOverrides, auto, recipe::ViewsConfig},
-    views,
+    train::{Recipe, RecipeOverrides, auto},
 };
 
 use super::{data_args::DataFlags, must_be_new, recipe_args::RecipeArgs};
@@ -68,8 +67,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         // `auto` would measure the precisions, which do not affect the views.
         overrides.set("train.precision=f32")?;
     }
-    let (recipe, _) = auto::resolve(&overrides, &dataset.train, &device::open(DeviceChoice::Cpu)?)?;
-    let rows = rows(&recipe.views, &dataset.train, args.seed, SIDE)?;
+    let (mut recipe, _) = auto::resolve(&overrides, &dataset.train, &device::open(DeviceChoice::Cpu)?)?;
+    recipe.measure_normalization(&dataset.train)?;
+    let rows = rows(&recipe, &dataset.train, args.seed, SIDE)?;
     super::write_file(&args.out, &sheet::png(&rows, SIDE))?;
     terminal::note(format!(
         "wrote {}: {}, each with two pairs of {} px views",
@@ -81,14 +81,16 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 }
 
 /// A row of tiles per image: the image and two pairs of its views.
-pub fn rows(config: &ViewsConfig, images: &Images, seed: u64, side: u32) -> Result<Vec<Vec<Tile>>> {
+pub fn rows(recipe: &Recipe, images: &Images, seed: u64, side: u32) -> Result<Vec<Vec<Tile>>> {
+    let (policies, size) = (recipe.policies(), recipe.views.size);
     let row = |i: usize| {
         let image = images.get(i)?;
         let mut row = vec![Tile::image(&image, side)];
         for epoch in 0..2 {
-            for (k, policy) in [&config.first, &config.second].into_iter().enumerate() {
+            for (k, policy) in policies.iter().enumerate() {
                 let stream = [seed, epoch, i as u64, k as u64];
-                row.push(Tile::view(&views::view(policy, &image, config.size, stream), side));
+                let draw = prefetch::draw(images, i, policy, &image, stream)?;
+                row.push(Tile::view(&draw.apply(&image, size), side));
             }
         }
         Ok(row)

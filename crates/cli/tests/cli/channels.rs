@@ -88,6 +88,48 @@ fn gray_of_16_bits_is_one_channel() {
 }
 
 #[test]
+fn images_of_several_files() {
+    let root = tempfile::tempdir().unwrap();
+    let (data, out) = (root.path().join("data"), root.path().join("run"));
+    for i in 0..40usize {
+        let folder = data.join(["forest", "sea"][i % 2]);
+        fs::create_dir_all(&folder).unwrap();
+        let bands = [("b1", 1), ("b2", 3)];
+        for (name, channels) in bands {
+            let value = |pixel: usize, c: usize| (1000 + 300 * c + (pixel % 10 * (i + 3) * 700) % 9000) as u16;
+            fs::write(folder.join(format!("tile{i}_{name}.npy")), npy(channels, value)).unwrap();
+        }
+    }
+    fs::remove_file(data.join("sea/tile1_b2.npy")).unwrap();
+    fs::write(data.join("sea/other.npy"), npy(1, |_, _| 1)).unwrap();
+    let files = "{id}_b1.npy,{id}_b2.npy";
+    let notes = stderr(&ok(&pretrain(&data, &out, &["--channels", files])));
+    for words in [
+        "4 channels, with ranges detected",
+        "image file without a pattern of `--channels` (1): not a file of an image",
+        "skipped 1 unreadable image",
+    ] {
+        assert!(notes.contains(words), "{words}: {notes}");
+    }
+    let skipped = fs::read_to_string(out.join("skipped.txt")).unwrap();
+    assert!(skipped.contains("tile1_b1.npy: its file tile1_b2.npy does not exist"), "{skipped}");
+    let knn = json(&ok(&["eval", "knn", text(&out), text(&data), "--json"]));
+    assert!(knn["rows"].is_array(), "{knn}");
+    let file = root.path().join("embeddings.parquet");
+    ok(&["embed", text(&out), text(&data), "-o", text(&file)]);
+    ok(&["search", text(&file), "--image", text(&data.join("forest/tile0_b1.npy"))]);
+    let views = |channels: &str, words: &[&str]| {
+        refused(&["views", text(&data), "--channels", channels, "-o", "x.png"], words);
+    };
+    views("{id}_x.npy,{id}_b1.npy", &["no images", "patterns of `--channels`"]);
+    views("{id},{id}_b1.npy", &["invalid file pattern `{id}`"]);
+    refused(
+        &["eval", "knn", text(&out), text(&data), "--channels", "all"],
+        &["the encoder was trained with `--channels {id}_b1.npy,{id}_b2.npy`"],
+    );
+}
+
+#[test]
 fn unusable_channels_are_refused_with_the_remedy() {
     let root = tempfile::tempdir().unwrap();
     let case = |name: &str| {

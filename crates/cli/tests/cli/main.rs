@@ -10,6 +10,7 @@ mod mpi;
 mod page;
 mod runs;
 mod shards;
+mod sounds;
 mod style;
 mod tutorial;
 mod using;

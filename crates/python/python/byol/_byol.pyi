@@ -32,7 +32,7 @@ _Classified = tuple[_Estimate, list[int], list[int]]
 class Dataset:
     @staticmethod
     def open(
-        path: _Path, column: str | None, encoder: Encoder | None, channels: list[int] | None
+        path: _Path, column: str | None, encoder: Encoder | None, channels: str | None
     ) -> Dataset: ...
     @staticmethod
     def from_items(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Union
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Union, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +38,7 @@ def as_item(image: ImageLike, channels: int = 3) -> PathLike | Pixels:
         return image
     if not isinstance(image, np.ndarray) and hasattr(image, "convert"):  # a PIL image
         return _from_pil(image, channels)
-    array: Pixels = np.asarray(image)
+    array: NDArray[Any] = np.asarray(image)
     if array.dtype not in (np.uint8, np.uint16):
         raise _byol.DataError(
             f"an array of {array.dtype} is not an image\n"
@@ -52,7 +52,7 @@ def as_item(image: ImageLike, channels: int = 3) -> PathLike | Pixels:
         )
     if array.shape[2] == 1 and channels != 1:
         array = np.repeat(array, 3, axis=2)
-    return np.ascontiguousarray(array)
+    return cast(Pixels, np.ascontiguousarray(array))
 
 
 def as_images(images: Any) -> Iterable[ImageLike]:
@@ -95,7 +95,7 @@ class Dataset:
         cls,
         path: PathLike,
         column: str | None = None,
-        channels: Literal["all"] | Iterable[int] | None = None,
+        channels: Literal["all", "pages"] | Iterable[int | str] | None = None,
     ) -> Dataset:
         """Open a folder of images, CIFAR or IDX files, or shards, as the command does.
 
@@ -108,17 +108,17 @@ class Dataset:
         column
             Image column of Parquet files. Default: ``image``, ``img``, or the only one.
         channels
-            ``"all"`` channels of the files, or their numbers, from 1. Default: RGB.
+            ``"all"`` channels of the files; their numbers, from 1; ``"pages"`` of TIFF files; or
+            names of the files of an image, such as ``["{id}_B02.tif", "{id}_B03.tif"]``. Default: RGB.
 
         Raises
         ------
         DataError
             If there are no images.
         """
-        numbers = None if channels is None else [] if channels == "all" else [operator.index(n) for n in channels]
-        if numbers is not None and channels != "all" and not (numbers and all(0 < n < 65536 for n in numbers)):
-            raise _byol.DataError(f'invalid channels {channels!r}\nhint: pass "all", or numbers from 1')
-        return cls(_byol.Dataset.open(os.fspath(path), column, None, numbers))
+        if channels is not None and not isinstance(channels, str):
+            channels = ",".join(n if isinstance(n, str) else str(operator.index(n)) for n in channels)
+        return cls(_byol.Dataset.open(os.fspath(path), column, None, channels))
 
     @classmethod
     def from_arrays(

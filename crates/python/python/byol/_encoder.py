@@ -164,11 +164,6 @@ class Encoder:
         """Return the encoder as a timm ResNet in evaluation mode, without its classifier.
 
         The model expects normalized images: see `preprocess`. Needs torch and timm.
-
-        Raises
-        ------
-        EncoderError
-            If the width is not 1, which timm's ResNets do not support.
         """
         from byol._torch import timm_model
 

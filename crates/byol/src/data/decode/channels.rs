@@ -1,38 +1,68 @@
 //! Images with all channels of their files: satellite bands, stains, 16-bit gray.
 
+use std::{fs, io::ErrorKind, path::Path};
+
 use super::{
     DecodeError, npy,
     stack::{Samples, Stack},
     tiff,
 };
 use crate::{
-    data::levels::{Channels, PERCENTILES},
+    data::{
+        file_pattern::FilePattern,
+        levels::{Channels, PERCENTILES},
+    },
     image::Image,
 };
 
 /// Most values per channel and image that enter the percentiles.
 const SAMPLED_VALUES: usize = 1 << 14;
 
-/// Decodes all channels.
-fn read(bytes: &[u8]) -> Result<Stack, DecodeError> {
-    if npy::is_npy(bytes) {
-        npy::read(bytes)
+/// Decodes the selected channels of a file.
+pub(super) fn read(bytes: &[u8], channels: &Channels) -> Result<Stack, DecodeError> {
+    let stack = if npy::is_npy(bytes) {
+        npy::read(bytes)?
     } else if tiff::is_tiff(bytes) {
-        tiff::channels(bytes)
+        if channels.pages { tiff::pages(bytes)? } else { tiff::channels(bytes)? }
     } else {
-        super::decode(bytes)?.try_into()
+        super::decode(bytes)?.try_into()?
+    };
+    stack.select(channels)
+}
+
+/// Decodes the channels of all files of the image whose first file is `path`.
+pub(super) fn read_files(path: &Path, channels: &Channels) -> Result<Stack, DecodeError> {
+    let one = |pattern: &FilePattern| {
+        let file = channels.files[0].sibling(path, pattern).ok_or_else(|| DecodeError::OtherName(pattern.clone()))?;
+        let name = || file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let bytes = fs::read(&file).map_err(|e| match e.kind() {
+            ErrorKind::NotFound => DecodeError::MissingFile(name()),
+            _ => DecodeError::Read(e),
+        })?;
+        let whole = Channels { pages: channels.pages, ..Channels::default() };
+        read(&bytes, &whole).map_err(|source| match source {
+            DecodeError::Read(e) => DecodeError::Read(e),
+            source => DecodeError::File { name: name(), source: Box::new(source) },
+        })
+    };
+    let stacks = channels.files.iter().map(one).collect::<Result<Vec<_>, _>>()?;
+    Stack::join(stacks)?.select(channels)
+}
+
+/// Maps the range of each channel to the whole range of the pixels. Ranges that are not known, as
+/// for an image on its own, are its own.
+pub(super) fn image(stack: Stack, channels: &Channels) -> Result<Image, DecodeError> {
+    if !channels.ranges.is_empty() {
+        return stack.into_image(channels);
     }
+    let (sampled, has_8_bits) = sample(&stack)?;
+    let of_channel = |(c, reason)| DecodeError::UnknownLevels(format!("channel {}: {reason}", channels.number(c)));
+    let ranges = ranges(sampled, has_8_bits).map_err(of_channel)?;
+    stack.into_image(&Channels { ranges, ..channels.clone() })
 }
 
-/// Decodes the selected channels and maps their ranges to the whole range of the pixels.
-pub(super) fn decode(bytes: &[u8], channels: &Channels) -> Result<Image, DecodeError> {
-    read(bytes)?.select(channels)?.into_image(channels)
-}
-
-/// Some values of each selected channel, without pixels that have no data, and whether they have 8
-/// bits.
-pub(super) fn sample(bytes: &[u8], channels: &Channels) -> Result<(Vec<Vec<f32>>, bool), DecodeError> {
-    let stack = read(bytes)?.select(channels)?;
+/// Some values of each channel, without pixels that have no data, and whether they have 8 bits.
+pub(super) fn sample(stack: &Stack) -> Result<(Vec<Vec<f32>>, bool), DecodeError> {
     // Coprime to the width, so that the sample is not of a few columns.
     let mut step = (stack.height * stack.width).div_ceil(SAMPLED_VALUES);
     while step > 1 && greatest_common_divisor(step, stack.width) > 1 {
@@ -58,7 +88,7 @@ pub(super) fn sample(bytes: &[u8], channels: &Channels) -> Result<(Vec<Vec<f32>>
     Ok((sampled, matches!(stack.samples, Samples::U8(_))))
 }
 
-fn greatest_common_divisor(a: usize, b: usize) -> usize {
+pub(super) fn greatest_common_divisor(a: usize, b: usize) -> usize {
     if b == 0 { a } else { greatest_common_divisor(b, a % b) }
 }
 

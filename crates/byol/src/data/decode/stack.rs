@@ -2,7 +2,7 @@
 
 use image::{DynamicImage, GrayImage, ImageBuffer, RgbImage, metadata::Orientation};
 
-use super::{DecodeError, Raw};
+use super::{DecodeError, Raw, check_size};
 use crate::{
     data::levels::Channels,
     image::{Image, MAX_CHANNELS, Pixels},
@@ -31,6 +31,53 @@ impl Stack {
     /// True for pixels without data: NaN, if that is what the file declares.
     pub fn is_missing(&self, value: f32) -> bool {
         self.no_data.is_some_and(|no_data| value == no_data || no_data.is_nan() && value.is_nan())
+    }
+
+    /// Joins the channels of several files or pages of an image. Smaller ones are enlarged to the
+    /// size of the largest by repeating pixels.
+    ///
+    /// # Errors
+    /// [`DecodeError::TooManyChannels`], [`DecodeError::TooLarge`].
+    ///
+    /// # Panics
+    /// If there are none.
+    pub fn join(mut parts: Vec<Stack>) -> Result<Stack, DecodeError> {
+        if parts.len() == 1 {
+            return Ok(parts.remove(0));
+        }
+        let height = parts.iter().map(|part| part.height).max().expect("at least one part");
+        let width = parts.iter().map(|part| part.width).max().expect("at least one part");
+        let channels: usize = parts.iter().map(|part| part.channels).sum();
+        check_size(height, width)?;
+        if channels > MAX_CHANNELS {
+            return Err(DecodeError::TooManyChannels(channels));
+        }
+        let no_data = parts[0].no_data;
+        let has_same_no_data = parts.iter().all(|part| part.no_data.map(f32::to_bits) == no_data.map(f32::to_bits));
+        let bytes: Option<Vec<&[u8]>> = parts.iter().map(|part| part.samples.as_u8()).collect();
+        let words: Option<Vec<&[u16]>> = parts.iter().map(|part| part.samples.as_u16()).collect();
+        let (samples, no_data) = match (bytes, words) {
+            (Some(values), _) if has_same_no_data => (Samples::U8(interleave(&parts, &values, height, width)), no_data),
+            (_, Some(values)) if has_same_no_data => {
+                (Samples::U16(interleave(&parts, &values, height, width)), no_data)
+            }
+            _ => {
+                let floats: Vec<Vec<f32>> = parts.iter().map(Stack::floats).collect();
+                let floats: Vec<&[f32]> = floats.iter().map(Vec::as_slice).collect();
+                (Samples::F32(interleave(&parts, &floats, height, width)), Some(f32::NAN))
+            }
+        };
+        Ok(Stack { height, width, channels, samples, no_data })
+    }
+
+    /// Values as floats, NaN where there is no data.
+    fn floats(&self) -> Vec<f32> {
+        let value = |v: f32| if self.is_missing(v) { f32::NAN } else { v };
+        match &self.samples {
+            Samples::U8(values) => values.iter().map(|v| value(f32::from(*v))).collect(),
+            Samples::U16(values) => values.iter().map(|v| value(f32::from(*v))).collect(),
+            Samples::F32(values) => values.iter().map(|v| value(*v)).collect(),
+        }
     }
 
     /// Keeps the selected channels, in their order.
@@ -102,6 +149,30 @@ impl Stack {
         }
         Ok(out.into())
     }
+}
+
+impl Samples {
+    fn as_u8(&self) -> Option<&[u8]> {
+        if let Samples::U8(values) = self { Some(values) } else { None }
+    }
+
+    fn as_u16(&self) -> Option<&[u16]> {
+        if let Samples::U16(values) = self { Some(values) } else { None }
+    }
+}
+
+/// Values of all parts pixel by pixel, `[height, width, channels]`.
+fn interleave<T: Copy>(parts: &[Stack], values: &[&[T]], height: usize, width: usize) -> Vec<T> {
+    let mut out = Vec::with_capacity(height * width * parts.iter().map(|part| part.channels).sum::<usize>());
+    for y in 0..height {
+        for x in 0..width {
+            for (part, values) in parts.iter().zip(values) {
+                let pixel = y * part.height / height * part.width + x * part.width / width;
+                out.extend_from_slice(&values[pixel * part.channels..][..part.channels]);
+            }
+        }
+    }
+    out
 }
 
 impl From<Image> for Stack {
@@ -176,7 +247,7 @@ mod tests {
     }
 
     fn channels(select: &[u16], ranges: &[[f32; 2]]) -> Channels {
-        Channels { select: select.to_vec(), ranges: ranges.to_vec() }
+        Channels { select: select.to_vec(), ranges: ranges.to_vec(), ..Channels::default() }
     }
 
     fn image(stack: Stack, channels: &Channels) -> Result<Image, String> {
@@ -201,6 +272,21 @@ mod tests {
         assert!(error.contains("no channel 4"), "{error}");
         let error = image(stack(samples(), 3, None), &channels(&[], &bytes)).unwrap_err();
         assert!(error.contains("3 channels, not 2"), "{error}");
+    }
+
+    #[test]
+    fn parts_are_joined_at_the_size_of_the_largest() {
+        let part = |width, samples, no_data| Stack { height: 1, width, channels: 1, samples, no_data };
+        let large = || part(4, Samples::U16(vec![1, 2, 3, 4]), None);
+        let joined = Stack::join(vec![large(), part(2, Samples::U16(vec![8, 9]), None)]).unwrap();
+        assert_eq!((joined.width, joined.channels), (4, 2));
+        assert_eq!(joined.samples.as_u16().unwrap(), [1, 8, 2, 8, 3, 9, 4, 9]);
+        // Other types, or other values without data: floats.
+        let joined = Stack::join(vec![large(), part(2, Samples::U16(vec![0, 9]), Some(0.0))]).unwrap();
+        let Samples::F32(values) = &joined.samples else { panic!("floats") };
+        assert_eq!(values[..2].iter().map(|v| joined.is_missing(*v)).collect::<Vec<_>>(), [false, true]);
+        assert_eq!(values[4..], [3.0, 9.0, 4.0, 9.0]);
+        assert!(Stack::join((0..65).map(|_| large()).collect()).is_err());
     }
 
     #[test]

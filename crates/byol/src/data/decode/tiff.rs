@@ -1,11 +1,11 @@
-//! TIFF and BigTIFF: the first image of a file.
+//! TIFF and BigTIFF: the first image of a file, or all of them as channels.
 //!
 //! The `tiff` crate reads the samples. Everything that gives them a meaning (colors, palettes, the
 //! order of bits, JPEG compression) is applied here, because the crate does it for some kinds only.
 
 use std::{
     borrow::Cow,
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     io::{self, Cursor, Read, Seek},
 };
 
@@ -20,7 +20,7 @@ use super::{
     DecodeError, MAX_PIXELS, Raw, check_size, jpeg,
     stack::{Samples, Stack},
 };
-use crate::data::levels::SampleKind;
+use crate::{data::levels::SampleKind, image::MAX_CHANNELS};
 
 // Numbers of tags.
 const SUBFILE_TYPE: u16 = 254;
@@ -112,6 +112,28 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Raw, DecodeError> {
     Ok(Raw { image, white_is_zero, orientation })
 }
 
+/// Decodes all images of a file as channels of one. Images of reduced resolution are left out.
+pub(super) fn pages(bytes: &[u8]) -> Result<Stack, DecodeError> {
+    let (mut file, mut stacks, mut seen) = (bytes.to_vec(), Vec::new(), HashSet::new());
+    while let Some(start) = Directory::start(&file).filter(|start| *start > 0) {
+        let directory = Directory::first(&file).ok_or_else(|| broken("a directory is incomplete"))?;
+        if !seen.insert(start) {
+            return Err(broken("its directories form a circle"));
+        }
+        let is_reduced = directory.value(&file, SUBFILE_TYPE).is_some_and(|kind| kind & 1 == 1);
+        if !is_reduced {
+            stacks.push(channels(&file)?);
+        }
+        let n: usize = stacks.iter().map(|stack| stack.channels).sum();
+        if n > MAX_CHANNELS {
+            return Err(DecodeError::TooManyChannels(n));
+        }
+        // The next directory becomes the first.
+        directory.make_next_first(&mut file).ok_or_else(|| broken("a directory is incomplete"))?;
+    }
+    if stacks.is_empty() { Err(broken("it has no images")) } else { Stack::join(stacks) }
+}
+
 /// Decodes all channels of the first image of a file.
 pub(super) fn channels(bytes: &[u8]) -> Result<Stack, DecodeError> {
     let directory = Directory::first(bytes).ok_or_else(|| broken("its directory is incomplete"))?;
@@ -179,13 +201,20 @@ struct Field {
 }
 
 impl Directory {
+    /// Position of the first directory.
+    fn start(bytes: &[u8]) -> Option<usize> {
+        let is_little = bytes.starts_with(b"II");
+        let (at, size) = if integer(bytes, 2, 2, is_little)? == 43 { (8, 8) } else { (4, 4) };
+        usize::try_from(integer(bytes, at, size, is_little)?).ok()
+    }
+
     /// Parses the first directory; `None` if the file ends in it.
     fn first(bytes: &[u8]) -> Option<Directory> {
         let is_little = bytes.starts_with(b"II");
         let is_big = integer(bytes, 2, 2, is_little)? == 43;
         let integer = |at: usize, size: usize| integer(bytes, at, size, is_little);
-        let (start, count_size, field_size) = if is_big { (integer(8, 8)?, 8, 20) } else { (integer(4, 4)?, 2, 12) };
-        let start = usize::try_from(start).ok()?;
+        let (count_size, field_size) = if is_big { (8, 20) } else { (2, 12) };
+        let start = Directory::start(bytes)?;
         let n = integer(start, count_size)?;
         let mut fields = BTreeMap::new();
         for i in 0..n {
@@ -195,6 +224,17 @@ impl Directory {
             fields.insert(integer(at, 2)? as u16, Field { kind: integer(at + 2, 2)? as u16, count, at: at + header });
         }
         Some(Directory { fields, is_little, is_big })
+    }
+
+    /// Makes the directory after the first one the first; `None` if the file ends before it.
+    fn make_next_first(&self, file: &mut [u8]) -> Option<()> {
+        let (at, size, count_size, field_size) = if self.is_big { (8, 8, 8, 20) } else { (4, 4, 2, 12) };
+        let start = Directory::start(file)?;
+        let n = usize::try_from(integer(file, start, count_size, self.is_little)?).ok()?;
+        let next = n.checked_mul(field_size)?.checked_add(start)?.checked_add(count_size)?;
+        let next = file.get(next..next.checked_add(size)?)?.to_vec();
+        file.get_mut(at..at + size)?.copy_from_slice(&next);
+        Some(())
     }
 
     /// Bytes of a field and the size of each of its values.
@@ -832,7 +872,7 @@ mod tests {
     #[test]
     fn reads_all_channels() {
         let levels = |select: &[u16], range: f32, n: usize| Levels {
-            channels: Some(Channels { select: select.to_vec(), ranges: vec![[0.0, range]; n] }),
+            channels: Some(Channels { select: select.to_vec(), ranges: vec![[0.0, range]; n], ..Channels::default() }),
             ..Levels::default()
         };
         let decoded = |file: File, levels: &Levels| decode::bytes(&file.bytes(), levels).map_err(|e| e.to_string());
@@ -859,6 +899,35 @@ mod tests {
         let missing = File::new(2, 1, 32, 1, BLACK_IS_ZERO, &data).set(SAMPLE_FORMAT, &[3]);
         let missing = missing.set_sized(GDAL_NO_DATA, 1, &b"-9999\0".map(u64::from));
         assert_eq!(decoded(missing, &levels(&[], 10.0, 1)).unwrap().pixels, vec![0u16, 32768].into());
+    }
+
+    #[test]
+    fn pages_are_channels() {
+        use tiff::encoder::{TiffEncoder, colortype::Gray16};
+        let file = |pages: &[(u32, &[u16])]| {
+            let mut bytes = Cursor::new(Vec::new());
+            let mut encoder = TiffEncoder::new(&mut bytes).unwrap();
+            for (width, values) in pages {
+                encoder.write_image::<Gray16>(*width, 1, values).unwrap();
+            }
+            bytes.into_inner()
+        };
+        let bytes = file(&[(2, &[1, 2]), (2, &[3, 4]), (1, &[5])]);
+        let stack = pages(&bytes).unwrap();
+        let Samples::U16(values) = stack.samples else { panic!("16 bits") };
+        assert_eq!((stack.width, stack.channels, values), (2, 3, vec![1, 3, 5, 2, 4, 5]));
+        assert_eq!(channels(&bytes).unwrap().channels, 1);
+        for end in 0..bytes.len() {
+            assert!(pages(&bytes[..end]).is_err(), "truncated after {end} bytes");
+        }
+        let page: (u32, &[u16]) = (1, &[7]);
+        assert!(matches!(pages(&file(&[page; 65])), Err(DecodeError::TooManyChannels(65))));
+        // The directory after the first one is the first one.
+        let mut circle = file(&[page]);
+        let start = Directory::start(&circle).unwrap();
+        let next = start + 2 + 12 * Directory::first(&circle).unwrap().fields.len();
+        circle[next..next + 4].copy_from_slice(&(start as u32).to_le_bytes());
+        assert!(matches!(pages(&circle), Err(DecodeError::Broken { .. })));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::{hint::black_box, time::Instant};
 use burn::tensor::{Device, Tensor, TensorData};
 use byol::{
     byol::Byol,
-    data::{CHANNELS, synthetic},
+    data::{CHANNELS, Dataset, Levels, MAX_CHANNELS, synthetic},
     device::{self, DeviceChoice},
     nn::{Encoder, ResNet},
     random,
@@ -37,6 +37,9 @@ pub struct StepArgs {
     /// Output dimension of projector and predictor
     #[arg(long, value_name = "N", default_value_t = 256)]
     projection: usize,
+    /// Channels of the images
+    #[arg(long, value_name = "N", default_value_t = CHANNELS, value_parser = channel_count)]
+    channels: usize,
     /// Number of steps to measure, after two warm-up steps
     #[arg(long, value_name = "N", default_value_t = 5)]
     steps: usize,
@@ -48,6 +51,11 @@ pub struct StepArgs {
     device: DeviceChoice,
     #[command(flatten)]
     network: NetworkArgs,
+}
+
+fn channel_count(text: &str) -> std::result::Result<usize, String> {
+    let range = format!("expected 1 to {MAX_CHANNELS}");
+    text.parse().ok().filter(|n| (1..=MAX_CHANNELS).contains(n)).ok_or(range)
 }
 
 /// Unmeasured steps at the start.
@@ -71,7 +79,8 @@ pub fn run(args: &StepArgs) -> Result<()> {
     device::check(&opened.device, recipe.train.precision)?;
     let on_cpu = device::has_kernels(&opened.device);
     let isa = if on_cpu { device::kernels(recipe.train.precision)? } else { isa::choose()? };
-    let dataset = synthetic::dataset(0, args.batch, 0);
+    let train = synthetic::with_channels(args.batch, args.channels, &Levels::default());
+    let dataset = Dataset { train, ..synthetic::dataset(0, 1, 0) };
     let data = TrainingData::prepare(dataset, PrepareOptions::from(&recipe), &|_| ())?;
     let plan = Plan::new("bench", recipe, &data, opened.info.choice)?;
     let times = Bench::new(args, &plan, &opened.device).measure()?;
@@ -146,7 +155,8 @@ impl<'a> Bench<'a> {
             stepper: plan.stepper(),
             encoder: Encoder::new(plan.encoder.clone(), byol.online.clone()),
             byol,
-            views: [1, 2].map(|seed| noise(args.batch, args.network.size, seed, device)),
+            views: [1, 2]
+                .map(|seed| noise([args.batch, args.network.size, args.network.size, args.channels], seed, device)),
         }
     }
 
@@ -213,10 +223,10 @@ impl<'a> Bench<'a> {
 }
 
 /// Images of uniform noise, `[n, size, size, C]`.
-fn noise(n: usize, size: usize, seed: u64, device: &Device) -> Tensor<4> {
+fn noise(shape: [usize; 4], seed: u64, device: &Device) -> Tensor<4> {
     let mut rng = random::stream(&[seed]);
-    let values = (0..n * size * size * CHANNELS).map(|_| random::uniform(&mut rng) as f32).collect::<Vec<_>>();
-    Tensor::from_data(TensorData::new(values, [n, size, size, CHANNELS]), device)
+    let values = (0..shape.iter().product()).map(|_| random::uniform(&mut rng) as f32).collect::<Vec<_>>();
+    Tensor::from_data(TensorData::new(values, shape), device)
 }
 
 /// Results with what they were measured on.
@@ -286,7 +296,7 @@ impl StepBenchmark<'_> {
         let [images_per_second, best] = self.images_per_second();
         let mut result = json!({
             "what": if args.forward_only { "forward" } else { "step" },
-            "encoder": network.encoder, "width": network.width, "size": network.size, "batch": args.batch,
+            "encoder": network.encoder, "width": network.width, "size": network.size, "channels": args.channels, "batch": args.batch,
             "precision": network.precision, "threads": self.threads, "device": self.device.0, "isa": self.isa,
             "images_per_second": images_per_second, "images_per_second_best": best,
             "step_ms": self.seconds() * 1e3, "gflop_per_second": self.gflop_per_second(),

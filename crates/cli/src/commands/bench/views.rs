@@ -3,14 +3,14 @@
 use std::{hint::black_box, path::PathBuf, time::Instant};
 
 use byol::{
-    data::{self, Dataset, Images},
+    data::{self, Images, Levels},
     views::{self, Policy},
 };
 use rayon::prelude::*;
 
 use super::median;
 use crate::{
-    commands::set_threads,
+    commands::{data_args::DataFlags, set_threads},
     terminal::{self, Result, out, plural},
 };
 
@@ -35,6 +35,8 @@ pub struct Args {
     /// Number of threads
     #[arg(long, value_name = "N", default_value_t = 1)]
     threads: usize,
+    #[command(flatten)]
+    data_flags: DataFlags,
     /// Print the results as one JSON object
     #[arg(long)]
     json: bool,
@@ -45,7 +47,7 @@ const PASSES: usize = 3;
 
 pub fn run(args: &Args) -> Result<()> {
     let threads = set_threads(args.threads)?;
-    let dataset = Dataset::open(&args.data)?;
+    let dataset = args.data_flags.open(&args.data, Levels::default())?;
     let dataset = if args.limit > 0 { dataset.limit(args.limit) } else { dataset };
     let images = dataset.train;
     // As in the recipes: no blur on small views.

@@ -11,7 +11,6 @@ use byol::{
     },
     nn::Encoder,
     train::{data::cache_bytes, health::Health, metrics, run::read_plan},
-    views::Policy,
 };
 use console::{Alignment, pad_str};
 use serde_json::json;
@@ -93,8 +92,8 @@ fn measure(
     named: &[(&'static str, Option<&Encoder>)],
 ) -> Result<Vec<Measured>> {
     let (policies, size) = match args.common.run().map(read_plan).transpose()? {
-        Some(plan) => ([plan.recipe.views.first, plan.recipe.views.second], plan.recipe.views.size),
-        None => ([Policy::default(), Policy::second()], encoder.spec.size),
+        Some(plan) => (plan.recipe.policies(), plan.recipe.views.size),
+        None => (encoder.spec.default_policies(), encoder.spec.size),
     };
     let config = ViewConfig { policies: [&policies[0], &policies[1]], size, seed: args.common.flags.seed };
     let mut measured = Vec::new();

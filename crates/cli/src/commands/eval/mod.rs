@@ -253,7 +253,8 @@ fn top_k_rows(scores: &[f64], data: &LabeledSplit, seed: u64, name: impl Fn(&str
 /// Warns if an image is much smaller than the encoder's input.
 fn warn_if_enlarged(encoder: &Encoder, image: &Image, data: &Path) {
     let size = encoder.spec.size;
-    if 2 * image.height.min(image.width) <= size {
+    // A spectrogram of a short sound has few columns.
+    if encoder.spec.levels.sound.is_none() && 2 * image.height.min(image.width) <= size {
         terminal::warning(format!(
             "images of {} are {}x{} px, but the encoder expects {size} px: enlarged images lower its accuracy",
             data.display(),

@@ -564,6 +564,11 @@ function imageButton(row, px, description) {
   });
   return button;
 }
+function soundPlayer(row) {
+  const player = newElement("audio", "", "large");
+  Object.assign(player, { src: `/sound/${row}?stamp=${stamp}`, controls: true, preload: "none" });
+  return player;
+}
 async function showImage(row, remember = true) {
   shownRow = row;
   if (remember) setAddress(`map/${row}`);
@@ -587,7 +592,9 @@ async function showImage(row, remember = true) {
     buttons.append(button);
   }
   byId("image-path").textContent = withLabel(image.path, image.label);
-  byId("neighbors").replaceChildren(large, newElement("p", "Nearest neighbors"), buttons);
+  const parts = [large, newElement("p", "Nearest neighbors"), buttons];
+  if (info.sounds) parts.splice(1, 0, soundPlayer(row));
+  byId("neighbors").replaceChildren(...parts);
 }
 
 // ------------------------------------------------------------------ labeling

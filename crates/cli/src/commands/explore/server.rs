@@ -7,7 +7,7 @@
 use std::{
     io::Cursor,
     net::{SocketAddr, TcpListener},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
 };
 
@@ -186,6 +186,7 @@ fn router(state: Arc<AppState>) -> Router {
         .route("/api/curves", get(curves))
         .route("/thumb/{row}", get(thumbnail))
         .route("/image/{row}", get(full_image))
+        .route("/sound/{row}", get(sound))
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
         .layer(from_fn_with_state(state.clone(), only_from_own_page))
         .with_state(state)
@@ -250,6 +251,7 @@ async fn info(State(state): SharedState) -> Json<Value> {
         "dim": collection.index.rows().dim,
         "map": collection.method.name(),
         "classes": state.classes,
+        "sounds": collection.images.are_sounds(),
         "run": collection.run.as_deref().map(terminal::display_path),
         "data": collection.images.root().map(terminal::display_path),
     }))
@@ -502,6 +504,20 @@ async fn full_image(State(state): SharedState, UrlPath(row): UrlPath<usize>) -> 
     let encode = |image: Arc<Image>| thumbnail_png(&image, image.height.max(image.width) as u32);
     let png = run_blocking(move || state.image(row).and_then(encode)).await?.ok_or(StatusCode::NOT_FOUND)?;
     Ok(([(header::CONTENT_TYPE, HeaderValue::from_static("image/png"))], png).into_response())
+}
+
+/// The file of a sound, to play it.
+async fn sound(State(state): SharedState, UrlPath(row): UrlPath<usize>) -> Result<Response, StatusCode> {
+    state.check_row(row)?;
+    let extension = Path::new(&state.paths()[row]).extension().unwrap_or_default().to_ascii_lowercase();
+    let content_type = match extension.to_str() {
+        Some("wav") => "audio/wav",
+        Some("flac") => "audio/flac",
+        Some("mp3") => "audio/mpeg",
+        _ => "audio/ogg",
+    };
+    let bytes = run_blocking(move || state.collection.images.sound(row)).await?.ok_or(StatusCode::NOT_FOUND)?;
+    Ok(([(header::CONTENT_TYPE, HeaderValue::from_static(content_type))], bytes).into_response())
 }
 
 async fn thumbnail(
