@@ -5,7 +5,8 @@ use byol::data::{Levels, MAX_CHANNELS, decode, levels::Sound};
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let rgb = [Levels::default(), Levels::legacy(), Levels::uniform(0.0, 1023.0)];
-    let channels = [Levels::with_channels(vec![]), Levels::with_channels(vec![2, 1])];
+    let pages = Levels { channels: Some("pages".parse().unwrap()), ..Levels::default() };
+    let channels = [Levels::with_channels(vec![]), Levels::with_channels(vec![2, 1]), pages];
     let sound = Levels { sound: Some(Sound { rate: 16_000 }), ..Levels::default() };
     for levels in rgb.into_iter().chain(channels).chain([sound]) {
         if let Ok(image) = decode::bytes(bytes, &levels) {

@@ -220,12 +220,14 @@ impl Dataset {
         channels: Option<&str>,
     ) -> PyResult<Dataset> {
         let channels = channels.map(str::parse).transpose().map_err(|e: String| errors::data_text(e))?;
-        let levels = match (channels, encoder) {
-            (Some(channels), _) => data::Levels { channels: Some(channels), ..data::Levels::default() },
-            (None, Some(encoder)) => encoder.inner.spec.levels.clone(),
-            (None, None) => data::Levels::default(),
+        let options = match (channels, encoder) {
+            (None, Some(encoder)) => data::OpenOptions::as_trained(encoder.inner.spec.levels.clone()),
+            (channels, _) => data::OpenOptions {
+                levels: data::Levels { channels, ..data::Levels::default() },
+                ..data::OpenOptions::default()
+            },
         };
-        let options = data::OpenOptions { column, levels };
+        let options = data::OpenOptions { column, ..options };
         let open = || byol::Dataset::open_with(path, &options).map_err(errors::data);
         Ok(detached(py, open)?.into())
     }

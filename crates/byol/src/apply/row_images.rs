@@ -119,7 +119,20 @@ impl RowImages {
             source => data::Error::Image { name: name.clone(), source },
         };
         match self.file(name).map_err(|e| failed(DecodeError::Read(e)))? {
-            Some(file) => decode::file(&file, &self.options.levels).map(Arc::new).map_err(failed),
+            Some(file) => {
+                let levels = &self.options.levels;
+                // Links may lead to other names, which do not match a pattern.
+                let path = if levels.files().is_empty() { file } else { PathBuf::from(name) };
+                if let [first, others @ ..] = levels.files() {
+                    for other in others.iter().filter_map(|other| first.sibling(&path, other)) {
+                        let other = other.to_str().map_or(Ok(None), |other| self.file(other));
+                        other
+                            .and_then(|file| file.ok_or(io::ErrorKind::NotFound.into()))
+                            .map_err(|e| failed(e.into()))?;
+                    }
+                }
+                decode::file(&path, levels).map(Arc::new).map_err(failed)
+            }
             None => {
                 let packed = if is_in_packed_data(name) { self.packed()? } else { None };
                 let item = packed.and_then(|packed| Some((packed, packed.rows[row]?)));

@@ -42,6 +42,13 @@ impl Tile {
         Tile { pixels: tile, frame: None }
     }
 
+    /// One channel of an image, in gray.
+    pub fn channel(image: &Image, channel: usize, side: u32) -> Tile {
+        let values = image.pixels.to_u8();
+        let pixels = values.chunks_exact(image.channels).map(|pixel| pixel[channel]).collect();
+        Tile::image(&Image { height: image.height, width: image.width, channels: 1, pixels }, side)
+    }
+
     /// An empty place in a row.
     pub fn blank(side: u32) -> Tile {
         Tile { pixels: RgbImage::from_pixel(side, side, Rgb([255; 3])), frame: None }

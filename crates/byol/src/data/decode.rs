@@ -35,6 +35,9 @@ use crate::catch_panic::catch_panic;
 /// Maximum number of pixels, checked before allocation: 2^27, about 134 million.
 pub const MAX_PIXELS: usize = 1 << 27;
 
+/// Maximum number of values of all files or pages of an image.
+const MAX_VALUES: usize = 4 * MAX_PIXELS;
+
 /// Reason that an image cannot be decoded.
 #[derive(Debug, thiserror::Error)]
 pub enum DecodeError {
@@ -61,6 +64,12 @@ pub enum DecodeError {
     /// More channels than [`MAX_CHANNELS`].
     #[error("it has {0} channels, more than {MAX_CHANNELS}\nhint: choose some with `--channels 1,2,...`")]
     TooManyChannels(usize),
+    /// More channels than [`MAX_CHANNELS`] in all files or pages of an image.
+    #[error("its files or pages have {0} channels, more than {MAX_CHANNELS}")]
+    TooManyJoined(usize),
+    /// More values than [`MAX_VALUES`] in all files or pages of an image.
+    #[error("its channels have more than {} million values", MAX_VALUES / 1_000_000)]
+    TooManyValues,
     /// Another number of channels than the other images.
     #[error("it has {found} channel{}, not {expected}", plural(*found))]
     WrongChannels {

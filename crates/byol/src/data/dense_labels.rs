@@ -106,6 +106,7 @@ pub struct DepthSet {
 /// [`Error::Missing`], [`Error::Read`], [`Error::Image`], [`Error::DenseLabels`],
 /// [`Error::Levels`].
 pub fn segmentation(root: &Path, limit: usize, levels: Levels) -> Result<Segmentation, Error> {
+    ensure_one_file(root, &levels)?;
     let invalid = |reason: String| Error::DenseLabels { root: root.to_owned(), reason };
     let files = find_splits(root, "masks")?;
     let levels = complete_levels(root, levels, &files)?;
@@ -140,6 +141,7 @@ pub fn segmentation(root: &Path, limit: usize, levels: Levels) -> Result<Segment
 /// [`Error::Missing`], [`Error::Read`], [`Error::Image`], [`Error::DenseLabels`],
 /// [`Error::Levels`].
 pub fn depth(root: &Path, limit: usize, levels: Levels) -> Result<DepthSet, Error> {
+    ensure_one_file(root, &levels)?;
     let files = if root.is_dir() && !root.join("images").is_dir() {
         // NYUv2: folders of scenes, below splits or not.
         let split = |name: &str| -> Result<Vec<Files>, Error> {
@@ -273,6 +275,17 @@ fn class_names<'a>(
             Err(invalid(format!("classes.txt names {} classes, but a mask has class {}", classes.len(), n_classes - 1)))
         }
         false => Ok(classes),
+    }
+}
+
+/// Checks that an image is one file, which its mask is matched with.
+fn ensure_one_file(root: &Path, levels: &Levels) -> Result<(), Error> {
+    match levels.files().is_empty() {
+        true => Ok(()),
+        false => Err(Error::Channels {
+            root: root.to_owned(),
+            reason: "the encoder takes several files per image, which segmentation and depth do not read".into(),
+        }),
     }
 }
 

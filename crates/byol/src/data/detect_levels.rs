@@ -5,6 +5,7 @@ use std::{
     fs,
     io::{self, BufReader, Cursor},
     path::Path,
+    sync::{Mutex, PoisonError},
 };
 
 use rayon::prelude::*;
@@ -127,6 +128,7 @@ fn detect_channels(levels: &Levels, channels: &Channels, splits: &[&Images], roo
         Source::Shards(_) => (0..images.len().min(SAMPLE)).collect(),
         _ => stratified_positions(images.len(), images.len().min(SAMPLE)),
     };
+    let unreadable = Mutex::new(BTreeMap::new());
     let sample = |i: usize| {
         let sample = match images.path(i) {
             Some(path) => decode::sample_channels(Encoded::File(path), channels),
@@ -141,13 +143,18 @@ fn detect_channels(levels: &Levels, channels: &Channels, splits: &[&Images], roo
             DecodeError::MissingChannel { .. } | DecodeError::TooManyChannels(_) => {
                 Err(invalid(format!("{}: {}", images.name(i), e)))
             }
-            e => ignore_unreadable(images, i, e),
+            e => {
+                unreadable.lock().unwrap_or_else(PoisonError::into_inner).entry(i).or_insert_with(|| e.to_string());
+                ignore_unreadable(images, i, e)
+            }
         })
     };
     let samples: Vec<_> = positions.into_par_iter().map(sample).collect::<Result<_, Error>>()?;
     let mut samples = samples.into_iter().flatten();
     let Some((first, (mut values, has_8_bits))) = samples.next() else {
-        return Err(invalid("none of the sampled images is readable".into()));
+        let unreadable = unreadable.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let first = unreadable.iter().next().map(|(i, reason)| format!(" (first: {}: {reason})", images.name(*i)));
+        return Err(invalid(format!("none of the sampled images is readable{}", first.unwrap_or_default())));
     };
     for (i, (others, other_has_8_bits)) in samples {
         if others.len() != values.len() {

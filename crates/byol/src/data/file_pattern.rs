@@ -25,9 +25,13 @@ impl FromStr for FilePattern {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let texts: Vec<String> = text.split(ID).map(str::to_owned).collect();
+        // Of Windows, where `/` separates folders as well.
+        let is_portable = !text.contains(['\\', ':']);
         let is_relative = text.split('/').all(|part| !matches!(part, "" | "." | ".."));
-        if texts.len() < 2 || !is_relative || texts.iter().all(String::is_empty) {
-            return Err(format!("invalid file pattern `{text}` (expected a name with {ID}, such as {ID}_B02.tif)"));
+        if texts.len() < 2 || !is_relative || !is_portable || texts.iter().all(String::is_empty) {
+            return Err(format!(
+                "invalid file pattern `{text}` (expected a name with {ID}, such as {ID}_B02.tif or B02/{ID}.tif)"
+            ));
         }
         Ok(FilePattern { texts })
     }
@@ -72,14 +76,21 @@ impl FilePattern {
         self.texts.iter().map(|text| text.matches('/').count()).sum()
     }
 
-    /// True for a file of this pattern.
-    pub(super) fn matches(&self, path: &Path) -> bool {
-        self.parse(path).is_some()
+    /// Position of the pattern of a file: the one with the shortest `{id}`, so that `a_nir.tif` is
+    /// not the file `{id}.tif` of another image.
+    pub(super) fn position(patterns: &[FilePattern], path: &Path) -> Option<usize> {
+        let lengths = patterns.iter().enumerate().filter_map(|(i, pattern)| Some((pattern.id(path)?.len(), i)));
+        lengths.min().map(|(_, i)| i)
+    }
+
+    /// Part of a path that stands for `{id}`; `None` for other paths.
+    pub(super) fn id(&self, path: &Path) -> Option<String> {
+        self.parse(path).map(|(_, id)| id)
     }
 
     /// Path of the file of pattern `other` that belongs to the same image as `path`, which has this
     /// pattern.
-    pub(super) fn sibling(&self, path: &Path, other: &FilePattern) -> Option<PathBuf> {
+    pub(crate) fn sibling(&self, path: &Path, other: &FilePattern) -> Option<PathBuf> {
         let (folder, id) = self.parse(path)?;
         Some(folder.join(other.texts.join(&id)))
     }
@@ -112,8 +123,18 @@ mod tests {
     }
 
     #[test]
+    fn a_file_has_the_pattern_with_the_shortest_id() {
+        for texts in [["{id}.tif", "{id}_nir.tif"], ["{id}_nir.tif", "{id}.tif"]] {
+            let patterns = texts.map(pattern);
+            let of = |path: &str| FilePattern::position(&patterns, Path::new(path)).map(|i| texts[i]);
+            assert_eq!([of("a.tif"), of("a_nir.tif"), of("a.png")], [Some("{id}.tif"), Some("{id}_nir.tif"), None]);
+        }
+    }
+
+    #[test]
     fn patterns_need_an_id_and_stay_in_their_folder() {
-        for text in ["", "{id}", "B02.tif", "/a/{id}.tif", "../{id}.tif", "a//{id}.tif"] {
+        for text in ["", "{id}", "B02.tif", "/a/{id}.tif", "../{id}.tif", "a//{id}.tif", "B02\\{id}.tif", "C:/{id}.tif"]
+        {
             assert!(text.parse::<FilePattern>().is_err(), "{text}");
         }
         assert_eq!(pattern("B02/{id}.tif").to_string(), "B02/{id}.tif");

@@ -80,6 +80,8 @@ enum UnreadKind {
     Image,
     /// Image file that has none of the patterns of `--channels`.
     Unmatched,
+    /// File of an image whose first file does not exist.
+    Orphan,
     /// Image whose name starts with a dot.
     Hidden,
     /// Image in a run folder.
@@ -108,6 +110,7 @@ impl UnreadKind {
             UnreadKind::Sound => format!("sound{plural}"),
             UnreadKind::Image => format!("image{plural}"),
             UnreadKind::Unmatched => format!("image file{plural} without a pattern of `--channels`"),
+            UnreadKind::Orphan => format!("image file{plural} of images without their first file"),
             UnreadKind::Hidden => format!("hidden image{plural}"),
             UnreadKind::Run => format!("image{plural} in run folders"),
             UnreadKind::BrokenLink => format!("broken link{plural}"),
@@ -127,6 +130,7 @@ impl UnreadKind {
             UnreadKind::Sound => format!("not read beside image files; {}", self.remedy()),
             UnreadKind::Image => "not read beside sounds".into(),
             UnreadKind::Unmatched => "not a file of an image".into(),
+            UnreadKind::Orphan => "the file of the first pattern of `--channels` does not exist".into(),
             UnreadKind::Hidden => "names that start with a dot are not read".into(),
             UnreadKind::Run => "run folders are excluded".into(),
             UnreadKind::BrokenLink => "the linked file does not exist".into(),
@@ -144,7 +148,9 @@ impl UnreadKind {
             UnreadKind::Video(_) => "save their frames as JPEG or PNG",
             UnreadKind::SoundFormat(_) => "convert them to WAV or FLAC",
             UnreadKind::Sound => "put them into a folder of their own",
-            UnreadKind::Unmatched => "compare the patterns of `--channels` with the names of the files",
+            UnreadKind::Unmatched | UnreadKind::Orphan => {
+                "compare the patterns of `--channels` with the names of the files"
+            }
             UnreadKind::Hidden => "rename them",
             _ => "pass a folder with JPEG, PNG, WebP, BMP, GIF or TIFF files at any depth",
         }
@@ -177,12 +183,19 @@ struct Wanted {
 }
 
 impl Wanted {
-    /// True if this file stands for an image; false if it is another file of one; `None` if it is
-    /// neither.
-    fn has(&self, path: &Path) -> Option<bool> {
-        match self.files.iter().position(|pattern| pattern.matches(path)) {
-            Some(i) => Some(i == 0),
-            None => self.files.is_empty().then_some(true),
+    /// True if this image file stands for an image; false if it is another file of one.
+    ///
+    /// # Errors
+    /// The reason why it is neither.
+    fn has(&self, path: &Path) -> Result<bool, UnreadKind> {
+        match FilePattern::position(&self.files, path) {
+            Some(0) => Ok(true),
+            None if self.files.is_empty() => Ok(true),
+            None => Err(UnreadKind::Unmatched),
+            Some(i) => match self.files[i].sibling(path, &self.files[0]) {
+                Some(first) if first.is_file() => Ok(false),
+                _ => Err(UnreadKind::Orphan),
+            },
         }
     }
 }
@@ -262,9 +275,9 @@ impl FolderScan {
             } else {
                 match classify(&path) {
                     File::Image if self.wanted.media == Media::Images => match self.wanted.has(&path) {
-                        Some(true) => self.images.push(path),
-                        Some(false) => {}
-                        None => self.count(UnreadKind::Unmatched, 1, &path),
+                        Ok(true) => self.images.push(path),
+                        Ok(false) => {}
+                        Err(kind) => self.count(kind, 1, &path),
                     },
                     File::Unread(UnreadKind::Sound) if self.wanted.media == Media::Sounds => self.images.push(path),
                     File::Image => self.count(UnreadKind::Image, 1, &path),
@@ -310,6 +323,11 @@ impl FolderScan {
         if self.wanted.media == Media::Sounds && self.unread.contains_key(&UnreadKind::Image) {
             let reason = format!("{} contains images, but the encoder was trained on sounds", root.display());
             return Error::OtherInput { reason, hint: "pass a folder of sounds" };
+        }
+        if self.wanted.media == Media::Images && self.unread.contains_key(&UnreadKind::Sound) {
+            let reason = format!("{} contains sounds, not images", root.display());
+            let hint = "pass a folder of images, or omit `--channels` and `--levels`";
+            return Error::OtherInput { reason, hint };
         }
         let found: Vec<String> = self.unread.iter().map(|(kind, (n, _))| format!("{n} {}", kind.name(*n))).collect();
         Error::Unread { root: root.to_owned(), found: found.join(", "), remedy: first.remedy() }

@@ -148,7 +148,7 @@ impl Levels {
     }
 
     /// Patterns of the files of an image. Empty for one file per image.
-    pub(super) fn files(&self) -> &[FilePattern] {
+    pub(crate) fn files(&self) -> &[FilePattern] {
         self.channels.as_ref().map_or(&[], |channels| &channels.files)
     }
 

@@ -46,6 +46,7 @@ use crate::{
     random::{self, Domain},
 };
 pub use decode::DecodeError;
+pub use folder::Media;
 pub use levels::Levels;
 pub use order::Order;
 pub use prefetch::{Loader, MicroBatch};
@@ -270,6 +271,16 @@ pub struct OpenOptions {
     pub column: Option<String>,
     /// Mapping of file values to pixels. What is not set is detected.
     pub levels: Levels,
+    /// Images or sounds. `None` reads whichever are more.
+    pub media: Option<Media>,
+}
+
+impl OpenOptions {
+    /// Settings for the data of an encoder with these levels.
+    pub fn as_trained(levels: Levels) -> OpenOptions {
+        let media = if levels.sound.is_some() { Media::Sounds } else { Media::Images };
+        OpenOptions { column: None, levels, media: Some(media) }
+    }
 }
 
 /// Storage of the images of a split. A new kind of source is a variant here and a file of this
@@ -526,8 +537,9 @@ impl Images {
         if found != expected {
             return Err(Error::Mismatch { found, expected });
         }
-        let is_file = matches!(self.source, Source::Files(_) | Source::Shards(_));
-        if is_file && self.levels.channels != levels.channels {
+        let is_read = self.levels.channels.is_some();
+        let own = if is_read { self.levels.channels.clone() } else { self.levels_of_files().channels };
+        if levels.channels.is_some() && own != levels.channels {
             return other("the channels are read with other ranges than in training".into(), AS_TRAINED);
         }
         Ok(())
@@ -801,8 +813,15 @@ impl Images {
             match &self.source {
                 Source::Files(paths) => {
                     let name = paths[i].file_name().unwrap_or_default();
+                    let size = |path: &Path| path.metadata().map_or(0, |m| m.len()).to_le_bytes();
                     hash.update(name.as_encoded_bytes());
-                    hash.update(paths[i].metadata().map_or(0, |m| m.len()).to_le_bytes());
+                    hash.update(size(&paths[i]));
+                    if let [first, others @ ..] = self.levels.files() {
+                        hash.update(first.id(&paths[i]).unwrap_or_default());
+                        for file in others.iter().filter_map(|other| first.sibling(&paths[i], other)) {
+                            hash.update(size(&file));
+                        }
+                    }
                 }
                 Source::Memory(images) => hash_pixels(&mut hash, &images[i].pixels),
                 Source::Shards(_) | Source::Custom(_) => hash.update((i as u64).to_le_bytes()),
@@ -917,7 +936,7 @@ impl Dataset {
             shards::OpenResult::Shards(dataset) => return Ok(*dataset),
             shards::OpenResult::Other(stray) => stray,
         };
-        match (Dataset::find_files(root, &stray.files, &options.levels), stray.error) {
+        match (Dataset::find_files(root, &stray.files, options), stray.error) {
             (Err(Error::Empty(_) | Error::Unread { .. }), Some(error)) => Err(error),
             (Ok(mut dataset), _) => {
                 dataset.unused.extend(stray.unused);
@@ -928,8 +947,8 @@ impl Dataset {
     }
 
     /// Finds images that are not in shards. `reported` are files that need no further report.
-    fn find_files(root: &Path, reported: &HashSet<PathBuf>, levels: &Levels) -> Result<Dataset, Error> {
-        let files = levels.files();
+    fn find_files(root: &Path, reported: &HashSet<PathBuf>, options: &OpenOptions) -> Result<Dataset, Error> {
+        let files = options.levels.files();
         if let Some(dataset) = labels_csv::open(root, reported, files)? {
             return Ok(dataset);
         }
@@ -938,7 +957,12 @@ impl Dataset {
                 return Ok(dataset);
             }
         }
-        folder::open(root, reported, files, levels.sound.map(|_| folder::Media::Sounds))
+        let media = match &options.levels {
+            Levels { sound: Some(_), .. } => Some(Media::Sounds),
+            levels if *levels == Levels::default() => options.media,
+            _ => Some(Media::Images),
+        };
+        folder::open(root, reported, files, media)
     }
 
     /// Opens a folder of image files, at any depth, whatever else it contains. Subfolders are

@@ -141,7 +141,7 @@ impl EncoderSpec {
     pub fn input(&self) -> String {
         match (self.levels.sound, self.channels) {
             (Some(_), _) => "log-mel spectrogram".into(),
-            (None, CHANNELS) => "RGB".into(),
+            (None, CHANNELS) if self.levels.channels.is_none() => "RGB".into(),
             (None, 1) => "1 channel".into(),
             (None, n) => format!("{n} channels"),
         }

@@ -150,7 +150,7 @@ impl Plan {
 
     /// Settings that open the data as in this run.
     pub fn open_options(&self) -> OpenOptions {
-        OpenOptions { column: self.column.clone(), levels: self.encoder.levels.clone() }
+        OpenOptions { column: self.column.clone(), ..OpenOptions::as_trained(self.encoder.levels.clone()) }
     }
 
     /// Name of the weights that the run begins with, for comparisons.

@@ -8,7 +8,6 @@ use std::{
 
 use byol::{
     apply::chart::{self, Point},
-    data::Levels,
     device::{OpenedDevice, Precision},
     eval::{
         effective_rank::rankme,
@@ -102,7 +101,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let threads = set_threads(args.flags.compute.threads)?;
     let opened = open_device(args.flags.compute.device)?;
     let checked = overrides.check()?;
-    let dataset = args.data_flags.open(&args.data, Levels::default())?;
+    let dataset = args.data_flags.open(&args.data, None)?;
     let data = load_training_data(dataset.clone(), &checked, 1)?;
     let folder = args.out.clone().unwrap_or_else(|| Path::new("byol-runs").join(&args.study));
     if overrides.name == "auto" && !overrides.contains("train.precision") {

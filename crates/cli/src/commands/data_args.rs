@@ -43,10 +43,11 @@ impl FromStr for BlackAndWhite {
 }
 
 impl DataFlags {
-    /// Opens a data set and prints what is not used of it. Levels that the flags do not set are
-    /// taken from `levels`, or detected if those are unset too.
-    pub fn open(&self, root: &Path, levels: Levels) -> Result<Dataset> {
-        if let Some(channels) = &levels.channels {
+    /// Opens a data set and prints what is not used of it: with the levels of an encoder, which the
+    /// flags do not change, or with those of the flags, completed by detection.
+    pub fn open(&self, root: &Path, trained: Option<&Levels>) -> Result<Dataset> {
+        let column = self.column.clone();
+        if let Some(levels @ Levels { channels: Some(channels), .. }) = trained {
             if self.channels.as_ref().is_some_and(|chosen| !chosen.is_same_selection(channels)) {
                 return Err(
                     format!("the encoder was trained with `--channels {channels}`\nhint: omit `--channels`").into()
@@ -55,23 +56,27 @@ impl DataFlags {
             if self.levels.is_some() {
                 return Err("the encoder has a range for each channel\nhint: omit `--levels`".into());
             }
-            return open(root, &OpenOptions { column: self.column.clone(), levels });
+            return open(root, &OpenOptions { column, ..OpenOptions::as_trained(levels.clone()) });
         }
-        if levels.sound.is_some() {
+        if let Some(levels @ Levels { sound: Some(_), .. }) = trained {
             if self.channels.is_some() || self.levels.is_some() {
                 let flag = if self.channels.is_some() { "--channels" } else { "--levels" };
                 return Err(format!("the encoder was trained on sounds\nhint: omit `{flag}`").into());
             }
-            return open(root, &OpenOptions { column: self.column.clone(), levels });
+            return open(root, &OpenOptions { column, ..OpenOptions::as_trained(levels.clone()) });
         }
         let chosen = self.levels.map(|BlackAndWhite([black, white])| Levels::uniform(black, white));
         let channels = self.channels.clone();
         let channels = channels.map(|channels| Levels { channels: Some(channels), ..Levels::default() });
         let levels = match (chosen, channels) {
             (Some(levels), Some(channels)) => channels.or(levels),
-            (chosen, channels) => channels.or(chosen).unwrap_or(levels),
+            (chosen, channels) => channels.or(chosen).or_else(|| trained.cloned()).unwrap_or_default(),
         };
-        open(root, &OpenOptions { column: self.column.clone(), levels })
+        let options = match trained {
+            Some(_) => OpenOptions::as_trained(levels),
+            None => OpenOptions { levels, ..OpenOptions::default() },
+        };
+        open(root, &OpenOptions { column, ..options })
     }
 }
 

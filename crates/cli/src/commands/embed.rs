@@ -81,7 +81,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     // Absolute, so that the paths in the file are valid from any folder.
     let absolute = |path: &PathBuf| std::fs::canonicalize(path).unwrap_or_else(|_| path.clone());
     let data = absolute(&args.data);
-    let items = Items::new(args.data_flags.open(&data, encoder.spec.levels.clone())?, split).limit(args.limit);
+    let items = Items::new(args.data_flags.open(&data, Some(&encoder.spec.levels))?, split).limit(args.limit);
     if items.is_empty() {
         let data = args.data.display();
         return Err(format!("{data} has no {} images\nhint: choose another `--split`", args.split).into());

@@ -64,7 +64,7 @@ pub fn row_images(embeddings: &Embeddings, moved: Option<&Path>, access: Access)
         _ => path.clone(),
     };
     let paths = embeddings.paths.iter().map(relocated).collect();
-    let options = OpenOptions { column: origin.column.clone(), levels: origin.levels.clone() };
+    let options = OpenOptions { column: origin.column.clone(), ..OpenOptions::as_trained(origin.levels.clone()) };
     Ok(RowImages::new(paths, Some(moved.unwrap_or(recorded).to_owned()), options, access))
 }
 

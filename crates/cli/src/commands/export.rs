@@ -215,7 +215,7 @@ fn comparison_images(args: &Args, spec: &EncoderSpec) -> Result<(Images, String)
     let Some(data) = args.images.clone().or_else(run_data) else {
         return Ok((synthetic::with_channels(IMAGES, spec.channels, &spec.levels), "synthetic images".into()));
     };
-    let dataset = Dataset::open_with(&data, &OpenOptions { levels: spec.levels.clone(), ..OpenOptions::default() })?;
+    let dataset = Dataset::open_with(&data, &OpenOptions::as_trained(spec.levels.clone()))?;
     let dataset = Dataset { held_out: None, test: None, ..dataset }.limit(IMAGES).check(0, &|| Continue(()))?;
     Ok((dataset.train, format!("images of {}", data.display())))
 }

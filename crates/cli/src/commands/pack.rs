@@ -2,10 +2,7 @@
 
 use std::{path::PathBuf, process::ExitCode};
 
-use byol::data::{
-    Levels,
-    pack::{self, Outcome, Packing},
-};
+use byol::data::pack::{self, Outcome, Packing};
 
 use super::{CpuArgs, INTERRUPTED, data_args::DataFlags, set_threads, warn_skipped};
 use crate::terminal::{self, Result, display_path, out, plural};
@@ -45,7 +42,7 @@ pub struct Args {
 
 pub fn run(args: &Args) -> Result<ExitCode> {
     set_threads(args.cpu.threads)?;
-    let data = args.data_flags.open(&args.data, Levels::default())?;
+    let data = args.data_flags.open(&args.data, None)?;
     if data.levels().channels.is_some() {
         return Err("shards contain RGB images only\nhint: omit `--channels`".into());
     }

@@ -3,7 +3,7 @@
 use std::{path::PathBuf, process::ExitCode, str::FromStr};
 
 use byol::{
-    data::{CHANNELS, Levels},
+    data::CHANNELS,
     device,
     nn::{Architecture, ResNet, Stem},
     train::{
@@ -189,7 +189,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     let machine = device::machine();
     let opened = open_device(args.compute.device)?;
-    let dataset = args.data_flags.open(&args.data, Levels::default())?;
+    let dataset = args.data_flags.open(&args.data, None)?;
     let images = dataset.train.len();
     let inputs = AutoInputs::collect(&dataset.train, &opened, &machine)?;
     let mut overrides = RecipeOverrides::default();

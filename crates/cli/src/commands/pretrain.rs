@@ -7,7 +7,7 @@ use std::{
 
 use byol::{
     apply::sheet,
-    data::{CHANNELS, Images, Levels, levels::Channels},
+    data::{CHANNELS, Images, levels::Channels},
     device,
     nn::Normalization,
     ranks::Ranks,
@@ -198,7 +198,7 @@ pub fn run(args: &Args, job: &MpiJob) -> Result<ExitCode> {
     }
     let threads = set_threads(job.threads(args.compute.threads))?;
     let opened = open_nth_device(args.compute.device, job.local[0])?;
-    let data = load_training_data(args.data_flags.open(&args.data, Levels::default())?, &checked, job.local[1])?;
+    let data = load_training_data(args.data_flags.open(&args.data, None)?, &checked, job.local[1])?;
     must_be_same_data(job.ranks, &data)?;
     let (mut recipe, reasons) = auto::resolve(&overrides, &data.train, &opened)?;
     if args.precision.as_deref() == Some("auto") && overrides.name != "auto" {

@@ -4,7 +4,7 @@ use std::{ops::ControlFlow::Continue, path::PathBuf, process::ExitCode};
 
 use byol::{
     apply::sheet::{self, Tile},
-    data::{Dataset, Images, Levels, prefetch},
+    data::{Dataset, Images, prefetch},
     device::{self, DeviceChoice},
     train::{Recipe, RecipeOverrides, auto},
 };
@@ -15,7 +15,8 @@ use crate::terminal::{self, Result, plural};
 const EXAMPLES: &str = "\
 Examples:
   byol views photos -o views.png                           Show the augmented views of 8 images
-  byol views photos -o views.png --set views.first.blur=0  Try another setting";
+  byol views photos -o views.png --set views.first.blur=0  Try another setting
+  byol views tiles --channels all --by-channel -o c.png    Check the channels";
 
 /// Draw images next to their augmented views
 ///
@@ -34,6 +35,9 @@ pub struct Args {
     /// Number of images to show, sampled evenly
     #[arg(short = 'n', long, value_name = "N", default_value_t = 8)]
     count: usize,
+    /// Show the channels of each image in gray, after scaling to their ranges, instead of views
+    #[arg(long, conflicts_with_all = ["recipe", "augment", "set", "seed"])]
+    by_channel: bool,
     /// Random seed
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -57,11 +61,21 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         return Err(format!("unsupported output file {}\nhint: use the extension `.png`", args.out.display()).into());
     }
     must_be_new(&args.out, args.overwrite)?;
-    let dataset = args.data_flags.open(&args.data, Levels::default())?;
+    let dataset = args.data_flags.open(&args.data, None)?;
     let dataset = Dataset { held_out: None, test: None, ..dataset }.limit(args.count);
     let dataset = dataset.check(usize::MAX, &|| Continue(()))?;
     for image in &dataset.skipped {
         terminal::warning(format!("skipped {}: {}", image.name, image.reason));
+    }
+    if args.by_channel {
+        let images = &dataset.train;
+        let tiles = |i: usize| -> Result<Vec<Tile>> {
+            let image = images.get(i)?;
+            Ok((0..image.channels).map(|c| Tile::channel(&image, c, SIDE)).collect())
+        };
+        let rows = (0..images.len()).map(tiles).collect::<Result<Vec<_>>>()?;
+        let channels = plural(rows.first().map_or(0, Vec::len), "channel");
+        return write(args, &rows, &format!("each with its {channels}"));
     }
     if overrides.name == "auto" && !overrides.contains("train.precision") {
         // `auto` would measure the precisions, which do not affect the views.
@@ -70,13 +84,13 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let (mut recipe, _) = auto::resolve(&overrides, &dataset.train, &device::open(DeviceChoice::Cpu)?)?;
     recipe.measure_normalization(&dataset.train)?;
     let rows = rows(&recipe, &dataset.train, args.seed, SIDE)?;
-    super::write_file(&args.out, &sheet::png(&rows, SIDE))?;
-    terminal::note(format!(
-        "wrote {}: {}, each with two pairs of {} px views",
-        args.out.display(),
-        plural(rows.len(), "image"),
-        recipe.views.size
-    ));
+    write(args, &rows, &format!("each with two pairs of {} px views", recipe.views.size))
+}
+
+/// Writes the sheet of one row per image.
+fn write(args: &Args, rows: &[Vec<Tile>], contents: &str) -> Result<ExitCode> {
+    super::write_file(&args.out, &sheet::png(rows, SIDE))?;
+    terminal::note(format!("wrote {}: {}, {contents}", args.out.display(), plural(rows.len(), "image")));
     Ok(ExitCode::SUCCESS)
 }
 

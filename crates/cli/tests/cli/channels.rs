@@ -47,6 +47,9 @@ fn five_channels_from_files_to_embeddings() {
     let first = data.join("across/000.npy");
     ok(&["search", text(&file), "--image", text(&first)]);
     ok(&["views", text(&data), "--channels", "5,1,2", "-o", text(&root.path().join("views.png"))]);
+    let sheet = root.path().join("sheet.png");
+    let channels = ["views", text(&data), "--channels", "all", "--by-channel", "-n", "3", "-o", text(&sheet)];
+    assert!(stderr(&ok(&channels)).contains("3 images, each with its 5 channels"));
     ok(&["report", text(&out), "-o", text(&root.path().join("report.html"))]);
     ok(&["export", text(&out), "-o", text(&root.path().join("encoder.onnx"))]);
     refused(&["export", text(&out), "--format", "hf", "-o", text(&root.path().join("hub"))], &["width"]);

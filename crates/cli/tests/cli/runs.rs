@@ -368,6 +368,8 @@ fn benchmarks_report_positive_speeds() {
     for key in ["images_per_second", "gflop_per_second", "peak_gflop_per_second", "share_of_peak"] {
         assert!(result[key].as_f64().unwrap() > 0.0, "{key}: {result}");
     }
+    let bands = json(&ok(&[&step[..], &["--channels", "13"]].concat()));
+    assert_eq!(bands["channels"], 13);
     let large = ["bench", "--width", "0.25", "--batch", "32", "--hidden", "512", "--steps", "2", "--threads", "1"];
     let large = json(&ok(&[&large[..], &["--device", "cpu", "--json"]].concat()));
     assert_eq!(large["fresh_blocks"], 0, "a step reuses the memory of the previous one");

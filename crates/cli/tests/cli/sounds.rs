@@ -87,7 +87,8 @@ fn sounds_from_files_to_embeddings() {
     refused(&[&knn[..], &[text(&image)]].concat(), &["contains images, but the encoder was trained on sounds"]);
     refused(&[&knn[..], &[text(&data), "--channels", "1"]].concat(), &["trained on sounds", "omit `--channels`"]);
     refused(&["pack", text(&data), "-o", text(&root.path().join("shards"))], &["not sounds"]);
-    refused(&["views", text(&data), "--channels", "all", "-o", "x.png"], &["omit `--channels`"]);
+    let channels = ["views", text(&data), "--channels", "all", "-o", "x.png"];
+    refused(&channels, &["contains sounds, not images", "omit `--channels`"]);
 }
 
 #[test]
@@ -112,7 +113,7 @@ fn sounds_are_labeled_by_a_table() {
     fs::write(&one, glide(8000, 3)).unwrap();
     ok(&["embed", text(&out), text(&one), "-o", text(&root.path().join("one.npy"))]);
     let (_, images, photos) = trained();
-    refused(&["eval", "knn", text(photos), text(&data)], &["the encoder was trained on images, not on sounds"]);
+    refused(&["eval", "knn", text(photos), text(&data)], &["contains sounds, not images"]);
     refused(&["eval", "knn", text(&out), text(images)], &["contains images, but the encoder was trained on sounds"]);
     refused(&["export", text(&out), "--format", "hf", "-o", text(&root.path().join("hub"))], &["not of sounds"]);
     fs::copy(out.join("encoder.safetensors"), root.path().join("copy.safetensors")).unwrap();

@@ -62,12 +62,22 @@ def torchvision_model(spec: dict[str, Any], state: dict[str, NDArray[Any]]) -> t
 
 def timm_model(spec: dict[str, Any], state: dict[str, NDArray[Any]]) -> torch.nn.Module:
     """Build timm's ResNet of any width."""
+    import timm
     from timm.models import resnet
 
+    model: Any
+    if spec["width"] == 1:
+        model = timm.create_model(spec["architecture"], pretrained=False, num_classes=0, in_chans=spec["channels"])
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eps = spec["eps"]
+        if spec["stem"] == "cifar":
+            _use_cifar_stem(model, state)
+        return _load(model, state)
     norm = partial(torch.nn.BatchNorm2d, eps=spec["eps"])
     block: Any = resnet.BasicBlock if spec["architecture"] in ("resnet18", "resnet34") else resnet.Bottleneck
     channels, inputs = state["conv1.weight"].shape[:2]
-    model: Any = resnet.ResNet(
+    model = resnet.ResNet(
         block,
         tuple(_DEPTHS[spec["architecture"]]),
         num_classes=0,
@@ -75,17 +85,18 @@ def timm_model(spec: dict[str, Any], state: dict[str, NDArray[Any]]) -> torch.nn
         channels=tuple(_planes(state)),
         norm_layer=norm,
     )
-    if spec["width"] != 1:
-        # The constructor has a stem of 64 channels.
-        model.conv1 = torch.nn.Conv2d(inputs, channels, 7, 2, 3, bias=False)
-        model.bn1 = norm(channels)
-        first = model.layer1[0]
-        kernel = first.conv1.kernel_size[0]
-        first.conv1 = torch.nn.Conv2d(channels, first.conv1.out_channels, kernel, 1, kernel // 2, bias=False)
-        shortcut = state.get("layer1.0.downsample.0.weight")
-        first.downsample = None if shortcut is None else torch.nn.Sequential(
-            torch.nn.Conv2d(channels, shortcut.shape[0], 1, bias=False), norm(shortcut.shape[0])
-        )
+    # The constructor has a stem of 64 channels.
+    model.conv1 = torch.nn.Conv2d(inputs, channels, 7, 2, 3, bias=False)
+    model.bn1 = norm(channels)
+    model.feature_info[0]["num_chs"] = channels
+    first = model.layer1[0]
+    kernel = first.conv1.kernel_size[0]
+    first.conv1 = torch.nn.Conv2d(channels, first.conv1.out_channels, kernel, 1, kernel // 2, bias=False)
+    shortcut = state.get("layer1.0.downsample.0.weight")
+    first.downsample = None
+    if shortcut is not None:
+        width = shortcut.shape[0]
+        first.downsample = torch.nn.Sequential(torch.nn.Conv2d(channels, width, 1, bias=False), norm(width))
     if spec["stem"] == "cifar":
         _use_cifar_stem(model, state)
     return _load(model, state)

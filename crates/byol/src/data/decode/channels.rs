@@ -1,10 +1,10 @@
 //! Images with all channels of their files: satellite bands, stains, 16-bit gray.
 
-use std::{fs, io::ErrorKind, path::Path};
+use std::{fs, path::Path};
 
 use super::{
     DecodeError, npy,
-    stack::{Samples, Stack},
+    stack::{Samples, Stack, check_values},
     tiff,
 };
 use crate::{
@@ -35,17 +35,24 @@ pub(super) fn read_files(path: &Path, channels: &Channels) -> Result<Stack, Deco
     let one = |pattern: &FilePattern| {
         let file = channels.files[0].sibling(path, pattern).ok_or_else(|| DecodeError::OtherName(pattern.clone()))?;
         let name = || file.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let bytes = fs::read(&file).map_err(|e| match e.kind() {
-            ErrorKind::NotFound => DecodeError::MissingFile(name()),
-            _ => DecodeError::Read(e),
-        })?;
+        // Neither a missing file nor a named pipe, which would wait for a writer.
+        if !file.is_file() {
+            return Err(DecodeError::MissingFile(name()));
+        }
+        let bytes = fs::read(&file)?;
         let whole = Channels { pages: channels.pages, ..Channels::default() };
         read(&bytes, &whole).map_err(|source| match source {
             DecodeError::Read(e) => DecodeError::Read(e),
             source => DecodeError::File { name: name(), source: Box::new(source) },
         })
     };
-    let stacks = channels.files.iter().map(one).collect::<Result<Vec<_>, _>>()?;
+    let (mut stacks, mut values) = (Vec::new(), 0);
+    for pattern in &channels.files {
+        let stack = one(pattern)?;
+        values += stack.height * stack.width * stack.channels;
+        check_values(values)?;
+        stacks.push(stack);
+    }
     Stack::join(stacks)?.select(channels)
 }
 

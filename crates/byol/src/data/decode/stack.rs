@@ -2,7 +2,7 @@
 
 use image::{DynamicImage, GrayImage, ImageBuffer, RgbImage, metadata::Orientation};
 
-use super::{DecodeError, Raw, check_size};
+use super::{DecodeError, MAX_VALUES, Raw};
 use crate::{
     data::levels::Channels,
     image::{Image, MAX_CHANNELS, Pixels},
@@ -37,7 +37,7 @@ impl Stack {
     /// size of the largest by repeating pixels.
     ///
     /// # Errors
-    /// [`DecodeError::TooManyChannels`], [`DecodeError::TooLarge`].
+    /// [`DecodeError::TooManyJoined`], [`DecodeError::TooManyValues`].
     ///
     /// # Panics
     /// If there are none.
@@ -48,10 +48,10 @@ impl Stack {
         let height = parts.iter().map(|part| part.height).max().expect("at least one part");
         let width = parts.iter().map(|part| part.width).max().expect("at least one part");
         let channels: usize = parts.iter().map(|part| part.channels).sum();
-        check_size(height, width)?;
         if channels > MAX_CHANNELS {
-            return Err(DecodeError::TooManyChannels(channels));
+            return Err(DecodeError::TooManyJoined(channels));
         }
+        check_values(height.saturating_mul(width).saturating_mul(channels))?;
         let no_data = parts[0].no_data;
         let has_same_no_data = parts.iter().all(|part| part.no_data.map(f32::to_bits) == no_data.map(f32::to_bits));
         let bytes: Option<Vec<&[u8]>> = parts.iter().map(|part| part.samples.as_u8()).collect();
@@ -149,6 +149,11 @@ impl Stack {
         }
         Ok(out.into())
     }
+}
+
+/// Checks the number of values of all channels against [`MAX_VALUES`].
+pub(super) fn check_values(n: usize) -> Result<(), DecodeError> {
+    if n > MAX_VALUES { Err(DecodeError::TooManyValues) } else { Ok(()) }
 }
 
 impl Samples {

@@ -18,7 +18,7 @@ use tiff::{
 
 use super::{
     DecodeError, MAX_PIXELS, Raw, check_size, jpeg,
-    stack::{Samples, Stack},
+    stack::{Samples, Stack, check_values},
 };
 use crate::{data::levels::SampleKind, image::MAX_CHANNELS};
 
@@ -48,6 +48,10 @@ const JPEG_TABLES: u16 = 347;
 const SUBSAMPLING: u16 = 530;
 const GDAL_NO_DATA: u16 = 42113;
 const DNG_VERSION: u16 = 50706;
+
+// Bits of the subfile type.
+const REDUCED: u64 = 1;
+const MASK: u64 = 4;
 
 // Values of the compression tag.
 const FAX4: u64 = 4;
@@ -112,21 +116,29 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Raw, DecodeError> {
     Ok(Raw { image, white_is_zero, orientation })
 }
 
-/// Decodes all images of a file as channels of one. Images of reduced resolution are left out.
+/// Maximum number of directories.
+const MAX_PAGES: usize = 1024;
+
+/// Decodes all images of a file as channels of one. Images of reduced resolution and masks are left
+/// out.
 pub(super) fn pages(bytes: &[u8]) -> Result<Stack, DecodeError> {
-    let (mut file, mut stacks, mut seen) = (bytes.to_vec(), Vec::new(), HashSet::new());
+    let (mut file, mut stacks, mut seen) = (bytes.to_vec(), Vec::<Stack>::new(), HashSet::new());
+    let mut values = 0;
     while let Some(start) = Directory::start(&file).filter(|start| *start > 0) {
         let directory = Directory::first(&file).ok_or_else(|| broken("a directory is incomplete"))?;
-        if !seen.insert(start) {
-            return Err(broken("its directories form a circle"));
+        if !seen.insert(start) || seen.len() > MAX_PAGES {
+            return Err(broken("its directories form a circle, or are too many"));
         }
-        let is_reduced = directory.value(&file, SUBFILE_TYPE).is_some_and(|kind| kind & 1 == 1);
-        if !is_reduced {
-            stacks.push(channels(&file)?);
+        let is_left_out = directory.value(&file, SUBFILE_TYPE).is_some_and(|kind| kind & (REDUCED | MASK) != 0);
+        if !is_left_out {
+            let stack = channels(&file)?;
+            values += stack.height * stack.width * stack.channels;
+            check_values(values)?;
+            stacks.push(stack);
         }
         let n: usize = stacks.iter().map(|stack| stack.channels).sum();
         if n > MAX_CHANNELS {
-            return Err(DecodeError::TooManyChannels(n));
+            return Err(DecodeError::TooManyJoined(n));
         }
         // The next directory becomes the first.
         directory.make_next_first(&mut file).ok_or_else(|| broken("a directory is incomplete"))?;
@@ -921,7 +933,7 @@ mod tests {
             assert!(pages(&bytes[..end]).is_err(), "truncated after {end} bytes");
         }
         let page: (u32, &[u16]) = (1, &[7]);
-        assert!(matches!(pages(&file(&[page; 65])), Err(DecodeError::TooManyChannels(65))));
+        assert!(matches!(pages(&file(&[page; 65])), Err(DecodeError::TooManyJoined(65))));
         // The directory after the first one is the first one.
         let mut circle = file(&[page]);
         let start = Directory::start(&circle).unwrap();

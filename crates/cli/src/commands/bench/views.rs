@@ -3,7 +3,7 @@
 use std::{hint::black_box, path::PathBuf, time::Instant};
 
 use byol::{
-    data::{self, Images, Levels},
+    data::{self, Images},
     views::{self, Policy},
 };
 use rayon::prelude::*;
@@ -47,7 +47,7 @@ const PASSES: usize = 3;
 
 pub fn run(args: &Args) -> Result<()> {
     let threads = set_threads(args.threads)?;
-    let dataset = args.data_flags.open(&args.data, Levels::default())?;
+    let dataset = args.data_flags.open(&args.data, None)?;
     let dataset = if args.limit > 0 { dataset.limit(args.limit) } else { dataset };
     let images = dataset.train;
     // As in the recipes: no blur on small views.

@@ -62,7 +62,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let encoder = common.encoder()?;
     let random = common.random_initialization(&encoder);
     let baseline = args.baseline.as_ref().map(|path| load_encoder(path, &encoder.device())).transpose()?;
-    let images = images(args, encoder.spec.levels.clone())?;
+    let images = images(args, &encoder.spec.levels)?;
     super::warn_if_enlarged(&encoder, &*images.get(0)?, &common.data);
 
     let named =
@@ -187,8 +187,8 @@ fn print_projections(history: &[Health]) {
 }
 
 /// A sample of the data's test images, or of its training images if there is no test split.
-fn images(args: &Args, levels: Levels) -> Result<Images> {
-    let dataset = args.common.data_flags.open(&args.common.data, levels)?;
+fn images(args: &Args, levels: &Levels) -> Result<Images> {
+    let dataset = args.common.data_flags.open(&args.common.data, Some(levels))?;
     let images = match &dataset.test {
         Some(test) => test.clone(),
         None => {

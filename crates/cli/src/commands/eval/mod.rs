@@ -229,7 +229,7 @@ impl LabeledArgs {
     /// Training and test images, each decoded once. Warns if they are too small for the encoder.
     fn open(&self, encoder: &Encoder) -> Result<LabeledSplit> {
         let path = &self.common.data;
-        let dataset = self.common.data_flags.open(path, encoder.spec.levels.clone())?;
+        let dataset = self.common.data_flags.open(path, Some(&encoder.spec.levels))?;
         let has_test = dataset.test.is_some();
         let data = labeled(dataset, self.limit)?;
         if !has_test {

@@ -107,7 +107,7 @@ fn open(args: &Args, path: &Path, encoder: &Encoder) -> Result<Task> {
     // Data sets with the same folder name are told apart by their paths.
     let same_name = args.data.iter().filter(|other| folder_name(other) == folder_name(path)).count();
     let name = if same_name == 1 { folder_name(path) } else { path.display().to_string() };
-    let data = super::split(args.data_flags.open(path, encoder.spec.levels.clone())?, args.limit)?;
+    let data = super::split(args.data_flags.open(path, Some(&encoder.spec.levels))?, args.limit)?;
     let (Some(train), Some(test)) = (Labels::from_images(&data.train), Labels::from_images(&data.test)) else {
         return Err(data::Error::Unlabeled(path.to_owned()).into());
     };
