@@ -113,7 +113,7 @@ fn sounds_are_labeled_by_a_table() {
     fs::write(&one, glide(8000, 3)).unwrap();
     ok(&["embed", text(&out), text(&one), "-o", text(&root.path().join("one.npy"))]);
     let (_, images, photos) = trained();
-    refused(&["eval", "knn", text(photos), text(&data)], &["contains sounds, not images"]);
+    refused(&["eval", "knn", text(photos), text(&data)], &["the encoder was trained on images, not on sounds"]);
     refused(&["eval", "knn", text(&out), text(images)], &["contains images, but the encoder was trained on sounds"]);
     refused(&["export", text(&out), "--format", "hf", "-o", text(&root.path().join("hub"))], &["not of sounds"]);
     fs::copy(out.join("encoder.safetensors"), root.path().join("copy.safetensors")).unwrap();

@@ -53,8 +53,8 @@ function orShowError(promise) {
 
 const info = await orShowError(getJson("/api/info"));
 const count = info.images;
-const item = info.sounds ? "sound" : "image";
-byId("about").textContent = `${plural(count, item)}, loading the map …`;
+const itemName = info.sounds ? "sound" : "image";
+byId("about").textContent = `${plural(count, itemName)}, loading the map …`;
 
 const points = new DataView(await orShowError(getBytes("/api/points")));
 const xs = new Float32Array(count), ys = new Float32Array(count), labels = new Int32Array(count);
@@ -74,7 +74,7 @@ let shownRow = -1;               // row in the details panel; -1: none
 const hiddenClasses = new Set(); // entries of the legend that are switched off
 const undoSteps = [];            // functions that take back the latest changes of labels
 
-const summary = [plural(count, item)];
+const summary = [plural(count, itemName)];
 if (info.classes.length) summary.push(plural(info.classes.length, "class", "classes"));
 const source = info.data ? ` from ${info.data}` : "";
 byId("about").textContent = `${summary.join(", ")}${source} (${MAP_NAMES[info.map] ?? info.map} map)`;
