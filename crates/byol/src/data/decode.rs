@@ -67,7 +67,7 @@ pub enum DecodeError {
     /// More channels than [`MAX_CHANNELS`] in all files or pages of an image.
     #[error("its files or pages have {0} channels, more than {MAX_CHANNELS}")]
     TooManyJoined(usize),
-    /// More values than [`MAX_VALUES`] in all files or pages of an image.
+    /// More than 536 million values in all files or pages of an image.
     #[error("its channels have more than {} million values", MAX_VALUES / 1_000_000)]
     TooManyValues,
     /// Another number of channels than the other images.
